@@ -1,0 +1,21 @@
+"""Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
+
+from .config import LoRAExperts, TokenRouter
+from .convert import convert, inspect
+from .checkpoint import load
+from .errors import MoeRewriteError
+from .model import MoEModel
+from .verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRAExperts",
+    "MoEModel",
+    "MoeRewriteError",
+    "TokenRouter",
+    "convert",
+    "inspect",
+    "load",
+    "verify",
+]

@@ -1,0 +1,191 @@
+"""The pipeline, kept at hand: a converted model compiles further graphs as it is called.
+
+The first conversion takes the decisions (where to cut, which sites); every later graph (training,
+decoding, a call with labels) is captured from the same host and must follow them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .capture import capture
+from .config import Recipe, TokenRouter
+from .errors import CaptureError, ConversionError
+from .passes.clean import clean
+from .passes.emit import Emitted, emit
+from .passes.freeze import freeze
+from .passes.insert_experts import insert_experts
+from .passes.route import route
+from .passes.sites import Match, find_sites
+from .passes.split import find_depth, shallow_modules, split
+from .program import Program, Rejection, Site
+
+
+@dataclass
+class Compiler:
+    """host: structural copy of the original over the converted model's own tensors.
+
+    router: the recipe's, with "auto" resolved. shallow: modules that run before the cut only.
+    at: the split every graph uses. sites: the names that hold experts. seconds: time by pass.
+    """
+
+    host: nn.Module
+    recipe: Recipe
+    router: TokenRouter | None = None
+    at: int | str = 0
+    shallow: frozenset[str] = frozenset()
+    sites: frozenset[str] = frozenset()
+    rejected: tuple[Rejection, ...] = ()
+    train_note: str = ""
+    containers_eval: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return run(*args, **kwargs)
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def dense(self, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Program:
+        """Capture and clean, in eval mode or with the deep segment in training mode."""
+        with self.as_in(mode):
+            captured = self.timed(
+                f"capture ({mode})", capture, self.host, arguments, mode, static_ones
+            )
+        return self.timed("clean", clean, captured)
+
+    @contextmanager
+    def as_in(self, mode: str) -> Any:
+        """Put the host's modules in the mode that a converted model runs them in."""
+        flags = [(m, m.training) for m in self.host.modules()]
+        try:
+            self.host.train(mode == "train")
+            if mode == "train":
+                for path in self.shallow:
+                    self.host.get_submodule(path).eval()
+                for name, module in self.host.named_modules():
+                    frozen_norm = isinstance(module, _NormBase) and self._norms_frozen()
+                    around = self.containers_eval and self._around_shallow(name)
+                    if frozen_norm or around:
+                        module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+    def _norms_frozen(self) -> bool:
+        return self.recipe.batch_norm == "frozen"
+
+    def _around_shallow(self, name: str) -> bool:
+        return name == "" or any(path.startswith(name + ".") for path in self.shallow)
+
+    def cut(self, program: Program, at: int | float | str) -> Program:
+        name = type(self.host).__name__
+        program = self.timed("depth", find_depth, program, name, at)
+        return self.timed("split", split, program, at)
+
+    def decide(self, arguments: dict[str, Any], choose_router: Callable) -> Program:
+        """Capture in both modes, take every decision, and hand back the routed eval program."""
+        evaluated = self.cut(self.dense(arguments, "eval"), self.recipe.split)
+        assert evaluated.cut is not None and evaluated.depth is not None
+        named = isinstance(self.recipe.split, str) and self.recipe.split != "auto"
+        self.at = evaluated.cut.label if named else evaluated.cut.index
+        if evaluated.depth.stack is not None and not named:
+            raise ConversionError(
+                f"{evaluated.depth.model} has several mainlines: name the module that the deep "
+                f"segment starts with, such as split={evaluated.depth.blocks[-1].name!r}.\n"
+                f"{evaluated.depth}"
+            )
+        self.shallow = frozenset(p for p in shallow_modules(evaluated) if self._has(p))
+        self.router = choose_router(evaluated)
+        eval_sites, rejected = self.find(evaluated)
+        train_sites, _ = self.find(self.cut(self.train_capture(arguments), self.at))
+        trained = {s.name for s in train_sites}
+        lost = [Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained]
+        self.sites = frozenset(s.name for s in eval_sites if s.name in trained)
+        self.rejected = (*rejected, *lost)
+        if not self.sites:
+            reasons = "\n".join(f"  {r.name}: {r.reason}" for r in self.rejected) or "  none found"
+            raise ConversionError(
+                f"no site to convert behind split={self.recipe.split!r}. Sites and reasons:\n"
+                f"{reasons}\nSplit earlier, take the head in (LoRAExperts(sites='all+head')), or "
+                "choose another router granularity."
+            )
+        return self.insert(evaluated, eval_sites)
+
+    def _has(self, path: str) -> bool:
+        try:
+            self.host.get_submodule(path)
+        except AttributeError:
+            return False
+        return True
+
+    def train_capture(self, arguments: dict[str, Any], static_ones: bool = False) -> Program:
+        """The training graph; where a module around the cut cannot be traced in training mode
+        (layer drop), with those modules in eval mode, which the report says."""
+        if self.containers_eval:
+            return self.dense(arguments, "train", static_ones)
+        try:
+            return self.dense(arguments, "train", static_ones)
+        except CaptureError as error:
+            self.containers_eval = True
+            try:
+                program = self.dense(arguments, "train", static_ones)
+            except CaptureError:
+                raise error from None
+            self.train_note = f"modules around the cut train in eval mode: {error}".split("\n")[0]
+            return program
+
+    def find(self, program: Program) -> tuple[dict[Site, list[Match]], list[Rejection]]:
+        assert self.router is not None
+        return self.timed(
+            "sites", find_sites, program, self.recipe.experts, self.router.granularity
+        )
+
+    def insert(self, program: Program, sites: dict[Site, list[Match]]) -> Program:
+        """Freeze, route, and insert the experts of the sites decided on."""
+        kept = {s: m for s, m in sites.items() if s.name in self.sites}
+        program = self.timed("freeze", freeze, program)
+        program = self.timed("route", route, program)
+        return self.timed("insert experts", insert_experts, program, kept, list(self.rejected))
+
+    def compile(
+        self, arguments: dict[str, Any], mode: str, static_ones: bool = False
+    ) -> tuple[Program, Emitted]:
+        """One more graph, for a call the model has not seen."""
+        run = self.train_capture if mode == "train" else self._eval_capture
+        program = self.cut(run(arguments, static_ones), self.at)
+        sites, rejected = self.find(program)
+        missing = self.sites - {s.name for s in sites}
+        present = missing & {r.name for r in rejected}
+        if present:
+            reasons = [f"{r.name}: {r.reason}" for r in rejected if r.name in present]
+            raise CaptureError(
+                f"with the arguments {sorted(arguments)}, sites that hold experts cannot be "
+                f"routed: {'; '.join(reasons)}. Call without the argument that changes this."
+            )
+        program = self.insert(program, sites)
+        return program, self.timed("emit", emit, program)
+
+    def _eval_capture(self, arguments: dict[str, Any], static_ones: bool) -> Program:
+        return self.dense(arguments, "eval", static_ones)
+
+
+
+
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Of the first floating-point parameter."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            return p.device, p.dtype
+    return torch.device("cpu"), torch.get_default_dtype()

@@ -1,0 +1,22 @@
+"""LoRA experts in plain PyTorch: the truth that every kernel is held against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def add_lora_experts(
+    out_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    scales_TR: torch.Tensor,
+    a_RD: torch.Tensor,
+    b_OR: torch.Tensor,
+) -> torch.Tensor:
+    """``out + ((x A^T) * scales) B^T``: all experts stacked to one low-rank product.
+
+    T rows (any leading dimensions), D input width, O output width, R = experts * rank.
+    scales_TR: each expert's gate times alpha / rank, repeated over its rank (LoRA, arXiv
+    2106.09685, section 4.1, summed over experts by the gate). All of one dtype.
+    """
+    return out_TO + F.linear(F.linear(x_TD, a_RD) * scales_TR, b_OR)

@@ -1,0 +1,185 @@
+"""Program -> Steps: one pure function per block, weights and carries as its arguments.
+
+Exact: the nodes run in the captured order. A block is the unit of checkpointing, sharding and
+regional compilation, so nothing here closes over a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..program import ROUTER_TARGET, Program, alias_root, mutated
+from ..routing import Layout, align
+
+
+class Code:
+    """A compiled step: immutable, so a deep copy of the model shares it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.call: Callable[..., tuple] = module.forward
+
+    def __deepcopy__(self, memo: dict) -> Code:
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block's part of a graph.
+
+    owned: (kind, name) of the weights, buffers and expert parts the code takes first, in order;
+    takes, gives: names of the values it reads and makes; drops: values nobody reads afterwards;
+    writes: positions in `owned` and, behind them, in `takes` that the code writes to in place.
+    """
+
+    block: str
+    deep: bool
+    code: Code
+    owned: tuple[tuple[str, str], ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    drops: tuple[str, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it."""
+
+    steps: tuple[Step, ...]
+    cut: str
+    layouts: tuple[tuple[str, Layout], ...]
+    outputs: tuple[Any, ...]  # value names, or constants of the graph
+    constants: dict[str, torch.Tensor]
+
+
+def emit(program: Program) -> Emitted:
+    assert program.cut is not None
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    router = next(iter(program.graph.find_nodes(op="call_module", target=ROUTER_TARGET)), None)
+    planned = [n for n in program.graph.nodes if n.target is align]
+    skip = {router, *planned}
+    parts = [
+        (name, deep, [n for n in nodes if n not in skip])
+        for name, deep, nodes in _partition(program)
+    ]
+    owner = {n: i for i, (_, _, nodes) in enumerate(parts) for n in nodes}
+    last_use: dict[fx.Node, int] = {}
+    for node in program.graph.nodes:
+        for source in node.all_input_nodes:
+            at = len(parts) if node.op == "output" else owner.get(node, _first_deep(parts))
+            last_use[source] = max(last_use.get(source, 0), at)
+    last_use[program.node(program.cut.node)] = max(
+        last_use.get(program.node(program.cut.node), 0), _first_deep(parts)
+    )
+    steps = tuple(
+        _step(program, i, name, deep, nodes, owner, last_use, order)
+        for i, (name, deep, nodes) in enumerate(parts)
+    )
+    outputs = tuple(
+        o.name if isinstance(o, fx.Node) else _Constant(o)
+        for o in pytree.tree_leaves(program.graph.output_node().args[0])
+    )
+    layouts = tuple((n.name, n.args[1]) for n in planned)
+    return Emitted(steps, program.cut.node, layouts, outputs, program.constants)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """An output that is no tensor of the graph (None, an int)."""
+
+    value: Any
+
+
+def _first_deep(parts: list[tuple[str, bool, list[fx.Node]]]) -> int:
+    return next(i for i, (_, deep, _) in enumerate(parts) if deep)
+
+
+def _partition(program: Program) -> list[tuple[str, bool, list[fx.Node]]]:
+    """(block name, whether it is deep, its nodes), in order; a block with the cut inside is two."""
+    depth, cut = program.depth, program.cut
+    assert depth is not None and cut is not None
+    exits = {b.exit: b.name for b in depth.parts[:-1]}
+    parts: list[tuple[str, bool, list[fx.Node]]] = []
+    nodes: list[fx.Node] = []
+    deep = False
+    names = [b.name for b in depth.parts]
+    current = 0
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        nodes.append(node)
+        if node.name in exits:
+            parts.append((exits[node.name], deep, nodes))
+            current, nodes = names.index(exits[node.name]) + 1, []
+        elif node.name == cut.node:
+            parts.append((names[current], deep, nodes))
+            nodes = []
+        deep |= node.name == cut.node
+    if nodes:
+        parts.append((names[min(current, len(names) - 1)], deep, nodes))
+    return parts
+
+
+def _step(
+    program: Program,
+    index: int,
+    name: str,
+    deep: bool,
+    nodes: list[fx.Node],
+    owner: dict[fx.Node, int],
+    last_use: dict[fx.Node, int],
+    order: dict[fx.Node, int],
+) -> Step:
+    sources = {s for n in nodes for s in n.all_input_nodes if owner.get(s) != index}
+    sources = {s for s in sources if s.op != "get_attr"}
+    ordered = sorted(sources, key=order.__getitem__)
+    owned = [s for s in ordered if _is_owned(program, s)]
+    takes = [s for s in ordered if s not in owned]
+    gives = [n for n in nodes if last_use.get(n, -1) > index and n.op != "get_attr"]
+    cut = program.node(program.cut.node) if program.cut else None
+    if cut in nodes and cut not in gives:
+        gives.append(cut)
+    drops = [s for s in takes if last_use[s] <= index]
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for source in (*owned, *takes):
+        copies[source] = graph.placeholder(source.name)
+    for node in _attributes(nodes):
+        copies[node] = graph.get_attr(node.target)
+    for node in nodes:
+        if node.op != "get_attr":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}
+    graph.output(tuple(copies[n] for n in gives))
+    written = {alias_root(w) for n in nodes for w in mutated(n)}
+    writes = tuple(i for i, s in enumerate((*owned, *takes)) if s in written)
+    module = fx.GraphModule(program.root, graph)
+    return Step(
+        block=name,
+        deep=deep,
+        code=Code(module),
+        owned=tuple((program.inputs[s.name].kind, program.inputs[s.name].name) for s in owned),
+        takes=tuple(s.name for s in takes),
+        gives=tuple(n.name for n in gives),
+        drops=tuple(s.name for s in drops),
+        writes=writes,
+    )
+
+
+def _attributes(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Sub-graphs of higher-order operators that these nodes call."""
+    return list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s.op == "get_attr"))
+
+
+def _is_owned(program: Program, node: fx.Node) -> bool:
+    return node.op == "placeholder" and program.inputs[node.name].kind in (
+        "weight", "buffer", "constant", "expert",
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Insert LoRA experts: behind each site's product, add the gated low-rank delta.
+
+Exact while the experts' B is zero. The base product is not touched, in whatever form it is.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..kernels.lora.reference import add_lora_experts
+from ..program import Input, Program, Rejection, Site
+from ..routing import Layout, align
+from .route import router_node
+from .sites import Match
+
+
+def insert_experts(
+    program: Program, sites: dict[Site, list[Match]], rejected: list[Rejection]
+) -> Program:
+    graph, plan = program.graph, router_node(program)
+    inputs = dict(program.inputs)
+    layouts = list(dict.fromkeys(m.layout for uses in sites.values() for m in uses))
+    aligned: dict[Layout, fx.Node] = {}
+    for layout in reversed(layouts):
+        with graph.inserting_after(plan):
+            aligned[layout] = graph.call_function(align, (plan, layout))
+    first = next(iter(graph.nodes))
+    for site, uses in sites.items():
+        parts = []
+        for part in ("a", "b"):
+            with graph.inserting_before(first):
+                node = graph.placeholder(f"expert_{part}_{_identifier(site.name)}")
+            inputs[node.name] = Input("expert", f"{site.name}:{part}")
+            parts.append(node)
+        for use in uses:
+            with graph.inserting_after(use.node):
+                args = (use.node, use.rows, aligned[use.layout], *parts)
+                routed = graph.call_function(add_lora_experts, args)
+            routed.meta = dict(use.node.meta)
+            use.node.replace_all_uses_with(routed, delete_user_cb=lambda n, r=routed: n is not r)
+    # cut points and outputs that were a site's product are now its routed value
+    depth = program.depth
+    return program.after(
+        "insert_experts", "exact",
+        inputs=inputs, depth=depth, sites=tuple(sites), rejected=tuple(rejected),
+    )  # fmt: skip
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

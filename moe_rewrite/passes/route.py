@@ -1,0 +1,20 @@
+"""Insert the router: one node at the cut, whose plan is an edge to every deep site."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..program import ROUTER_TARGET, Program
+
+
+def route(program: Program) -> Program:
+    """Exact: nothing reads the plan yet."""
+    assert program.cut is not None
+    cut = program.node(program.cut.node)
+    with program.graph.inserting_after(cut):
+        program.graph.call_module(ROUTER_TARGET, (cut,))
+    return program.after("route", "exact")
+
+
+def router_node(program: Program) -> fx.Node:
+    return program.graph.find_nodes(op="call_module", target=ROUTER_TARGET)[0]

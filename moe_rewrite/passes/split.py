@@ -1,0 +1,36 @@
+"""Choose the cut: where the frozen shallow segment ends and the expandable deep one begins."""
+
+from __future__ import annotations
+
+from ..depth import analyse
+from ..program import Cut, Program, module_paths
+
+
+def find_depth(program: Program, model: str, split: object) -> Program:
+    """Record the depth map. Exact: the graph is only read."""
+    return program.after("depth", "exact", depth=analyse(program, model, split))
+
+
+def split(program: Program, at: int | float | str) -> Program:
+    """Record the cut. Exact. Raises SplitError where `at` is not inside the model."""
+    assert program.depth is not None
+    index, node = program.depth.resolve(at)
+    named = isinstance(at, str) and at != "auto"
+    label = str(at) if named else program.depth.blocks[index].name
+    return program.after("split", "exact", cut=Cut(node, label, index))
+
+
+def segments(program: Program) -> tuple[list, list]:
+    """The computing nodes up to the cut, and those after it, in graph order."""
+    assert program.cut is not None
+    nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output")]
+    at = next(i for i, n in enumerate(nodes) if n.name == program.cut.node)
+    return nodes[: at + 1], nodes[at + 1 :]
+
+
+def shallow_modules(program: Program) -> set[str]:
+    """Dotted names of the modules that run before the cut only."""
+    before, after = (
+        {path for node in part for path, _ in module_paths(node)} for part in segments(program)
+    )
+    return before - after

@@ -1,0 +1,204 @@
+"""The unit that every pass takes and returns: one captured graph and what is known about it.
+
+The graph is lifted: parameters, buffers and constants are placeholders beside the user's inputs,
+so a graph owns nothing and several graphs (eval, train, decode) can serve the same weights.
+A pass owns the graph it is given: it may edit it in place and hands back a new Program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+
+from .errors import InvariantError
+
+if TYPE_CHECKING:
+    from .depth import DepthMap
+
+ROUTER_TARGET = "router"  # the call_module node that makes the routing plan
+Numerics = Literal["exact", "reordered", "approximate"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a placeholder stands for.
+
+    kind: ``"weight"`` (a parameter), ``"buffer"``, ``"constant"``, ``"user"`` (a leaf of the call's
+        arguments), ``"state"`` (the router's running state) or ``"expert"``.
+    name: the state-dict name, the argument's path, or the site and part of an expert.
+    """
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where experts work: one frozen weight and every node of the graph that applies it.
+
+    name: dotted name of the module that owns the weight, or of a bare parameter.
+    weight: state-dict name. transposed: the weight is stored as (in, out).
+    """
+
+    name: str
+    weight: str
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A site that could have held experts, and why it does not."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where shallow ends. node: the last shallow node, whose value the router reads.
+
+    label: the module that starts the deep segment; index: the first deep block.
+    """
+
+    node: str
+    label: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured graph on its way to a converted one. See the module docstring.
+
+    graph: lifted FX graph; node.meta["val"] holds fake values with symbolic sizes.
+    root: owns the sub-graphs of higher-order operators, nothing else.
+    inputs: what each placeholder stands for, by node name.
+    constants: values of the "constant" inputs. leaves: placeholder names of the user's leaves.
+    out_spec: pytree of the output. mode: "eval" or "train".
+    """
+
+    graph: fx.Graph
+    root: torch.nn.Module
+    inputs: dict[str, Input]
+    constants: dict[str, torch.Tensor]
+    in_spec: Any
+    out_spec: Any
+    mode: str
+    depth: DepthMap | None = None
+    cut: Cut | None = None
+    sites: tuple[Site, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    numerics: tuple[tuple[str, Numerics], ...] = field(default=())
+
+    def node(self, name: str) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    def leaves(self) -> list[fx.Node]:
+        """Placeholders of the user's inputs, in the order of the flattened call."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        return [n for n in placeholders if self.inputs[n.name].kind == "user"]
+
+    def names(self, *kinds: str) -> set[str]:
+        return {i.name for i in self.inputs.values() if i.kind in kinds}
+
+    def after(self, pass_name: str, numerics: Numerics, **changes: Any) -> Program:
+        """The program that a pass hands back, with the pass's declared numerics on record."""
+        done = replace(self, numerics=(*self.numerics, (pass_name, numerics)), **changes)
+        check(done)
+        return done
+
+
+def check(program: Program) -> None:
+    """Raise InvariantError unless the program is one that a pass may hand on."""
+    try:
+        program.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise InvariantError(f"the graph is not well formed: {error}") from error
+    placeholders = {n.name for n in program.graph.find_nodes(op="placeholder")}
+    if placeholders != set(program.inputs):
+        odd = sorted(placeholders ^ set(program.inputs))
+        raise InvariantError(f"placeholders without a meaning, or the reverse: {odd}")
+    owned = [i.name for i in program.inputs.values() if i.kind in ("weight", "buffer", "expert")]
+    if len(owned) != len(set(owned)):
+        twice = sorted({n for n in owned if owned.count(n) > 1})
+        raise InvariantError(f"owned twice: {twice}")
+    if program.cut is not None:
+        _check_router(program)
+
+
+def _check_router(program: Program) -> None:
+    """The one router reads the cut, and every expert input meets only nodes that it feeds."""
+    routers = program.graph.find_nodes(op="call_module", target=ROUTER_TARGET)
+    if len(routers) > 1:
+        raise InvariantError(f"{len(routers)} routers: expected one")
+    if not routers:
+        return
+    assert program.cut is not None
+    if routers[0].args[0].name != program.cut.node:
+        raise InvariantError(f"the router reads {routers[0].args[0]}, not the cut")
+    fed = descendants(routers[0])
+    for node in program.graph.find_nodes(op="placeholder"):
+        if program.inputs[node.name].kind == "expert" and not set(node.users) <= fed:
+            raise InvariantError(f"expert {program.inputs[node.name].name} is not fed by the router")
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """Every node that depends on this one."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def module_paths(node: fx.Node) -> list[tuple[str, str]]:
+    """(dotted path, class name) of the modules around a node, outermost first, the root left out.
+
+    torch.export writes the second call of a shared module as ``path@1``: that is the same module.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [(str(path).split("@")[0], str(kind)) for path, kind in stack.values()]
+    return [(p, k) for p, k in entries if p and not p.startswith("_empty_nn_module_stack")]
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node (None where capture recorded none)."""
+    return node.meta.get("val")
+
+
+def mutated(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        # batch_norm in training writes its statistics, though its schema does not say so
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+            return [a for a in node.args[3:5] if isinstance(a, fx.Node)]
+        return []
+    written = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if isinstance(given, fx.Node):
+            written.append(given)
+    return written
+
+
+def alias_root(node: fx.Node) -> fx.Node:
+    """Follow views and in-place results back to the node whose storage this one shows."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        returns = schema.returns if schema is not None else ()
+        if len(returns) != 1 or returns[0].alias_info is None or not node.args:
+            return node
+        if not isinstance(node.args[0], fx.Node):
+            return node
+        node = node.args[0]
+    return node
