@@ -119,7 +119,3 @@ def _choose_router(compiler: Compiler, program: Program, arguments: dict[str, An
         )
     return spec
 
-
-def width_of(features: torch.Tensor) -> int:
-    """Features per row of a value at the cut: channels of a map, the last dimension otherwise."""
-    return int(features.shape[1] if features.ndim == 4 else features.shape[-1])

@@ -472,6 +472,12 @@ class MoEModel(nn.Module):
             elif name in public:
                 state[public[name]] = state.pop(key)
 
+    def _experts_and_router(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything conversion added, under its public state-dict name."""
+        for key, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if _public(key).startswith("moe_rewrite."):
+                yield _public(key), tensor
+
     def _private_keys(self, prefix: str) -> list[str]:
         keys = [n for n, _ in self.named_parameters()] + [n for n, _ in self.named_buffers()]
         return [prefix + k for k in keys]
