@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..program import ROUTER_TARGET, Program, alias_root, mutated
+from ..program import Program, alias_root, mutated, routing_plan
 from ..routing import Layout, align
 
 
@@ -62,7 +62,7 @@ class Emitted:
 def emit(program: Program) -> Emitted:
     assert program.cut is not None
     order = {n: i for i, n in enumerate(program.graph.nodes)}
-    router = next(iter(program.graph.find_nodes(op="call_module", target=ROUTER_TARGET)), None)
+    router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is align]
     skip = {router, *planned}
     parts = [

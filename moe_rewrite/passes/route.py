@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..program import ROUTER_TARGET, Program
+from ..program import Program, routing_plan
 
 
 def route(program: Program) -> Program:
@@ -12,9 +12,9 @@ def route(program: Program) -> Program:
     assert program.cut is not None
     cut = program.node(program.cut.node)
     with program.graph.inserting_after(cut):
-        program.graph.call_module(ROUTER_TARGET, (cut,))
+        program.graph.call_function(routing_plan, (cut,))
     return program.after("route", "exact")
 
 
 def router_node(program: Program) -> fx.Node:
-    return program.graph.find_nodes(op="call_module", target=ROUTER_TARGET)[0]
+    return program.graph.find_nodes(op="call_function", target=routing_plan)[0]
