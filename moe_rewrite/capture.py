@@ -21,6 +21,7 @@ from .errors import CaptureError, InputError
 from .program import Input, Program
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
+CACHE = "past_key_values"
 SHORT = 9  # stands in for a sequence of length one
 
 
@@ -101,7 +102,7 @@ def dynamic_dims(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
     if tensor.ndim == 0:
         return ()
     if tensor.ndim == 4:
-        if name.startswith("past_key_values"):
+        if name.startswith(CACHE):
             return (0, 2)  # (batch, heads, length, width)
         return (0, 2, 3) if mask else (0,)  # an attention mask, or an image
     if tensor.is_floating_point() and tensor.ndim == 2 and not mask:
@@ -130,7 +131,13 @@ def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str,
                 shape[dim] = SHORT
         return tensor.new_zeros(shape)
 
-    return {n: pytree.tree_map(lambda t, n=n: enlarge(n, t), v) for n, v in traced.items()}
+    example = {n: pytree.tree_map(lambda t, n=n: enlarge(n, t), v) for n, v in traced.items()}
+    if CACHE in traced and getattr(example.get("attention_mask"), "ndim", 0) == 2:
+        main = example.get("input_ids", example.get("inputs_embeds"))
+        past = pytree.tree_leaves(example[CACHE])[0].shape[2]
+        mask = example["attention_mask"]
+        example["attention_mask"] = mask.new_zeros(mask.shape[0], past + main.shape[1])
+    return example
 
 
 def _dynamic_shapes(name: str, value: Any, static_ones: bool) -> Any:

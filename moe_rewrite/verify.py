@@ -90,8 +90,7 @@ def _counted(output: torch.Tensor, mask: Any) -> torch.Tensor:
 
 def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2) -> dict[str, Any]:
     """Arguments of the same form with random content: ids in the vocabulary, normal floats."""
-    sizes = [m.num_embeddings for m in host.modules() if isinstance(m, nn.Embedding)]
-    top = max(sizes, default=2)
+    top = _vocabulary(host)
     generator = torch.Generator().manual_seed(0)
 
     def fill(name: str, t: torch.Tensor) -> torch.Tensor:
@@ -108,6 +107,15 @@ def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2)
         return v
 
     return {n: fit(n, v) for n, v in arguments.items()}
+
+
+def _vocabulary(host: nn.Module) -> int:
+    """How many ids the model takes."""
+    if hasattr(host, "get_input_embeddings"):
+        table = host.get_input_embeddings()
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings
+    return next((m.num_embeddings for m in host.modules() if isinstance(m, nn.Embedding)), 2)
 
 
 def verify_conversion(moe: Any, arguments: dict[str, Any]) -> EquivalenceReport | None:

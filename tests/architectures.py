@@ -1,0 +1,60 @@
+"""Tiny random models of many architectures, for the equivalence tests."""
+
+import torch
+
+TEXT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+PLAIN = {**TEXT, "intermediate_size": 48, "max_position_embeddings": 64}
+
+
+def build(name):
+    import transformers as tf
+
+    torch.manual_seed(0)
+    causal = {
+        "Llama": PLAIN | {"num_key_value_heads": 2},
+        "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+        "GPTNeoX": PLAIN,
+        "Qwen3": PLAIN | {"num_key_value_heads": 2, "head_dim": 8},
+        "Gemma3": PLAIN | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+        "Mistral": PLAIN | {"num_key_value_heads": 2, "sliding_window": 6},
+        "Phi": PLAIN,
+        "OPT": PLAIN | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "Bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+        "Falcon": {**TEXT, "max_position_embeddings": 64},
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name in causal:
+        prefix = "Gemma3Text" if name == "Gemma3" else name
+        config = getattr(tf, f"{prefix}Config")(**causal[name], **ids)
+        head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        return getattr(tf, f"{name}{head}")(config).eval()
+    if name == "ConvNext":
+        config = tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, image_size=32)
+        return tf.ConvNextModel(config).eval()
+    if name in ("ViT", "Dinov2"):
+        shared = {k: v for k, v in TEXT.items() if k != "vocab_size"}
+        config = getattr(tf, f"{name}Config")(**shared, intermediate_size=48, image_size=16, patch_size=4)
+        return getattr(tf, f"{name}Model")(config).eval()
+    heads = {
+        "Bert": "BertForMaskedLM",
+        "Roberta": "RobertaForMaskedLM",
+        "DistilBert": "DistilBertForMaskedLM",
+        "DebertaV2": "DebertaV2ForMaskedLM",
+        "ModernBert": "ModernBertForMaskedLM",
+    }
+    options = dict(PLAIN)
+    if name == "DistilBert":
+        options = {"vocab_size": 97, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
+    if name == "DebertaV2":
+        options |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    if name == "ModernBert":
+        options |= {"cls_token_id": 1, "sep_token_id": 2}
+    return getattr(tf, heads[name])(getattr(tf, f"{name}Config")(**options, **ids)).eval()
+
+
+CAUSAL = [
+    "Llama", "GPT2", "GPTNeoX", "Qwen3", "Gemma3", "Mistral", "Phi", "OPT", "Bloom", "Falcon",
+]  # fmt: skip
+ENCODERS = ["Bert", "Roberta", "DistilBert", "DebertaV2", "ModernBert"]
+VISION = ["ViT", "Dinov2", "ConvNext"]
+ALL = CAUSAL + ENCODERS + VISION
