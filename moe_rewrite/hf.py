@@ -24,11 +24,14 @@ from transformers.exporters.exporter_dynamo import (
     reset_model_state,
 )
 from transformers.exporters.utils import apply_patches
+from transformers.utils import TransformersKwargs
 
 from .errors import CaptureError, InputError
 
 CACHE = "past_key_values"
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
+# what a model may take beyond its signature
+KNOWN_KWARGS = set(TransformersKwargs.__annotations__) | {"use_cache", "return_dict"}
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ class Graph:
     cache_at: tuple[int, int] | None
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        """The copy runs the same code on the copied model's blocks."""
+        bound, blocks = (
+            tuple(Bound(b.step, copy.deepcopy(b.refs, memo)) for b in self.bound),
+            copy.deepcopy(self.blocks, memo),
+        )
+        return replace(
+            self, bound=bound, blocks=blocks, checked=set(self.checked), refused=set(self.refused)
+        )
 
     def accepts(self, leaves: list[torch.Tensor]) -> bool:
         fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
@@ -292,7 +303,14 @@ class MoEModel(nn.Module):
         arguments = bind(self._signature, type(host).__name__, args, kwargs)
         if not is_hf(host):
             return arguments, None
-        from .hf import CACHE, CacheFormat, default_use_cache, is_causal_lm
+        from .hf import CACHE, KNOWN_KWARGS, CacheFormat, default_use_cache, is_causal_lm
+
+        unknown = set(arguments) - set(self._signature.parameters) - KNOWN_KWARGS
+        if unknown:
+            raise InputError(
+                f"{type(host).__name__} takes no argument {', '.join(sorted(unknown))}; it takes "
+                f"{', '.join(p for p in self._signature.parameters if p != 'kwargs')}"
+            )
 
         if not is_causal_lm(host):
             return arguments, None
@@ -502,8 +520,6 @@ def _fresh(given: Any) -> Any:
     """A cache that the dense model may write into; other arguments as they are."""
     if type(given).__name__ != "DynamicCache":
         return given
-    import copy
-
     return copy.deepcopy(given)
 
 

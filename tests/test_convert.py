@@ -61,7 +61,8 @@ def test_experts_do_what_plain_hooks_do(stories, granularity, top_k):
     own = dict(moe._experts_and_router())
     for name, p in state.items():
         if p.grad is not None and name in own and own[name].requires_grad:
-            torch.testing.assert_close(own[name].grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+            scale = p.grad.abs().max().item()
+            torch.testing.assert_close(own[name].grad, p.grad, rtol=1e-3, atol=1e-3 * scale)
             assert p.grad.abs().sum() > 0 or "router" in name
     assert all(p.grad is None for p in moe.shallow.parameters())
 
@@ -102,10 +103,10 @@ def test_learning_a_second_expert_leaves_everything_else_alone(stories):
     ids, mask = ids_and_mask(4, 24)
     new = moe.expand(1, name="task")
     text = moe.generate(input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=20, do_sample=False)
-    optimizer = torch.optim.AdamW(new, lr=1e-2)
+    optimizer = torch.optim.AdamW(new, lr=3e-2)
     moe.train()
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         loss = moe(input_ids=ids, attention_mask=mask, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,81 @@
+"""Models and splits as a command line names them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from .errors import ConfigError
+
+
+def load_model(spec: str) -> nn.Module:
+    """A local Hugging Face folder, `package.module:factory`, or a hub name; in eval mode.
+
+    Only safetensors are read, no remote code is run. Raises ConfigError, saying what is wrong.
+    """
+    if ":" in spec and not Path(spec).exists():
+        return _from_factory(spec).eval()
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(spec)
+        name = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, name, transformers.AutoModel)
+        return kind.from_pretrained(spec, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {spec!r}: expected a Hugging Face folder, a hub name or package.module:factory "
+            f"({line})"
+        ) from None
+
+
+def _from_factory(spec: str) -> nn.Module:
+    module, _, factory = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"model {spec!r}: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {spec!r} gives a {type(model).__name__}: expected a Module")
+    return model
+
+
+def parse_split(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_tasks(folder: Path, part: str) -> dict[str, list[dict[str, str]]]:
+    """TRACE's format: a folder a task, each with train.json, a list of {"prompt", "answer"}."""
+    folders = [folder] if (folder / f"{part}.json").exists() else sorted(folder.iterdir())
+    tasks = {}
+    for task in folders:
+        file = task / f"{part}.json"
+        if not file.exists():
+            continue
+        try:
+            records = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{file}: not JSON ({error})") from None
+        for i, record in enumerate(records):
+            ok = isinstance(record, dict) and all(
+                isinstance(record.get(k), str) for k in ("prompt", "answer")
+            )
+            if not ok:
+                raise ConfigError(f"{file}, record {i}: expected 'prompt' and 'answer' strings")
+        tasks[task.name] = records
+    if not tasks:
+        raise ConfigError(f"{folder}: no task folder with a {part}.json")
+    return tasks
