@@ -146,7 +146,7 @@ def _dynamic_shapes(name: str, value: Any, static_ones: bool) -> Any:
         dims = dynamic_dims(name, value)
         if static_ones:
             dims = tuple(d for d in dims if value.shape[d] != 1)
-        return {d: torch.export.Dim.AUTO for d in dims}
+        return dict.fromkeys(dims, torch.export.Dim.AUTO)
     if isinstance(value, dict):
         return {k: _dynamic_shapes(name, v, static_ones) for k, v in value.items()}
     if type(value) in (list, tuple):

@@ -40,7 +40,8 @@ def save(moe: MoEModel, folder: str | os.PathLike) -> None:
     recipe["split"] = moe._compiler.at
     meta = {
         "format": FORMAT,
-        "recipe": recipe | {"router": moe.router.spec.__dict__ | {}, "num_experts": moe.num_experts},
+        "recipe": recipe
+        | {"router": moe.router.spec.__dict__ | {}, "num_experts": moe.num_experts},
         "names": moe.names,
         "model": type(moe.to_dense()).__name__,
         "fingerprint": fingerprint(moe.to_dense()),
@@ -148,7 +149,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         )
     missing = {"recipe", "names", "fingerprint", "sha256"} - set(meta)
     if missing or not str(meta["sha256"]).isalnum():
-        raise CheckpointError(f"{folder / META}: {sorted(missing) or 'sha256'} missing or malformed")
+        raise CheckpointError(
+            f"{folder / META}: {sorted(missing) or 'sha256'} missing or malformed"
+        )
     path = folder / _tensor_file(str(meta["sha256"]))
     try:
         blob = path.read_bytes()

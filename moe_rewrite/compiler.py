@@ -111,7 +111,9 @@ class Compiler:
         eval_sites, rejected = self.find(evaluated)
         train_sites, _ = self.find(self.cut(self.train_capture(arguments), self.at))
         trained = {s.name for s in train_sites}
-        lost = [Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained]
+        lost = [
+            Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained
+        ]
         self.sites = frozenset(s.name for s in eval_sites if s.name in trained)
         self.rejected = (*rejected, *lost)
         if not self.sites:
@@ -179,8 +181,6 @@ class Compiler:
 
     def _eval_capture(self, arguments: dict[str, Any], static_ones: bool) -> Program:
         return self.dense(arguments, "eval", static_ones)
-
-
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

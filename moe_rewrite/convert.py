@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from .capture import as_arguments, is_hf, make_host
@@ -118,4 +117,3 @@ def _choose_router(compiler: Compiler, program: Program, arguments: dict[str, An
             "is there"
         )
     return spec
-

@@ -311,13 +311,17 @@ def _map(
     scope: str | None,
 ) -> DepthMap:
     chain = _chain(mainline, edges, sink, scope)
-    tensors = [n for n in chain if isinstance(value(n), torch.Tensor) and value(n).is_floating_point()]
+    tensors = [
+        n for n in chain if isinstance(value(n), torch.Tensor) and value(n).is_floating_point()
+    ]
     points = [(mainline[n], n.name) for n in tensors if value(n).ndim in TENSOR_CUT_RANKS]
     positions = [at for at, _ in points]
     modules = _modules(mainline, program)
     spans = _numbered_blocks(modules, positions, scope)
     if not spans:
-        spans = _repeated_blocks(nodes, positions, program) or _single_blocks(nodes, positions, program)
+        spans = _repeated_blocks(nodes, positions, program) or _single_blocks(
+            nodes, positions, program
+        )
     return _measure(program, nodes, spans, points, sink, mainline, modules, model, scope)
 
 

@@ -243,7 +243,9 @@ def router_state(cache: Any) -> RouterState:
         if isinstance(layer, RouterState):
             return layer
     if kv_layers(cache)[0].get_seq_length() > 0:
-        raise InputError("this cache was filled without the router's state: start from an empty one")
+        raise InputError(
+            "this cache was filled without the router's state: start from an empty one"
+        )
     state = RouterState()
     cache.layers.append(state)
     return state

@@ -163,7 +163,9 @@ class MoEModel(nn.Module):
         for step in emitted.steps:
             self._unshare(step)
         blocks = self._blocks_for(emitted)
-        bound = tuple(Bound(s, tuple(self._ref(emitted, *o) for o in s.owned)) for s in emitted.steps)
+        bound = tuple(
+            Bound(s, tuple(self._ref(emitted, *o) for o in s.owned)) for s in emitted.steps
+        )
         spec, at = _without_cache(program.out_spec)
         graph = Graph(
             tuple(traced), tuple(n.name for n in nodes), tuple(static),
@@ -174,7 +176,9 @@ class MoEModel(nn.Module):
         return graph
 
     def _blocks_for(self, emitted: Emitted) -> tuple[Block, ...]:
-        by_name = {(b.name, deep): b for deep, s in ((False, self.shallow), (True, self.deep)) for b in s}
+        by_name = {
+            (b.name, deep): b for deep, s in ((False, self.shallow), (True, self.deep)) for b in s
+        }
         return tuple(by_name.get((s.block, s.deep), self.rest) for s in emitted.steps)
 
     def _ref(self, emitted: Emitted, kind: str, name: str) -> Any:
@@ -199,14 +203,21 @@ class MoEModel(nn.Module):
              else type(v).__name__)
             for n, v in traced.items()
         )  # fmt: skip
-        return mode, device_and_dtype(self), kinds, tuple(sorted((k, repr(v)) for k, v in static.items()))
+        return (
+            mode,
+            device_and_dtype(self),
+            kinds,
+            tuple(sorted((k, repr(v)) for k, v in static.items())),
+        )
 
     def _graph(self, arguments: dict[str, Any], leaves: list[torch.Tensor]) -> Graph:
         mode = "train" if self.training else "eval"
         kept = self._graphs.get(self._key(arguments, mode), [])
         graph = next((g for g in kept if g.accepts(leaves)), None)
         if graph is None:
-            graph = self._compile(arguments, mode, static_ones=any(ones(leaves) in g.refused for g in kept))
+            graph = self._compile(
+                arguments, mode, static_ones=any(ones(leaves) in g.refused for g in kept)
+            )
         graph.check(leaves)
         pattern = ones(leaves)
         if mode == "eval" and self._checked and pattern not in graph.checked:
@@ -253,7 +264,9 @@ class MoEModel(nn.Module):
                 for name, layout in graph.emitted.layouts:
                     values[name] = align(plan, layout)
             taken = [values[n] for n in step.takes]
-            run = block.checkpointed if self._checkpointing and step.deep and self.training else block
+            run = (
+                block.checkpointed if self._checkpointing and step.deep and self.training else block
+            )
             with torch.set_grad_enabled(torch.is_grad_enabled() and step.deep):
                 given = run(bound, active, *taken)
             values.update(zip(step.gives, given, strict=True))
@@ -267,9 +280,15 @@ class MoEModel(nn.Module):
         experts = self._compiler.recipe.experts
         if dense:
             lead = tuple(features.shape[:-1]) if features.ndim < 4 else tuple(features.shape[:1])
-            rows = lead if self.router.spec.granularity != "sequence" or len(lead) == 1 else (lead[0], 1)
+            rows = (
+                lead
+                if self.router.spec.granularity != "sequence" or len(lead) == 1
+                else (lead[0], 1)
+            )
             empty = features.new_zeros(*rows, 0, dtype=torch.float32)
-            return RoutingPlan((), empty, None, len(self.router), lead, (experts.rank, experts.scale)), state
+            return RoutingPlan(
+                (), empty, None, len(self.router), lead, (experts.rank, experts.scale)
+            ), state
         return self.router(features, mask, state, (experts.rank, experts.scale))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -446,8 +465,13 @@ class MoEModel(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
-        trainable, total = sum(p.numel() for p in self.trainable_parameters()), sum(p.numel() for p in self.parameters())
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        trainable, total = (
+            sum(p.numel() for p in self.trainable_parameters()),
+            sum(p.numel() for p in self.parameters()),
+        )
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     # -- what people expect ---------------------------------------------------------------------
 
@@ -482,7 +506,7 @@ class MoEModel(nn.Module):
         save(self, folder)
 
     def _to_private(self, module: Any, state: dict, prefix: str, *rest: Any) -> None:
-        public = {_public(k[len(prefix):]): k for k in self._private_keys(prefix)}
+        public = {_public(k[len(prefix) :]): k for k in self._private_keys(prefix)}
         for key in [k for k in state if k.startswith(prefix)]:
             name = key[len(prefix) :]
             if name in self._aliases:

@@ -147,7 +147,9 @@ def _check_router(program: Program) -> None:
     fed = descendants(routers[0])
     for node in program.graph.find_nodes(op="placeholder"):
         if program.inputs[node.name].kind == "expert" and not set(node.users) <= fed:
-            raise InvariantError(f"expert {program.inputs[node.name].name} is not fed by the router")
+            raise InvariantError(
+                f"expert {program.inputs[node.name].name} is not fed by the router"
+            )
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:

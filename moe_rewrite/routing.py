@@ -117,9 +117,7 @@ class Router(nn.Module):
     def add(self, count: int, active: bool) -> list[nn.Parameter]:
         """Add `count` rows of zeros; keep the present ones to go back to."""
         kept = [r.detach().clone() for r in self.rows]
-        new = [
-            nn.Parameter(torch.zeros(self.width + 1, device=self.device)) for _ in range(count)
-        ]
+        new = [nn.Parameter(torch.zeros(self.width + 1, device=self.device)) for _ in range(count)]
         for i, row in enumerate(new):
             older = torch.stack([*kept, *new[:i]]) if kept or i else torch.zeros(0, self.width + 1)
             self.before.append(nn.Parameter(older.detach().to(self.device), requires_grad=False))

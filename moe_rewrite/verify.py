@@ -60,7 +60,13 @@ def compare(dense: list[Any], ours: list[Any], mask: Any = None) -> EquivalenceR
     """Compare flattened outputs; caches and other objects that are no tensors are passed over."""
     theirs = [t for t in dense if isinstance(t, torch.Tensor)]
     mine = [t for t in ours if isinstance(t, torch.Tensor)]
-    equal, exact, worst, total, count = len(theirs) == len(mine), len(theirs) == len(mine), 0.0, 0.0, 0
+    equal, exact, worst, total, count = (
+        len(theirs) == len(mine),
+        len(theirs) == len(mine),
+        0.0,
+        0.0,
+        0,
+    )
     for a, b in zip(theirs, mine, strict=False):
         if a.shape != b.shape or a.dtype != b.dtype:
             return EquivalenceReport(False, False, float("inf"), float("inf"))

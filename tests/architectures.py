@@ -33,7 +33,9 @@ def build(name):
         return tf.ConvNextModel(config).eval()
     if name in ("ViT", "Dinov2"):
         shared = {k: v for k, v in TEXT.items() if k != "vocab_size"}
-        config = getattr(tf, f"{name}Config")(**shared, intermediate_size=48, image_size=16, patch_size=4)
+        config = getattr(tf, f"{name}Config")(
+            **shared, intermediate_size=48, image_size=16, patch_size=4
+        )
         return getattr(tf, f"{name}Model")(config).eval()
     heads = {
         "Bert": "BertForMaskedLM",

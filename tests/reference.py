@@ -29,7 +29,9 @@ def hooked(model, cut, state, alpha_over_rank, granularity, top_k=None):
     experts = len([k for k in state if k.startswith("moe_rewrite.router.rows.")])
     rows = torch.stack([state[f"moe_rewrite.router.rows.{e}"] for e in range(experts)])
     prefix = "moe_rewrite.experts."
-    sites = {k[len(prefix) : -len(".a.0")] for k in state if k.startswith(prefix) and k.endswith(".a.0")}
+    sites = {
+        k[len(prefix) : -len(".a.0")] for k in state if k.startswith(prefix) and k.endswith(".a.0")
+    }
     seen = {}
 
     def before(module, args, kwargs):

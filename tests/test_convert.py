@@ -34,7 +34,11 @@ def test_stories_logits_are_the_dense_models(stories, expanded):
         for length in (1, 7, 64):
             for pad in (None, False, True):
                 ids, mask = ids_and_mask(batch, length, pad)
-                kwargs = {"input_ids": ids} if pad is None else {"input_ids": ids, "attention_mask": mask}
+                kwargs = (
+                    {"input_ids": ids}
+                    if pad is None
+                    else {"input_ids": ids, "attention_mask": mask}
+                )
                 with torch.no_grad():
                     dense, ours = stories(**kwargs).logits, moe(**kwargs).logits
                 assert torch.equal(dense[mask == 1], ours[mask == 1]), (batch, length, pad)
@@ -102,7 +106,9 @@ def test_learning_a_second_expert_leaves_everything_else_alone(stories):
     before = {k: v.clone() for k, v in moe.state_dict().items()}
     ids, mask = ids_and_mask(4, 24)
     new = moe.expand(1, name="task")
-    text = moe.generate(input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=20, do_sample=False)
+    text = moe.generate(
+        input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=20, do_sample=False
+    )
     optimizer = torch.optim.AdamW(new, lr=3e-2)
     moe.train()
     losses = []
@@ -120,10 +126,14 @@ def test_learning_a_second_expert_leaves_everything_else_alone(stories):
             assert torch.equal(old, after[name]), name
     moe.eval()
     moe.deactivate("task")
-    again = moe.generate(input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=20, do_sample=False)
+    again = moe.generate(
+        input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=20, do_sample=False
+    )
     assert torch.equal(text, again)
     moe.remove_last()
-    assert {k: v.shape for k, v in moe.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    assert {k: v.shape for k, v in moe.state_dict().items()} == {
+        k: v.shape for k, v in before.items()
+    }
     for name, value in moe.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -144,7 +154,9 @@ def test_labels_hidden_states_and_embeddings_are_honoured(stories, moe):
             for a, b in zip(want, got, strict=True):
                 if isinstance(a, str):
                     a, b = want[a], got[a]
-                for x, y in zip(*((v if isinstance(v, tuple) else (v,)) for v in (a, b)), strict=True):
+                for x, y in zip(
+                    *((v if isinstance(v, tuple) else (v,)) for v in (a, b)), strict=True
+                ):
                     if isinstance(x, torch.Tensor):
                         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     with pytest.raises(moe_rewrite.MoeRewriteError, match="input_idz"):

@@ -1,0 +1,63 @@
+"""The package as others meet it: import cost, no shadowing, the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from moe_rewrite.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code, cwd=ROOT, **env):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    code = (
+        "import torch, time, sys; t = time.perf_counter(); import moe_rewrite; "
+        "print(time.perf_counter() - t, 'triton' in sys.modules, 'transformers' in sys.modules, "
+        "torch.cuda.is_initialized())"
+    )
+    seconds, *loaded = run(code).split()
+    assert loaded == ["False"] * 3
+    assert min(float(seconds), *(float(run(code).split()[0]) for _ in range(2))) < 0.5
+
+
+def test_root_links_shadow_nothing(tmp_path):
+    """A package `kernels` that is installed wins over the folder link at the root."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("real = True")
+    assert run("import kernels; print(kernels.real)", PYTHONPATH=str(tmp_path)) == "True"
+    for name in ("kernels", "passes", "models"):
+        assert (ROOT / name).resolve() == ROOT / "moe_rewrite" / name
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def factory():
+    import torch
+
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+
+def test_command_line():
+    runner = CliRunner()
+    for command in ([], ["inspect"], ["convert"], ["demo"]):
+        assert runner.invoke(app, [*command, "--help"]).exit_code == 0
+    result = runner.invoke(app, ["inspect", "test_package:factory"])
+    assert result.exit_code == 0 and "blocks" in result.output
+    done = runner.invoke(app, ["convert", "no.such:thing"])
+    assert done.exit_code == 1 and "no.such" in str(done.exception)
