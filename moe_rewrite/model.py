@@ -470,7 +470,8 @@ class MoEModel(nn.Module):
             sum(p.numel() for p in self.parameters()),
         )
         print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+            f"trainable params: {trainable:,} || all params: {total:,} || "
+            f"trainable%: {100 * trainable / total:.4f}"
         )
 
     # -- what people expect ---------------------------------------------------------------------

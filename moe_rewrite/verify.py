@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .capture import as_arguments, split_static
+from .capture import as_arguments, is_hf, split_static
 from .errors import EquivalenceError
 
 # The graph runs the captured operations in order ("exact"), but eager attention may choose another
@@ -40,6 +40,11 @@ def verify(model: nn.Module, moe: nn.Module, inputs: Any) -> EquivalenceReport:
     Positions that an attention_mask leaves out do not count. Both models keep their mode.
     """
     arguments = as_arguments(model, inputs)
+    if is_hf(model):
+        from .hf import is_causal_lm
+
+        if is_causal_lm(model):  # caches hold intermediate values, in layouts of their own
+            arguments.setdefault("use_cache", False)
     outputs = []
     for module in (model, moe):
         training = module.training
@@ -158,8 +163,6 @@ def verify_conversion(moe: Any, arguments: dict[str, Any]) -> EquivalenceReport 
 @torch.no_grad()
 def is_causal(host: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a position's output never depends on later ones: tried out, by changing the last."""
-    from .capture import is_hf
-
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
     if any(t.is_meta for t in tensors) or any(p.is_meta for p in host.parameters()):
         if not is_hf(host):
