@@ -215,11 +215,11 @@ def _export(
         from .hf import tracing
 
         context = tracing(host)
-    with torch.set_grad_enabled(mode == "train"), context:
-        with _explicit_forward(host, list(example), static):
-            exported = torch.export.export(
-                host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
-            )
+    forward = _explicit_forward(host, list(example), static)
+    with torch.set_grad_enabled(mode == "train"), context, forward:
+        exported = torch.export.export(
+            host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
+        )
     return _to_program(host, exported, mode)
 
 
@@ -292,7 +292,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
 def _candidates(model: nn.Module) -> Iterator[torch.Tensor]:
     """Likely inputs, judged by the first layer that has weights."""
-    first = next((m for m in model.modules() if any(True for _ in m.parameters(False))), None)
+    layers = (nn.Embedding, nn.Conv2d, nn.Linear)
+    first = next((m for m in model.modules() if isinstance(m, layers)), None)
     tensor = next(model.parameters(), torch.empty(0))
     options = {"device": tensor.device, "dtype": tensor.dtype}
     if isinstance(first, nn.Embedding):

@@ -245,8 +245,7 @@ class MoEModel(nn.Module):
             given = {k: _fresh(v) for k, v in arguments.items()}
             dense = self._compiler.host(**given)
             ours, _, _ = self._run(graph, leaves, None, dense=True)
-        flat = [t for t in pytree.tree_leaves(dense)]
-        return compare(flat, ours, arguments.get("attention_mask")).equal
+        return compare(pytree.tree_leaves(dense), ours, arguments.get("attention_mask")).equal
 
     def _run(
         self, graph: Graph, leaves: list, state: PrefixState | None, dense: bool = False

@@ -122,8 +122,11 @@ def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2)
 
 def _vocabulary(host: nn.Module) -> int:
     """How many ids the model takes."""
-    if hasattr(host, "get_input_embeddings"):
-        table = host.get_input_embeddings()
+    if is_hf(host):
+        try:
+            table = host.get_input_embeddings()
+        except NotImplementedError:  # a model without a vocabulary
+            return 2
         if isinstance(table, nn.Embedding):
             return table.num_embeddings
     return next((m.num_embeddings for m in host.modules() if isinstance(m, nn.Embedding)), 2)
