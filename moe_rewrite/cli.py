@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -21,16 +23,40 @@ Split = Annotated[
 
 
 @app.command("inspect")
-def inspect_command(model: Model) -> None:
+def inspect_command(
+    model: Model,
+    split: Annotated[
+        str | None, typer.Option(help="Also say where this split, as convert takes it, would cut")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the blocks to this file, as JSON")
+    ] = None,
+) -> None:
     """Print the blocks of a model, with output shape, parameters and FLOPs.
 
-    Example: moe-rewrite inspect ./my-llama
+    Example: moe-rewrite inspect ./my-llama --split 0.5 --json blocks.json
     """
     import moe_rewrite
 
-    from .loading import load_model
+    from .loading import load_model, parse_split
 
-    typer.echo(str(moe_rewrite.inspect(load_model(model))))
+    depth = moe_rewrite.inspect(load_model(model))
+    typer.echo(str(depth))
+    facts: dict[str, Any] = {
+        "model": depth.model,
+        "blocks": [asdict(block) for block in depth.blocks],
+    }
+    if split is not None:
+        index, node = depth.resolve(parse_split(split))
+        facts["split"] = {"asked": split, "first_deep_block": index, "cut": node}
+        typer.echo(
+            f"split {split}: blocks 0..{index - 1} are shallow"
+            if index > 0
+            else f"split {split}: every block is deep"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=1) + "\n")
+        typer.echo(f"written to {json_file}")
 
 
 @app.command()
@@ -39,6 +65,7 @@ def convert(
     out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
     split: Split = "auto",
     mode: Annotated[str, typer.Option(help="Recipe: pmoe")] = "pmoe",
+    router: Annotated[str, typer.Option(help="Kind of router: auto or token")] = "auto",
     granularity: Annotated[
         str, typer.Option(help="What a gate reads: auto, token, prefix or sequence")
     ] = "auto",
@@ -57,20 +84,23 @@ def convert(
 
     from .loading import load_model, parse_split
 
-    if granularity == "auto" and top_k is None:
-        router: object = "auto"
-    else:
-        router = moe_rewrite.TokenRouter(
-            top_k=top_k, granularity="prefix" if granularity == "auto" else granularity
+    spec: Any = router  # a name that convert() checks, unless an option asks for more
+    if router in ("auto", "token") and not (granularity == "auto" and top_k is None):
+        default = "prefix" if router == "auto" else moe_rewrite.TokenRouter().granularity
+        spec = moe_rewrite.TokenRouter(
+            top_k=top_k, granularity=cast(Any, default if granularity == "auto" else granularity)
         )
-    chosen = sites if sites.startswith("all") else tuple(sites.split(","))
+    chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
     experts = moe_rewrite.LoRAExperts(rank=rank, alpha=alpha, sites=chosen)
     done = moe_rewrite.convert(
-        load_model(model), mode=mode, split=parse_split(split), router=router,
+        load_model(model), mode=mode, split=parse_split(split), router=spec,
         experts=experts, num_experts=num_experts, dry_run=dry_run,
     )  # fmt: skip
-    typer.echo(str(done if dry_run else done.report))
-    if out is not None and not dry_run:
+    if not isinstance(done, moe_rewrite.MoEModel):
+        typer.echo(str(done))
+        return
+    typer.echo(str(done.report))
+    if out is not None:
         done.save_pretrained(out)
         typer.echo(f"saved to {out}")
 

@@ -20,15 +20,21 @@ def load_model(spec: str) -> nn.Module:
     """
     if ":" in spec and not Path(spec).exists():
         return _from_factory(spec).eval()
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            f"model {spec!r}: Hugging Face models need transformers: pip install 'moe-rewrite[hf]'"
+        ) from None
+    from safetensors import SafetensorError
 
     try:
-        config = transformers.AutoConfig.from_pretrained(spec)
+        config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
         name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, transformers.AutoModel)
         return kind.from_pretrained(spec, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"model {spec!r}: expected a Hugging Face folder, a hub name or package.module:factory "
             f"({line})"
@@ -59,6 +65,8 @@ def parse_split(text: str) -> int | float | str:
 
 def read_tasks(folder: Path, part: str) -> dict[str, list[dict[str, str]]]:
     """TRACE's format: a folder a task, each with train.json, a list of {"prompt", "answer"}."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected one folder a task inside")
     folders = [folder] if (folder / f"{part}.json").exists() else sorted(folder.iterdir())
     tasks = {}
     for task in folders:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 from typer.testing import CliRunner
 
@@ -33,7 +34,8 @@ def test_import_is_light():
     )
     seconds, *loaded = run(code).split()
     assert loaded == ["False"] * 3
-    assert min(float(seconds), *(float(run(code).split()[0]) for _ in range(2))) < 0.5
+    times = [float(seconds), *(float(run(code).split()[0]) for _ in range(2))]
+    assert median(times) < 0.5
 
 
 def test_root_links_shadow_nothing(tmp_path):

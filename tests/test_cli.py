@@ -1,0 +1,176 @@
+"""The command line: what it prints, saves and refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from moe_rewrite import MoeRewriteError, cli
+from moe_rewrite.loading import load_model, parse_split
+
+runner = CliRunner()
+MODEL = "test_cli:mlp"
+
+
+def mlp():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4)]
+    return nn.Sequential(*layers)
+
+
+def not_a_module():
+    return 3
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ("inspect", "convert", "demo")),
+        (["inspect"], ("--split", "--json", "factory")),
+        (["convert"], ("--split", "--router", "--top-k", "--sites", "--dry-run", "--out")),
+        (["demo"], ("--model", "--data", "--seed")),
+    ],
+)
+def test_help(command, words):
+    done = runner.invoke(cli.app, [*command, "--help"], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    assert done.exit_code == 0
+    assert [w for w in words if w not in done.output] == []
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from moe_rewrite import cli; print('typer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_inspect_prints_splits_and_writes(tmp_path):
+    file = tmp_path / "blocks.json"
+    done = run("inspect", MODEL, "--split", "2", "--json", str(file))
+    assert done.exit_code == 0, done.exception
+    assert "parameters" in done.output
+    assert "blocks 0..1 are shallow" in done.output
+    facts = json.loads(file.read_text())
+    assert facts["split"]["first_deep_block"] == 2
+    assert len(facts["blocks"]) == 4
+
+
+def test_convert_saves_what_load_reads(tmp_path):
+    import moe_rewrite
+
+    out = tmp_path / "experts"
+    done = run("convert", MODEL, "--split", "2", "--rank", "4", "--out", str(out))
+    assert done.exit_code == 0, done.exception
+    assert "LoRA experts" in done.output
+    moe = moe_rewrite.load(out, mlp().eval())
+    x = torch.randn(3, 16)
+    assert torch.equal(moe(x), mlp().eval()(x))
+
+
+def test_dry_run_saves_nothing(tmp_path):
+    out = tmp_path / "experts"
+    done = run("convert", MODEL, "--split", "2", "--dry-run", "--out", str(out))
+    assert done.exit_code == 0, done.exception
+    assert "not checked" in done.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "granularity", "top_k"),
+    [
+        (["--router", "token", "--top-k", "1"], "token", 1),
+        (["--granularity", "sequence"], "sequence", None),
+        (["--top-k", "2"], "prefix", 2),
+    ],
+)
+def test_router_options_reach_convert(monkeypatch, options, granularity, top_k):
+    import moe_rewrite
+
+    given = {}
+    monkeypatch.setattr(moe_rewrite, "convert", lambda model, **kw: given.update(kw) or "report")
+    done = run("convert", MODEL, "--sites", "up,down", *options)
+    assert done.exit_code == 0, done.exception
+    assert given["router"] == moe_rewrite.TokenRouter(top_k=top_k, granularity=granularity)
+    assert given["experts"].sites == ("up", "down")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "no.such:thing"], "no.such"),
+        (["inspect", "test_cli:absent"], "absent"),
+        (["inspect", "test_cli:not_a_module"], "gives a int"),
+        (["inspect", MODEL, "--split", "99"], "99"),
+        (["convert", MODEL, "--split", "99"], "99"),
+        (["convert", MODEL, "--mode", "nonsense"], "nonsense"),
+        (["convert", MODEL, "--router", "nonsense"], "nonsense"),
+        (["convert", MODEL, "--granularity", "nonsense"], "nonsense"),
+        (["convert", MODEL, "--rank", "0"], "rank"),
+        (["convert", MODEL, "--sites", "nowhere"], "nowhere"),
+        (["demo", "--model", MODEL], "--data"),
+        (["demo", "--model", MODEL, "--data", "no-such-folder"], "no such folder"),
+    ],
+)
+def test_an_error_is_one_message_and_no_traceback(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["moe-rewrite", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(MoeRewriteError, match="expected a Hugging Face folder"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_with_damaged_weights_is_refused(tmp_path):
+    from transformers import LlamaConfig
+
+    tiny = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=8, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(MoeRewriteError, match="expected a Hugging Face folder"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_gives_its_own_architecture(stories):
+    model = load_model(stories.config._name_or_path)
+    assert type(model) is type(stories)
+    assert not model.training
+
+
+def test_factory_in_the_current_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef net(): return nn.Linear(2, 2)\n")
+    code = (
+        "from moe_rewrite.loading import load_model; print(type(load_model('mine:net')).__name__)"
+    )
+    import os
+    from pathlib import Path
+
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "Linear", done.stderr
+
+
+def test_split_words():
+    words = ("3", "-2", "0.5", "auto", "layers.3", "decoder.block.3")
+    assert [parse_split(w) for w in words] == [3, -2, 0.5, "auto", "layers.3", "decoder.block.3"]
