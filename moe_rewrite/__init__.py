@@ -1,8 +1,7 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
-from .checkpoint import load
 from .config import LoRAExperts, TokenRouter
-from .convert import convert, inspect
+from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
 from .verify import verify

@@ -61,8 +61,9 @@ class Block(nn.Module):
         self.experts = nn.ModuleDict()
         self._recomputing = False
 
-    def add_site(self, site: LoRASite) -> None:
+    def add_site(self, site: LoRASite) -> LoRASite:
         self.experts[site.site.name.replace(".", SEPARATOR)] = site
+        return site
 
     def forward(
         self, bound: Bound, active: tuple[int, ...], *values: Any

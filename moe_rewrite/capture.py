@@ -133,7 +133,7 @@ def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str,
 
     example = {n: pytree.tree_map(lambda t, n=n: enlarge(n, t), v) for n, v in traced.items()}
     if CACHE in traced and getattr(example.get("attention_mask"), "ndim", 0) == 2:
-        main = example.get("input_ids", example.get("inputs_embeds"))
+        main: Any = example.get("input_ids", example.get("inputs_embeds"))
         past = pytree.tree_leaves(example[CACHE])[0].shape[2]
         mask = example["attention_mask"]
         example["attention_mask"] = mask.new_zeros(mask.shape[0], past + main.shape[1])
@@ -268,69 +268,3 @@ def _to_program(host: nn.Module, exported: Any, mode: str) -> Program:
         out_spec=exported.call_spec.out_spec,
         mode=mode,
     )
-
-
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Inputs to capture a model with, where they can be inferred; else InputError says what to do."""
-    if is_hf(model):
-        from .hf import example_inputs as hf_examples
-
-        return hf_examples(model)
-    parameters = [
-        p for p in inspect.signature(model.forward).parameters.values()
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]  # fmt: skip
-    if len(parameters) == 1 and parameters[0].kind is not parameters[0].VAR_POSITIONAL:
-        for candidate in _candidates(model):
-            if _runs(model, candidate):
-                return {parameters[0].name: candidate}
-    raise InputError(
-        f"cannot infer inputs for {type(model).__name__}{inspect.signature(model.forward)}: pass "
-        "example_inputs, a tensor, a tuple or a dict of tensors with a batch dimension first"
-    )
-
-
-def _candidates(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Likely inputs, judged by the first layer that has weights."""
-    layers = (nn.Embedding, nn.Conv2d, nn.Linear)
-    first = next((m for m in model.modules() if isinstance(m, layers)), None)
-    tensor = next(model.parameters(), torch.empty(0))
-    options = {"device": tensor.device, "dtype": tensor.dtype}
-    if isinstance(first, nn.Embedding):
-        yield torch.zeros(3, 9, dtype=torch.long, device=tensor.device)
-    elif isinstance(first, nn.Conv2d):
-        for size in (32, 64, 224):
-            yield torch.zeros(3, first.in_channels, size, size, **options)
-    elif isinstance(first, nn.Linear):
-        if any("Attention" in type(m).__name__ for m in model.modules()):
-            yield torch.zeros(3, 9, first.in_features, **options)
-        yield torch.zeros(3, first.in_features, **options)
-        yield torch.zeros(3, 9, first.in_features, **options)
-
-
-def _runs(model: nn.Module, value: torch.Tensor) -> bool:
-    host = make_host(model).eval()
-    try:
-        with torch.no_grad():
-            host(value)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-        return False
-    return True
-
-
-def as_arguments(model: nn.Module, example: Any) -> dict[str, Any]:
-    """`example_inputs` as a user gives them (tensor, tuple or dict) as arguments by name."""
-    if example is None:
-        return example_inputs(model)
-    signature, name = inspect.signature(model.forward), type(model).__name__
-    if isinstance(example, torch.Tensor):
-        return bind(signature, name, (example,), {})
-    if isinstance(example, (tuple, list)):
-        return bind(signature, name, tuple(example), {})
-    try:  # a dict, a tokenizer's BatchEncoding and the like
-        named = dict(example)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"example_inputs={type(example).__name__}: expected a tensor, a tuple or a dict"
-        ) from None
-    return bind(signature, name, (), named)

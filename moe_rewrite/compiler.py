@@ -16,17 +16,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .analysis.causality import is_causal
 from .capture import capture
-from .config import Recipe, TokenRouter
+from .config import Recipe, TokenRouter, fit_router
 from .errors import CaptureError, ConversionError
 from .passes.clean import clean
 from .passes.emit import Emitted, emit
+from .passes.find_depth import find_depth
 from .passes.freeze import freeze
 from .passes.insert_experts import insert_experts
 from .passes.route import route
 from .passes.sites import Match, find_sites
-from .passes.split import find_depth, shallow_modules, split
-from .program import Program, Rejection, Site
+from .passes.split import shallow_modules, split
+from .program import Program, Rejection, Site, value
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Compiler:
         program = self.timed("depth", find_depth, program, name, at)
         return self.timed("split", split, program, at)
 
-    def decide(self, arguments: dict[str, Any], choose_router: Callable) -> Program:
+    def decide(self, arguments: dict[str, Any]) -> Program:
         """Capture in both modes, take every decision, and hand back the routed eval program."""
         evaluated = self.cut(self.dense(arguments, "eval"), self.recipe.split)
         assert evaluated.cut is not None and evaluated.depth is not None
@@ -106,10 +108,12 @@ class Compiler:
                 f"segment starts with, such as split={evaluated.depth.blocks[-1].name!r}.\n"
                 f"{evaluated.depth}"
             )
-        self.shallow = frozenset(p for p in shallow_modules(evaluated) if self._has(p))
-        self.router = choose_router(evaluated)
+        self.shallow = self._shallow(evaluated)
+        self.router = self._fit_router(evaluated, arguments)
         eval_sites, rejected = self.find(evaluated)
-        train_sites, _ = self.find(self.cut(self.train_capture(arguments), self.at))
+        in_training = self.cut(self.train_capture(arguments), self.at)
+        self.shallow |= self._shallow(in_training)  # a dropout shows in the training graph only
+        train_sites, _ = self.find(freeze(in_training))
         trained = {s.name for s in train_sites}
         lost = [
             Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained
@@ -124,6 +128,17 @@ class Compiler:
                 "choose another router granularity."
             )
         return self.insert(evaluated, eval_sites)
+
+    def _fit_router(self, program: Program, arguments: dict[str, Any]) -> TokenRouter:
+        assert program.cut is not None
+        features = value(program.node(program.cut.node))
+        with self.as_in("eval"):
+            sequence = features.ndim == 3
+            causal = sequence and is_causal(self.host, arguments, program.cut.rows)
+        return fit_router(self.recipe.router, features.ndim, causal)
+
+    def _shallow(self, program: Program) -> frozenset[str]:
+        return frozenset(p for p in shallow_modules(program) if self._has(p))
 
     def _has(self, path: str) -> bool:
         try:

@@ -53,6 +53,26 @@ class TokenRouter:
             _require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")
 
 
+def fit_router(spec: TokenRouter | None, ndim: int, causal: bool) -> TokenRouter:
+    """The router for features of `ndim` dimensions: the one asked for, or the one that fits (None).
+
+    Raises ConfigError where the one asked for cannot work.
+    """
+    if spec is None:
+        return TokenRouter(granularity="prefix" if causal else "sequence")
+    if causal and spec.granularity == "sequence":
+        raise ConfigError(
+            "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "
+            "sequence would look ahead; use 'prefix' or 'token'"
+        )
+    if ndim == 4 and spec.granularity != "sequence":
+        raise ConfigError(
+            f"TokenRouter granularity={spec.granularity!r}: the cut carries a feature map, for "
+            "which only 'sequence' (one gate per sample) is there"
+        )
+    return spec
+
+
 @dataclass(frozen=True)
 class LoRAExperts:
     """Low-rank experts: each adds ``alpha / rank * B @ A`` to a frozen linear site, times its gate.
@@ -104,6 +124,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> Recipe:
+        """Raises TypeError, KeyError or ConfigError where `saved` is no recipe."""
+        return make_recipe(
+            **{k: saved[k] for k in ("mode", "split", "num_experts", "batch_norm")},
+            router=TokenRouter(**saved["router"]), experts=LoRAExperts(**saved["experts"]),
+        )  # fmt: skip
 
 
 ROUTERS = {"auto": None, "token": TokenRouter()}

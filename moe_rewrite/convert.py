@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
 
-from .capture import as_arguments, is_hf, make_host
+from . import checkpoint
+from .capture import is_hf, make_host
 from .compiler import Compiler
-from .config import LoRAExperts, TokenRouter, make_recipe
+from .config import LoRAExperts, Recipe, TokenRouter, make_recipe
 from .depth import DepthMap
-from .errors import ConfigError, ConversionError
+from .errors import CheckpointError, ConfigError, ConversionError
+from .examples import as_arguments
 from .model import MoEModel
 from .passes.emit import emit
-from .program import Program, value
+from .passes.find_depth import find_depth
 from .report import Report
-from .verify import is_causal, verify_conversion
+from .verify import verify_conversion
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
@@ -26,11 +29,11 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     model cannot be captured.
     """
     _require_dense(model)
-    arguments = _without_cache(model, as_arguments(model, example_inputs))
     compiler = Compiler(make_host(model), make_recipe())
-    from .depth import analyse
-
-    return analyse(compiler.dense(arguments, "eval"), type(model).__name__)
+    captured = compiler.dense(_arguments(model, example_inputs), "eval")
+    depth = find_depth(captured, type(model).__name__).depth
+    assert depth is not None
+    return depth
 
 
 def convert(
@@ -61,10 +64,16 @@ def convert(
     CaptureError, SplitError, ConversionError or EquivalenceError; nothing is left half done.
     """
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm)
+    return _convert(model, recipe, example_inputs, verify, dry_run)
+
+
+def _convert(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
+) -> MoEModel | Report:
     _require_dense(model)
-    arguments = _without_cache(model, as_arguments(model, example_inputs))
+    arguments = _arguments(model, example_inputs)
     compiler = Compiler(make_host(model), recipe)
-    program = compiler.decide(arguments, lambda p: _choose_router(compiler, p, arguments))
+    program = compiler.decide(arguments)
     report = Report.of(program, compiler)
     if dry_run:
         return report
@@ -72,7 +81,37 @@ def convert(
     moe = MoEModel(model, compiler, program, emitted, report, checked=verify)
     moe.adopt(arguments, program, emitted)
     if verify:
-        report.equivalence = compiler.timed("verify", verify_conversion, moe, arguments)
+        report.equivalence = compiler.timed("verify", verify_conversion, model, moe, arguments)
+    return moe
+
+
+def load(
+    folder: str | os.PathLike, model: nn.Module, example_inputs: Any = None, verify: bool = True
+) -> MoEModel:
+    """Convert `model` as the saved one was, and fill in the saved experts and router.
+
+    The folder is checked before the model is touched. Raises CheckpointError for a missing,
+    truncated or tampered file, an unknown version, or another base model.
+    """
+    _require_dense(model)
+    facts, tensors = checkpoint.read(folder)
+    checkpoint.require_base(facts, model)
+    try:
+        recipe = Recipe.from_dict(facts["recipe"])
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
+    names, expansions = facts["names"], facts["expansions"]
+    well_formed = (
+        len(set(map(str, names))) == recipe.num_experts
+        and len(expansions) == recipe.num_experts
+        and all(isinstance(n, str) for n in names)
+        and all(isinstance(e, int) for e in expansions)
+    )
+    if not well_formed:
+        raise CheckpointError(f"{folder}: the saved names of experts are malformed: {names}")
+    moe = _convert(model, recipe, example_inputs, verify)
+    assert isinstance(moe, MoEModel)
+    moe.restore(tensors, names, expansions)
     return moe
 
 
@@ -86,34 +125,11 @@ def _require_dense(model: object) -> None:
         raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
 
 
-def _without_cache(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The conversion's own graphs keep no key-value cache; those of generate() come when asked."""
-    if is_hf(model):
-        from .hf import CACHE, is_causal_lm
+def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The example call. It keeps no key-value cache: graphs that do come when they are asked for."""
+    arguments = as_arguments(model, example_inputs)
+    if not is_hf(model):
+        return arguments
+    from .hf import without_cache
 
-        if is_causal_lm(model):
-            return {k: v for k, v in arguments.items() if k != CACHE} | {"use_cache": False}
-    return arguments
-
-
-def _choose_router(compiler: Compiler, program: Program, arguments: dict[str, Any]) -> TokenRouter:
-    """The recipe's router, or the one that fits what the cut carries."""
-    spec = compiler.recipe.router
-    assert program.cut is not None
-    features = value(program.node(program.cut.node))
-    sequence = features.ndim == 3
-    causal = sequence and is_causal(compiler.host, arguments)
-    if spec is None:
-        return TokenRouter(granularity="prefix" if causal else "sequence")
-    if causal and spec.granularity == "sequence":
-        raise ConfigError(
-            "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "
-            "sequence would look ahead; use 'prefix' or 'token'"
-        )
-    if features.ndim == 4 and spec.granularity != "sequence":
-        raise ConfigError(
-            f"TokenRouter granularity={spec.granularity!r}: the cut carries a feature map "
-            f"{tuple(map(str, features.shape))}, for which only 'sequence' (one gate per sample) "
-            "is there"
-        )
-    return spec
+    return without_cache(model, arguments)

@@ -26,23 +26,21 @@ class LoRASite(nn.Module):
 
     def add(self, like: torch.Tensor) -> list[nn.Parameter]:
         """Add an expert with the dtype and device of `like`; returns its parameters."""
-        options = {"dtype": like.dtype, "device": like.device}
-        a = torch.empty(self.rank, self.site.in_features, **options)
+        a = like.new_empty(self.rank, self.site.in_features)
         if not a.is_meta:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = torch.zeros(self.site.out_features, self.rank, **options)
+        b = like.new_zeros(self.site.out_features, self.rank)
         self.a.append(nn.Parameter(a))
         self.b.append(nn.Parameter(b))
         return [self.a[-1], self.b[-1]]
 
-    def freeze(self) -> None:
-        for p in self.parameters():
-            p.requires_grad_(False)
-
-    def thaw_last(self) -> None:
-        if len(self):
-            self.a[-1].requires_grad_(True)
-            self.b[-1].requires_grad_(True)
+    def set_trained(self, trained: Sequence[bool]) -> None:
+        """Which experts are trained; the others are frozen and hold no gradient."""
+        for a, b, on in zip(self.a, self.b, trained, strict=True):
+            for p in (a, b):
+                p.requires_grad_(on)
+                if not on:
+                    p.grad = None
 
     def remove_last(self) -> None:
         self.a, self.b = self.a[:-1], self.b[:-1]

@@ -1,24 +1,17 @@
-"""What only Hugging Face models need: example inputs, tracing helpers, key-value caches.
+"""What only Hugging Face models need: example inputs, tracing helpers, their calls, generate().
 
-The only module of the library that imports transformers; reached only with such a model in hand.
+Imports transformers; reached only with such a model in hand.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
 from transformers.exporters.exporter_dynamo import (
     register_cache_pytrees_for_model,
     reset_model_state,
@@ -26,17 +19,16 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 from transformers.utils import TransformersKwargs
 
-from .errors import CaptureError, InputError
+from .capture import CACHE
+from .errors import InputError
 
-CACHE = "past_key_values"
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
 # what a model may take beyond its signature
 KNOWN_KWARGS = set(TransformersKwargs.__annotations__) | {"use_cache", "return_dict"}
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @contextmanager
-def tracing(host: nn.Module) -> Iterator[None]:
+def tracing(host: Any) -> Iterator[None]:
     """transformers' own patches for torch.export, undone on exit."""
     register_cache_pytrees_for_model(host)
     with ExitStack() as stack:
@@ -45,10 +37,10 @@ def tracing(host: nn.Module) -> Iterator[None]:
         yield
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
+def example_inputs(model: Any) -> dict[str, Any]:
     """Example arguments from the model's configuration."""
     config: Any = model.config
-    takes = inspect.signature(model.forward).parameters
+    takes = _takes(model.__class__)
     ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long, device=model.device)
     main = model.main_input_name
     if main == "input_ids":
@@ -70,9 +62,16 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def is_causal_lm(model: nn.Module) -> bool:
+@cache
+def _takes(kind: Any) -> tuple[str, ...]:
+    """The named arguments of this class's forward."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+
+
+def is_causal_lm(model: Any) -> bool:
     """Whether generate() with a key-value cache makes sense for this model."""
-    takes = inspect.signature(model.forward).parameters
+    takes = _takes(model.__class__)
     return (
         CACHE in takes
         and "input_ids" in takes
@@ -81,171 +80,68 @@ def is_causal_lm(model: nn.Module) -> bool:
     )
 
 
-def default_use_cache(model: nn.Module) -> bool:
-    return bool(getattr(model.config.get_text_config(decoder=True), "use_cache", False))
+def keeps_cache(model: Any) -> bool:
+    """Whether a plain call of this model hands back a key-value cache or another state."""
+    takes = _takes(model.__class__)
+    return "use_cache" in takes or bool({CACHE, "cache_params"} & set(takes))
 
 
-class CacheFormat:
-    """Shapes of the layers of a model's key-value cache, and how to fill and read such a cache.
+def without_cache(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same call with no cache in it and none in its outputs."""
+    if not keeps_cache(model):
+        return arguments
+    return {k: v for k, v in arguments.items() if k != CACHE} | {"use_cache": False}
 
-    A converted model keeps full-length layers for every kind of attention: a window is applied by
-    the mask of the captured graph, so sliding layers need no cache of their own.
+
+def call_arguments(
+    host: Any, arguments: dict[str, Any], training: bool
+) -> tuple[dict[str, Any], bool, Any]:
+    """Split a call into its arguments, whether it keeps a cache, and the cache that it brings.
+
+    Raises InputError for arguments that the model does not take, and for a cache where the model
+    is no decoder-only language model.
     """
-
-    def __init__(self, host: nn.Module) -> None:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
-        with torch.no_grad():
-            cache = host(input_ids=ids, use_cache=True)[CACHE]
-        self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)
-        for layer in cache.layers:
-            if type(layer) not in PLAIN_LAYERS or not layer.is_initialized:
-                raise CaptureError(
-                    f"the cache of {type(host).__name__} has a {type(layer).__name__}, which "
-                    "is not a plain key-value layer: generate with use_cache=False"
-                )
-            keys, values = layer.keys, layer.values
-            self.shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-            self.dtype, self.device = keys.dtype, keys.device
-
-    def new(self, batch: int) -> Any:
-        cache = DynamicCache()
-        self._empty(cache, batch)
-        return cache
-
-    def _empty(self, cache: Any, batch: int) -> None:
-        cache.layers = []
-        for heads, key_width, value_width in self.shapes:
-            layer = DynamicLayer()
-            layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
-            layer.keys = torch.zeros(
-                batch, heads, 0, key_width, dtype=self.dtype, device=self.device
-            )
-            layer.values = torch.zeros(
-                batch, heads, 0, value_width, dtype=self.dtype, device=self.device
-            )
-            cache.layers.append(layer)
-
-    def adopt(self, cache: Any, batch: int) -> Any:
-        """Make a cache that the user or generate() passes one of full-length plain layers.
-
-        An empty cache of any layer kinds is refitted in place; a used one must be ours already.
-        """
-        if cache is None:
-            return self.new(batch)
-        if not isinstance(cache, Cache):
-            raise InputError(
-                f"{CACHE}={type(cache).__name__}: expected a transformers DynamicCache"
-            )
-        layers = kv_layers(cache)
-        plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
-        if plain and len(layers) == len(self.shapes):
-            return cache
-        if any(layer.is_initialized and layer.get_seq_length() > 0 for layer in layers):
-            raise InputError(
-                f"this {type(cache).__name__} was filled by another model or has layers "
-                f"{sorted({type(la).__name__ for la in layers})}: start from an empty DynamicCache"
-            )
-        if type(cache) is not DynamicCache:
-            raise InputError(
-                f"{CACHE}={type(cache).__name__}: only a DynamicCache can be used; leave "
-                "cache_implementation at its default"
-            )
-        self._empty(cache, batch)
-        return cache
-
-
-def kv_layers(cache: Any) -> list[Any]:
-    return [layer for layer in cache.layers if not isinstance(layer, RouterState)]
-
-
-def cache_leaves(cache: Any) -> list[torch.Tensor]:
-    """Keys and values in the order in which torch.export flattens a cache."""
-    return [t for layer in kv_layers(cache) for t in (layer.keys, layer.values)]
-
-
-def fill_cache(cache: Any, leaves: list[torch.Tensor]) -> None:
-    for i, layer in enumerate(kv_layers(cache)):
-        layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]
-
-
-def bare_cache(cache: Any) -> Any:
-    """The same layers in a cache without the router's state, as capture wants it."""
-    bare = DynamicCache()
-    bare.layers = kv_layers(cache)
-    return bare
-
-
-class RouterState(CacheLayerMixin):
-    """The running sum and count of a prefix router, kept as one more layer of the cache.
-
-    As a layer it is reordered, repeated and selected with the keys in beam search and the like.
-    total: (batch, width) fp32; count: (batch,) fp32.
-    """
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total: torch.Tensor | None = None
-        self.count: torch.Tensor | None = None
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise InputError("a router's state holds no keys")
-
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        raise InputError("a router's state holds no keys")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def store(self, total: torch.Tensor, count: torch.Tensor, length: int) -> None:
-        self.total, self.count, self.length = total, count, length
-        self.is_initialized = True
-
-    def offload(self) -> None: ...
-
-    def prefetch(self) -> None: ...
-
-    def reset(self) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def _select(self, select: Any) -> None:
-        if self.total is not None and self.count is not None:
-            self.total, self.count = select(self.total), select(self.count)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(lambda t: t[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise InputError(
-                "a prefix router's running mean cannot be cropped (assisted decoding does that): "
-                "generate without an assistant, or convert with TokenRouter(granularity='token')"
-            )
-
-
-def router_state(cache: Any) -> RouterState:
-    """The cache's router state, added where it has none yet."""
-    for layer in cache.layers:
-        if isinstance(layer, RouterState):
-            return layer
-    if kv_layers(cache)[0].get_seq_length() > 0:
+    takes = _takes(host.__class__)
+    unknown = set(arguments).difference(takes, KNOWN_KWARGS)
+    if unknown:
         raise InputError(
-            "this cache was filled without the router's state: start from an empty one"
+            f"{type(host).__name__} takes no argument {', '.join(sorted(unknown))}; it takes "
+            f"{', '.join(takes)}"
         )
-    state = RouterState()
-    cache.layers.append(state)
-    return state
+    asked, given = arguments.get("use_cache"), arguments.get(CACHE)
+    if is_causal_lm(host):
+        config = host.config.get_text_config(decoder=True)
+        default = bool(getattr(config, "use_cache", False)) and not training
+        keep = given is not None or (default if asked is None else bool(asked))
+        rest = {k: v for k, v in arguments.items() if k not in (CACHE, "use_cache")}
+        return rest | {"use_cache": keep}, keep, given
+    if asked or given is not None or arguments.get("cache_params") is not None:
+        raise InputError(
+            f"use_cache={asked!r}: a converted {type(host).__name__} keeps no cache; decoder-only "
+            "language models do"
+        )
+    return without_cache(host, arguments), False, None
+
+
+def generate(host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """transformers' generate() of `host`, with `call` in the place of its forward."""
+    if not is_causal_lm(host):
+        raise InputError(
+            f"{type(host).__name__}.generate(): only decoder-only language models generate on "
+            "their converted graphs; call to_dense().generate() for the original"
+        )
+    dense = host.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        host.__dict__.pop("forward", None)  # the host itself may have to be captured now
+        try:
+            return call(*args, **kwargs)
+        finally:
+            host.forward = forward
+
+    forward.__signature__ = inspect.signature(dense)  # type: ignore[attr-defined]
+    host.forward = forward
+    try:
+        return host.generate(*args, **kwargs)
+    finally:
+        host.__dict__.pop("forward", None)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .blocks import SEPARATOR, Block, Bound, Ref, Segment
-from .capture import bind, canonical_names, is_hf, split_static
+from . import checkpoint
+from .capture import CACHE, bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
-from .errors import ConfigError, EquivalenceError, InputError
-from .experts import LoRASite
-from .passes.emit import Emitted, Step
+from .errors import CheckpointError, ConfigError, InputError
+from .graphs import Graph, Graphs, Planner
+from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
+from .passes.emit import Emitted
 from .program import Program, value
-from .routing import PrefixState, Router, RoutingPlan, align
+from .report import Report
+from .routing import PrefixState, Router, RoutingPlan
+
+BUFFERS = ADDED + "buffers."
 
 
 @dataclass
@@ -34,373 +35,123 @@ class Original:
         return self
 
 
-@dataclass
-class Graph:
-    """One compiled signature, bound to a model's blocks.
-
-    names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
-    size) that must hold; ties: dimensions that must agree, by symbol.
-    """
-
-    names: tuple[str, ...]
-    leaves: tuple[str, ...]
-    static: tuple[tuple[int, int, int], ...]
-    ties: tuple[tuple[tuple[int, int], ...], ...]
-    emitted: Emitted
-    bound: tuple[Bound, ...]
-    blocks: tuple[Block, ...]
-    out_spec: Any
-    cache_at: tuple[int, int] | None
-    checked: set = field(default_factory=set)
-    refused: set = field(default_factory=set)
-
-    def __deepcopy__(self, memo: dict) -> Graph:
-        """The copy runs the same code on the copied model's blocks."""
-        bound, blocks = (
-            tuple(Bound(b.step, copy.deepcopy(b.refs, memo)) for b in self.bound),
-            copy.deepcopy(self.blocks, memo),
-        )
-        return replace(
-            self, bound=bound, blocks=blocks, checked=set(self.checked), refused=set(self.refused)
-        )
-
-    def accepts(self, leaves: list[torch.Tensor]) -> bool:
-        fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
-        return fits and ones(leaves) not in self.refused
-
-    def check(self, leaves: list[torch.Tensor]) -> None:
-        for group in self.ties:
-            (i, d), *others = group
-            for j, e in others:
-                if leaves[i].shape[d] != leaves[j].shape[e]:
-                    raise InputError(
-                        f"{self.leaves[j]} has shape {tuple(leaves[j].shape)}: dimension {e} "
-                        f"should be {leaves[i].shape[d]}, as dimension {d} of {self.leaves[i]}"
-                    )
-
-
-def ones(leaves: list[torch.Tensor]) -> tuple:
-    """Which sizes are 0 or 1: those that a captured graph might have treated as constants."""
-    return tuple(tuple(min(s, 2) for s in t.shape) for t in leaves)
-
-
 class MoEModel(nn.Module):
     """What `convert` returns. `shallow`, `router`, `deep` are its parts; `report` says what was
     done. Calls take the original's arguments and give its outputs."""
 
     def __init__(
         self, model: nn.Module, compiler: Compiler, program: Program, emitted: Emitted,
-        report: Any, checked: bool,
+        report: Report, checked: bool,
     ) -> None:  # fmt: skip
         super().__init__()
+        assert program.cut is not None and compiler.router is not None
+        recipe = compiler.recipe
         self._original, self._compiler, self.report = Original(model), compiler, report
-        self._checked, self._graphs, self._refs = checked, {}, {}
         self._signature = inspect.signature(compiler.host.forward)
-        self._checkpointing, self._cache_format = False, None
+        self._owned = Ownership(compiler.host, program.sites, emitted, recipe.experts.rank)
+        self._graphs = Graphs(compiler, self._owned, checked)
+        self._checkpointing = False
+        self._cache_format: Any = None
         self.names: list[str] = []
-        self._own(program, emitted)
-        features = value(program.node(program.cut.node))  # type: ignore[union-attr]
+        self._expansions: list[int] = []  # of each expert, which expansion it came with
+        self.shallow, self.deep = self._owned.shallow, self._owned.deep
+        self.rest = self._owned.rest
+        features = value(program.node(program.cut.node))
         width = int(features.shape[1] if features.ndim == 4 else features.shape[-1])
-        self.router = Router(compiler.router, width, self.device)  # type: ignore[arg-type]
-        self._add(compiler.recipe.num_experts, [None] * compiler.recipe.num_experts, active=True)
+        self.router = Router(compiler.router, width, self.device)
+        self._add([None] * recipe.num_experts, active=True)
+        self.train(model.training)
+        self._register_state_dict_hook(_collect_public)
+        self._register_load_state_dict_pre_hook(self._load_public)
 
-    # -- ownership ------------------------------------------------------------------------------
+    def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
+        """Keep a compiled program for calls with such arguments."""
+        self._graphs.adopt(arguments, program, emitted, device_and_dtype(self))
 
-    def _own(self, program: Program, emitted: Emitted) -> None:
-        """Give every dense tensor to the first block that uses it, every site to its block."""
-        host, r = self._compiler.host, self._compiler.recipe.experts.rank
-        kept = {k: id(v) for k, v in host.state_dict(keep_vars=True).items()}
-        tensors = dict([*host.named_parameters(), *host.named_buffers()])
-        sites = {s.name: s for s in program.sites}
-        halves: dict[bool, list[Block]] = {False: [], True: []}
-        self._sites: dict[str, LoRASite] = {}
-        for step in emitted.steps:
-            block = Block(step.block)
-            halves[step.deep].append(block)
-            for kind, name in step.owned:
-                if kind in ("weight", "buffer") and name not in self._refs:
-                    self._put(block, name, tensors[name], name in kept)
-                elif kind == "expert" and (site := name.rpartition(":")[0]) not in self._sites:
-                    self._sites[site] = LoRASite(sites[site], r)
-                    block.add_site(self._sites[site])
-        self.shallow, self.deep = Segment(halves[False]), Segment(halves[True])
-        self.rest = Block("unused by the graph")
-        for name, tensor in tensors.items():
-            if name not in self._refs:
-                self._put(self.rest, name, tensor, name in kept)
-        self._aliases = {k: v for k, v in canonical_names(host).items() if k != v and k in kept}
-        self._register_state_dict_hook(_to_public)
-        self._register_load_state_dict_pre_hook(self._to_private)
-
-    def _put(self, block: Block, name: str, tensor: torch.Tensor, persistent: bool) -> None:
-        block.weights.put(name, tensor, persistent)
-        table = "_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"
-        self._refs[name] = Ref(block.weights, table, name.replace(".", SEPARATOR))
-
-    def _sync_host(self) -> None:
-        """Let the host show this model's tensors as they are now (after a move or a cast)."""
-        host = self._compiler.host
-        canonical = canonical_names(host)
-        for name, first in canonical.items():
-            parent, _, leaf = name.rpartition(".")
-            module = host.get_submodule(parent)
-            table = module._parameters if leaf in module._parameters else module._buffers
-            table[leaf] = self._refs[first].get()
-
-    # -- compiling and running ------------------------------------------------------------------
-
-    def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> Graph:
-        """Bind a compiled program to the blocks and keep it for calls of its signature."""
-        traced, _ = split_static(arguments)
-        nodes = program.leaves()
-        static, ties = [], {}
-        for i, node in enumerate(nodes):
-            for d, size in enumerate(value(node).shape):
-                if isinstance(size, int):
-                    static.append((i, d, size))
-                elif not node.name.startswith("past_key_values"):
-                    ties.setdefault(str(size), []).append((i, d))
-        for step in emitted.steps:
-            self._unshare(step)
-        blocks = self._blocks_for(emitted)
-        bound = tuple(
-            Bound(s, tuple(self._ref(emitted, *o) for o in s.owned)) for s in emitted.steps
-        )
-        spec, at = _without_cache(program.out_spec)
-        graph = Graph(
-            tuple(traced), tuple(n.name for n in nodes), tuple(static),
-            tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted, bound, blocks, spec, at,
-        )  # fmt: skip
-        mode = program.mode
-        self._graphs.setdefault(self._key(arguments, mode), []).append(graph)
-        return graph
-
-    def _blocks_for(self, emitted: Emitted) -> tuple[Block, ...]:
-        by_name = {
-            (b.name, deep): b for deep, s in ((False, self.shallow), (True, self.deep)) for b in s
-        }
-        return tuple(by_name.get((s.block, s.deep), self.rest) for s in emitted.steps)
-
-    def _ref(self, emitted: Emitted, kind: str, name: str) -> Any:
-        if kind == "expert":
-            site, _, part = name.rpartition(":")
-            return (self._sites[site], 0 if part == "a" else 1)
-        return emitted.constants[name] if kind == "constant" else self._refs[name]
-
-    def _unshare(self, step: Step) -> None:
-        """A buffer that training writes gets storage of its own: the original must not change."""
-        for i in step.writes:
-            if i < len(step.owned) and step.owned[i][0] == "buffer":
-                ref, name = self._refs[step.owned[i][1]], step.owned[i][1]
-                theirs = dict(self._original.model.named_buffers()).get(name)
-                if theirs is not None and theirs.data_ptr() == ref.get().data_ptr():
-                    ref.set(ref.get().clone())
-
-    def _key(self, arguments: dict[str, Any], mode: str) -> tuple:
-        traced, static = split_static(arguments)
-        kinds = tuple(
-            (n, tuple((t.dtype, t.ndim) for t in pytree.tree_leaves(v)) if isinstance(v, torch.Tensor)
-             else type(v).__name__)
-            for n, v in traced.items()
-        )  # fmt: skip
-        return (
-            mode,
-            device_and_dtype(self),
-            kinds,
-            tuple(sorted((k, repr(v)) for k, v in static.items())),
-        )
-
-    def _graph(self, arguments: dict[str, Any], leaves: list[torch.Tensor]) -> Graph:
-        mode = "train" if self.training else "eval"
-        kept = self._graphs.get(self._key(arguments, mode), [])
-        graph = next((g for g in kept if g.accepts(leaves)), None)
-        if graph is None:
-            graph = self._compile(
-                arguments, mode, static_ones=any(ones(leaves) in g.refused for g in kept)
-            )
-        graph.check(leaves)
-        pattern = ones(leaves)
-        if mode == "eval" and self._checked and pattern not in graph.checked:
-            graph.checked.add(pattern)
-            if not self._matches_dense(graph, arguments, leaves):
-                graph.refused.add(pattern)
-                graph = self._compile(arguments, mode, static_ones=True)
-                if not self._matches_dense(graph, arguments, leaves):
-                    raise EquivalenceError(
-                        f"the graph captured for {sorted(arguments)} differs from the original on "
-                        "these inputs: please report this model, or convert with verify=False"
-                    )
-                graph.checked.add(pattern)
-        return graph
-
-    def _compile(self, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Graph:
-        self._sync_host()
-        return self.adopt(arguments, *self._compiler.compile(arguments, mode, static_ones))
-
-    def _matches_dense(self, graph: Graph, arguments: dict[str, Any], leaves: list) -> bool:
-        from .verify import compare
-
-        self._sync_host()
-        with torch.no_grad(), self._compiler.as_in("eval"):
-            given = {k: _fresh(v) for k, v in arguments.items()}
-            dense = self._compiler.host(**given)
-            ours, _, _ = self._run(graph, leaves, None, dense=True)
-        return compare(pytree.tree_leaves(dense), ours, arguments.get("attention_mask")).equal
-
-    def _run(
-        self, graph: Graph, leaves: list, state: PrefixState | None, dense: bool = False
-    ) -> tuple[list, RoutingPlan, PrefixState | None]:
-        """All outputs of the graph, the plan, and the router's state behind these positions."""
-        values: dict[str, Any] = dict(zip(graph.leaves, leaves, strict=True))
-        mask = values.get("attention_mask")
-        active: tuple[int, ...] = ()
-        plan, after = None, None
-        for bound, block in zip(graph.bound, graph.blocks, strict=True):
-            step = bound.step
-            if step.deep and plan is None:
-                plan, after = self._plan(values[graph.emitted.cut], mask, state, dense)
-                active = plan.active
-                for name, layout in graph.emitted.layouts:
-                    values[name] = align(plan, layout)
-            taken = [values[n] for n in step.takes]
-            run = (
-                block.checkpointed if self._checkpointing and step.deep and self.training else block
-            )
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step.deep):
-                given = run(bound, active, *taken)
-            values.update(zip(step.gives, given, strict=True))
-            for name in step.drops:
-                values.pop(name, None)
-        outputs = [values[o] if isinstance(o, str) else o.value for o in graph.emitted.outputs]
-        assert plan is not None
-        return outputs, plan, after
-
-    def _plan(self, features: Any, mask: Any, state: Any, dense: bool) -> Any:
-        experts = self._compiler.recipe.experts
-        if dense:
-            lead = tuple(features.shape[:-1]) if features.ndim < 4 else tuple(features.shape[:1])
-            rows = (
-                lead
-                if self.router.spec.granularity != "sequence" or len(lead) == 1
-                else (lead[0], 1)
-            )
-            empty = features.new_zeros(*rows, 0, dtype=torch.float32)
-            return RoutingPlan(
-                (), empty, None, len(self.router), lead, (experts.rank, experts.scale)
-            ), state
-        return self.router(features, mask, state, (experts.rank, experts.scale))
+    # -- calls ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's call; see its documentation for arguments and outputs."""
-        if self.training:
-            self.router.activate_pending()
         arguments, cache = self._arguments(args, kwargs)
-        graph, leaves, state = self._prepare(arguments, cache)
-        outputs, _, after = self._run(graph, leaves, state)
-        if cache is None:
-            return pytree.tree_unflatten(outputs, graph.out_spec)
-        from .hf import fill_cache, router_state
-
-        start, stop = graph.cache_at  # type: ignore[misc]
-        if after is not None:
-            keeper = router_state(cache)
-        fill_cache(cache, outputs[start:stop])
-        if after is not None:
-            keeper.store(after.total, after.count, outputs[start].shape[2])
-        return pytree.tree_unflatten([*outputs[:start], cache, *outputs[stop:]], graph.out_spec)
+        graph, leaves = self._graph(arguments)
+        checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
+        outputs, after = graph.run(leaves, self._planner(cache), checkpointing)
+        if graph.cache_at is not None:
+            start, stop = graph.cache_at
+            self._fill(cache, outputs[start:stop], after)
+            outputs = [*outputs[:start], cache, *outputs[stop:]]
+        return pytree.tree_unflatten(outputs, graph.out_spec)
 
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:
-        """The RoutingPlan for these inputs; its gates are differentiable where grad is enabled."""
+        """The RoutingPlan for these inputs; its gates are differentiable where grad is enabled.
+
+        Runs the shallow segment only.
+        """
         arguments, cache = self._arguments(args, kwargs)
-        graph, leaves, state = self._prepare(arguments, cache)
-        return self._run(graph, leaves, state)[1]
+        graph, leaves = self._graph(arguments)
+        return graph.plan(leaves, self._planner(cache))[0]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate() on the converted graphs, with its arguments."""
+        host = self._compiler.host
+        if not is_hf(host):
+            raise InputError(f"{type(host).__name__} has no generate()")
+        from .hf import generate
+
+        self._owned.show_to(host)
+        with torch.no_grad():
+            return generate(host, self, *args, **kwargs)
 
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Arguments by name, and the key-value cache where this call keeps one."""
+        if self.training:
+            self.router.activate_pending()
         host = self._compiler.host
         arguments = bind(self._signature, type(host).__name__, args, kwargs)
         if not is_hf(host):
             return arguments, None
-        from .hf import CACHE, KNOWN_KWARGS, CacheFormat, default_use_cache, is_causal_lm
+        from .hf import call_arguments
 
-        unknown = set(arguments) - set(self._signature.parameters) - KNOWN_KWARGS
-        if unknown:
-            raise InputError(
-                f"{type(host).__name__} takes no argument {', '.join(sorted(unknown))}; it takes "
-                f"{', '.join(p for p in self._signature.parameters if p != 'kwargs')}"
-            )
+        arguments, keep, cache = call_arguments(host, arguments, self.training)
+        return (arguments, self._adopt_cache(arguments, cache)) if keep else (arguments, None)
 
-        if not is_causal_lm(host):
-            return arguments, None
-        wanted = arguments.pop("use_cache", default_use_cache(host) and not self.training)
-        cache = arguments.pop(CACHE, None)
-        if not wanted and cache is None:
-            return arguments | {"use_cache": False}, None
+    def _adopt_cache(self, arguments: dict[str, Any], cache: Any) -> Any:
+        """A cache of the form that the graphs take; `arguments` gets its keys and values."""
+        from .cache import CacheFormat, bare_cache
+
         current = device_and_dtype(self)
         if self._cache_format is None or self._cache_format[0] != current:
-            self._sync_host()
+            self._owned.show_to(self._compiler.host)
             with self._compiler.as_in("eval"):
-                self._cache_format = current, CacheFormat(host)
+                self._cache_format = current, CacheFormat(self._compiler.host)
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
             raise InputError("pass input_ids or inputs_embeds")
         cache = self._cache_format[1].adopt(cache, main.shape[0])
-        return arguments | {"use_cache": True}, cache
+        arguments[CACHE] = bare_cache(cache)
+        return cache
 
-    def _prepare(self, arguments: dict[str, Any], cache: Any) -> tuple:
+    def _graph(self, arguments: dict[str, Any]) -> tuple[Graph, list[torch.Tensor]]:
+        """The graph that serves these arguments, and the tensors that it takes."""
+        traced, _ = split_static(arguments)
+        leaves = pytree.tree_leaves(traced)
+        where = device_and_dtype(self)
+        return self._graphs.get(arguments, leaves, self.training, where), leaves
+
+    def _planner(self, cache: Any) -> Planner:
         state = None
-        if cache is not None:
-            from .hf import CACHE, bare_cache, cache_leaves, router_state
+        if cache is not None and self.router.spec.granularity == "prefix":
+            from .cache import router_state
 
-            arguments = arguments | {CACHE: bare_cache(cache)}
-            if self.router.spec.granularity == "prefix":
-                kept = router_state(cache)
-                if kept.total is not None and kept.count is not None:
-                    state = PrefixState(kept.total, kept.count)
-        leaves: list[torch.Tensor] = []
-        traced, _ = split_static(arguments) if cache is None else (arguments, None)
-        for name, given in traced.items():
-            if isinstance(given, torch.Tensor):
-                leaves.append(given)
-            elif cache is not None and name == "past_key_values":
-                leaves.extend(cache_leaves(cache))
-            elif cache is None:
-                leaves.extend(pytree.tree_leaves(given))
-        return self._graph(arguments, leaves), leaves, state
+            state = router_state(cache).load()
+        return lambda features, mask: self.router(features, mask, state)
 
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate() on the converted graphs, with its arguments."""
-        host = self._compiler.host
-        if not is_hf(host) or not hasattr(host, "generate"):
-            raise InputError(f"{type(host).__name__} has no generate()")
-        from .hf import is_causal_lm
+    def _fill(self, cache: Any, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
+        from .cache import fill_cache, router_state
 
-        if not is_causal_lm(host):
-            raise InputError("generate() is there for decoder-only language models")
-        self._sync_host()
-        with self._as_forward():
-            return host.generate(*args, **kwargs)
-
-    @contextmanager
-    def _as_forward(self) -> Iterator[None]:
-        """Let the host's forward be this model's, unless the host itself is being captured."""
-        host = self._compiler.host
-        dense = host.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            host.__dict__.pop("forward", None)
-            try:
-                return self(*args, **kwargs)
-            finally:
-                host.forward = forward
-
-        forward.__signature__ = inspect.signature(dense)  # type: ignore[attr-defined]
-        host.forward = forward
-        try:
-            yield
-        finally:
-            host.__dict__.pop("forward", None)
+        if after is not None:
+            router_state(cache).store(after, leaves[0].shape[2])
+        fill_cache(cache, leaves)
 
     # -- experts --------------------------------------------------------------------------------
 
@@ -408,42 +159,61 @@ class MoEModel(nn.Module):
     def num_experts(self) -> int:
         return len(self.router)
 
-    def _add(self, n: int, names: list, active: bool) -> list[nn.Parameter]:
-        new = self.router.add(n, active)
-        for name, ref in ((s, self._refs[site.site.weight]) for s, site in self._sites.items()):
-            for _ in range(n):
-                new += self._sites[name].add(ref.get())
+    def _add(self, names: list[str | None], active: bool) -> list[nn.Parameter]:
+        new = self.router.add(len(names), active)
+        for site in self._owned.sites.values():
+            weight = self._owned.refs[site.site.weight].get()
+            for _ in names:
+                new += site.add(weight)
+        number = self._expansions[-1] + 1 if self._expansions else 0
         for name in names:
-            self.names.append(name or f"expert{len(self.names)}")
+            self.names.append(name or self._free_name())
+            self._expansions.append(number)
+        self._train_newest()
         return new
+
+    def _train_newest(self) -> None:
+        """Only the experts of the last expansion are trained; the older ones are frozen."""
+        trained = [number == self._expansions[-1] for number in self._expansions]
+        for site in self._owned.sites.values():
+            site.set_trained(trained)
+
+    def _free_name(self) -> str:
+        number = len(self.names)
+        while f"expert{number}" in self.names:
+            number += 1
+        return f"expert{number}"
 
     def expand(self, n: int = 1, name: str | None = None) -> list[nn.Parameter]:
         """Add n experts, freeze the older ones, and return the new parameters.
 
         The new ones are off, so no output changes, until `activate(name)` or the first forward
-        in training mode. Rows of the router stay trainable.
+        in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
+        ``name.0``, ``name.1``, ... Raises ConfigError.
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"n={n!r}: expected an int >= 1")
-        names = [name if n == 1 else f"{name}.{i}" for i in range(n)] if name else [None] * n
+        if name is not None and not (isinstance(name, str) and name):
+            raise ConfigError(f"name={name!r}: expected a name or None")
+        names: list[str | None] = [name] if n == 1 else [name and f"{name}.{i}" for i in range(n)]
         taken = [x for x in names if x in self.names]
         if taken:
             raise ConfigError(f"name={taken[0]!r}: there is an expert of this name; choose another")
-        for site in self._sites.values():
-            site.freeze()
-        return self._add(n, names, active=False)
+        return self._add(names, active=False)
 
     def _index(self, name: str | int) -> int:
-        if isinstance(name, int) and 0 <= name < len(self.names):
+        if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names):
             return name
         if name not in self.names:
             raise ConfigError(f"expert {name!r}: expected one of {self.names}")
-        return self.names.index(name)  # type: ignore[arg-type]
+        return self.names.index(str(name))
 
     def activate(self, name: str | int) -> None:
+        """Let an expert, by name or index, take part in routing."""
         self.router.set_active(self._index(name), True)
 
     def deactivate(self, name: str | int) -> None:
+        """Take an expert out of routing; its parameters stay."""
         self.router.set_active(self._index(name), False)
 
     def remove_last(self) -> None:
@@ -452,28 +222,27 @@ class MoEModel(nn.Module):
             raise ConfigError("the only expert cannot be removed: use to_dense()")
         self.router.remove_last()
         self.names.pop()
-        for site in self._sites.values():
+        self._expansions.pop()
+        for site in self._owned.sites.values():
             site.remove_last()
-            site.thaw_last()
+        self._train_newest()
 
     def to_dense(self) -> nn.Module:
         """The original model, which conversion never touched."""
         return self._original.model
 
+    # -- what people expect ---------------------------------------------------------------------
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
-        trainable, total = (
-            sum(p.numel() for p in self.trainable_parameters()),
-            sum(p.numel() for p in self.parameters()),
-        )
+        trainable = sum(p.numel() for p in self.trainable_parameters())
+        total = sum(p.numel() for p in self.parameters())
         print(
             f"trainable params: {trainable:,} || all params: {total:,} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
-
-    # -- what people expect ---------------------------------------------------------------------
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute each deep block in the backward pass (non-reentrant)."""
@@ -499,68 +268,51 @@ class MoEModel(nn.Module):
         self.shallow.train(False)
         return self
 
-    def save_pretrained(self, folder: Any) -> None:
-        """Write what was added (experts, router, recipe) as safetensors and JSON."""
-        from .checkpoint import save
+    # -- saving ---------------------------------------------------------------------------------
 
-        save(self, folder)
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write what was added (experts, router, recipe) as safetensors and JSON.
 
-    def _to_private(self, module: Any, state: dict, prefix: str, *rest: Any) -> None:
-        public = {_public(k[len(prefix) :]): k for k in self._private_keys(prefix)}
-        for key in [k for k in state if k.startswith(prefix)]:
-            name = key[len(prefix) :]
-            if name in self._aliases:
-                state.pop(key)
-            elif name in public:
-                state[public[name]] = state.pop(key)
+        A crash leaves the folder's previous save whole.
+        """
+        recipe = self._compiler.recipe.to_dict() | {
+            "split": self._compiler.at,
+            "router": asdict(self.router.spec),
+            "num_experts": self.num_experts,
+        }
+        facts = {
+            "model": type(self.to_dense()).__name__,
+            "recipe": recipe,
+            "names": self.names,
+            "expansions": self._expansions,
+        }
+        checkpoint.write(folder, self._saved(), facts, self.to_dense())
 
-    def _experts_and_router(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Everything conversion added, under its public state-dict name."""
-        for key, tensor in (*self.named_parameters(), *self.named_buffers()):
-            if _public(key).startswith("moe_rewrite."):
-                yield _public(key), tensor
+    def _saved(self) -> dict[str, torch.Tensor]:
+        buffers = {BUFFERS + n: t for n, t in self._owned.own_buffers().items()}
+        return dict(added_tensors(self)) | buffers
 
-    def _private_keys(self, prefix: str) -> list[str]:
-        keys = [n for n, _ in self.named_parameters()] + [n for n, _ in self.named_buffers()]
-        return [prefix + k for k in keys]
+    def restore(
+        self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int]
+    ) -> None:
+        """Take over saved tensors, every one or none. Raises CheckpointError."""
+        for name in (k.removeprefix(BUFFERS) for k in tensors if k.startswith(BUFFERS)):
+            if name in self._owned.refs:
+                self._owned.unshare(name)
+        own = self._saved()
+        shapes, saved = ({k: t.shape for k, t in x.items()} for x in (own, tensors))
+        if shapes != saved:
+            odd = sorted(k for k in shapes | saved if shapes.get(k) != saved.get(k))[:3]
+            raise CheckpointError(f"the saved tensors do not fit this model, such as {odd}")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+        self.names, self._expansions = list(names), list(expansions)
+        self._train_newest()
 
-
-def _public(key: str) -> str:
-    """An internal state-dict key as users see it: the original's, or one under moe_rewrite."""
-    for part, added in ((".weights.", ""), (".experts.", "moe_rewrite.experts.")):
-        if part in key:
-            return added + key.split(part, 1)[1].replace(SEPARATOR, ".")
-    return "moe_rewrite." + key
-
-
-def _to_public(module: MoEModel, state: OrderedDict, prefix: str, metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        state[prefix + _public(key[len(prefix) :])] = state.pop(key)
-    for alias, name in module._aliases.items():
-        state[prefix + alias] = state[prefix + name]
-
-
-def _fresh(given: Any) -> Any:
-    """A cache that the dense model may write into; other arguments as they are."""
-    if type(given).__name__ != "DynamicCache":
-        return given
-    return copy.deepcopy(given)
+    def _load_public(self, module: Any, state: dict, prefix: str, *rest: Any) -> None:
+        state_to_private(self, self._owned.aliases, state, prefix)
 
 
-def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:
-    """The output's structure with a cache as one leaf, and the leaves that the cache had."""
-    at: list[tuple[int, int]] = []
-
-    def walk(spec: Any, start: int) -> Any:
-        if spec.is_leaf():
-            return spec
-        if getattr(spec.type, "__name__", "") == "DynamicCache":
-            at.append((start, start + spec.num_leaves))
-            return pytree.treespec_leaf()
-        children = []
-        for child in spec.children():
-            children.append(walk(child, start))
-            start += child.num_leaves
-        return pytree.TreeSpec(spec.type, spec.context, children)
-
-    return walk(spec, 0), (at[0] if at else None)
+def _collect_public(module: MoEModel, state: Any, prefix: str, metadata: Any) -> None:
+    state_to_public(module._owned.aliases, state, prefix)

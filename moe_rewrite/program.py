@@ -8,15 +8,13 @@ A pass owns the graph it is given: it may edit it in place and hands back a new 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from .depth import DepthMap
 from .errors import InvariantError
-
-if TYPE_CHECKING:
-    from .depth import DepthMap
 
 Numerics = Literal["exact", "reordered", "approximate"]
 
@@ -62,11 +60,15 @@ class Cut:
     """Where shallow ends. node: the last shallow node, whose value the router reads.
 
     label: the module that starts the deep segment; index: the first deep block.
+    rows: the user's input whose positions are the rows at the cut, mask: the one that says which
+    of them count; None where there is none.
     """
 
     node: str
     label: str
     index: int
+    rows: str | None
+    mask: str | None
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,17 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def op_name(node: fx.Node) -> str:
+    """The operator's name without namespace and overload: ``aten.linear.default`` -> ``linear``."""
+    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
+
+
 def mutated(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes to in place."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         # batch_norm in training writes its statistics, though its schema does not say so
-        if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5:6] == (True,):
             return [a for a in node.args[3:5] if isinstance(a, fx.Node)]
         return []
     written = []
@@ -201,7 +208,7 @@ def alias_root(node: fx.Node) -> fx.Node:
     """Follow views and in-place results back to the node whose storage this one shows."""
     while node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
-        returns = schema.returns if schema is not None else ()
+        returns: Any = schema.returns if schema is not None else ()
         if len(returns) != 1 or returns[0].alias_info is None or not node.args:
             return node
         if not isinstance(node.args[0], fx.Node):

@@ -12,21 +12,24 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .analysis.rows import lead_of
 from .config import TokenRouter
 from .errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the plan's rows lie in a site's input of `ndim` dimensions.
+    """How the plan's rows lie in a site's input of `ndim` dimensions, for experts of a rank.
 
     kind: ``"rows"`` (B, S, ...), ``"sample"`` (B, ...), ``"swapped"`` (S, B, ...), ``"flat"``
-    (B*S, D) or ``"swapped_flat"`` (S*B, D).
+    (B*S, D) or ``"swapped_flat"`` (S*B, D). scale: LoRA's alpha / rank.
     """
 
     kind: Literal["rows", "sample", "swapped", "flat", "swapped_flat"]
     ndim: int
     dtype: torch.dtype
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class RoutingPlan:
     weights: (*rows, len(active)) fp32 gates of those experts.
     base: (*rows, 1) fp32 gate of the frozen model, or None for a router without base.
     num_experts: all experts, also those that are off. rows: (B, S) or (B,) of the features.
-    rank_scale: (rank, alpha / rank) of LoRA experts.
     """
 
     active: tuple[int, ...]
@@ -45,7 +47,13 @@ class RoutingPlan:
     base: torch.Tensor | None
     num_experts: int
     rows: tuple[int, ...]
-    rank_scale: tuple[int, float]
+
+    @staticmethod
+    def without_experts(features: torch.Tensor, granularity: str) -> RoutingPlan:
+        """The plan of the dense model: no expert is on."""
+        lead = lead_of(features.shape)
+        rows = (lead[0], 1) if granularity == "sequence" and len(lead) > 1 else lead
+        return RoutingPlan((), features.new_zeros(*rows, 0, dtype=torch.float32), None, 0, lead)
 
     @property
     def gates(self) -> torch.Tensor:
@@ -67,8 +75,7 @@ def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor:
 
     Returns (..., active * rank), each gate times alpha / rank and repeated over the rank.
     """
-    rank, scale = plan.rank_scale
-    scales = (plan.weights * scale).repeat_interleave(rank, dim=-1).to(layout.dtype)
+    scales = (plan.weights * layout.scale).repeat_interleave(layout.rank, dim=-1).to(layout.dtype)
     if layout.kind in ("swapped", "flat", "swapped_flat") and scales.ndim == 3:
         batch, length = plan.rows
         scales = scales.expand(batch, length, -1)
@@ -108,33 +115,39 @@ class Router(nn.Module):
         self.rows = nn.ParameterList()
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("pending", torch.zeros(0, dtype=torch.bool))
-        self.before = nn.ParameterList()  # the rows as they were when each expansion began
+        # (e, D + 3): rows, active and pending flags as they were when expert e came
+        self.before = nn.ParameterList()
         self.device = device
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, count: int, active: bool) -> list[nn.Parameter]:
-        """Add `count` rows of zeros; keep the present ones to go back to."""
-        kept = [r.detach().clone() for r in self.rows]
-        new = [nn.Parameter(torch.zeros(self.width + 1, device=self.device)) for _ in range(count)]
-        for i, row in enumerate(new):
-            older = torch.stack([*kept, *new[:i]]) if kept or i else torch.zeros(0, self.width + 1)
-            self.before.append(nn.Parameter(older.detach().to(self.device), requires_grad=False))
-            self.rows.append(row)
-        on = torch.full((count,), active)
-        self.active = torch.cat([self.active.cpu(), on])
-        self.pending = torch.cat([self.pending.cpu(), ~on])
+        """Add `count` rows of zeros, each with a record of what the router was before it."""
+        new = []
+        for _ in range(count):
+            flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
+            rows = [r.detach() for r in self.rows]
+            older = (
+                torch.stack(rows) if rows else torch.zeros(0, self.width + 1, device=self.device)
+            )
+            record = torch.cat([older, flags], 1)
+            self.before.append(nn.Parameter(record, requires_grad=False))
+            self.rows.append(nn.Parameter(torch.zeros(self.width + 1, device=self.device)))
+            new.append(self.rows[-1])
+            self.active = torch.cat([self.active, torch.tensor([active])])
+            self.pending = torch.cat([self.pending, torch.tensor([not active])])
         return new
 
     def remove_last(self) -> None:
-        """Take the last row off and set the others to what they were before it came."""
-        before = self.before[-1]
+        """Take the last row off and set all else to what it was before it came."""
+        record = self.before[-1]
         self.rows, self.before = self.rows[:-1], self.before[:-1]
         with torch.no_grad():
-            for row, old in zip(self.rows, before, strict=True):
+            for row, old in zip(self.rows, record[:, :-2], strict=True):
                 row.copy_(old)
-        self.active, self.pending = self.active[:-1], self.pending[:-1]
+        flags = record[:, -2:].bool().cpu()
+        self.active, self.pending = flags[:, 0].clone(), flags[:, 1].clone()
 
     def set_active(self, index: int, on: bool) -> None:
         if not on and not self.spec.base and self.active_indices() == (index,):
@@ -171,7 +184,6 @@ class Router(nn.Module):
         features: torch.Tensor,
         mask: torch.Tensor | None,
         state: PrefixState | None,
-        rank_scale: tuple[int, float],
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
 
@@ -179,7 +191,7 @@ class Router(nn.Module):
         has seen before these positions; the state after them comes back.
         """
         with torch.no_grad():
-            lead = tuple(features.shape[:-1]) if features.ndim < 4 else tuple(features.shape[:1])
+            lead = lead_of(features.shape)
             read, state = self._read(features, mask, state)
         active = self.active_indices()
         logits = self._logits(read, active)
@@ -187,7 +199,7 @@ class Router(nn.Module):
         base = None
         if self.spec.base:
             base, gates = gates[..., :1], gates[..., 1:]
-        return RoutingPlan(active, gates, base, len(self), lead, rank_scale), state
+        return RoutingPlan(active, gates, base, len(self), lead), state
 
     def _read(
         self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None

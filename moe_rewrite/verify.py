@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .capture import as_arguments, is_hf, split_static
+from .capture import is_hf, split_static
 from .errors import EquivalenceError
+from .examples import as_arguments, random_arguments
 
 # The graph runs the captured operations in order ("exact"), but eager attention may choose another
 # kernel where capture wrote the mask out; a wrong graph is off by orders of magnitude more.
@@ -37,41 +40,42 @@ class EquivalenceReport:
 def verify(model: nn.Module, moe: nn.Module, inputs: Any) -> EquivalenceReport:
     """Run both models in eval mode on these inputs (tensor, tuple or dict) and compare outputs.
 
-    Positions that an attention_mask leaves out do not count. Both models keep their mode.
+    Positions that an attention_mask leaves out do not count, nor do key-value caches. Both models
+    keep their mode.
     """
     arguments = as_arguments(model, inputs)
     if is_hf(model):
-        from .hf import is_causal_lm
+        from .hf import without_cache
 
-        if is_causal_lm(model):  # caches hold intermediate values, in layouts of their own
-            arguments.setdefault("use_cache", False)
-    outputs = []
+        arguments = without_cache(model, arguments)
+    outputs: list[list[Any]] = []
     for module in (model, moe):
-        training = module.training
-        try:
-            with torch.no_grad():
-                module.eval()
-                outputs.append(pytree.tree_leaves(module(**arguments)))
-        finally:
-            module.train(training)
+        with torch.no_grad(), evaluating(module):
+            outputs.append(pytree.tree_leaves(module(**arguments)))
     shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
     report = compare(outputs[0], outputs[1], arguments.get("attention_mask"))
-    return EquivalenceReport(
-        report.equal, report.exact, report.max_error, report.rms_error, shapes[:1]
-    )
+    return replace(report, shapes=shapes[:1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and every module back in its own mode afterwards."""
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def compare(dense: list[Any], ours: list[Any], mask: Any = None) -> EquivalenceReport:
     """Compare flattened outputs; caches and other objects that are no tensors are passed over."""
     theirs = [t for t in dense if isinstance(t, torch.Tensor)]
     mine = [t for t in ours if isinstance(t, torch.Tensor)]
-    equal, exact, worst, total, count = (
-        len(theirs) == len(mine),
-        len(theirs) == len(mine),
-        0.0,
-        0.0,
-        0,
-    )
+    equal = exact = len(theirs) == len(mine)
+    worst = total = 0.0
+    count = 0
     for a, b in zip(theirs, mine, strict=False):
         if a.shape != b.shape or a.dtype != b.dtype:
             return EquivalenceReport(False, False, float("inf"), float("inf"))
@@ -99,100 +103,36 @@ def _counted(output: torch.Tensor, mask: Any) -> torch.Tensor:
     return output
 
 
-def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2) -> dict[str, Any]:
-    """Arguments of the same form with random content: ids in the vocabulary, normal floats."""
-    top = _vocabulary(host)
-    generator = torch.Generator().manual_seed(0)
-
-    def fill(name: str, t: torch.Tensor) -> torch.Tensor:
-        shape = (batch, *t.shape[1:])
-        if "mask" in name or "token_type" in name or t.dtype == torch.bool:
-            return t.new_ones(shape) if "mask" in name else t.new_zeros(shape)
-        if t.is_floating_point():
-            return torch.randn(shape, generator=generator).to(t)
-        return torch.randint(1, max(top, 2), shape, generator=generator).to(t)
-
-    def fit(name: str, v: Any) -> Any:
-        if isinstance(v, torch.Tensor) and v.ndim:
-            return fill(name, v)
-        return v
-
-    return {n: fit(n, v) for n, v in arguments.items()}
-
-
-def _vocabulary(host: nn.Module) -> int:
-    """How many ids the model takes."""
-    if is_hf(host):
-        try:
-            table = host.get_input_embeddings()
-        except NotImplementedError:  # a model without a vocabulary
-            return 2
-        if isinstance(table, nn.Embedding):
-            return table.num_embeddings
-    return next((m.num_embeddings for m in host.modules() if isinstance(m, nn.Embedding)), 2)
-
-
-def verify_conversion(moe: Any, arguments: dict[str, Any]) -> EquivalenceReport | None:
+def verify_conversion(
+    model: nn.Module, moe: nn.Module, arguments: dict[str, Any]
+) -> EquivalenceReport | None:
     """Hold a fresh conversion against its original at several batch sizes; raise on a difference.
 
     None for a model on the meta device, which computes nothing.
     """
-    if moe.device.type == "meta":
+    if any(p.is_meta for p in model.parameters()):
         return None
-    reports, shapes = [], []
-    moe.eval()
+    reports = []
     for batch in (2, 1):
-        try:
-            given = random_arguments(arguments, moe._compiler.host, batch)
-            report = verify(moe._compiler.host, moe, given)
-        except (IndexError, RuntimeError) as error:
-            if isinstance(error, EquivalenceError):
-                raise
+        given = random_arguments(arguments, model, batch)
+        if not _runs(model, given):
             given = arguments  # content that the model does not take: compare on the user's own
-            report = verify(moe._compiler.host, moe, given)
-        if not report.equal:
+        reports.append(verify(model, moe, given))
+        if not reports[-1].equal:
             raise EquivalenceError(
-                f"the converted model differs from the original by {report.max_error:.2e}: "
+                f"the converted model differs from the original by {reports[-1].max_error:.2e}: "
                 "please report this model; nothing was changed"
             )
-        reports.append(report)
-        shapes.extend(report.shapes)
     return EquivalenceReport(
         True, all(r.exact for r in reports), max(r.max_error for r in reports),
-        max(r.rms_error for r in reports), tuple(shapes),
+        max(r.rms_error for r in reports), tuple(s for r in reports for s in r.shapes),
     )  # fmt: skip
 
 
-@torch.no_grad()
-def is_causal(host: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a position's output never depends on later ones: tried out, by changing the last."""
-    tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
-    if any(t.is_meta for t in tensors) or any(p.is_meta for p in host.parameters()):
-        if not is_hf(host):
-            return True
-        from .hf import is_causal_lm
-
-        return is_causal_lm(host)
-    training = host.training
-    host.eval()
+def _runs(model: nn.Module, arguments: dict[str, Any]) -> bool:
     try:
-        given = random_arguments(arguments, host)
-        before = _sequence_output(host(**given))
-        main = next(n for n, v in given.items() if isinstance(v, torch.Tensor) and v.ndim >= 2)
-        changed = given[main].clone()
-        changed[:, -1] = changed[:, 0] + 1 if changed.is_floating_point() else 0
-        after = _sequence_output(host(**(given | {main: changed})))
+        with torch.no_grad(), evaluating(model):
+            model(**arguments)
     except (IndexError, RuntimeError, ValueError):
-        return True  # unknown: the gates that look back only are right for every model
-    finally:
-        host.train(training)
-    if before is None or after is None or before.shape[1] < 2:
         return False
-    return torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-4, atol=1e-5)
-
-
-def _sequence_output(outputs: Any) -> torch.Tensor | None:
-    for t in pytree.tree_leaves(outputs):
-        if isinstance(t, torch.Tensor) and t.ndim == 3:
-            return t
-    return None
+    return True

@@ -9,15 +9,20 @@ import torch
 import torch.nn.functional as F
 
 
+def added(moe):
+    """What conversion added, by public state-dict name: the parameters themselves."""
+    state = moe.state_dict(keep_vars=True)
+    return {k: v for k, v in state.items() if k.startswith("moe_rewrite.")}
+
+
 def randomize(moe, seed=0):
     """Give every expert and every router row non-zero values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for site in moe._sites.values():
-            for p in (*site.a, *site.b):
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-        for row in moe.router.rows:
-            row.copy_(torch.randn(row.shape, generator=generator) * 0.5)
+        for name, p in added(moe).items():
+            scale = 0.2 if ".experts." in name else 0.5 if ".router.rows." in name else None
+            if scale is not None:
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
 
 
 @contextmanager

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import moe_rewrite
-from moe_rewrite.verify import random_arguments
+from moe_rewrite.examples import example_inputs, random_arguments
 
 
 @pytest.mark.parametrize("name", architectures.ALL)
 def test_converted_equals_dense(name):
     model = architectures.build(name)
     moe = moe_rewrite.convert(model, split=1)
-    arguments = moe_rewrite.capture.example_inputs(model)
+    arguments = example_inputs(model)
     for batch in (1, 4):
         given = random_arguments(arguments, model, batch)
         report = moe_rewrite.verify(model, moe, given)

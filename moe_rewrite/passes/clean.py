@@ -6,6 +6,8 @@ none of them is a node that goes. Does not touch random or in-place operations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -42,7 +44,7 @@ def _must_stay(node: fx.Node) -> bool:
     return node.op == "placeholder" or node.is_impure()
 
 
-def _passes_through(node: fx.Node) -> bool:
+def _passes_through(node: Any) -> bool:
     """Whether the node returns its first argument itself, or a full view of it."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
@@ -58,5 +60,5 @@ def _passes_through(node: fx.Node) -> bool:
         end = node.args[3] if len(node.args) > 3 else END
         step = node.args[4] if len(node.args) > 4 else 1
         whole = isinstance(end, int) and end >= END
-        return whole and start in (0, None) and step == 1
+        return whole and step == 1 and (start is None or start == 0)
     return False

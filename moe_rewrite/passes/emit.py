@@ -50,10 +50,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it."""
+    """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it.
+
+    cut: name of the features that the router reads; mask: of the input that masks their rows.
+    """
 
     steps: tuple[Step, ...]
     cut: str
+    mask: str | None
     layouts: tuple[tuple[str, Layout], ...]
     outputs: tuple[Any, ...]  # value names, or constants of the graph
     constants: dict[str, torch.Tensor]
@@ -87,7 +91,7 @@ def emit(program: Program) -> Emitted:
         for o in pytree.tree_leaves(program.graph.output_node().args[0])
     )
     layouts = tuple((n.name, n.args[1]) for n in planned)
-    return Emitted(steps, program.cut.node, layouts, outputs, program.constants)
+    return Emitted(steps, program.cut.node, program.cut.mask, layouts, outputs, program.constants)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _step(
     for source in (*owned, *takes):
         copies[source] = graph.placeholder(source.name)
     for node in _attributes(nodes):
-        copies[node] = graph.get_attr(node.target)
+        copies[node] = graph.get_attr(str(node.target))
     for node in nodes:
         if node.op != "get_attr":
             copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -5,6 +5,8 @@ Exact while the experts' B is zero. The base product is not touched, in whatever
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from ..kernels.lora.reference import add_lora_experts
@@ -23,7 +25,8 @@ def insert_experts(
     aligned: dict[Layout, fx.Node] = {}
     for layout in reversed(layouts):
         with graph.inserting_after(plan):
-            aligned[layout] = graph.call_function(align, (plan, layout))
+            arguments: Any = (plan, layout)
+            aligned[layout] = graph.call_function(align, arguments)
     first = next(iter(graph.nodes))
     for site, uses in sites.items():
         parts = []
@@ -37,13 +40,11 @@ def insert_experts(
                 args = (use.node, use.rows, aligned[use.layout], *parts)
                 routed = graph.call_function(add_lora_experts, args)
             routed.meta = dict(use.node.meta)
-            use.node.replace_all_uses_with(routed, delete_user_cb=lambda n, r=routed: n is not r)
-    # cut points and outputs that were a site's product are now its routed value
-    depth = program.depth
+            use.node.replace_all_uses_with(routed)
+            routed.args = args  # it reads the product itself
     return program.after(
-        "insert_experts", "exact",
-        inputs=inputs, depth=depth, sites=tuple(sites), rejected=tuple(rejected),
-    )  # fmt: skip
+        "insert_experts", "exact", inputs=inputs, sites=tuple(sites), rejected=tuple(rejected)
+    )
 
 
 def _identifier(name: str) -> str:

@@ -8,11 +8,13 @@ What cannot be converted is rejected with a reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..analysis.rows import flattened_from, lead_of, same_sizes
 from ..config import LoRAExperts
 from ..program import Program, Rejection, Site, module_paths, value
 from ..routing import Layout
@@ -23,12 +25,6 @@ TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.num
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 CONVOLUTIONS |= {aten.convolution.default, aten.conv2d.padding, aten.conv1d.padding}
 OTHER_PRODUCTS = {aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
-RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
-ROW_PRESERVING = {
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.dropout.default, aten.contiguous.default, aten.clone.default,
-    aten.to.dtype, aten.softmax.int, aten._unsafe_view.default,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,18 @@ def find_sites(
             rejected.setdefault(_place(node), found)
     head = _head(program, deep, products)
     sites: dict[Site, list[Match]] = {}
+    named: set[str] = set()
     for weight, uses in products.items():
-        name = weight.removesuffix(".weight")
+        name = _site_name(weight, uses[0].node)
+        if name in named:  # a module that applies several weights of others
+            name = weight.removesuffix(".weight")
+        named.add(name)
         if not experts.wants(name):
             rejected[name] = f"not named in sites={experts.sites}"
         elif weight == head and experts.sites == "all":
             rejected[name] = "output head: left out by sites='all' (\"all+head\" takes it in)"
         else:
-            matches = [_match(program, use, granularity) for use in uses]
+            matches = [_match(program, use, experts, granularity) for use in uses]
             reason = next((m for m in matches if isinstance(m, str)), None)
             if reason is not None:
                 rejected[name] = reason
@@ -85,6 +85,14 @@ def _site(name: str, weight: str, use: _Product) -> Site:
     return Site(name, weight, inside, out, use.transposed)
 
 
+def _site_name(weight: str, node: fx.Node) -> str:
+    """The module that applies the weight: of a tied one, the head and not the embedding."""
+    owner = weight.removesuffix(".weight")
+    place = _place(node)
+    inside = owner == place or owner.startswith(place + ".")
+    return owner if inside or not module_paths(node) else place
+
+
 def _place(node: fx.Node) -> str:
     paths = module_paths(node)
     return paths[-1][0] if paths else node.name
@@ -93,7 +101,7 @@ def _place(node: fx.Node) -> str:
 def _product(program: Program, node: fx.Node) -> _Product | str | None:
     """The product that a node computes, or why it is not a site, or None where it is nothing."""
 
-    def weight(n: object) -> bool:
+    def weight(n: Any) -> bool:
         return (
             isinstance(n, fx.Node) and n.op == "placeholder"
             and program.inputs[n.name].kind == "weight" and value(n).ndim == 2
@@ -105,22 +113,26 @@ def _product(program: Program, node: fx.Node) -> _Product | str | None:
         if any(isinstance(a, fx.Node) and weight(a) for a in pytree.tree_leaves(node.args)):
             return f"{node.target} with a parameter is not a plain linear map"
         return None
+    rows: Any
+    factor: Any
     if node.target is aten.linear.default:
-        if weight(node.args[1]):
-            return _Product(node, node.args[0], node.args[1], transposed=False)
+        rows, factor = node.args[:2]
+        if weight(factor):
+            return _Product(node, rows, factor, transposed=False)
         return "the weight is computed in the graph, not a parameter"
     if node.target is aten.addmm.default:
-        rows, factor = node.args[1], node.args[2]
+        rows, factor = node.args[1:3]
         if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
             return "addmm with alpha or beta"
     elif node.target in (aten.mm.default, aten.matmul.default):
-        rows, factor = node.args[0], node.args[1]
+        rows, factor = node.args[:2]
     else:
         return None
     if weight(factor):
         return _Product(node, rows, factor, transposed=True)
     if isinstance(factor, fx.Node) and factor.target in TRANSPOSES and weight(factor.args[0]):
-        return _Product(node, rows, factor.args[0], transposed=False)
+        stored: Any = factor.args[0]
+        return _Product(node, rows, stored, transposed=False)
     return None
 
 
@@ -138,71 +150,39 @@ def _head(program: Program, deep: list[fx.Node], products: dict[str, list[_Produ
     return None
 
 
-def _match(program: Program, use: _Product, granularity: str) -> Match | str:
+def _match(
+    program: Program, use: _Product, experts: LoRAExperts, granularity: str
+) -> Match | str:
     assert program.cut is not None
-    features = value(program.node(program.cut.node)).shape
-    layout = layout_of(use.rows, lead_of(features), granularity)
-    if layout is None:
+    lead = lead_of(value(program.node(program.cut.node)).shape)
+    kind = _layout_kind(use.rows, lead, granularity)
+    if kind is None:
         shown = ", ".join(str(s) for s in value(use.rows).shape)
-        plan = ", ".join(str(s) for s in lead_of(features))
+        plan = ", ".join(str(s) for s in lead)
         return f"its input ({shown}) has rows that are not the plan's ({plan})"
-    return Match(use.node, use.rows, layout)
+    rows = value(use.rows)
+    return Match(
+        use.node, use.rows, Layout(kind, rows.ndim, rows.dtype, experts.rank, experts.scale)
+    )
 
 
-def lead_of(features: torch.Size) -> tuple:
-    """The row dimensions of a value at the cut: (batch, length), or (batch,) of a feature map."""
-    return tuple(features[:-1]) if len(features) < 4 else tuple(features[:1])
-
-
-def layout_of(rows: fx.Node, lead: tuple, granularity: str) -> Layout | None:
+def _layout_kind(rows: fx.Node, lead: tuple, granularity: str) -> Any:
     """How the plan's rows lie in a site's input, judged by symbolic sizes; None: they do not."""
-    shape, dtype = value(rows).shape, value(rows).dtype
-    dims = tuple(shape[:-1])
+    dims = tuple(value(rows).shape[:-1])
     per_sample = granularity == "sequence" or len(lead) == 1
-    if per_sample and dims and _same(dims[:1], lead[:1]):
-        return Layout("sample", len(shape), dtype)
-    if not per_sample and _same(dims[: len(lead)], lead):
-        return Layout("rows", len(shape), dtype)
+    if per_sample and same_sizes(dims[:1], lead[:1]):
+        return "sample"
+    if not per_sample and same_sizes(dims[: len(lead)], lead):
+        return "rows"
     swapped = lead[::-1]
-    if len(lead) == 2 and _same(dims[:2], swapped):
-        return Layout("swapped", len(shape), dtype)
-    if len(dims) != 1 or len(lead) != 2:
-        return None
-    source = _flattened_from(rows)
+    if len(lead) == 2 and same_sizes(dims[:2], swapped):
+        return "swapped"
+    source = flattened_from(rows) if len(dims) == 1 and len(lead) == 2 else None
     if source is None:
         return None
     before = tuple(value(source).shape)
-    if _same(before[:2], lead) and _same((before[0] * before[1],), dims):
-        return Layout("flat", 2, dtype)
-    if _same(before[:2], swapped) and _same((before[0] * before[1],), dims):
-        return Layout("swapped_flat", 2, dtype)
-    return None
-
-
-def _flattened_from(node: fx.Node) -> fx.Node | None:
-    """The value whose leading dimensions were merged into this one's rows, row order kept."""
-    while node.op == "call_function":
-        if node.target in RESHAPES:
-            return node.args[0]
-        tags = getattr(node.target, "tags", ())
-        if node.target not in ROW_PRESERVING and torch.Tag.pointwise not in tags:
-            return None
-        rows = value(node).shape[0]
-        sources = [
-            n for n in node.all_input_nodes
-            if isinstance(value(n), torch.Tensor) and value(n).ndim == value(node).ndim
-            and n.op != "placeholder" and _same((value(n).shape[0],), (rows,))
-        ]  # fmt: skip
-        if not sources:
-            return None
-        node = sources[0]
-    return None
-
-
-def _same(a: tuple, b: tuple) -> bool:
-    """Equal sizes, symbolic ones by their expression: no guard is added, nothing is assumed."""
-    return len(a) == len(b) and all(_expression(x) == _expression(y) for x, y in zip(a, b, strict=True))
-
-
-def _expression(size: object) -> object:
-    return size if isinstance(size, int) else size.node.expr  # type: ignore[attr-defined]
+    if not same_sizes((before[0] * before[1],), dims):
+        return None
+    if same_sizes(before[:2], lead):
+        return "flat"
+    return "swapped_flat" if same_sizes(before[:2], swapped) else None

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from ..depth import analyse
+from torch import fx
+
+from ..analysis.rows import mask_of_rows, source_of_rows
 from ..program import Cut, Program, module_paths
-
-
-def find_depth(program: Program, model: str, split: object) -> Program:
-    """Record the depth map. Exact: the graph is only read."""
-    return program.after("depth", "exact", depth=analyse(program, model, split))
 
 
 def split(program: Program, at: int | float | str) -> Program:
     """Record the cut. Exact. Raises SplitError where `at` is not inside the model."""
     assert program.depth is not None
-    index, node = program.depth.resolve(at)
+    index, name = program.depth.resolve(at)
     named = isinstance(at, str) and at != "auto"
     label = str(at) if named else program.depth.blocks[index].name
-    return program.after("split", "exact", cut=Cut(node, label, index))
+    rows = source_of_rows(program, program.node(name))
+    cut = Cut(name, label, index, rows, mask_of_rows(program, rows))
+    return program.after("split", "exact", cut=cut)
 
 
-def segments(program: Program) -> tuple[list, list]:
+def segments(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     """The computing nodes up to the cut, and those after it, in graph order."""
     assert program.cut is not None
     nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output")]

@@ -1,0 +1,1 @@
+"""Measurements: ``python -m benchmarks.NAME [--quick]`` prints a table and a last line of JSON."""

@@ -1,0 +1,1 @@
+"""What a captured graph is made of: its mainline, its blocks, their costs. Reads, never edits."""

@@ -1,0 +1,144 @@
+"""The mainline of a graph and its cut points.
+
+The mainline is every float value that depends both on the user's input and on a parameter. A cut
+point is a node on every path of the mainline from its source to the output: a dominator of the
+output. On residual networks these are the joins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import SplitError
+from ..program import Program, alias_root, module_paths, mutated, op_name, value
+
+# these take only the size or the dtype of their argument
+SHAPE_ONLY = {
+    "new_ones", "new_zeros", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
+    "empty_like", "rand_like", "randn_like", "sym_size", "sym_numel",
+}  # fmt: skip
+CUT_RANKS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Mainline:
+    """positions: mainline nodes with their place in the graph. edges: each one's mainline
+    predecessors. sink: the output that the longest computation leads to."""
+
+    positions: dict[fx.Node, int]
+    edges: dict[fx.Node, list[fx.Node]]
+    sink: fx.Node
+
+    def ancestors(self, node: fx.Node) -> set[fx.Node]:
+        return _ancestors(node, self.edges)
+
+    def chain(self, stack: str | None = None) -> list[fx.Node]:
+        """Dominators of the sink in order, from the source or from a stack's first node."""
+        import networkx as nx
+
+        live = self.ancestors(self.sink)
+        if stack is not None:
+            live &= self._reached_from(stack, live)
+        if not live:
+            return []
+        graph = nx.DiGraph()
+        root = "source"
+        for node in live:
+            inside = [s for s in self.edges[node] if s in live]
+            graph.add_edges_from((s, node) for s in inside)
+            if not inside:
+                graph.add_edge(root, node)
+        parents = nx.immediate_dominators(graph, root)
+        chain, node = [], self.sink
+        while node != root:
+            chain.append(node)
+            node = parents[node]
+        return chain[::-1]
+
+    def _reached_from(self, stack: str, live: set[fx.Node]) -> set[fx.Node]:
+        source = next((n for n in self.positions if n in live and _inside(n, stack)), None)
+        reached = {source} if source is not None else set()
+        for node in self.positions:  # in graph order, so one sweep reaches everything
+            if any(s in reached for s in self.edges[node]):
+                reached.add(node)
+        return reached
+
+    def cut_points(self, stack: str | None = None) -> list[tuple[int, fx.Node]]:
+        """(graph position, node) of the cut points whose value can carry rows to route."""
+        tensors = [n for n in self.chain(stack) if isinstance(value(n), torch.Tensor)]
+        fit = [n for n in tensors if value(n).is_floating_point() and value(n).ndim in CUT_RANKS]
+        return [(self.positions[n], n) for n in fit]
+
+    def stacks(self) -> list[str]:
+        """Top-level parts that hold numbered modules, such as a T5's ``encoder`` and ``decoder``;
+        none where there is only one."""
+        tops: dict[str, None] = {}
+        for node in self.positions:
+            for path, _ in module_paths(node):
+                parent, _, last = path.rpartition(".")
+                if last.isdigit() and parent:
+                    tops[parent.rpartition(".")[0] or parent] = None
+                    break
+        return list(tops) if len(tops) > 1 else []
+
+
+def find_mainline(program: Program, model: str) -> Mainline:
+    """Raises SplitError where no output depends on both an input and a parameter."""
+    user: dict[fx.Node, bool] = {}
+    parameter: dict[fx.Node, bool] = {}
+    positions: dict[fx.Node, int] = {}
+    edges: dict[fx.Node, list[fx.Node]] = {}
+    writers: dict[fx.Node, fx.Node] = {}  # storage -> the mainline node that wrote to it last
+    for at, node in enumerate(program.graph.nodes):
+        kind = program.inputs[node.name].kind if node.op == "placeholder" else ""
+        sources = [n for n in node.all_input_nodes if _carries_value(n)]
+        sources += [writers[r] for r in map(alias_root, sources) if r in writers]
+        by_shape = op_name(node) in SHAPE_ONLY
+        user[node] = kind == "user" or (not by_shape and any(user[s] for s in sources))
+        parameter[node] = kind == "weight" or (not by_shape and any(parameter[s] for s in sources))
+        if node.op == "output" or kind or not (user[node] and parameter[node]):
+            continue
+        if _is_float(value(node)):
+            positions[node] = at
+            edges[node] = list(dict.fromkeys(s for s in sources if s in positions))
+            for written in mutated(node):
+                writers[alias_root(written)] = node
+    return Mainline(positions, edges, _sink(program, positions, edges, model))
+
+
+def _carries_value(node: fx.Node) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value(node)))
+
+
+def _is_float(val: object) -> bool:
+    tensors = [v for v in pytree.tree_leaves(val) if isinstance(v, torch.Tensor)]
+    return any(t.is_floating_point() for t in tensors)
+
+
+def _sink(
+    program: Program, positions: dict[fx.Node, int], edges: dict[fx.Node, list[fx.Node]], model: str
+) -> fx.Node:
+    """The output that the longest computation leads to (the logits, not a cached key)."""
+    outputs = pytree.tree_leaves(program.graph.output_node().args)
+    candidates = [n for n in outputs if isinstance(n, fx.Node) and n in positions]
+    if not candidates:
+        raise SplitError(f"{model}: no output depends on both an input and a parameter")
+    return max(candidates, key=lambda n: len(_ancestors(n, edges)))
+
+
+def _ancestors(node: fx.Node, edges: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+    seen, stack = {node}, [node]
+    while stack:
+        for source in edges[stack.pop()]:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
+def _inside(node: fx.Node, path: str) -> bool:
+    return any(p == path or p.startswith(path + ".") for p, _ in module_paths(node))

@@ -1,0 +1,270 @@
+"""The graphs of a converted model: which one serves a call, and how it runs.
+
+A graph is compiled on the first call of its signature (argument names, dtypes, ranks, constants)
+and held against the dense model on the first call of each pattern of sizes that capture could
+have taken for constants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .blocks import Block, Bound
+from .capture import CACHE, split_static
+from .compiler import Compiler
+from .errors import EquivalenceError, InputError
+from .ownership import Ownership
+from .passes.emit import Emitted
+from .program import Program, value
+from .routing import PrefixState, RoutingPlan, align
+from .verify import compare
+
+Planner = Callable[
+    [torch.Tensor, torch.Tensor | None], tuple[RoutingPlan, PrefixState | None]
+]  # features at the cut and their mask -> the plan, and the router's state after these rows
+
+
+@dataclass
+class Graph:
+    """One compiled signature, bound to a model's blocks.
+
+    names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
+    size) that must hold; ties: dimensions that must agree; out_spec: of the outputs, a cache being
+    one leaf; cache_at: the outputs that make up this cache. checked: size patterns found equal to
+    the dense model's result; refused: those found different.
+    """
+
+    names: tuple[str, ...]
+    leaves: tuple[str, ...]
+    static: tuple[tuple[int, int, int], ...]
+    ties: tuple[tuple[tuple[int, int], ...], ...]
+    emitted: Emitted
+    steps: tuple[tuple[Block, Bound], ...]
+    out_spec: Any
+    cache_at: tuple[int, int] | None
+    mode: str
+    checked: set = field(default_factory=set)
+    refused: set = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        """The copy runs the same code on the copied model's blocks."""
+        steps = tuple(
+            (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.refs, memo)))
+            for block, bound in self.steps
+        )
+        return replace(self, steps=steps, checked=set(self.checked), refused=set(self.refused))
+
+    def accepts(self, leaves: list[torch.Tensor]) -> bool:
+        fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
+        return fits and small_sizes(leaves) not in self.refused
+
+    def require_ties(self, leaves: list[torch.Tensor]) -> None:
+        for group in self.ties:
+            (i, d), *others = group
+            for j, e in others:
+                if leaves[i].shape[d] != leaves[j].shape[e]:
+                    raise InputError(
+                        f"{self.leaves[j]} has shape {tuple(leaves[j].shape)}: dimension {e} "
+                        f"should be {leaves[i].shape[d]}, as dimension {d} of {self.leaves[i]}"
+                    )
+
+    def plan(
+        self, leaves: list[torch.Tensor], planner: Planner
+    ) -> tuple[RoutingPlan, PrefixState | None]:
+        """Run up to the cut, for the plan alone."""
+        values = self._values(leaves)
+        for block, bound in self.steps:
+            if bound.step.deep:
+                break
+            with torch.no_grad():
+                _advance(values, bound, block(bound, (), *_taken(values, bound)))
+        return self._plan(values, planner)
+
+    def run(
+        self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False
+    ) -> tuple[list[Any], PrefixState | None]:
+        """All outputs, and the router's state behind these positions.
+
+        checkpoint: recompute deep blocks in the backward pass.
+        """
+        values = self._values(leaves)
+        active: tuple[int, ...] | None = None
+        after = None
+        for block, bound in self.steps:
+            if bound.step.deep and active is None:
+                plan, after = self._plan(values, planner)
+                active = plan.active
+                for name, layout in self.emitted.layouts:
+                    values[name] = align(plan, layout)
+            taken = _taken(values, bound)
+            run = block.checkpointed if checkpoint and bound.step.deep else block
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bound.step.deep):
+                _advance(values, bound, run(bound, active or (), *taken))
+        outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
+        return outputs, after
+
+    def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
+        values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))
+        values[MASK] = values.get(self.emitted.mask) if self.emitted.mask else None
+        return values
+
+    def _plan(
+        self, values: dict[str, Any], planner: Planner
+    ) -> tuple[RoutingPlan, PrefixState | None]:
+        return planner(values[self.emitted.cut], values[MASK])
+
+
+MASK = "mask of the rows"  # no name of a graph: it holds a space
+
+
+def _taken(values: dict[str, Any], bound: Bound) -> list[Any]:
+    return [values[n] for n in bound.step.takes]
+
+
+def _advance(values: dict[str, Any], bound: Bound, given: tuple) -> None:
+    values.update(zip(bound.step.gives, given, strict=True))
+    for name in bound.step.drops:
+        values.pop(name, None)
+
+
+def small_sizes(leaves: list[torch.Tensor]) -> tuple:
+    """Which sizes are 0 or 1: those that a captured graph might have treated as constants."""
+    return tuple(tuple(min(s, 2) for s in t.shape) for t in leaves)
+
+
+class Graphs:
+    """Every graph of one model. check: hold graphs against the dense model on first use."""
+
+    def __init__(self, compiler: Compiler, owned: Ownership, check: bool) -> None:
+        self._compiler, self._owned, self._check = compiler, owned, check
+        self._kept: dict[tuple, list[Graph]] = {}
+
+    def get(
+        self, arguments: dict[str, Any], leaves: list[torch.Tensor], training: bool, where: tuple
+    ) -> Graph:
+        """The graph that serves this call, compiled and checked where that is not done yet.
+
+        where: device and dtype of the model, which a graph has baked in.
+        """
+        mode = "train" if training else "eval"
+        pattern = small_sizes(leaves)
+        kept = self._kept.setdefault(_key(arguments, mode, where), [])
+        graph = next((g for g in kept if g.accepts(leaves)), None)
+        if graph is None:
+            static_ones = any(pattern in g.refused for g in kept)
+            graph = self._compile(arguments, mode, where, static_ones)
+        graph.require_ties(leaves)
+        if self._check and pattern not in graph.checked:
+            if not self._equals_dense(graph, arguments, leaves):
+                graph.refused.add(pattern)
+                graph = self._compile(arguments, mode, where, static_ones=True)
+                if not self._equals_dense(graph, arguments, leaves):
+                    graph.refused.add(pattern)
+                    raise EquivalenceError(
+                        f"the graph captured for {sorted(arguments)} in {mode} mode differs from "
+                        "the original on these inputs: please report this model, or convert with "
+                        "verify=False"
+                    )
+            graph.checked.add(pattern)
+        return graph
+
+    def adopt(
+        self, arguments: dict[str, Any], program: Program, emitted: Emitted, where: tuple
+    ) -> Graph:
+        """Bind a compiled program to the blocks and keep it for calls of its signature."""
+        traced, _ = split_static(arguments)
+        nodes = program.leaves()
+        static: list[tuple[int, int, int]] = []
+        ties: dict[str, list[tuple[int, int]]] = {}
+        for i, node in enumerate(nodes):
+            for d, size in enumerate(value(node).shape):
+                if isinstance(size, int):
+                    static.append((i, d, size))
+                elif not node.name.startswith(CACHE):
+                    ties.setdefault(str(size), []).append((i, d))
+        self._owned.unshare_written(emitted.steps)
+        spec, at = _without_cache(program.out_spec)
+        graph = Graph(
+            tuple(traced), tuple(n.name for n in nodes), tuple(static),
+            tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted,
+            self._owned.bind(emitted), spec, at, program.mode,
+        )  # fmt: skip
+        self._kept.setdefault(_key(arguments, program.mode, where), []).append(graph)
+        return graph
+
+    def _compile(
+        self, arguments: dict[str, Any], mode: str, where: tuple, static_ones: bool
+    ) -> Graph:
+        self._owned.show_to(self._compiler.host)
+        program, emitted = self._compiler.compile(arguments, mode, static_ones)
+        return self.adopt(arguments, program, emitted, where)
+
+    @torch.no_grad()
+    def _equals_dense(self, graph: Graph, arguments: dict[str, Any], leaves: list) -> bool:
+        """Run both without experts, from the same random state; statistics stay as they were."""
+        self._owned.show_to(self._compiler.host)
+        buffers = {n: self._owned.refs[n].get() for n in self._owned.unshared}
+        before = {n: b.clone() for n, b in buffers.items()}
+
+        def restore() -> None:
+            for name, buffer in buffers.items():
+                buffer.copy_(before[name])
+
+        devices = {t.device for t in leaves if t.device.type == "cuda"}
+        try:
+            with torch.random.fork_rng(devices), self._compiler.as_in(graph.mode):
+                given = {k: _fresh(v) for k, v in arguments.items()}
+                dense = pytree.tree_leaves(self._compiler.host(**given))
+            restore()
+            with torch.random.fork_rng(devices):
+                ours, _ = graph.run([t.clone() for t in leaves], self._dense_planner)
+        finally:
+            restore()
+        return compare(dense, ours, arguments.get(graph.emitted.mask or "")).equal
+
+    def _dense_planner(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+        assert self._compiler.router is not None
+        return RoutingPlan.without_experts(features, self._compiler.router.granularity), None
+
+
+def _key(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
+    kinds: list[tuple] = []
+    static: list[tuple[str, str]] = []
+    for name, given in arguments.items():
+        if isinstance(given, torch.Tensor):
+            kinds.append((name, given.dtype, given.ndim))
+        elif any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
+            kinds.append((name, type(given).__name__))
+        else:
+            static.append((name, repr(given)))
+    return mode, where, tuple(kinds), tuple(sorted(static))
+
+
+def _fresh(given: Any) -> Any:
+    """A cache that the dense model may write into; other arguments as they are."""
+    return given if isinstance(given, torch.Tensor) else copy.deepcopy(given)
+
+
+def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:
+    """The output's structure with a cache as one leaf, and the leaves that the cache had."""
+    at: list[tuple[int, int]] = []
+
+    def walk(spec: Any, start: int) -> Any:
+        if spec.is_leaf():
+            return spec
+        if getattr(spec.type, "__name__", "") == "DynamicCache":
+            at.append((start, start + spec.num_leaves))
+            return pytree.treespec_leaf()
+        children = []
+        for child in spec.children():
+            children.append(walk(child, start))
+            start += child.num_leaves
+        return pytree.TreeSpec(spec.type, spec.context, children)
+
+    return walk(spec, 0), (at[0] if at else None)

@@ -1,0 +1,11 @@
+"""Find the depth of the model: its cut points and the blocks between them."""
+
+from __future__ import annotations
+
+from ..analysis.blocks import depth_map
+from ..program import Program
+
+
+def find_depth(program: Program, model: str, split: object = None) -> Program:
+    """Record the depth map. Exact: the graph is only read."""
+    return program.after("depth", "exact", depth=depth_map(program, model, split))
