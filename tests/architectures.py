@@ -29,7 +29,13 @@ def build(name):
         head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
         return getattr(tf, f"{name}{head}")(config).eval()
     if name == "ConvNext":
-        config = tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, image_size=32)
+        config = tf.ConvNextConfig(
+            hidden_sizes=[8, 16],
+            depths=[1, 2],
+            num_stages=2,
+            image_size=32,
+            layer_scale_init_value=1.0,
+        )
         return tf.ConvNextModel(config).eval()
     if name in ("ViT", "Dinov2"):
         shared = {k: v for k, v in TEXT.items() if k != "vocab_size"}
@@ -52,6 +58,55 @@ def build(name):
     if name == "ModernBert":
         options |= {"cls_token_id": 1, "sep_token_id": 2}
     return getattr(tf, heads[name])(getattr(tf, f"{name}Config")(**options, **ids)).eval()
+
+
+def with_dropout(model, p):
+    """Turn on whatever dropout the model has a place for."""
+    names = (
+        "attention_dropout", "attn_dropout", "dropout", "dropout_prob", "hidden_dropout",
+        "activation_dropout", "dropout_p",
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+    for holder in (model.config, *model.modules()):
+        for name in names:
+            if isinstance(getattr(holder, name, None), float):
+                setattr(holder, name, p)
+    return model
+
+
+def build_other(name):
+    """Encoder-decoders, shared layers, and heads that pool: not asked of generation."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name == "T5":
+        config = tf.T5Config(
+            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, **ids,
+        )  # fmt: skip
+        return tf.T5ForConditionalGeneration(config).eval()
+    if name == "Bart":
+        config = tf.BartConfig(
+            vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+            decoder_ffn_dim=48, max_position_embeddings=64, **ids,
+        )  # fmt: skip
+        return tf.BartForConditionalGeneration(config).eval()
+    if name == "Albert":
+        config = tf.AlbertConfig(**PLAIN | {"embedding_size": 16, "num_hidden_layers": 4}, **ids)
+        return tf.AlbertForMaskedLM(config).eval()
+    if name == "LlamaClassifier":
+        return tf.LlamaForSequenceClassification(tf.LlamaConfig(**PLAIN, **ids)).eval()
+    if name == "Qwen3Moe":
+        config = tf.Qwen3MoeConfig(
+            **PLAIN, head_dim=8, num_key_value_heads=2, moe_intermediate_size=16, num_experts=4,
+            num_experts_per_tok=2, **ids,
+        )  # fmt: skip
+        return tf.Qwen3MoeForCausalLM(config).eval()
+    raise KeyError(name)
 
 
 CAUSAL = [

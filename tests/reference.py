@@ -1,4 +1,4 @@
-"""Routed LoRA experts by forward hooks on the original module: no code of the library.
+"""Routed LoRA experts on an untouched model, by plain hooks: no code of the library.
 
 Only the parameters are read from the converted model, by their state-dict names.
 """
@@ -7,12 +7,22 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+EXPERTS = "moe_rewrite.experts."
 
 
 def added(moe):
     """What conversion added, by public state-dict name: the parameters themselves."""
     state = moe.state_dict(keep_vars=True)
     return {k: v for k, v in state.items() if k.startswith("moe_rewrite.")}
+
+
+def copied(moe):
+    """The same values in tensors of their own, which take gradients."""
+    return {
+        k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in added(moe).items()
+    }
 
 
 def randomize(moe, seed=0):
@@ -25,57 +35,117 @@ def randomize(moe, seed=0):
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
 
 
+def gates(features, mask, state, granularity, top_k):
+    """(..., E): the softmax of the definition, position by position."""
+    x = features.float()
+    x = x.flatten(2).mean(-1) if x.ndim == 4 else x
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    counts = torch.ones(x.shape[:2]) if mask is None else mask.float()
+    if granularity == "prefix":
+        means = []
+        for t in range(x.shape[1]):
+            kept = counts[:, : t + 1].unsqueeze(-1)
+            means.append((x[:, : t + 1] * kept).sum(1) / kept.sum(1).clamp_min(1))
+        x = torch.stack(means, 1)
+    elif granularity == "sequence" and x.ndim == 3:
+        x = ((x * counts.unsqueeze(-1)).sum(1) / counts.sum(1, keepdim=True)).unsqueeze(1)
+    names = [f"moe_rewrite.router.rows.{e}" for e in range(num_experts(state))]
+    rows = torch.stack([state[n] for n in names])
+    logits = torch.cat([torch.zeros(*x.shape[:-1], 1), x @ rows[:, :-1].T + rows[:, -1]], -1)
+    if top_k is not None:
+        low = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < low, float("-inf"))
+    return logits.softmax(-1)[..., 1:]
+
+
+def num_experts(state):
+    return len([k for k in state if k.startswith("moe_rewrite.router.rows.")])
+
+
+def site_names(state):
+    ends = ".a.0"
+    return {
+        k[len(EXPERTS) : -len(ends)] for k in state if k.startswith(EXPERTS) and k.endswith(ends)
+    }
+
+
+def routed(x, output, site, gates, state, alpha_over_rank):
+    """output + sum over experts of gate * alpha / rank * B A x."""
+    if gates.ndim == 3 and x.ndim == 2 and len(x) == gates.shape[0] * gates.shape[1]:
+        gates = gates.flatten(0, 1)
+    while gates.ndim < x.ndim:
+        gates = gates.unsqueeze(1)
+    for e in range(num_experts(state)):
+        a, b = (state[f"{EXPERTS}{site}.{part}.{e}"] for part in "ab")
+        delta = F.linear(F.linear(x, a), b)
+        output = output + gates[..., e : e + 1] * alpha_over_rank * delta
+    return output
+
+
 @contextmanager
-def hooked(model, cut, state, alpha_over_rank, granularity, top_k=None):
+def hooked(
+    model, cut, state, alpha_over_rank, granularity, top_k=None, mask="attention_mask",
+    functional=False,
+):  # fmt: skip
     """Run `model` with experts: `cut` is the module whose output the router reads.
 
-    state: {name: tensor} of the converted model's moe_rewrite.* entries. Masks come from the call.
+    state: the converted model's moe_rewrite.* entries. mask: name of the argument that masks the
+    rows. functional: find the sites by their weight where it is used, not by module.
     """
-    experts = len([k for k in state if k.startswith("moe_rewrite.router.rows.")])
-    rows = torch.stack([state[f"moe_rewrite.router.rows.{e}"] for e in range(experts)])
-    prefix = "moe_rewrite.experts."
-    sites = {
-        k[len(prefix) : -len(".a.0")] for k in state if k.startswith(prefix) and k.endswith(".a.0")
-    }
     seen = {}
 
     def before(module, args, kwargs):
-        seen["mask"] = kwargs.get("attention_mask")
+        seen.clear()
+        seen["mask"] = kwargs.get(mask)
 
     def gate(module, args, output):
-        x = (output[0] if isinstance(output, tuple) else output).float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        counts = torch.ones(x.shape[:2]) if seen["mask"] is None else seen["mask"].float()
-        if granularity == "prefix":
-            means = []
-            for t in range(x.shape[1]):  # the plain definition, position by position
-                kept = counts[:, : t + 1].unsqueeze(-1)
-                means.append((x[:, : t + 1] * kept).sum(1) / kept.sum(1).clamp_min(1))
-            x = torch.stack(means, 1)
-        elif granularity == "sequence":
-            x = ((x * counts.unsqueeze(-1)).sum(1) / counts.sum(1, keepdim=True)).unsqueeze(1)
-        logits = torch.cat([torch.zeros(*x.shape[:-1], 1), x @ rows[:, :-1].T + rows[:, -1]], -1)
-        if top_k is not None:
-            low = logits.topk(top_k, -1).values[..., -1:]
-            logits = logits.masked_fill(logits < low, float("-inf"))
-        seen["gates"] = logits.softmax(-1)[..., 1:]
+        features = output[0] if isinstance(output, tuple) else output
+        seen["gates"] = gates(features, seen["mask"], state, granularity, top_k)
 
     def delta(name):
         def hook(module, args, output):
-            total = output
-            for e in range(experts):
-                a, b = (state[f"{prefix}{name}.{part}.{e}"] for part in "ab")
-                g = seen["gates"][..., e : e + 1]
-                total = total + g * alpha_over_rank * F.linear(F.linear(args[0], a), b)
-            return total
+            return routed(args[0], output, name, seen["gates"], state, alpha_over_rank)
 
         return hook
 
+    class BySite(TorchFunctionMode):
+        sites = {id(_weight(model, n)): n for n in site_names(state)} if functional else {}
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            products = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+            site = self.sites.get(id(args[1])) if func in products else None
+            if site is None or "gates" not in seen:
+                return output
+            return routed(args[0], output, site, seen["gates"], state, alpha_over_rank)
+
     handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
     handles.append(model.get_submodule(cut).register_forward_hook(gate))
-    handles += [model.get_submodule(s).register_forward_hook(delta(s)) for s in sites]
+    if not functional:
+        handles += [
+            model.get_submodule(n).register_forward_hook(delta(n)) for n in site_names(state)
+        ]
     try:
-        yield
+        with BySite():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _weight(model, site):
+    try:
+        return model.get_parameter(f"{site}.weight")
+    except AttributeError:
+        return model.get_parameter(site)
+
+
+def assert_gradients_equal(moe, state):
+    """Both backward passes done: gradients agree, relative to the largest, and are there."""
+    own = added(moe)
+    grads = {n: p.grad for n, p in state.items() if p.grad is not None and own[n].requires_grad}
+    largest = max(g.abs().max().item() for g in grads.values())
+    for name, grad in grads.items():
+        atol = 1e-3 * grad.abs().max().item() + 1e-6 * largest
+        torch.testing.assert_close(own[name].grad, grad, rtol=1e-3, atol=atol)
+    assert sum(bool(g.abs().sum() > 0) for g in grads.values()) > 2

@@ -166,18 +166,21 @@ def _descend(module: _Module, numbered: list[_Module], points: list[int]) -> lis
 
 
 def _separate(modules: list[_Module], points: list[int]) -> list[_Span]:
-    """Give each module the last cut point before the next one; merge those without one between."""
+    """End each module at the first cut point behind it; merge those without one between.
+
+    What lies between two modules (a downsampling, say) opens the second one's block.
+    """
     spans: list[_Span] = []
     start: _Module | None = None
     for module, following in zip(modules, [*modules[1:], None], strict=True):
         start = start or module
         if following is None:
-            exits = [p for p in points if p >= module.last][:1]
+            exits = [p for p in points if p >= module.last]
         else:
             exits = [p for p in points if module.last <= p < following.first]
         if exits:
             name = start.name if start is module else f"{start.name}..{module.name}"
-            spans.append(_Span(name, start.first, exits[-1]))
+            spans.append(_Span(name, start.first, exits[0]))
             start = None
     return spans
 
