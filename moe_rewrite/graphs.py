@@ -36,7 +36,8 @@ class Graph:
 
     names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
     size) that must hold; ties: dimensions that must agree; out_spec: of the outputs, a cache being
-    one leaf; cache_at: the outputs that make up this cache. checked: size patterns found equal to
+    one leaf; cache_at: the outputs that make up this cache. comparable: the dense model can be put
+    in a mode in which it computes the same. checked: size patterns found equal to
     the dense model's result; refused: those found different.
     """
 
@@ -49,6 +50,7 @@ class Graph:
     out_spec: Any
     cache_at: tuple[int, int] | None
     mode: str
+    comparable: bool
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
 
@@ -160,7 +162,7 @@ class Graphs:
             static_ones = any(pattern in g.refused for g in kept)
             graph = self._compile(arguments, mode, where, static_ones)
         graph.require_ties(leaves)
-        if self._check and pattern not in graph.checked:
+        if self._check and graph.comparable and pattern not in graph.checked:
             if not self._equals_dense(graph, arguments, leaves):
                 graph.refused.add(pattern)
                 graph = self._compile(arguments, mode, where, static_ones=True)
@@ -194,6 +196,7 @@ class Graphs:
             tuple(traced), tuple(n.name for n in nodes), tuple(static),
             tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted,
             self._owned.bind(emitted), spec, at, program.mode,
+            not program.held,
         )  # fmt: skip
         self._kept.setdefault(_key(arguments, program.mode, where), []).append(graph)
         return graph

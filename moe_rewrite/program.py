@@ -78,8 +78,9 @@ class Program:
     graph: lifted FX graph; node.meta["val"] holds fake values with symbolic sizes.
     root: owns the sub-graphs of higher-order operators, nothing else.
     inputs: what each placeholder stands for, by node name.
-    constants: values of the "constant" inputs. leaves: placeholder names of the user's leaves.
-    out_spec: pytree of the output. mode: "eval" or "train".
+    constants: values of the "constant" inputs. out_spec: pytree of the output.
+    mode: "eval" or "train". held: freezing turned something off before the cut that also runs
+    behind it (a shared layer), so that no setting of the modules' modes computes the same.
     """
 
     graph: fx.Graph
@@ -93,6 +94,7 @@ class Program:
     cut: Cut | None = None
     sites: tuple[Site, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    held: bool = False
     numerics: tuple[tuple[str, Numerics], ...] = field(default=())
 
     def node(self, name: str) -> fx.Node:

@@ -12,11 +12,16 @@ DATA = Path(os.environ.get("MOE_REWRITE_DATA", "../shared"))
 
 
 @pytest.fixture(scope="session")
-def stories():
+def data():
+    """The folder of shared data and models."""
+    if not (DATA / "models").exists():
+        pytest.skip(f"{DATA} holds no models: set MOE_REWRITE_DATA to the shared data")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories(data):
     """The real pretrained Llama of the shared data."""
-    folder = DATA / "models" / "stories260K"
-    if not folder.exists():
-        pytest.skip(f"{folder} is absent: set MOE_REWRITE_DATA to the shared data")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(data / "models" / "stories260K").eval()

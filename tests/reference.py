@@ -110,9 +110,13 @@ def hooked(
 
     class BySite(TorchFunctionMode):
         sites = {id(_weight(model, n)): n for n in site_names(state)} if functional else {}
+        alive = []  # transposed weights, whose ids must stay theirs
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             output = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.t and id(args[0]) in self.sites:
+                self.sites[id(output)] = self.sites[id(args[0])]
+                self.alive.append(output)
             products = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
             site = self.sites.get(id(args[1])) if func in products else None
             if site is None or "gates" not in seen:

@@ -35,13 +35,17 @@ class _Module:
     kind: str
     first: int
     last: int
-    composite: bool = False
-    weighted: bool = False
+    composite: bool = False  # holds other modules
+    weighted: bool = False  # holds a weight of two dimensions or more: not a norm alone
     call: int = 0
 
     @property
     def name(self) -> str:
         return f"{self.path}@{self.call}" if self.call else self.path
+
+    @property
+    def plain(self) -> bool:
+        return not self.composite and self.kind.startswith("torch.nn.")
 
     def inside(self, path: str) -> bool:
         return self.path.startswith(path + ".")
@@ -107,7 +111,7 @@ def _modules(line: Mainline, program: Program) -> list[_Module]:
             module = found.setdefault(path, _Module(path, kind, at, at))
             module.last = max(module.last, at)
             module.composite |= depth + 1 < len(paths)
-            module.weighted |= bool(weights)
+            module.weighted |= any(value(w).ndim > 1 for w in weights)
             nodes.setdefault(path, []).append(at)
             for weight in weights:
                 uses.setdefault(path, {}).setdefault(weight.name, []).append(at)
@@ -141,8 +145,8 @@ def _numbered(modules: list[_Module], points: list[int], stack: str | None) -> l
         if m.path.rpartition(".")[2].isdigit() and m.weighted
         and (stack is None or m.inside(stack))
     ]  # fmt: skip
-    if any(m.composite for m in numbered):
-        numbered = [m for m in numbered if m.composite]
+    if any(m.composite for m in numbered):  # beside such, a plain layer is no block of its own
+        numbered = [m for m in numbered if not m.plain]
     paths = {m.path for m in numbered}
     outermost = [m for m in numbered if not any(m.inside(p) for p in paths)]
     chosen = [leaf for m in outermost for leaf in _descend(m, numbered, points)]
@@ -166,10 +170,13 @@ def _descend(module: _Module, numbered: list[_Module], points: list[int]) -> lis
 
 
 def _separate(modules: list[_Module], points: list[int]) -> list[_Span]:
-    """End each module at the first cut point behind it; merge those without one between.
+    """End each module at a cut point behind it; merge those without one between.
 
-    What lies between two modules (a downsampling, say) opens the second one's block.
+    What lies between two modules (a downsampling, say) opens the second one's block; behind a
+    plain layer (a convolution and its norm and activation) it closes the first one's.
     """
+    if not modules:
+        return []
     spans: list[_Span] = []
     start: _Module | None = None
     for module, following in zip(modules, [*modules[1:], None], strict=True):
@@ -180,7 +187,8 @@ def _separate(modules: list[_Module], points: list[int]) -> list[_Span]:
             exits = [p for p in points if module.last <= p < following.first]
         if exits:
             name = start.name if start is module else f"{start.name}..{module.name}"
-            spans.append(_Span(name, start.first, exits[0]))
+            exit_ = exits[-1] if module.plain and following else exits[0]
+            spans.append(_Span(name, start.first, exit_))
             start = None
     return spans
 

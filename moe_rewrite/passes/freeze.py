@@ -26,17 +26,19 @@ OFF = {  # operator -> (position of the argument, the value it has in evaluation
 def freeze(program: Program) -> Program:
     """Raises CaptureError where the shallow segment draws random numbers that cannot be held."""
     shallow, _ = segments(program)
+    held = False
     for node in shallow:
         if node.target in OFF:
             at, evaluated = OFF[node.target]
-            if len(node.args) > at:
+            if len(node.args) > at and node.args[at] != evaluated:
+                held = True
                 node.args = (*node.args[:at], evaluated, *node.args[at + 1 :])
         elif program.mode == "train" and _is_random(node):
             raise CaptureError(
                 f"{node.target} draws random numbers before the cut in training mode; the shallow "
                 "segment stays in evaluation: split before it"
             )
-    return program.after("freeze", "exact")
+    return program.after("freeze", "exact", held=held)
 
 
 def _is_random(node: fx.Node) -> bool:

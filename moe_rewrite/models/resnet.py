@@ -1,0 +1,51 @@
+"""CIFAR ResNets, plain and wide (He et al. 2015, section 4.2; Zagoruyko & Komodakis 2016)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut drops pixels and pads channels (option A)."""
+
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.padding = stride, out - inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.padding:
+            low = self.padding // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride],
+                      (0, 0, 0, 0, low, self.padding - low))  # fmt: skip
+        return F.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """depth = 6n + 2 layers in three stages of width 16, 32, 64 times `widen`."""
+
+    def __init__(self, depth: int = 20, widen: int = 1, classes: int = 10) -> None:
+        super().__init__()
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        for stage in (1, 2, 3):
+            blocks = [
+                BasicBlock(widths[stage - 1] if i == 0 else widths[stage], widths[stage],
+                           2 if stage > 1 and i == 0 else 1)
+                for i in range((depth - 2) // 6)
+            ]  # fmt: skip
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(widths[3], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, 3, height, width) -> (batch, classes) logits."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))

@@ -1,0 +1,141 @@
+"""Depth: blocks, cut points, what a split means; CNNs are cut with identical outputs."""
+
+import architectures
+import networks
+import pytest
+import torch
+
+import moe_rewrite
+from moe_rewrite import LoRAExperts, MoeRewriteError
+from moe_rewrite.models.densenet import DenseNet
+from moe_rewrite.models.mobilenet import MobileNetV2
+from moe_rewrite.models.resnet import ResNet
+from moe_rewrite.models.vgg import VGG
+
+
+@pytest.fixture(scope="module")
+def depth():
+    return moe_rewrite.inspect(architectures.build("Llama"))
+
+
+def test_the_map_of_a_llama(depth):
+    assert [b.name for b in depth.blocks] == [f"model.layers.{i}" for i in range(3)]
+    layer = sum(p.numel() for p in architectures.build("Llama").model.layers[0].parameters())
+    assert [b.params for b in depth.blocks] == [layer] * 3
+    printed = str(depth)
+    for word in ("block", "name", "output", "parameters", "FLOPs", "share", "model.layers.2"):
+        assert word in printed
+    shares = [float(line.split("%")[0].split()[-1]) for line in printed.splitlines() if "%" in line]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_flops_are_two_a_multiply_add():
+    """A layer of Llama on sequences of nine, counted by hand."""
+    block = moe_rewrite.inspect(architectures.build("Llama")).blocks[0]
+    length, width, kv, hidden = 9, 32, 16, 48
+    products = 2 * width * width + 2 * width * kv + 3 * width * hidden
+    attention = 2 * length * width  # scores, and the sum of values, for one query
+    rows, rest = divmod(block.flops, 2 * (products + attention))
+    assert rest == 0 and rows % length == 0  # capture chooses a batch size of its own
+
+
+@pytest.mark.parametrize(
+    ("split", "first"),
+    [
+        (0, 0), (2, 2), (-1, 2), (-3, 0), (0.01, 1), (1 / 3, 1), (2 / 3, 2), (0.99, 2),
+        ("auto", 1), ("model.layers.2", 2), ("model.layers.1.mlp", 1),
+    ],
+)  # fmt: skip
+def test_every_form_of_split(depth, split, first):
+    index, cut = depth.resolve(split)
+    assert index == first
+    assert cut in {name for _, name in depth.points}
+    if split == "model.layers.1.mlp":  # inside the block: the cut is the join before the MLP
+        assert cut not in {b.exit for b in depth.blocks}
+
+
+@pytest.mark.parametrize(
+    "split", [3, -4, 0.0, 1.0, -0.5, 1.5, True, None, "model.layers.9", "lm_head", "", [1]]
+)
+def test_any_other_split_raises_and_shows_the_map(depth, split):
+    with pytest.raises(MoeRewriteError) as raised:
+        depth.resolve(split)
+    assert repr(split) in str(raised.value) and "model.layers.2" in str(raised.value)
+
+
+def test_a_split_inside_a_block_is_equal_too():
+    model = architectures.build("Llama")
+    moe = moe_rewrite.convert(model, split="model.layers.1.mlp")
+    assert moe.report.equivalence.exact
+    sites = {s for s, _, _ in moe.report.sites}
+    assert "model.layers.1.mlp.up_proj" in sites
+    assert not any(s.startswith("model.layers.1.self_attn") for s in sites)
+
+
+CNNS = {
+    "ResNet": (lambda: ResNet(depth=14), 6),
+    "WideResNet": (lambda: ResNet(depth=8, widen=2), 3),
+    "VGG": (lambda: VGG(scale=8), 8),
+    "DenseNet": (lambda: DenseNet(layers=2, growth=4), 8),
+    "MobileNetV2": (lambda: MobileNetV2(), 7),
+}
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_cnns_are_captured_and_cut_with_identical_outputs(name):
+    build, blocks = CNNS[name]
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for _ in range(3):  # statistics unlike the initial ones
+            model(torch.randn(8, 3, 32, 32))
+    model.eval()
+    depth = moe_rewrite.inspect(model)
+    assert len(depth) == blocks, str(depth)
+    for split in (1, 0.5, -1):
+        moe = moe_rewrite.convert(model, split=split, experts=LoRAExperts(sites="all+head"))
+        assert len(moe.report.sites) == 1  # the linear head: convolutions hold no experts yet
+        if split != -1:
+            assert any("convolution" in why for _, why in moe.report.rejected)
+        for shape in ((1, 3, 32, 32), (5, 3, 32, 32)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                assert torch.equal(moe(x), model(x))
+    with pytest.raises(MoeRewriteError, match="no site to convert"):
+        moe_rewrite.convert(model, split=1)
+
+
+def test_pretrained_resnet_keeps_its_predictions(data):
+    from safetensors.torch import load_file
+
+    model = ResNet(20)
+    model.load_state_dict(
+        load_file(data / "models/resnet20-cifar10/model.safetensors"), strict=False
+    )
+    model.eval()
+    moe = moe_rewrite.convert(model, split="layer3", experts=LoRAExperts(sites="all+head"))
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(moe(x), model(x))
+    assert moe.report.split == "block 6 (layer3)"
+
+
+def test_repeated_stretches_are_blocks_without_numbered_names():
+    class Unnumbered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in "abcd":
+                setattr(self, name, networks.Mlp())
+
+        def forward(self, x):
+            return self.d(self.c(self.b(self.a(x))))
+
+    model = Unnumbered().eval()
+    assert len(moe_rewrite.inspect(model, torch.zeros(2, 5, networks.WIDTH))) >= 3
+    moe = moe_rewrite.convert(model, split=-1, example_inputs=torch.zeros(2, 5, networks.WIDTH))
+    assert moe.report.equivalence.equal
+
+
+def test_nothing_to_cut_is_said():
+    with pytest.raises(MoeRewriteError, match=r"(?s)expected.*blocks"):
+        moe_rewrite.convert(torch.nn.Linear(4, 4), split=1)
