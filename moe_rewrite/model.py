@@ -62,7 +62,7 @@ class MoEModel(nn.Module):
         self._add([None] * recipe.num_experts, active=True)
         self.train(model.training)
         self._register_state_dict_hook(_collect_public)
-        self._register_load_state_dict_pre_hook(self._load_public)
+        self.register_load_state_dict_pre_hook(_accept_public)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
         """Keep a compiled program for calls with such arguments."""
@@ -310,8 +310,9 @@ class MoEModel(nn.Module):
         self.names, self._expansions = list(names), list(expansions)
         self._train_newest()
 
-    def _load_public(self, module: Any, state: dict, prefix: str, *rest: Any) -> None:
-        state_to_private(self, self._owned.aliases, state, prefix)
+
+def _accept_public(module: Any, state: dict, prefix: str, *rest: Any) -> None:
+    state_to_private(module, module._owned.aliases, state, prefix)
 
 
 def _collect_public(module: MoEModel, state: Any, prefix: str, metadata: Any) -> None:
