@@ -146,6 +146,9 @@ class Router(nn.Module):
         with torch.no_grad():
             for row, old in zip(self.rows, record[:, :-2], strict=True):
                 row.copy_(old)
+        if record.is_meta:  # which holds no values to go back to
+            self.active, self.pending = self.active[:-1], self.pending[:-1]
+            return
         flags = record[:, -2:].bool().cpu()
         self.active, self.pending = flags[:, 0].clone(), flags[:, 1].clone()
 
