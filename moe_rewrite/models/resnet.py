@@ -35,17 +35,18 @@ class ResNet(nn.Module):
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        for stage in (1, 2, 3):
-            blocks = [
-                BasicBlock(widths[stage - 1] if i == 0 else widths[stage], widths[stage],
-                           2 if stage > 1 and i == 0 else 1)
-                for i in range((depth - 2) // 6)
-            ]  # fmt: skip
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        blocks = (depth - 2) // 6
+        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
+        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
         self.linear = nn.Linear(widths[3], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, 3, height, width) -> (batch, classes) logits."""
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def _stage(inside: int, out: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = [BasicBlock(out, out, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(BasicBlock(inside, out, stride), *rest)
