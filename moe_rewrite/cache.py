@@ -16,8 +16,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from .capture import CACHE
 from .errors import CaptureError, InputError
+from .program import CACHE
 from .routing import PrefixState
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -18,10 +18,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InputError
-from .program import Input, Program
+from .program import CACHE, Input, Program
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
-CACHE = "past_key_values"
 SHORT = 9  # stands in for a sequence of length one
 
 

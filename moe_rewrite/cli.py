@@ -122,19 +122,20 @@ def demo(
     With no options: handwritten digits, offline, in about a minute.
     Example: moe-rewrite demo --model ./my-llama --data ./TRACE
     """
-    from . import demo as demos
     from .errors import ConfigError
     from .loading import load_model, parse_split, read_tasks
 
     if (model is None) != (data is None):
         raise ConfigError("--model and --data go together")
     if model is None or data is None:
-        demos.digits(out, seed)
+        from .demo.digits import digits
+
+        digits(out, seed)
         return
     tasks = {part: read_tasks(data, part) for part in ("train", "test")}
-    demos.language(
-        model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed
-    )
+    from .demo.language import language
+
+    language(model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed)
 
 
 def main() -> None:

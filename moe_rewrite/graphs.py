@@ -16,12 +16,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .blocks import Block, Bound
-from .capture import CACHE, split_static
+from .capture import split_static
 from .compiler import Compiler
 from .errors import EquivalenceError, InputError
 from .ownership import Ownership
 from .passes.emit import Emitted
-from .program import Program, value
+from .program import CACHE, Program, value
 from .routing import PrefixState, RoutingPlan, align
 from .verify import compare
 

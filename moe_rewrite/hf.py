@@ -19,8 +19,8 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 from transformers.utils import TransformersKwargs
 
-from .capture import CACHE
 from .errors import InputError
+from .program import CACHE
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
 # what a model may take beyond its signature

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import checkpoint
-from .capture import CACHE, bind, is_hf, split_static
+from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
 from .errors import CheckpointError, ConfigError, InputError
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
-from .program import Program, value
+from .program import CACHE, Program, value
 from .report import Report
 from .routing import PrefixState, Router, RoutingPlan
 

@@ -16,6 +16,7 @@ from torch import fx
 from .depth import DepthMap
 from .errors import InvariantError
 
+CACHE = "past_key_values"  # the argument and output that hold a key-value cache
 Numerics = Literal["exact", "reordered", "approximate"]
 
 

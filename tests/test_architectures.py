@@ -189,3 +189,44 @@ def test_pooled_head_under_a_token_gate_is_rejected():
     moe = moe_rewrite.convert(model, split=1, router=router)
     rejected = dict(moe.report.rejected)
     assert "rows that are not the plan's" in rejected["bert.pooler.dense"]
+
+
+class Encoder(torch.nn.Module):
+    """A hand-written transformer of PyTorch's own layers, a bare parameter and a pooled head."""
+
+    def __init__(self, width=24, layers=3):
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, width)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(width, 4, 32, dropout=0.1, batch_first=True)
+            for _ in range(layers)
+        )
+        self.mix = torch.nn.Parameter(torch.randn(width, width) / 5)
+        self.out = torch.nn.Linear(width, 7)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.out(torch.nn.functional.linear(x, self.mix).mean(1))
+
+
+def test_a_transformer_of_torchs_own_layers():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    moe = moe_rewrite.convert(model, split=1)
+    ids = torch.randint(0, 50, (4, 11))
+    assert moe_rewrite.verify(model, moe, ids).equal
+    sites = {s for s, _, _ in moe.report.sites}
+    assert {"mix", "layers.1.linear1", "layers.2.linear2"} <= sites
+    assert {"layers.1.self_attn.in_proj_weight", "layers.2.self_attn.out_proj"} <= sites
+    model.train()
+    model.layers[0].eval()
+    moe.train()
+    outputs = []
+    for module in (model, moe):
+        torch.manual_seed(5)
+        outputs.append(module(ids))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    model.eval()
+    assert (outputs[0] - model(ids)).abs().max() > 1e-3  # dropout was on

@@ -2,18 +2,36 @@ import json
 
 import pytest
 
-from moe_rewrite import MoeRewriteError, demo
-from moe_rewrite.loading import parse_split, read_tasks
+from moe_rewrite import MoeRewriteError
+from moe_rewrite.demo.digits import digits
+from moe_rewrite.demo.language import language
+from moe_rewrite.loading import load_model, parse_split, read_tasks
 
 
 def test_digits_forget_less_than_plain_fine_tuning(tmp_path):
-    report = demo.digits(tmp_path, seed=1, epochs=8)
+    report = digits(tmp_path, seed=1, epochs=8)
     assert json.loads((tmp_path / "digits.json").read_text()) == report
     assert (tmp_path / "digits.png").stat().st_size > 5000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.json", "digits.png"]
     methods = report["methods"]
     assert methods["PMoE (10% replay)"]["forgot"] < methods["fine-tuning"]["forgot"]
     assert len(methods["fine-tuning"]["R"]) == 3
+
+
+def test_a_language_model_keeps_more_of_its_own_text_than_by_fine_tuning(data, tmp_path):
+    """The pretrained Llama and a real task of TRACE."""
+    folder = str(data / "models" / "stories260K")
+    tasks = {
+        part: {"FOMC": read_tasks(data / "data" / "TRACE", part)["FOMC"]}
+        for part in ("train", "test")
+    }
+    report = language(folder, load_model(folder), tasks, tmp_path, "auto", 1, 24, seed=0)
+    assert report["tasks"] == ["its own text", "FOMC"]
+    methods = report["methods"]
+    assert methods["PMoE (10% replay)"]["forgot"] < methods["fine-tuning"]["forgot"]
+    before, after = methods["PMoE (10% replay)"]["R"]
+    assert before[0] == 1.0 and after[1] > before[1]
+    assert (tmp_path / "language.png").exists()
 
 
 def test_task_files_are_checked(tmp_path):

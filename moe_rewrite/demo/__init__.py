@@ -1,0 +1,1 @@
+"""The demonstration: new tasks without forgetting, against plain fine-tuning."""
