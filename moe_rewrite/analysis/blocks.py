@@ -252,10 +252,12 @@ def _single(nodes: Sequence[fx.Node], points: list[int], program: Program) -> li
 
 
 def _weights(nodes: Sequence[fx.Node], program: Program) -> list[fx.Node]:
-    """The weights that these nodes read."""
+    """The weights that these nodes read, themselves or transposed or cast."""
     found: dict[fx.Node, None] = {}
     for node in nodes:
         for source in node.all_input_nodes:
+            if len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
             if source.op == "placeholder" and program.inputs[source.name].kind == "weight":
                 found[source] = None
     return list(found)
