@@ -7,6 +7,7 @@ A pass owns the graph it is given: it may edit it in place and hands back a new 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -149,7 +150,7 @@ def _check_router(program: Program) -> None:
     assert program.cut is not None
     if routers[0].args[0].name != program.cut.node:
         raise InvariantError(f"the router reads {routers[0].args[0]}, not the cut")
-    fed = descendants(routers[0])
+    fed = reach(routers[0], lambda n: n.users)
     for node in program.graph.find_nodes(op="placeholder"):
         if program.inputs[node.name].kind == "expert" and not set(node.users) <= fed:
             raise InvariantError(
@@ -157,15 +158,13 @@ def _check_router(program: Program) -> None:
             )
 
 
-def descendants(node: fx.Node) -> set[fx.Node]:
-    """Every node that depends on this one."""
-    seen: set[fx.Node] = set()
-    stack = [node]
+def reach(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """This node and every one that repeated steps lead to: its users, or its inputs."""
+    seen, stack = {node}, [node]
     while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
+        fresh = [n for n in steps(stack.pop()) if n not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
     return seen
 
 

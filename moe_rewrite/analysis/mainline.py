@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import SplitError
-from ..program import Program, alias_root, module_paths, mutated, op_name, value
+from ..program import Program, alias_root, module_paths, mutated, op_name, reach, value
 
 # these take only the size or the dtype of their argument
 SHAPE_ONLY = {
@@ -33,14 +33,11 @@ class Mainline:
     edges: dict[fx.Node, list[fx.Node]]
     sink: fx.Node
 
-    def ancestors(self, node: fx.Node) -> set[fx.Node]:
-        return _ancestors(node, self.edges)
-
     def chain(self, stack: str | None = None) -> list[fx.Node]:
         """Dominators of the sink in order, from the source or from a stack's first node."""
         import networkx as nx
 
-        live = self.ancestors(self.sink)
+        live = reach(self.sink, self.edges.__getitem__)
         if stack is not None:
             live &= self._reached_from(stack, live)
         if not live:
@@ -127,17 +124,7 @@ def _sink(
     candidates = [n for n in outputs if isinstance(n, fx.Node) and n in positions]
     if not candidates:
         raise SplitError(f"{model}: no output depends on both an input and a parameter")
-    return max(candidates, key=lambda n: len(_ancestors(n, edges)))
-
-
-def _ancestors(node: fx.Node, edges: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        for source in edges[stack.pop()]:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
+    return max(candidates, key=lambda n: len(reach(n, edges.__getitem__)))
 
 
 def _inside(node: fx.Node, path: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import Program, value
+from ..program import Program, reach, value
 
 aten = torch.ops.aten
 RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
@@ -42,7 +42,7 @@ def source_of_rows(program: Program, node: fx.Node) -> str | None:
     lead = lead_of(value(node).shape)
     if len(lead) < 2:
         return None
-    upstream = _ancestors(node)
+    upstream = reach(node, lambda n: n.all_input_nodes)
     for leaf in program.leaves():
         known = leaf in upstream and "mask" not in leaf.name
         if known and same_sizes(value(leaf).shape[:2], lead):
@@ -84,13 +84,3 @@ def _argument(node: fx.Node) -> fx.Node:
     given = node.args[0]
     assert isinstance(given, fx.Node)
     return given
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
