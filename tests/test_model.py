@@ -331,6 +331,15 @@ def test_cast_equals_conversion_of_the_cast_model(llama, moe):
     assert torch.equal(moe.generate(ids(), **generate), half.generate(ids(), **generate))
 
 
+def test_a_move_to_another_device_captures_anew(llama, moe):
+    """To the meta device, the one other device that every machine has."""
+    moe.to("meta")
+    given = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    assert logits(moe, given).device.type == "meta"
+    assert {p.device.type for p in moe.parameters()} == {"meta"}
+    assert {p.device.type for p in llama.parameters()} == {"cpu"}
+
+
 def test_deep_copies_are_independent(moe):
     before = logits(moe)
     other = copy.deepcopy(moe)
