@@ -1,6 +1,6 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
-from .config import LoRAExperts, TokenRouter
+from .config import LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
@@ -12,6 +12,8 @@ __all__ = [
     "LoRAExperts",
     "MoEModel",
     "MoeRewriteError",
+    "PatchRouter",
+    "RegionExperts",
     "TokenRouter",
     "convert",
     "inspect",

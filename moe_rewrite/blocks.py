@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from .experts import LoRASite
+from .experts import SEPARATOR, ExpertSite
 from .passes.emit import Step
-
-SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept with this
 
 
 class Weights(nn.Module):
@@ -26,6 +25,9 @@ class Weights(nn.Module):
             self.register_parameter(key, tensor)
         else:
             self.register_buffer(key, tensor, persistent=persistent)
+
+    def names(self) -> list[str]:
+        return [k.replace(SEPARATOR, ".") for k in (*self._parameters, *self._buffers)]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class Bound:
-    """A step with the places of its tensors: refs[i] is a Ref, a constant, or (site, 0 or 1)."""
+    """A step with the places of its tensors: refs[i] is a Ref, a constant, or (site, number of its part)."""
 
     step: Step
     refs: tuple[Any, ...]
@@ -61,15 +63,15 @@ class Block(nn.Module):
         self.experts = nn.ModuleDict()
         self._recomputing = False
 
-    def add_site(self, site: LoRASite) -> LoRASite:
-        self.experts[site.site.name.replace(".", SEPARATOR)] = site
+    def add_site(self, name: str, site: ExpertSite) -> ExpertSite:
+        self.experts[name.replace(".", SEPARATOR)] = site
         return site
 
     def forward(
         self, bound: Bound, active: tuple[int, ...], *values: Any
     ) -> tuple[torch.Tensor, ...]:
         """Run one step on the values it takes; `active` are the experts that are on."""
-        stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        stacks: dict[int, tuple[Any, ...]] = {}
         owned = []
         for ref in bound.refs:
             if type(ref) is Ref:
@@ -84,7 +86,7 @@ class Block(nn.Module):
         arguments = [*owned, *values]
         if self._recomputing:
             for i in bound.step.writes:  # a second run must not count a batch twice
-                arguments[i] = arguments[i].clone()
+                arguments[i] = pytree.tree_map(torch.clone, arguments[i])
         return bound.step.code.call(*arguments)
 
     def checkpointed(self, bound: Bound, active: tuple[int, ...], *values: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from .errors import CaptureError, InputError
 from .program import CACHE
-from .routing import PrefixState
+from .routing.tokens import PrefixState
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 

@@ -18,17 +18,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .analysis.causality import is_causal
 from .capture import capture
-from .config import Recipe, TokenRouter, fit_router
+from .config import PatchRouter, Recipe, RegionExperts, RouterSpec
 from .errors import CaptureError, ConversionError
 from .passes.clean import clean
 from .passes.emit import Emitted, emit
 from .passes.find_depth import find_depth
 from .passes.freeze import freeze
 from .passes.insert_experts import insert_experts
+from .passes.insert_region import insert_region
 from .passes.route import route
 from .passes.sites import Match, find_sites
 from .passes.split import shallow_modules, split
 from .program import Program, Rejection, Site, value
+from .routing.fit import fit_router
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Compiler:
 
     host: nn.Module
     recipe: Recipe
-    router: TokenRouter | None = None
+    router: RouterSpec | None = None
     at: int | str = 0
     shallow: frozenset[str] = frozenset()
     sites: frozenset[str] = frozenset()
@@ -73,7 +75,7 @@ class Compiler:
         try:
             self.host.train(mode == "train")
             if mode == "train":
-                for path in self.shallow:
+                for path in self.shallow if self.recipe.freeze else ():
                     self.host.get_submodule(path).eval()
                 for name, module in self.host.named_modules():
                     frozen_norm = isinstance(module, _NormBase) and self._norms_frozen()
@@ -110,10 +112,12 @@ class Compiler:
             )
         self.shallow = self._shallow(evaluated)
         self.router = self._fit_router(evaluated, arguments)
+        if isinstance(self.recipe.experts, RegionExperts):
+            return self._decide_region(evaluated, arguments)
         eval_sites, rejected = self.find(evaluated)
         in_training = self.cut(self.train_capture(arguments), self.at)
         self.shallow |= self._shallow(in_training)  # a dropout shows in the training graph only
-        train_sites, _ = self.find(freeze(in_training))
+        train_sites, _ = self.find(self._frozen(in_training))
         trained = {s.name for s in train_sites}
         lost = [
             Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained
@@ -129,13 +133,21 @@ class Compiler:
             )
         return self.insert(evaluated, eval_sites)
 
-    def _fit_router(self, program: Program, arguments: dict[str, Any]) -> TokenRouter:
+    def _decide_region(self, evaluated: Program, arguments: dict[str, Any]) -> Program:
+        program = self.insert(evaluated)
+        self.sites = frozenset(s.name for s in program.sites)
+        in_training = self.cut(self.train_capture(arguments), self.at)
+        self.shallow |= self._shallow(in_training)
+        self.insert(in_training)  # raises where training cannot run on patches
+        return program
+
+    def _fit_router(self, program: Program, arguments: dict[str, Any]) -> RouterSpec:
         assert program.cut is not None
         features = value(program.node(program.cut.node))
         with self.as_in("eval"):
             sequence = features.ndim == 3
             causal = sequence and is_causal(self.host, arguments, program.cut.rows)
-        return fit_router(self.recipe.router, features.ndim, causal)
+        return fit_router(self.recipe.router, features.shape, causal)
 
     def _shallow(self, program: Program) -> frozenset[str]:
         return frozenset(p for p in shallow_modules(program) if self._has(p))
@@ -164,16 +176,24 @@ class Compiler:
             return program
 
     def find(self, program: Program) -> tuple[dict[Site, list[Match]], list[Rejection]]:
-        assert self.router is not None
-        return self.timed(
-            "sites", find_sites, program, self.recipe.experts, self.router.granularity
-        )
+        return self.timed("sites", find_sites, program, self.recipe.experts, self.router)
 
-    def insert(self, program: Program, sites: dict[Site, list[Match]]) -> Program:
-        """Freeze, route, and insert the experts of the sites decided on."""
-        kept = {s: m for s, m in sites.items() if s.name in self.sites}
-        program = self.timed("freeze", freeze, program)
-        program = self.timed("route", route, program)
+    def _frozen(self, program: Program) -> Program:
+        return self.timed("freeze", freeze, program) if self.recipe.freeze else program
+
+    def insert(
+        self, program: Program, sites: dict[Site, list[Match]] | None = None
+    ) -> Program:
+        """Freeze, route, and insert experts: at the sites decided on, or in the region's place."""
+        program = self.timed("route", route, self._frozen(program))
+        experts = self.recipe.experts
+        if isinstance(experts, RegionExperts):
+            assert isinstance(self.router, PatchRouter) and self.router.grid is not None
+            count = self.recipe.num_experts
+            return self.timed(
+                "insert experts", insert_region, program, experts, count, self.router.grid
+            )
+        kept = {s: m for s, m in (sites or {}).items() if s.name in self.sites}
         return self.timed("insert experts", insert_experts, program, kept, list(self.rejected))
 
     def compile(
@@ -182,6 +202,9 @@ class Compiler:
         """One more graph, for a call the model has not seen."""
         run = self.train_capture if mode == "train" else self._eval_capture
         program = self.cut(run(arguments, static_ones), self.at)
+        if isinstance(self.recipe.experts, RegionExperts):
+            program = self.insert(program)
+            return program, self.timed("emit", emit, program)
         sites, rejected = self.find(program)
         missing = self.sites - {s.name for s in sites}
         present = missing & {r.name for r in rejected}

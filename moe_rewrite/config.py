@@ -5,7 +5,7 @@ Everything here is a frozen dataclass that checks itself, so a wrong value fails
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .errors import ConfigError
@@ -20,6 +20,16 @@ def _require(ok: bool, what: str, value: object, expected: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _choose(spec: object, name: str, *choices: str) -> None:
+    value = getattr(spec, name)
+    expected = " or ".join(map(repr, choices))
+    _require(value in choices, f"{type(spec).__name__} {name}", value, expected)
 
 
 @dataclass(frozen=True)
@@ -44,42 +54,92 @@ class TokenRouter:
     def __post_init__(self) -> None:
         k = self.top_k
         _require(k is None or (_is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
-        _require(
-            self.granularity in ("token", "prefix", "sequence"),
-            "TokenRouter granularity", self.granularity, "'token', 'prefix' or 'sequence'",
-        )  # fmt: skip
+        _choose(self, "granularity", "token", "prefix", "sequence")
         for name in ("base", "normalize"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")
 
 
-def fit_router(spec: TokenRouter | None, ndim: int, causal: bool) -> TokenRouter:
-    """The router for features of `ndim` dimensions: the one asked for, or the one that fits (None).
+@dataclass(frozen=True)
+class PatchRouter:
+    """Expert choice over patches: each expert scores every patch and takes its best per sample
+    (pMoE, arXiv 2306.04073, equations 2 and 3).
 
-    Raises ConfigError where the one asked for cannot work.
+    grid: g, for g x g patches over the feature map at the cut or over a ViT's patch tokens. None
+        takes the largest g <= 8 that divides the map; a token grid is taken as it is. Where g does
+        not divide a side, patches differ in size by one: patch i covers rows
+        ``i * H // g .. (i + 1) * H // g``, and smaller ones are padded with zeros at the bottom and
+        right to be read.
+    per_expert: l, patches that each expert takes of each sample; None takes a quarter. Of patches
+        with equal scores the first in row-major order is taken first.
+    gate: ``"selected"`` softmax of the scores over the l taken; ``"all"`` softmax over all n
+        patches; ``"hard"`` 1.
+    scale: ``"mean-one"`` multiplies softmax gates by l, so that they are 1 where scores are equal;
+        ``"paper"`` leaves them.
+    features: ``"flat"`` scores every value of a patch; ``"pooled"`` its mean over positions.
+    normalize: divide the features by their root mean square over the sample before scoring.
+    init: standard deviation of the scores at the start, for features of unit size; 0 starts with
+        zero rows, for which all scores are equal.
+    prefix_tokens: tokens before a ViT's patch tokens (class, registers), which every expert gets
+        with the mean of its gates; None finds the largest square that the tokens hold.
     """
-    if spec is None:
-        return TokenRouter(granularity="prefix" if causal else "sequence")
-    if causal and spec.granularity == "sequence":
-        raise ConfigError(
-            "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "
-            "sequence would look ahead; use 'prefix' or 'token'"
-        )
-    if ndim == 4 and spec.granularity != "sequence":
-        raise ConfigError(
-            f"TokenRouter granularity={spec.granularity!r}: the cut carries a feature map, for "
-            "which only 'sequence' (one gate per sample) is there"
-        )
-    return spec
+
+    grid: int | None = None
+    per_expert: int | None = None
+    gate: Literal["selected", "all", "hard"] = "selected"
+    scale: Literal["mean-one", "paper"] = "mean-one"
+    features: Literal["flat", "pooled"] = "flat"
+    normalize: bool = True
+    init: float = 0.01
+    prefix_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("grid", 1), ("per_expert", 1), ("prefix_tokens", 0)):
+            n = getattr(self, name)
+            ok = n is None or (_is_int(n) and n >= low)
+            _require(ok, f"PatchRouter {name}", n, f"None or int >= {low}")
+        _choose(self, "gate", "selected", "all", "hard")
+        _choose(self, "scale", "mean-one", "paper")
+        _choose(self, "features", "flat", "pooled")
+        _require(
+            isinstance(self.normalize, bool), "PatchRouter normalize", self.normalize,
+            "True or False",
+        )  # fmt: skip
+        _require(_is_number(self.init) and self.init >= 0, "PatchRouter init", self.init, "a number >= 0")
+        if self.grid is not None and self.per_expert is not None:
+            self._require_enough(self.grid**2)
+
+    def _require_enough(self, patches: int) -> None:
+        _require(
+            self.per_expert is None or self.per_expert <= patches,
+            "PatchRouter per_expert", self.per_expert, f"at most the grid's {patches} patches",
+        )  # fmt: skip
+
+    def fitted(self, height: int, width: int, prefix: int = 0) -> PatchRouter:
+        """The same with every None filled in for a map (or token grid) of this size."""
+        grid = self.grid
+        if grid is None:
+            grid = max(g for g in range(1, 9) if height % g == 0 and width % g == 0)
+        _require(
+            grid <= min(height, width), "PatchRouter grid", grid,
+            f"at most the smaller side of the {height}x{width} map at the cut",
+        )  # fmt: skip
+        self._require_enough(grid**2)
+        taken = self.per_expert or max(1, grid**2 // 4)
+        return replace(self, grid=grid, per_expert=taken, prefix_tokens=prefix)
 
 
 @dataclass(frozen=True)
 class LoRAExperts:
-    """Low-rank experts: each adds ``alpha / rank * B @ A`` to a frozen linear site, times its gate.
+    """Low-rank experts: each adds ``alpha / rank * B @ A`` to a frozen site, times its gate.
+
+    A site is a linear map or a 2-d convolution. On a convolution A is one with the site's kernel,
+    stride, padding and dilation to `rank` channels (over all input channels, whatever the site's
+    groups), B a 1x1 convolution.
 
     rank: rows of A and columns of B, per expert.
     alpha: numerator of the scale (LoRA, arXiv 2106.09685, section 4.1).
-    sites: ``"all"`` for every linear site of the deep segment but the output head,
+    sites: ``"all"`` for every site of the deep segment but the output head,
         ``"all+head"`` for the head too, or a tuple of name endings (``("q_proj", "v_proj")``).
     """
 
@@ -90,8 +150,7 @@ class LoRAExperts:
     def __post_init__(self) -> None:
         rank, alpha, sites = self.rank, self.alpha, self.sites
         _require(_is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and alpha > 0
-        _require(number, "LoRAExperts alpha", alpha, "a number > 0")
+        _require(_is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
         if isinstance(sites, list):
             object.__setattr__(self, "sites", tuple(sites))
         named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
@@ -112,29 +171,92 @@ class LoRAExperts:
 
 
 @dataclass(frozen=True)
+class RegionExperts:
+    """A convolutional region of the graph, run by each expert on its own patches only.
+
+    The experts' weighted outputs are added up; patches that no expert takes give zero. Experts
+    start as copies of the dense region. In training, batch norm takes its statistics over the
+    gathered patches.
+
+    region: dotted name of a module, or of several that lie behind one another; None: from the cut
+        to the last point before an operation that mixes all positions.
+    halo: gather each patch with as many neighbours as the region reads, so that it computes what
+        the dense region does there; False gives the paper's isolated patches.
+    width: share of the hidden channels that each expert keeps (those tied neither to the region's
+        entry nor to its exit); expert e starts from the e-th slice of them.
+    combine: ``"sum"``; or ``"concat"``: each expert computes its own slice of the output channels.
+    """
+
+    region: str | tuple[str, ...] | None = None
+    halo: bool = True
+    width: float = 1.0
+    combine: Literal["sum", "concat"] = "sum"
+
+    def __post_init__(self) -> None:
+        region = self.region
+        if isinstance(region, list):
+            object.__setattr__(self, "region", tuple(region))
+        names = (region,) if isinstance(region, str) else self.region
+        ok = names is None or (
+            isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
+        )
+        _require(bool(ok), "RegionExperts region", region, "None, a module's name or several")
+        _require(isinstance(self.halo, bool), "RegionExperts halo", self.halo, "True or False")
+        ok = _is_number(self.width) and 0 < self.width <= 1
+        _require(ok, "RegionExperts width", self.width, "a share, 0 < width <= 1")
+        _choose(self, "combine", "sum", "concat")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self.region is None:
+            return ()
+        return (self.region,) if isinstance(self.region, str) else self.region
+
+
+RouterSpec = TokenRouter | PatchRouter
+Experts = LoRAExperts | RegionExperts
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about a conversion that is decided before the model is looked at."""
 
     mode: str
     split: int | float | str
-    router: TokenRouter | None  # None: chosen from what the cut carries
-    experts: LoRAExperts
+    router: RouterSpec | None  # None: chosen from what the cut carries
+    experts: Experts
     num_experts: int
     batch_norm: Literal["frozen", "update"]
+    freeze: bool
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; routers and experts with their class as ``kind``."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {k: _with_kind(plain[k]) for k in ("router", "experts")}
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> Recipe:
         """Raises TypeError, KeyError or ConfigError where `saved` is no recipe."""
+        plain = ("mode", "split", "num_experts", "batch_norm", "freeze")
         return make_recipe(
-            **{k: saved[k] for k in ("mode", "split", "num_experts", "batch_norm")},
-            router=TokenRouter(**saved["router"]), experts=LoRAExperts(**saved["experts"]),
-        )  # fmt: skip
+            **{k: saved[k] for k in plain},
+            router=_of_kind(saved["router"], TokenRouter, PatchRouter),
+            experts=_of_kind(saved["experts"], LoRAExperts, RegionExperts),
+        )
 
 
-ROUTERS = {"auto": None, "token": TokenRouter()}
+def _with_kind(spec: Any) -> dict[str, Any]:
+    return {"kind": type(spec).__name__, **asdict(spec)}
+
+
+def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
+    by_name = {k.__name__: k for k in kinds}
+    return by_name[saved["kind"]](**{k: v for k, v in saved.items() if k != "kind"})
+
+
+ROUTERS: dict[str, RouterSpec | None] = {
+    "auto": None, "token": TokenRouter(), "patch": PatchRouter(),
+}  # fmt: skip
 MODES = ("pmoe",)
 BACKENDS = ("auto", "reference")
 
@@ -142,25 +264,35 @@ BACKENDS = ("auto", "reference")
 def make_recipe(
     mode: str = "pmoe",
     split: int | float | str = "auto",
-    router: str | TokenRouter = "auto",
-    experts: LoRAExperts | None = None,
+    router: str | RouterSpec = "auto",
+    experts: Experts | None = None,
     num_experts: int | None = None,
     backend: str = "auto",
     batch_norm: str = "frozen",
+    freeze: bool = True,
 ) -> Recipe:
     """Check the arguments of `convert` and return them as one Recipe. Raises ConfigError."""
     _require(mode in MODES, "mode", mode, " or ".join(map(repr, MODES)))
     _require(backend in BACKENDS, "backend", backend, " or ".join(map(repr, BACKENDS)))
     _require(batch_norm in ("frozen", "update"), "batch_norm", batch_norm, "'frozen' or 'update'")
-    if isinstance(router, str) and router in ROUTERS:
-        router_spec = ROUTERS[router]
-    else:
-        _require(
-            isinstance(router, TokenRouter), "router", router, "'auto', 'token' or a TokenRouter"
-        )
-        router_spec = router  # type: ignore[assignment]
+    _require(isinstance(freeze, bool), "freeze", freeze, "True or False")
+    spec = ROUTERS.get(router) if isinstance(router, str) else router
+    named = isinstance(router, str) and router in ROUTERS
+    _require(
+        named or isinstance(spec, (TokenRouter, PatchRouter)), "router", router,
+        "'auto', 'token', 'patch', a TokenRouter or a PatchRouter",
+    )  # fmt: skip
     experts = LoRAExperts() if experts is None else experts
-    _require(isinstance(experts, LoRAExperts), "experts", experts, "None or LoRAExperts(...)")
+    _require(
+        isinstance(experts, (LoRAExperts, RegionExperts)), "experts", experts,
+        "None, LoRAExperts(...) or RegionExperts(...)",
+    )  # fmt: skip
+    if isinstance(experts, RegionExperts):
+        _require(
+            not isinstance(spec, TokenRouter), "router", router,
+            "'patch' or a PatchRouter, since RegionExperts work on patches",
+        )  # fmt: skip
+        spec = spec or PatchRouter()
     count = 1 if num_experts is None else num_experts
     _require(_is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
-    return Recipe(mode, split, router_spec, experts, count, batch_norm)  # type: ignore[arg-type]
+    return Recipe(mode, split, spec, experts, count, batch_norm, freeze)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import nn
 from . import checkpoint
 from .capture import is_hf, make_host
 from .compiler import Compiler
-from .config import LoRAExperts, Recipe, TokenRouter, make_recipe
+from .config import Experts, Recipe, RouterSpec, make_recipe
 from .depth import DepthMap
 from .errors import CheckpointError, ConfigError, ConversionError
 from .examples import as_arguments
@@ -40,30 +40,35 @@ def convert(
     model: nn.Module,
     mode: str = "pmoe",
     split: int | float | str = "auto",
-    router: str | TokenRouter = "auto",
-    experts: LoRAExperts | None = None,
+    router: str | RouterSpec = "auto",
+    experts: Experts | None = None,
     num_experts: int | None = None,
     example_inputs: Any = None,
     backend: str = "auto",
     verify: bool = True,
     dry_run: bool = False,
     batch_norm: str = "frozen",
+    freeze: bool = True,
 ) -> MoEModel | Report:
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
     mode: ``"pmoe"``, progressive experts behind one router at the cut.
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
         ``"auto"``. Blocks 0..split-1 are frozen and shallow.
-    router: ``"auto"`` (prefix gate for causal models, else sequence gate), ``"token"`` or a
-        TokenRouter. experts: LoRAExperts. num_experts: experts to begin with; None is one.
+    router: ``"auto"`` (patches of a feature map; of a sequence the prefix for causal models, else
+        all of it), ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter.
+    experts: LoRAExperts, or RegionExperts for patches. num_experts: to begin with; None is one.
     example_inputs: see `inspect`. verify: run the converted graphs against the model.
     dry_run: return the Report only. batch_norm: ``"frozen"`` keeps statistics in training,
-        ``"update"`` trains as the original does.
+        ``"update"`` trains as the original does. freeze: False trains the dense weights too (on
+        copies of their own), with no segment held in evaluation.
 
-    The model itself is never changed and no weight is copied. Raises ConfigError, InputError,
+    The model itself is never changed, and no frozen weight is copied. Raises ConfigError, InputError,
     CaptureError, SplitError, ConversionError or EquivalenceError; nothing is left half done.
     """
-    recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm)
+    recipe = make_recipe(
+        mode, split, router, experts, num_experts, backend, batch_norm, freeze
+    )
     return _convert(model, recipe, example_inputs, verify, dry_run)
 
 
@@ -75,6 +80,7 @@ def _convert(
     compiler = Compiler(make_host(model), recipe)
     program = compiler.decide(arguments)
     report = Report.of(program, compiler)
+    report.warn_of_costs()
     if dry_run:
         return report
     emitted = compiler.timed("emit", emit, program)

@@ -33,6 +33,8 @@ class DepthMap:
     stem and head are what lies before the first and after the last block. points: (graph position,
     node name) of every cut point. starts: graph position where each module's mainline begins.
     stack: the dotted name of the stack that a model with several mainlines was analysed for.
+    source: the call's only tensor, where it holds features itself (an image): a cut before
+    everything.
     """
 
     model: str
@@ -42,6 +44,7 @@ class DepthMap:
     points: tuple[tuple[int, str], ...]
     starts: dict[str, int]
     stack: str | None = None
+    source: str | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -99,6 +102,8 @@ class DepthMap:
 
     def _exit_before(self, index: int, split: object) -> str:
         before = self.blocks[index - 1] if index else self.stem
+        if before is None and self.source is not None:
+            return self.source
         if before is None or before.exit not in {name for _, name in self.points}:
             raise self._error(split, "a later block: nothing with features lies before this one")
         return before.exit
@@ -108,6 +113,8 @@ class DepthMap:
         if start is None:
             raise self._error(name, "the dotted name of a module that the graph runs")
         before = [(at, node) for at, node in self.points if at < start]
+        if not before and self.source is not None:
+            return 0, self.source
         if not before:
             raise self._error(name, "a later module: no cut point lies before this one")
         at, node = before[-1]

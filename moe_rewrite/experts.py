@@ -1,18 +1,59 @@
-"""The experts' parameters: one module per site, one pair of matrices per expert."""
+"""The experts' parameters: one module per site.
+
+A site's `parts` name what its experts have, in the order in which the graph takes them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from .program import Site
+from .program import AnySite, Part, RegionSite, Site
+
+SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept with this
 
 
-class LoRASite(nn.Module):
-    """LoRA experts of one linear site. a[e]: (rank, in), b[e]: (out, rank); b starts at zero."""
+class ExpertSite(nn.Module):
+    """What every kind of expert has. parts: names of an expert's tensors; a graph takes each part
+    of all active experts together."""
+
+    parts: tuple[str, ...]
+    replaced: tuple[str, ...] = ()  # state-dict names of the weights whose work experts take over
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        """Add an expert; dense: the site's frozen tensors by state-dict name. Returns its
+        parameters."""
+        raise NotImplementedError
+
+    def set_trained(self, trained: Sequence[bool]) -> None:
+        """Which experts are trained; the others are frozen and hold no gradient."""
+        for of_part in self.parameter_lists():
+            for p, on in zip(of_part, trained, strict=True):
+                p.requires_grad_(on)
+                if not on:
+                    p.grad = None
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        """For each part that holds parameters, one of every expert."""
+        raise NotImplementedError
+
+    def remove_last(self) -> None:
+        raise NotImplementedError
+
+    def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
+        """What the graph takes for each part, of the active experts."""
+        raise NotImplementedError
+
+
+class LoRASite(ExpertSite):
+    """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
+    or (out, rank, 1, 1); b starts at zero."""
+
+    parts = ("a", "b")
 
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
@@ -24,30 +65,28 @@ class LoRASite(nn.Module):
     def __len__(self) -> int:
         return len(self.a)
 
-    def add(self, like: torch.Tensor) -> list[nn.Parameter]:
-        """Add an expert with the dtype and device of `like`; returns its parameters."""
-        a = like.new_empty(self.rank, self.site.in_features)
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        like = dense[self.site.weight]
+        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel)
         if not a.is_meta:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = like.new_zeros(self.site.out_features, self.rank)
+        b = self._no_b(like, self.rank)
         self.a.append(nn.Parameter(a))
         self.b.append(nn.Parameter(b))
         return [self.a[-1], self.b[-1]]
 
-    def set_trained(self, trained: Sequence[bool]) -> None:
-        """Which experts are trained; the others are frozen and hold no gradient."""
-        for a, b, on in zip(self.a, self.b, trained, strict=True):
-            for p in (a, b):
-                p.requires_grad_(on)
-                if not on:
-                    p.grad = None
+    def _no_b(self, like: torch.Tensor, rank: int) -> torch.Tensor:
+        return like.new_zeros(self.site.out_features, rank, *(1 for _ in self.site.kernel))
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(self.a), list(self.b)]
 
     def remove_last(self) -> None:
         self.a, self.b = self.a[:-1], self.b[:-1]
         self._stack = None
 
     def stacked(self, active: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as (active * rank, in) and B as (out, active * rank).
+        """A as (active * rank, in, ...) and B as (out, active * rank, ...).
 
         Kept from call to call while no parameter changes, where no gradient is wanted.
         """
@@ -55,7 +94,7 @@ class LoRASite(nn.Module):
             return self.a[active[0]], self.b[active[0]]
         if not active:
             like = self.a[0]
-            return like[:0], like.new_zeros(self.site.out_features, 0)
+            return like[:0], self._no_b(like, 0)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
             return torch.cat(a), torch.cat(b, dim=1)
@@ -64,3 +103,74 @@ class LoRASite(nn.Module):
             with torch.no_grad():
                 self._stack = key, (torch.cat(a), torch.cat(b, dim=1))
         return self._stack[1]
+
+
+class RegionCopies(ExpertSite):
+    """Experts that each have the weights and statistics of a region, all or a share of them."""
+
+    def __init__(self, site: RegionSite) -> None:
+        super().__init__()
+        self.site = site
+        self.parts = self.replaced = tuple(p.name for p in site.parts)
+        self.copies = nn.ModuleDict(
+            {p.name.replace(".", SEPARATOR): _Copies() for p in site.parts}
+        )
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        new = []
+        for part, copies in self._by_part():
+            tensor = _share(dense[part.name], part, len(copies))
+            copies.put(tensor, part.kind == "weight")
+            if part.kind == "weight":
+                new.append(copies[-1])
+        return new  # type: ignore[return-value]
+
+    def _by_part(self) -> list[tuple[Part, _Copies]]:
+        return list(zip(self.site.parts, self.copies.values(), strict=True))  # type: ignore[arg-type]
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(c) for p, c in self._by_part() if p.kind == "weight"]  # type: ignore[misc]
+
+    def remove_last(self) -> None:
+        for _, copies in self._by_part():
+            copies.pop()
+
+    def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
+        return tuple([copies[e] for e in active] for _, copies in self._by_part())
+
+
+class _Copies(nn.Module):
+    """One part of every expert, by number: parameters or buffers."""
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([*self._parameters.values(), *self._buffers.values()])  # type: ignore[list-item]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return list(self)[index]
+
+    def put(self, tensor: torch.Tensor, parameter: bool) -> None:
+        if parameter:
+            self.register_parameter(str(len(self)), nn.Parameter(tensor))
+        else:
+            self.register_buffer(str(len(self)), tensor)
+
+    def pop(self) -> None:
+        delattr(self, str(len(self) - 1))
+
+
+def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:
+    """A copy of what an expert has of a dense tensor: of every shared dimension its own slice, as
+    far as there are such, then from the front again."""
+    share = dense.detach()
+    for dim, kept in part.kept:
+        full = dense.shape[dim]
+        index = (expert * kept + torch.arange(kept, device=dense.device)) % full
+        share = share.index_select(dim, index)
+    return share.clone()
+
+
+def make_site(site: AnySite, rank: int) -> ExpertSite:
+    return RegionCopies(site) if isinstance(site, RegionSite) else LoRASite(site, rank)

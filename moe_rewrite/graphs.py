@@ -22,7 +22,8 @@ from .errors import EquivalenceError, InputError
 from .ownership import Ownership
 from .passes.emit import Emitted
 from .program import CACHE, Program, value
-from .routing import PrefixState, RoutingPlan, align
+from .routing.plan import RoutingPlan, align
+from .routing.tokens import PrefixState
 from .verify import compare
 
 Planner = Callable[
@@ -37,7 +38,8 @@ class Graph:
     names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
     size) that must hold; ties: dimensions that must agree; out_spec: of the outputs, a cache being
     one leaf; cache_at: the outputs that make up this cache. comparable: the dense model can be put
-    in a mode in which it computes the same. checked: size patterns found equal to
+    in a mode in which it computes the same. frozen: the shallow part builds no autograd graph.
+    checked: size patterns found equal to
     the dense model's result; refused: those found different.
     """
 
@@ -50,6 +52,7 @@ class Graph:
     out_spec: Any
     cache_at: tuple[int, int] | None
     mode: str
+    frozen: bool
     comparable: bool
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
@@ -84,7 +87,7 @@ class Graph:
         for block, bound in self.steps:
             if bound.step.deep:
                 break
-            with torch.no_grad():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 _advance(values, bound, block(bound, (), *_taken(values, bound)))
         return self._plan(values, planner)
 
@@ -106,7 +109,8 @@ class Graph:
                     values[name] = align(plan, layout)
             taken = _taken(values, bound)
             run = block.checkpointed if checkpoint and bound.step.deep else block
-            with torch.set_grad_enabled(torch.is_grad_enabled() and bound.step.deep):
+            wanted = bound.step.deep or not self.frozen
+            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
                 _advance(values, bound, run(bound, active or (), *taken))
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
         return outputs, after
@@ -141,10 +145,13 @@ def small_sizes(leaves: list[torch.Tensor]) -> tuple:
 
 
 class Graphs:
-    """Every graph of one model. check: hold graphs against the dense model on first use."""
+    """Every graph of one model. check: hold graphs against the dense model on first use, with the
+    plan that `dense` makes."""
 
-    def __init__(self, compiler: Compiler, owned: Ownership, check: bool) -> None:
-        self._compiler, self._owned, self._check = compiler, owned, check
+    def __init__(
+        self, compiler: Compiler, owned: Ownership, check: bool, dense: Planner
+    ) -> None:
+        self._compiler, self._owned, self._check, self._dense = compiler, owned, check, dense
         self._kept: dict[tuple, list[Graph]] = {}
 
     def get(
@@ -195,7 +202,7 @@ class Graphs:
         graph = Graph(
             tuple(traced), tuple(n.name for n in nodes), tuple(static),
             tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted,
-            self._owned.bind(emitted), spec, at, program.mode,
+            self._owned.bind(emitted), spec, at, program.mode, self._compiler.recipe.freeze,
             not program.held,
         )  # fmt: skip
         self._kept.setdefault(_key(arguments, program.mode, where), []).append(graph)
@@ -212,7 +219,7 @@ class Graphs:
     def _equals_dense(self, graph: Graph, arguments: dict[str, Any], leaves: list) -> bool:
         """Run both without experts, from the same random state; statistics stay as they were."""
         self._owned.show_to(self._compiler.host)
-        buffers = {n: self._owned.refs[n].get() for n in self._owned.unshared}
+        buffers = self._owned.unshared_buffers()
         before = {n: b.clone() for n, b in buffers.items()}
 
         def restore() -> None:
@@ -226,14 +233,10 @@ class Graphs:
                 dense = pytree.tree_leaves(self._compiler.host(**given))
             restore()
             with torch.random.fork_rng(devices):
-                ours, _ = graph.run([t.clone() for t in leaves], self._dense_planner)
+                ours, _ = graph.run([t.clone() for t in leaves], self._dense)
         finally:
             restore()
         return compare(dense, ours, arguments.get(graph.emitted.mask or "")).equal
-
-    def _dense_planner(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-        assert self._compiler.router is not None
-        return RoutingPlan.without_experts(features, self._compiler.router.granularity), None
 
 
 def _key(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:

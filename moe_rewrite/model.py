@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,15 +16,18 @@ from torch.utils import _pytree as pytree
 from . import checkpoint
 from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
+from .config import RegionExperts
 from .errors import CheckpointError, ConfigError, InputError
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
 from .program import CACHE, Program, value
 from .report import Report
-from .routing import PrefixState, Router, RoutingPlan
+from .routing.fit import make_router
+from .routing.plan import RoutingPlan
+from .routing.tokens import PrefixState
 
-BUFFERS = ADDED + "buffers."
+DENSE = ADDED + "dense."  # dense tensors that training may have changed
 
 
 @dataclass
@@ -48,8 +53,12 @@ class MoEModel(nn.Module):
         recipe = compiler.recipe
         self._original, self._compiler, self.report = Original(model), compiler, report
         self._signature = inspect.signature(compiler.host.forward)
-        self._owned = Ownership(compiler.host, program.sites, emitted, recipe.experts.rank)
-        self._graphs = Graphs(compiler, self._owned, checked)
+        rank = getattr(recipe.experts, "rank", 1)
+        self._owned = Ownership(compiler.host, program.sites, emitted, rank)
+        if not recipe.freeze:
+            self._owned.unfreeze()
+        self._graphs = Graphs(compiler, self._owned, checked, self._plan_dense)
+        self._forced: Planner | None = None  # in the place of the router's plans
         self._checkpointing = False
         self._cache_format: Any = None
         self.names: list[str] = []
@@ -57,8 +66,7 @@ class MoEModel(nn.Module):
         self.shallow, self.deep = self._owned.shallow, self._owned.deep
         self.rest = self._owned.rest
         features = value(program.node(program.cut.node))
-        width = int(features.shape[1] if features.ndim == 4 else features.shape[-1])
-        self.router = Router(compiler.router, width, self.device)
+        self.router = make_router(compiler.router, features.shape, self.device)
         self._add([None] * recipe.num_experts, active=True)
         self.train(model.training)
         self._register_state_dict_hook(_collect_public)
@@ -139,12 +147,17 @@ class MoEModel(nn.Module):
         return self._graphs.get(arguments, leaves, self.training, where), leaves
 
     def _planner(self, cache: Any) -> Planner:
+        if self._forced is not None:
+            return self._forced
         state = None
         if cache is not None and self.router.spec.granularity == "prefix":
             from .cache import router_state
 
             state = router_state(cache).load()
         return lambda features, mask: self.router(features, mask, state)
+
+    def _plan_dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+        return self.router.without_experts(features), None
 
     def _fill(self, cache: Any, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
         from .cache import fill_cache, router_state
@@ -162,9 +175,9 @@ class MoEModel(nn.Module):
     def _add(self, names: list[str | None], active: bool) -> list[nn.Parameter]:
         new = self.router.add(len(names), active)
         for site in self._owned.sites.values():
-            weight = self._owned.refs[site.site.weight].get()
+            dense = {w: self._owned.refs[w].get() for w in site.site.weights}
             for _ in names:
-                new += site.add(weight)
+                new += site.add(dense)
         number = self._expansions[-1] + 1 if self._expansions else 0
         for name in names:
             self.names.append(name or self._free_name())
@@ -216,6 +229,33 @@ class MoEModel(nn.Module):
         """Take an expert out of routing; its parameters stay."""
         self.router.set_active(self._index(name), False)
 
+    @contextmanager
+    def disable_experts(self) -> Iterator[None]:
+        """Compute what the dense model computes, as PEFT's disable_adapter does."""
+        with self._planning_by(self._plan_dense):
+            yield
+
+    @contextmanager
+    def dense_plan(self) -> Iterator[None]:
+        """Route so that experts fresh from a conversion give the dense model's output: at LoRA
+        sites as ever; where a region is replaced, the frozen one takes every patch (the whole map,
+        if patches are isolated)."""
+        experts = self._compiler.recipe.experts
+        if not isinstance(experts, RegionExperts):
+            yield
+        else:
+            everything = lambda x, mask: (self.router.everything(x), None)  # noqa: E731
+            with self._planning_by(everything if experts.halo else self._plan_dense):
+                yield
+
+    @contextmanager
+    def _planning_by(self, planner: Planner) -> Iterator[None]:
+        before, self._forced = self._forced, planner
+        try:
+            yield
+        finally:
+            self._forced = before
+
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before it came."""
         if self.num_experts <= 1:
@@ -265,7 +305,8 @@ class MoEModel(nn.Module):
 
     def train(self, mode: bool = True) -> MoEModel:
         super().train(mode)
-        self.shallow.train(False)
+        if self._compiler.recipe.freeze:
+            self.shallow.train(False)
         return self
 
     # -- saving ---------------------------------------------------------------------------------
@@ -275,28 +316,27 @@ class MoEModel(nn.Module):
 
         A crash leaves the folder's previous save whole.
         """
-        recipe = self._compiler.recipe.to_dict() | {
-            "split": self._compiler.at,
-            "router": asdict(self.router.spec),
-            "num_experts": self.num_experts,
-        }
+        recipe = replace(
+            self._compiler.recipe, split=self._compiler.at, router=self.router.spec,
+            num_experts=self.num_experts,
+        )  # fmt: skip
         facts = {
             "model": type(self.to_dense()).__name__,
-            "recipe": recipe,
+            "recipe": recipe.to_dict(),
             "names": self.names,
             "expansions": self._expansions,
         }
         checkpoint.write(folder, self._saved(), facts, self.to_dense())
 
     def _saved(self) -> dict[str, torch.Tensor]:
-        buffers = {BUFFERS + n: t for n, t in self._owned.own_buffers().items()}
-        return dict(added_tensors(self)) | buffers
+        trained = {DENSE + n: t for n, t in self._owned.own_tensors().items()}
+        return dict(added_tensors(self)) | trained
 
     def restore(
         self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int]
     ) -> None:
         """Take over saved tensors, every one or none. Raises CheckpointError."""
-        for name in (k.removeprefix(BUFFERS) for k in tensors if k.startswith(BUFFERS)):
+        for name in (k.removeprefix(DENSE) for k in tensors if k.startswith(DENSE)):
             if name in self._owned.refs:
                 self._owned.unshare(name)
         own = self._saved()

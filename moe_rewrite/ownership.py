@@ -14,9 +14,9 @@ from torch import nn
 
 from .blocks import SEPARATOR, Block, Bound, Ref, Segment
 from .capture import canonical_names
-from .experts import LoRASite
+from .experts import ExpertSite, make_site
 from .passes.emit import Emitted, Step
-from .program import Site
+from .program import AnySite
 
 ADDED = "moe_rewrite."
 
@@ -26,14 +26,14 @@ class Ownership:
 
     shallow, deep: the halves. rest: what no graph uses. refs: by canonical state-dict name.
     sites: the experts, by site. aliases: tied state-dict names to the canonical one.
-    unshared: buffers that no longer share the original's storage, since training writes them.
+    unshared: tensors that no longer share the original's storage, since training writes them.
     """
 
     def __init__(
-        self, host: nn.Module, sites: tuple[Site, ...], emitted: Emitted, rank: int
+        self, host: nn.Module, sites: tuple[AnySite, ...], emitted: Emitted, rank: int
     ) -> None:
         self.refs: dict[str, Ref] = {}
-        self.sites: dict[str, LoRASite] = {}
+        self.sites: dict[str, ExpertSite] = {}
         self.unshared: set[str] = set()
         self.rest = Block("unused by the graph")
         self._tensors = dict([*host.named_parameters(), *host.named_buffers()])
@@ -47,7 +47,7 @@ class Ownership:
                 if kind in ("weight", "buffer"):
                     self._put(block, name)
                 elif kind == "expert" and (site := name.rpartition(":")[0]) not in self.sites:
-                    self.sites[site] = block.add_site(LoRASite(by_name[site], rank))
+                    self.sites[site] = block.add_site(site, make_site(by_name[site], rank))
         self.shallow, self.deep = Segment(halves[False]), Segment(halves[True])
         for name in self._tensors:
             self._put(self.rest, name)
@@ -74,7 +74,7 @@ class Ownership:
         def place(kind: str, name: str) -> Any:
             if kind == "expert":
                 site, _, part = name.rpartition(":")
-                return (self.sites[site], 0 if part == "a" else 1)
+                return (self.sites[site], self.sites[site].parts.index(part))
             return emitted.constants[name] if kind == "constant" else self.refs[name]
 
         return tuple(
@@ -91,10 +91,26 @@ class Ownership:
             table[leaf] = self.refs[first].get()
 
     def unshare(self, name: str) -> None:
-        """Give a buffer storage of its own, before it is written: the original must not change."""
+        """Give a tensor storage of its own, before it is written: the original must not change."""
         if name not in self.unshared:
-            self.refs[name].set(self.refs[name].get().clone())
+            own = self.refs[name].get().detach().clone()
+            weight = self.refs[name].table == "_parameters"
+            self.refs[name].set(nn.Parameter(own) if weight else own)
             self.unshared.add(name)
+
+    def unfreeze(self) -> None:
+        """Make every dense weight that a graph runs trainable, but those that experts replace."""
+        replaced = {w for s in self.sites.values() for w in s.replaced}
+        unused = set(self.rest.weights.names())
+        for name, ref in self.refs.items():
+            if ref.table == "_parameters" and name not in replaced | unused:
+                if ref.get().is_floating_point():
+                    self.unshare(name)
+
+    def unshared_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that a forward pass may write to, by name."""
+        names = [n for n in self.unshared if self.refs[n].table == "_buffers"]
+        return {n: self.refs[n].get() for n in names}
 
     def unshare_written(self, steps: tuple[Step, ...]) -> None:
         for step in steps:
@@ -102,8 +118,8 @@ class Ownership:
                 if i < len(step.owned) and step.owned[i][0] == "buffer":
                     self.unshare(step.owned[i][1])
 
-    def own_buffers(self) -> dict[str, torch.Tensor]:
-        """The persistent buffers that training may have changed, by name."""
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """The persistent dense tensors that training may have changed, by name."""
         return {n: self.refs[n].get() for n in sorted(self.unshared & self._persistent)}
 
 

@@ -34,12 +34,24 @@ class Input:
     name: str
 
 
+class Code:
+    """A compiled piece of a graph: immutable, so a deep copy of the model shares it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.call: Callable[..., Any] = module.forward
+
+    def __deepcopy__(self, memo: dict) -> Code:
+        return self
+
+
 @dataclass(frozen=True)
 class Site:
-    """A place where experts work: one frozen weight and every node of the graph that applies it.
+    """A place where LoRA experts work: one frozen weight and every node that applies it.
 
     name: dotted name of the module that owns the weight, or of a bare parameter.
-    weight: state-dict name. transposed: the weight is stored as (in, out).
+    weight: state-dict name. transposed: the weight is stored as (in, out). kernel: (h, w) of a
+    convolution, empty for a linear map.
     """
 
     name: str
@@ -47,6 +59,47 @@ class Site:
     in_features: int
     out_features: int
     transposed: bool
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return (self.weight,)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight or buffer of a region, as each expert has it.
+
+    name: state-dict name of the dense one. kept: (dimension, elements that an expert has of it) of
+    the dimensions of which it has a share.
+    """
+
+    name: str
+    kind: str
+    kept: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class RegionSite:
+    """A region that experts run: its weights, and the shapes (C, H, W) of its entry and exit.
+
+    dense_macs: multiply-adds of the dense region on one sample, expert_macs: of one expert.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    in_features: str
+    out_features: str
+    dense_macs: int
+    expert_macs: int
+    ends: str
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parts)
+
+
+AnySite = Site | RegionSite
 
 
 @dataclass(frozen=True)
@@ -94,7 +147,7 @@ class Program:
     mode: str
     depth: DepthMap | None = None
     cut: Cut | None = None
-    sites: tuple[Site, ...] = ()
+    sites: tuple[AnySite, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     held: bool = False
     numerics: tuple[tuple[str, Numerics], ...] = field(default=())
@@ -190,6 +243,9 @@ def op_name(node: fx.Node) -> str:
 
 def mutated(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes to in place."""
+    writes = getattr(node.target, "writes", None)  # a call of this package's own
+    if writes is not None:
+        return writes(node)
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         # batch_norm in training writes its statistics, though its schema does not say so

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .tables import table
+from .config import PatchRouter
+from .program import RegionSite
+from .tables import count, table
 
 if TYPE_CHECKING:
     from .compiler import Compiler
@@ -18,6 +21,7 @@ class Report:
     """One conversion. Prints as tables; the fields are the same facts for programs.
 
     sites: (name, in, out) of the converted ones. rejected: (name, reason). seconds: by pass.
+    macs: multiply-adds of one sample, of the dense region and of all experts on their patches.
     """
 
     model: str
@@ -25,16 +29,18 @@ class Report:
     split: str
     cut: str
     router: str
-    sites: list[tuple[str, int, int]]
+    sites: list[tuple[str, Any, Any]]
     rejected: list[tuple[str, str]]
     numerics: list[tuple[str, str]]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    macs: tuple[int, int] | None = None
     equivalence: EquivalenceReport | None = None
 
     @staticmethod
     def of(program: Program, compiler: Compiler) -> Report:
         assert program.cut is not None
+        region = next((s for s in program.sites if isinstance(s, RegionSite)), None)
         return Report(
             model=type(compiler.host).__name__,
             mode=compiler.recipe.mode,
@@ -46,18 +52,48 @@ class Report:
             numerics=list(program.numerics),
             seconds=compiler.seconds,
             notes=[compiler.train_note] if compiler.train_note else [],
+            macs=None if region is None else _macs(region, compiler),
+        )
+
+    def warn_of_costs(self) -> None:
+        """Warn where the experts take more multiply-adds than the region that they replace."""
+        if self.macs is None or self.macs[1] <= self.macs[0]:
+            return
+        note = (
+            f"the experts take {count(self.macs[1])} multiply-adds a sample, the dense region "
+            f"{count(self.macs[0])}: choose fewer or larger patches, a shorter region, "
+            "RegionExperts(width=...) or halo=False"
+        )
+        self.notes.append(note)
+        warnings.warn(note, stacklevel=3)
+
+    def _done(self) -> str:
+        if self.macs is None:
+            return "LoRA experts"
+        dense, routed = self.macs
+        share = f"{100 * routed / dense:.1f}%" if dense else "all"
+        return (
+            f"experts on patches: {count(routed)} multiply-adds a sample, {share} of the dense "
+            f"region's {count(dense)}"
         )
 
     def __str__(self) -> str:
         facts = [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
-            ("router", self.router), ("lowering", "reference (stacked low rank)"),
+            ("router", self.router), ("lowering", "reference" if self.macs else "reference (stacked low rank)"),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),
         ]  # fmt: skip
         parts = [table(["conversion", ""], facts)]
-        rows = [(n, f"{i} -> {o}", "LoRA experts") for n, i, o in self.sites]
+        rows = [(n, f"{i} -> {o}", self._done()) for n, i, o in self.sites]
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
         parts.append(table(["site", "size", "what was done"], rows))
         return "\n".join(parts)
+
+
+def _macs(region: RegionSite, compiler: Compiler) -> tuple[int, int]:
+    router = compiler.router
+    assert isinstance(router, PatchRouter) and router.per_expert is not None
+    patches = compiler.recipe.num_experts * router.per_expert
+    return region.dense_macs, patches * region.expert_macs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from .capture import is_hf, split_static
 from .errors import EquivalenceError
 from .examples import as_arguments, random_arguments
+
+if TYPE_CHECKING:
+    from .model import MoEModel
 
 # The graph runs the captured operations in order ("exact"), but eager attention may choose another
 # kernel where capture wrote the mask out; a wrong graph is off by orders of magnitude more.
@@ -104,7 +107,7 @@ def _counted(output: torch.Tensor, mask: Any) -> torch.Tensor:
 
 
 def verify_conversion(
-    model: nn.Module, moe: nn.Module, arguments: dict[str, Any]
+    model: nn.Module, moe: MoEModel, arguments: dict[str, Any]
 ) -> EquivalenceReport | None:
     """Hold a fresh conversion against its original at several batch sizes; raise on a difference.
 
@@ -117,7 +120,8 @@ def verify_conversion(
         given = random_arguments(arguments, model, batch)
         if not _runs(model, given):
             given = arguments  # content that the model does not take: compare on the user's own
-        reports.append(verify(model, moe, given))
+        with moe.dense_plan():
+            reports.append(verify(model, moe, given))
         if not reports[-1].equal:
             raise EquivalenceError(
                 f"the converted model differs from the original by {reports[-1].max_error:.2e}: "

@@ -287,7 +287,8 @@ def _measure(
     named = tuple((at, node.name) for at, node in points)
     end = len(nodes) - 1
     if not spans:
-        return DepthMap(model, block(model, 0, end, line.sink), (), None, named, starts, stack)
+        whole = block(model, 0, end, line.sink)
+        return DepthMap(model, whole, (), None, named, starts, stack, line.source())
     before = [at for at, _ in points if at < spans[0].first]
     stem = block("stem", 0, before[-1], nodes[before[-1]]) if before else None
     blocks, low = [], before[-1] + 1 if before else 0
@@ -295,4 +296,4 @@ def _measure(
         blocks.append(block(span.name, low, span.last, nodes[span.last]))
         low = span.last + 1
     head = block("head", low, end, line.sink) if line.positions[line.sink] >= low else None
-    return DepthMap(model, stem, tuple(blocks), head, named, starts, stack)
+    return DepthMap(model, stem, tuple(blocks), head, named, starts, stack, line.source())

@@ -27,11 +27,21 @@ CUT_RANKS = (2, 3, 4)
 @dataclass(frozen=True)
 class Mainline:
     """positions: mainline nodes with their place in the graph. edges: each one's mainline
-    predecessors. sink: the output that the longest computation leads to."""
+    predecessors. sink: the output that the longest computation leads to. leaves: tensors of the
+    call."""
 
     positions: dict[fx.Node, int]
     edges: dict[fx.Node, list[fx.Node]]
     sink: fx.Node
+    leaves: tuple[fx.Node, ...]
+
+    def source(self) -> str | None:
+        """The call's only tensor, where it could carry rows to route itself."""
+        if len(self.leaves) != 1:
+            return None
+        leaf = self.leaves[0]
+        fit = _is_float(value(leaf)) and value(leaf).ndim in CUT_RANKS
+        return leaf.name if fit else None
 
     def chain(self, stack: str | None = None) -> list[fx.Node]:
         """Dominators of the sink in order, from the source or from a stack's first node."""
@@ -104,7 +114,8 @@ def find_mainline(program: Program, model: str) -> Mainline:
             edges[node] = list(dict.fromkeys(s for s in sources if s in positions))
             for written in mutated(node):
                 writers[alias_root(written)] = node
-    return Mainline(positions, edges, _sink(program, positions, edges, model))
+    sink = _sink(program, positions, edges, model)
+    return Mainline(positions, edges, sink, tuple(program.leaves()))
 
 
 def _carries_value(node: fx.Node) -> bool:

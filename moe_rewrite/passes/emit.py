@@ -6,7 +6,6 @@ regional compilation, so nothing here closes over a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +13,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..program import Program, alias_root, mutated, routing_plan
-from ..routing import Layout, align
-
-
-class Code:
-    """A compiled step: immutable, so a deep copy of the model shares it."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.call: Callable[..., tuple] = module.forward
-
-    def __deepcopy__(self, memo: dict) -> Code:
-        return self
+from ..program import Code, Program, alias_root, mutated, routing_plan
+from ..routing.plan import Layout, align
 
 
 @dataclass(frozen=True)

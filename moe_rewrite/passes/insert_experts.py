@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from ..kernels.lora.reference import add_lora_experts
+from ..kernels.lora.reference import add_conv_lora_experts, add_lora_experts
 from ..program import Input, Program, Rejection, Site
-from ..routing import Layout, align
+from ..routing.plan import Layout, align
 from .route import router_node
 from .sites import Match
 
@@ -37,8 +37,9 @@ def insert_experts(
             parts.append(node)
         for use in uses:
             with graph.inserting_after(use.node):
-                args = (use.node, use.rows, aligned[use.layout], *parts)
-                routed = graph.call_function(add_lora_experts, args)
+                args = (use.node, use.rows, aligned[use.layout], *parts, *use.options)
+                add = add_conv_lora_experts if site.kernel else add_lora_experts
+                routed = graph.call_function(add, args)
             routed.meta = dict(use.node.meta)
             use.node.replace_all_uses_with(routed)
             routed.args = args  # it reads the product itself

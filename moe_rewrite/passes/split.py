@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from ..analysis.rows import mask_of_rows, source_of_rows
-from ..program import Cut, Program, module_paths
+from ..program import Cut, Program, module_paths, value
 
 
 def split(program: Program, at: int | float | str) -> Program:
     """Record the cut. Exact. Raises SplitError where `at` is not inside the model."""
     assert program.depth is not None
     index, name = program.depth.resolve(at)
+    if program.node(name).op == "placeholder":
+        name = _after_input(program, name)
     named = isinstance(at, str) and at != "auto"
     label = str(at) if named else program.depth.blocks[index].name
     rows = source_of_rows(program, program.node(name))
     cut = Cut(name, label, index, rows, mask_of_rows(program, rows))
     return program.after("split", "exact", cut=cut)
+
+
+def _after_input(program: Program, name: str) -> str:
+    """A node of its own for the call's tensor, so that a cut can lie behind it."""
+    leaf = program.node(name)
+    last = program.graph.find_nodes(op="placeholder")[-1]
+    with program.graph.inserting_after(last):
+        features = program.graph.call_function(torch.ops.aten.alias.default, (leaf,))
+    features.meta = {"val": value(leaf)}
+    leaf.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
+    return features.name
 
 
 def segments(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:

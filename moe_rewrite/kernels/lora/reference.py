@@ -20,3 +20,23 @@ def add_lora_experts(
     2106.09685, section 4.1, summed over experts by the gate). All of one dtype.
     """
     return out_TO + F.linear(F.linear(x_TD, a_RD) * scales_TR, b_OR)
+
+
+def add_conv_lora_experts(
+    out_BOHW: torch.Tensor,
+    x_BCHW: torch.Tensor,
+    scales_BRHW: torch.Tensor,
+    a_RChw: torch.Tensor,
+    b_OR11: torch.Tensor,
+    stride: list[int],
+    padding: list[int] | str,
+    dilation: list[int],
+) -> torch.Tensor:
+    """The same beside a convolution: A is one with its window to R channels, B is pointwise.
+
+    scales_BRHW: over the output's positions, or (B, R, 1, 1) for one gate a sample.
+    """
+    if not len(a_RChw):  # a convolution to no channels is an error
+        return out_BOHW
+    low = F.conv2d(x_BCHW, a_RChw, None, stride, padding, dilation) * scales_BRHW
+    return out_BOHW + F.conv2d(low, b_OR11)

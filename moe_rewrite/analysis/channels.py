@@ -1,0 +1,154 @@
+"""Which channels of a region depend on one another, so that experts can keep a share of them.
+
+Channels form groups: a convolution reads one and writes another; what is pointwise, normalised or
+pooled stays in its own; operands that are added belong together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..errors import ConversionError
+from ..program import Program, op_name, value
+from .regions import Region
+
+SAME = {
+    "batch_norm", "layer_norm", "rms_norm", "max_pool2d", "avg_pool2d", "permute", "transpose",
+    "dropout", "feature_dropout", "clone", "contiguous", "softmax", "slice",
+}  # fmt: skip
+
+
+@dataclass
+class Channels:
+    """of: the group of each map's channels. dims: (weight node, dimension) -> group. sizes: of each
+    group. fixed: groups that no expert may shrink, with the reason. counts: nodes whose arguments
+    name the size of a group (depthwise convolutions, layer norms)."""
+
+    of: dict[fx.Node, int] = field(default_factory=dict)
+    dims: dict[tuple[fx.Node, int], int] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    fixed: dict[int, str] = field(default_factory=dict)
+    counts: dict[fx.Node, int] = field(default_factory=dict)
+
+    def new(self, size: int) -> int:
+        self.sizes.append(size)
+        self.parents.append(len(self.parents))
+        return len(self.parents) - 1
+
+    def root(self, group: int) -> int:
+        while self.parents[group] != group:
+            group = self.parents[group]
+        return group
+
+    def join(self, a: int, b: int) -> int:
+        a, b = self.root(a), self.root(b)
+        if self.sizes[a] != self.sizes[b]:
+            raise ConversionError(f"channels of {self.sizes[a]} and {self.sizes[b]} are joined")
+        self.parents[b] = a
+        if b in self.fixed:
+            self.fixed.setdefault(a, self.fixed[b])
+        return a
+
+    def fix(self, group: int, reason: str) -> None:
+        self.fixed.setdefault(self.root(group), reason)
+
+    def hidden(self) -> list[int]:
+        """The groups that may shrink."""
+        roots = {self.root(g) for g in self.of.values()}
+        return sorted(g for g in roots if g not in self.fixed)
+
+
+def find_channels(program: Program, region: Region) -> Channels:
+    """Groups of a region's channels; those of its entry are fixed, those of its exit are not."""
+    found = Channels()
+    found.of[region.entry] = found.new(int(value(region.entry).shape[1]))
+    found.fix(found.of[region.entry], "the region's entry")
+    for node in region.maps():
+        if node is not region.entry:
+            found.of[node] = _group(program, region, node, found)
+    return found
+
+
+def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> int:
+    name = op_name(node).removesuffix("_")
+    sources = [n for n in node.all_input_nodes if n in region.places]
+    inside = found.of[sources[0]]
+    if name in ("conv2d", "convolution"):
+        return _conv(program, node, inside, found)
+    if name == "linear":
+        out = found.new(int(value(node.args[1]).shape[0]))  # type: ignore[arg-type]
+        _tie(found, node.args[1], {0: out, 1: inside})
+        _tie(found, node.args[2] if len(node.args) > 2 else None, {0: out})
+        return out
+    channels = region.places[node].channels
+    size = value(node).shape[channels] if not isinstance(value(node), (tuple, list)) else None
+    keeps = size == found.sizes[found.root(inside)]
+    if name in SAME and keeps and not _along_channels(node, channels):
+        if name in ("layer_norm", "rms_norm"):
+            found.counts[node] = inside
+        for weight in node.all_input_nodes:
+            if weight not in region.places:
+                _tie(found, weight, {0: inside})
+        return inside
+    alike = all(
+        value(n).ndim == value(node).ndim and value(n).shape[channels] == size for n in sources
+    )
+    if keeps and alike and name not in ("cat", "pad", "constant_pad_nd", "chunk", "split"):
+        for other in sources[1:]:
+            found.join(inside, found.of[other])
+        for weight in node.all_input_nodes:
+            if weight not in region.places:
+                at = channels - value(node).ndim + value(weight).ndim
+                if at >= 0 and value(weight).shape[at] != 1:
+                    _tie(found, weight, {at: inside})
+        return inside
+    for source in sources:
+        found.fix(found.of[source], f"{node.name} ({name}) rearranges channels")
+    out = found.new(0 if size is None else int(size))
+    found.fix(out, f"{node.name} ({name}) rearranges channels")
+    return out
+
+
+def _along_channels(node: fx.Node, channels: int) -> bool:
+    if op_name(node) != "slice":
+        return False
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    return dim % value(node).ndim == channels
+
+
+def _conv(program: Program, node: fx.Node, inside: int, found: Channels) -> int:
+    weight: Any = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    at = 8 if op_name(node) == "convolution" else 6
+    groups: Any = node.args[at] if len(node.args) > at else 1
+    out_channels, per_group = (int(s) for s in value(weight).shape[:2])
+    if groups == 1:
+        out = found.new(out_channels)
+        _tie(found, weight, {0: out, 1: inside})
+    elif per_group == 1 and out_channels == groups:
+        out = inside
+        found.counts[node] = inside
+        _tie(found, weight, {0: out})
+    else:
+        out = found.new(out_channels)
+        for group in (inside, out):
+            found.fix(group, f"{node.name} is a grouped convolution")
+    _tie(found, bias, {0: out})
+    return out
+
+
+def _tie(found: Channels, weight: Any, dims: dict[int, int]) -> None:
+    """A weight's dimensions belong to these groups; one that the graph computes fixes them."""
+    if weight is None:
+        return
+    for dim, group in dims.items():
+        if weight.op != "placeholder":
+            found.fix(group, f"{weight.name} is computed from a weight")
+        elif (weight, dim) in found.dims:
+            found.join(found.dims[weight, dim], group)
+        else:
+            found.dims[weight, dim] = group

@@ -1,0 +1,135 @@
+"""Replace a convolutional region by experts that run it on the patches of the plan.
+
+Without experts the call runs the region as captured: exact. With them, what the router decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..analysis.channels import Channels, find_channels
+from ..analysis.regions import Region, find_region, map_size
+from ..config import RegionExperts
+from ..errors import ConversionError
+from ..program import Input, Part, Program, RegionSite, mutated, value
+from ..region_call import RegionCall
+from ..routing.plan import Layout, align
+from .region_code import dry_run, halo_code, isolated_code, weights_of, whole_code
+from .route import router_node
+
+
+def insert_region(
+    program: Program, experts: RegionExperts, num_experts: int, grid: int
+) -> Program:
+    """Raises ConversionError where there is no such region, or it cannot be run on patches."""
+    region = find_region(program, experts.names)
+    small = min(map_size(region.exit))
+    if grid > small:
+        raise ConversionError(
+            f"grid={grid}: the output of region {region.name!r} is a map of "
+            f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region earlier"
+        )
+    channels = find_channels(program, region)
+    kept = _kept(channels, region, experts, num_experts)
+    weights = weights_of(program, region)
+    parts = tuple(_part(program, channels, kept, w) for w in weights)
+    sizes = {n: kept[g] for n, g in _counts(channels).items() if g in kept}
+    shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
+    build = halo_code if experts.halo else isolated_code
+    patches = build(program, region, grid, sizes, shares)
+    whole = whole_code(program, region)
+    full = [_share(w, Part("", "", ())) for w in weights]
+    entry = torch.empty(1, *value(region.entry).shape[1:], device="meta")
+    _, dense_macs = dry_run(whole, [entry], full)
+    written = {w for n in region.nodes for w in mutated(n)}
+    call = RegionCall(
+        whole, patches, map_size(region.exit), experts.combine == "concat",
+        tuple(i for i, w in enumerate(weights) if w in written),
+    )  # fmt: skip
+    site = RegionSite(
+        region.name, parts, _shape(region.entry), _shape(region.exit), dense_macs, patches.macs,
+        region.ends,
+    )  # fmt: skip
+    inputs = _replace(program, region, weights, parts, call, site)
+    return program.after("insert_region", "reordered", inputs=inputs, sites=(site,))
+
+
+def _shape(node: fx.Node) -> str:
+    return "x".join(str(s) for s in value(node).shape[1:])
+
+
+def _counts(channels: Channels) -> dict[fx.Node, int]:
+    return {n: channels.root(g) for n, g in channels.counts.items()}
+
+
+def _kept(
+    channels: Channels, region: Region, experts: RegionExperts, num_experts: int
+) -> dict[int, int]:
+    """Group -> channels that an expert keeps of it, of the groups of which it has a share."""
+    exit_ = channels.root(channels.of[region.exit])
+    kept: dict[int, int] = {}
+    if experts.combine == "concat":
+        if exit_ in channels.fixed:
+            raise ConversionError(
+                f"combine='concat': the output channels of region {region.name!r} are not its own "
+                f"({channels.fixed[exit_]}): use combine='sum' or another region"
+            )
+        size, rest = divmod(channels.sizes[exit_], num_experts)
+        if rest:
+            raise ConversionError(
+                f"combine='concat': {channels.sizes[exit_]} output channels do not divide among "
+                f"{num_experts} experts"
+            )
+        kept[exit_] = size
+    hidden = [g for g in channels.hidden() if g != exit_]
+    if experts.width < 1 and not hidden:
+        raise ConversionError(
+            f"width={experts.width}: region {region.name!r} has no hidden channels, all are tied "
+            "to its entry or exit"
+        )
+    if experts.width < 1:
+        kept |= {g: max(1, round(experts.width * channels.sizes[g])) for g in hidden}
+    return kept
+
+
+def _part(program: Program, channels: Channels, kept: dict[int, int], weight: fx.Node) -> Part:
+    dims = {d: channels.root(g) for (w, d), g in channels.dims.items() if w is weight}
+    of = program.inputs[weight.name]
+    return Part(of.name, of.kind, tuple((d, kept[g]) for d, g in sorted(dims.items()) if g in kept))
+
+
+def _share(weight: fx.Node, part: Part) -> torch.Tensor:
+    shape = list(value(weight).shape)
+    for dim, size in part.kept:
+        shape[dim] = size
+    return torch.empty(shape, dtype=value(weight).dtype, device="meta")
+
+
+def _replace(
+    program: Program, region: Region, weights: list[fx.Node], parts: tuple[Part, ...],
+    call: RegionCall, site: RegionSite,
+) -> dict[str, Input]:  # fmt: skip
+    graph, plan = program.graph, router_node(program)
+    inputs = dict(program.inputs)
+    first = next(iter(graph.nodes))
+    own = []
+    for part in parts:
+        with graph.inserting_before(first):
+            node = graph.placeholder("expert_" + "".join(c if c.isalnum() else "_" for c in part.name))
+        inputs[node.name] = Input("expert", f"{site.name}:{part.name}")
+        own.append(node)
+    layout: Any = Layout("plan", 4, value(region.entry).dtype)
+    with graph.inserting_after(plan):
+        aligned = graph.call_function(align, (plan, layout))
+    with graph.inserting_after(region.exit):
+        args: Any = (region.entry, aligned, tuple(weights), tuple(own))
+        routed = graph.call_function(call, args)
+    routed.meta = dict(region.exit.meta)
+    region.exit.replace_all_uses_with(routed)
+    for node in reversed(region.nodes):
+        if not node.users:
+            graph.erase_node(node)
+    return inputs

@@ -1,0 +1,316 @@
+"""The code of a region, for the whole map and for gathered patches.
+
+With a halo each value is computed on the positions that the rest of the region needs for a patch:
+a consumer crops what it needs, and positions outside the map are set to zero again (to minus
+infinity for max-pooling) before each operation that reads neighbours. Reordered: the same sums, in
+batches of another shape.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import grid as grids
+from ..analysis.positions import NCHW, Window, padding_of, pair, windows
+from ..analysis.regions import Region, map_size
+from ..errors import ConversionError
+from ..grid import Span, Table
+from ..program import Code, Program, op_name, value
+
+aten = torch.ops.aten
+Spans = tuple[Span, Span]
+
+
+@dataclass(frozen=True)
+class PatchCode:
+    """code(x, *outside, *weights): x (N, C, h, w) gathered patches -> (N, C', h', w').
+
+    entry, exit: where patches lie in the map that is gathered from and in the one that is written.
+    outside: for each mask that the code takes, (n, 1, h, w) bool, True where a position is outside
+    the map. macs: multiply-adds of one patch.
+    """
+
+    code: Code
+    entry: Table
+    exit: Table
+    outside: tuple[torch.Tensor, ...]
+    macs: int
+
+
+def weights_of(program: Program, region: Region) -> list[fx.Node]:
+    """The placeholders that a region's code takes behind its map, in graph order."""
+    used = {s for n in region.nodes for s in n.all_input_nodes if s.op == "placeholder"}
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    return sorted(used - {region.entry}, key=order.__getitem__)
+
+
+def whole_code(
+    program: Program, region: Region, sizes: dict[fx.Node, int] | None = None, masked: bool = False
+) -> Code:
+    """code(x, *weights): the region as captured. sizes: of the channel groups that nodes name.
+
+    masked: code(x, outside, *weights), which sets x to zero outside first.
+    """
+    graph = fx.Graph()
+    entry = graph.placeholder("x")
+    outside = graph.placeholder("outside") if masked else None
+    copies = {n: graph.placeholder(n.name) for n in weights_of(program, region)}
+    copies[region.entry] = entry
+    if masked:
+        copies[region.entry] = graph.call_function(
+            aten.masked_fill.Scalar, (entry, outside, 0.0)
+        )
+    for node in region.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+        _resize(copies[node], node, sizes or {})
+    graph.output(copies[region.exit])
+    return Code(fx.GraphModule(torch.nn.Module(), graph))
+
+
+def isolated_code(
+    program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
+    weights: list[torch.Tensor],
+) -> PatchCode:  # fmt: skip
+    """Each patch by itself: its borders are padded as the map's are (pMoE, section 3)."""
+    entry = grids.patches(*map_size(region.entry), grid)
+    exit_ = grids.patches(*map_size(region.exit), grid)
+    # the rows that fill up a smaller patch are a neighbour's: outside
+    outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
+    code = whole_code(program, region, sizes, masked=bool(outside))
+    made, macs = dry_run(code, _one_patch(region, entry, outside), weights)
+    if made != (exit_.rows, exit_.cols):
+        raise ConversionError(
+            f"region {region.name!r}: an isolated patch of {entry.rows}x{entry.cols} becomes "
+            f"{made[0]}x{made[1]}, and a patch of the region's output is {exit_.rows}x{exit_.cols}: "
+            "choose a grid that divides both maps, or halo=True"
+        )
+    return PatchCode(code, entry, exit_, outside, macs)
+
+
+def _one_patch(
+    region: Region, entry: Table, outside: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    channels = int(value(region.entry).shape[1])
+    x = torch.empty(1, channels, entry.rows, entry.cols, device="meta")
+    return [x, *(mask[:1].to("meta") for mask in outside)]
+
+
+def dry_run(
+    code: Code, given: list[torch.Tensor], weights: list[torch.Tensor]
+) -> tuple[tuple[int, int], int]:
+    """(height, width) of what the code makes of one sample, and its multiply-adds."""
+
+    class Counting(fx.Interpreter):
+        macs = 0
+
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if op_name(n) in ("conv2d", "convolution", "linear"):
+                weight = self.env[n.args[1]]  # type: ignore[index]
+                channels = weight.shape[0]
+                self.macs += out.numel() // channels * weight.numel()
+            return out
+
+    counting = Counting(code.module)
+    try:
+        with torch.no_grad():
+            out = counting.run(*given, *weights)
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise ConversionError(f"a patch of {tuple(given[0].shape[2:])} cannot be run: {line}") from None
+    return (out.shape[2], out.shape[3]), counting.macs
+
+
+def halo_code(
+    program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
+    weights: list[torch.Tensor],
+) -> PatchCode:  # fmt: skip
+    """Each patch with the neighbours that it reads: the dense region's values, computed apart."""
+    made = _HaloCode(program, region, grid, sizes)
+    code = made.build()
+    entry = grids.windows(
+        made.exit_size, grid, made.spans[region.entry], map_size(region.entry)
+    )
+    outside = tuple(mask for _, mask in made.outside.values())
+    _, macs = dry_run(code, _one_patch(region, entry, outside), weights)
+    return PatchCode(code, entry, grids.patches(*made.exit_size, grid), outside, macs)
+
+
+class _HaloCode:
+    def __init__(
+        self, program: Program, region: Region, grid: int, sizes: dict[fx.Node, int]
+    ) -> None:
+        self.region, self.grid, self.sizes = region, grid, sizes
+        self.exit_size = map_size(region.exit)
+        self.patch = tuple(grids.largest(n, grid) for n in self.exit_size)
+        self.spans = self._spans()
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {region.entry: self.graph.placeholder("x")}
+        self.outside: dict[Any, tuple[fx.Node, torch.Tensor]] = {}
+        self.masked: dict[Any, fx.Node] = {}
+        self.last_mask = self.copies[region.entry]
+        for node in weights_of(program, region):
+            self.copies[node] = self.graph.placeholder(node.name)
+
+    def build(self) -> Code:
+        for node in self.region.nodes:
+            if node in self.region.places:
+                self.copies[node] = self._map(node)
+            else:
+                self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+                self.copies[node].meta = {}
+        self.graph.output(self.copies[self.region.exit])
+        return Code(fx.GraphModule(torch.nn.Module(), self.graph))
+
+    def _spans(self) -> dict[fx.Node, Spans]:
+        """What each value must be computed on: all that its readers need of it."""
+        spans: dict[fx.Node, Spans] = {self.region.exit: (Span(), Span())}
+        for node in reversed(self.region.maps()):
+            if node is self.region.entry or node not in spans:
+                continue
+            needed = _read(spans[node], windows(node, self.region.places[node]))
+            for source in node.all_input_nodes:
+                if source in self.region.places:
+                    spans[source] = _join(spans.get(source), needed, self.region, source)
+        for node in self.region.maps():
+            if node.target is operator.getitem:  # a part of a tuple has what the tuple has
+                spans[node] = spans[node.args[0]]  # type: ignore[index]
+        return spans
+
+    def _map(self, node: fx.Node) -> fx.Node:
+        """The node's copy on the positions it is needed on."""
+        ways = windows(node, self.region.places[node])
+        needed = _read(self.spans[node], ways)
+        given = {
+            s: self._cropped(s, needed, ways)
+            for s in node.all_input_nodes
+            if s in self.region.places
+        }
+        name = op_name(node)
+        source = given.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if name in ("pad", "constant_pad_nd"):
+            return self._channel_padding(node, source)
+        if name == "slice" and any(w.stride != 1 or w.padding for w in ways):
+            return self._strided(source, ways, self.region.places[node])
+        copy = self.graph.node_copy(node, lambda n: given.get(n) or self.copies[n])
+        copy.meta = {}
+        _resize(copy, node, self.sizes)
+        if name in ("conv2d", "convolution"):
+            if name == "conv2d":  # whose padding may have been a word
+                copy.target = aten.conv2d.default
+            if len(node.args) > 4:
+                copy.args = (*copy.args[:4], [0, 0], *copy.args[5:])
+        elif name in ("max_pool2d", "avg_pool2d"):
+            rest = copy.args[4:]
+            stride = list(pair(node.args[2])) if len(node.args) > 2 and node.args[2] else []
+            copy.args = (copy.args[0], copy.args[1], stride, [0, 0], *rest)
+        return self._clean(copy, node)
+
+    def _clean(self, copy: fx.Node, node: fx.Node) -> fx.Node:
+        """Max-pooling outside the map gives minus infinity, which no later sum may meet."""
+        if op_name(node) != "max_pool2d":
+            return copy
+        return self._mask(copy, self.spans[node], node, 0.0)
+
+    def _cropped(self, source: fx.Node, needed: Spans, ways: tuple[Window, Window]) -> fx.Node:
+        """The part of a value that a reader needs, clean outside the map if it reads neighbours."""
+        spans, place = self.spans[source], self.region.places[source]
+        copy = self.copies[source]
+        if isinstance(value(source), (tuple, list)):
+            return copy
+        neighbours = any(w.kernel > 1 or w.padding > 0 for w in ways)
+        cropped = copy
+        for dim, have, need, patch in zip(
+            (place.rows, place.cols), spans, needed, self.patch, strict=True
+        ):
+            first, size = need.low - have.low, need.size(patch)
+            if first or size != have.size(patch):
+                args: Any = (cropped, dim, first, first + size)
+                cropped = self.graph.call_function(aten.slice.Tensor, args)
+        if not neighbours:
+            return cropped
+        fills = {w.fill for w in ways}
+        return self._mask(cropped, needed, source, fills.pop())
+
+    def _mask(self, copy: fx.Node, spans: Spans, node: fx.Node, fill: float) -> fx.Node:
+        if self.region.places[node] != NCHW:
+            raise ConversionError(f"{node.name}: neighbours are read of a map that was permuted")
+        size = map_size(node)
+        inside = grids.windows(self.exit_size, self.grid, spans, size).inside
+        if inside is None:
+            return copy
+        if (copy, fill) not in self.masked:
+            outside = self._outside((spans, size), ~inside.unsqueeze(1))
+            args: Any = (copy, outside, fill)
+            self.masked[copy, fill] = self.graph.call_function(aten.masked_fill.Scalar, args)
+        return self.masked[copy, fill]
+
+    def _outside(self, key: Any, mask: torch.Tensor) -> fx.Node:
+        """The placeholder of a mask; those of equal masks are one."""
+        if key not in self.outside:
+            with self.graph.inserting_after(self.last_mask):
+                self.last_mask = self.graph.placeholder(f"outside_{len(self.outside)}")
+            self.outside[key] = self.last_mask, mask
+        return self.outside[key][0]
+
+    def _channel_padding(self, node: fx.Node, source: Any) -> fx.Node:
+        """Padding of positions is done by the mask; what is left pads channels."""
+        pads = padding_of(node)
+        place, ndim = self.region.places[node], value(node).ndim
+        for dim in (place.rows, place.cols):
+            at = 2 * (ndim - 1 - dim)
+            pads[at : at + 2] = [0, 0][: len(pads) - at] if at < len(pads) else []
+        if not any(pads):
+            return source
+        args: Any = (source, pads, *node.args[2:])
+        return self.graph.call_function(node.target, args)  # type: ignore[arg-type]
+
+    def _strided(self, source: Any, ways: tuple[Window, Window], place: Any) -> fx.Node:
+        for dim, way in zip((place.rows, place.cols), ways, strict=True):
+            if way.stride != 1:
+                args: Any = (source, dim, 0, 2**62, way.stride)
+                source = self.graph.call_function(aten.slice.Tensor, args)
+        return source
+
+
+def _read(spans: Spans, ways: tuple[Window, Window]) -> Spans:
+    """What an operation needs of its input to give `spans` of its output."""
+    return tuple(  # type: ignore[return-value]
+        Span(
+            s.stride * w.stride,
+            s.low * w.stride - w.padding,
+            s.high * w.stride - w.padding + w.dilation * (w.kernel - 1),
+        )
+        for s, w in zip(spans, ways, strict=True)
+    )
+
+
+def _join(known: Spans | None, needed: Spans, region: Region, node: fx.Node) -> Spans:
+    if known is None:
+        return needed
+    if any(a.stride != b.stride for a, b in zip(known, needed, strict=True)):
+        raise ConversionError(
+            f"region {region.name!r}: paths of different stride lead on from {node.name}"
+        )
+    return tuple(  # type: ignore[return-value]
+        Span(a.stride, min(a.low, b.low), max(a.high, b.high))
+        for a, b in zip(known, needed, strict=True)
+    )
+
+
+def _resize(copy: fx.Node, node: fx.Node, sizes: dict[fx.Node, int]) -> None:
+    """Write a smaller group's size into an operation that names it."""
+    if node not in sizes:
+        return
+    name, size = op_name(node), sizes[node]
+    if name in ("layer_norm", "rms_norm"):
+        copy.args = (copy.args[0], [size], *copy.args[2:])
+    else:
+        at = 8 if name == "convolution" else 6
+        copy.args = (*copy.args[:at], size, *copy.args[at + 1 :])

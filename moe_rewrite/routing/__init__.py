@@ -1,0 +1,1 @@
+"""Routers at the cut, and the plan that they make."""

@@ -1,0 +1,114 @@
+"""Token choice: every row chooses its experts by a softmax.
+
+Shapes: B batch, S positions, D width of the features, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..analysis.rows import lead_of
+from ..config import TokenRouter
+from ..errors import InputError
+from .plan import RoutingPlan
+from .router import Router
+
+
+@dataclass
+class PrefixState:
+    """Running sum (B, D) and count (B,) of a prefix router, fp32, over the unmasked positions."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+class TokenGate(Router):
+    """rows[e]: (D + 1,), weights and a bias. Output 0 is the frozen model, with logit 0."""
+
+    def __init__(self, spec: TokenRouter, width: int, device: torch.device) -> None:
+        super().__init__(spec, width + 1, device)
+
+    def needs_one(self) -> bool:
+        return not self.spec.base
+
+    def without_experts(self, features: torch.Tensor) -> RoutingPlan:
+        lead = lead_of(features.shape)
+        sequence = self.spec.granularity == "sequence" and len(lead) > 1
+        rows = (lead[0], 1) if sequence else lead
+        return RoutingPlan((), features.new_zeros(*rows, 0, dtype=torch.float32), None, 0, lead)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: PrefixState | None,
+    ) -> tuple[RoutingPlan, PrefixState | None]:
+        """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
+
+        mask: (B, S) with nonzero for positions that count, or None. state: what a prefix router
+        has seen before these positions; the state after them comes back.
+        """
+        with torch.no_grad():
+            lead = lead_of(features.shape)
+            read, state = self._read(features, mask, state)
+        active = self.active_indices()
+        logits = self._logits(read, active)
+        gates = _gate(logits, self.spec.top_k)
+        base = None
+        if self.spec.base:
+            base, gates = gates[..., :1], gates[..., 1:]
+        return RoutingPlan(active, gates, base, len(self), lead), state
+
+    def _read(
+        self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
+    ) -> tuple[torch.Tensor, PrefixState | None]:
+        """What the gate reads, fp32: (B, S, D), (B, 1, D) for a sequence gate, or (B, D)."""
+        x = features.float()
+        if x.ndim == 4:
+            x = x.flatten(2).mean(-1)
+        if self.spec.normalize:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        if x.ndim == 2 or self.spec.granularity == "token":
+            return x, None
+        counted = x.new_ones(x.shape[:2]) if mask is None else _own_columns(mask, x).float()
+        # a masked position may hold anything, infinities included: drop it, do not scale it
+        x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
+        if self.spec.granularity == "sequence":
+            total = counted.sum(1, keepdim=True).clamp_min(1)
+            return x.sum(1, keepdim=True) / total.unsqueeze(-1), None
+        sums, counts = x.cumsum(1), counted.cumsum(1)
+        if state is not None:
+            sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
+        after = PrefixState(sums[:, -1], counts[:, -1])
+        return sums / counts.clamp_min(1).unsqueeze(-1), after
+
+    def _logits(self, read: torch.Tensor, active: Sequence[int]) -> torch.Tensor:
+        base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
+        if not active:
+            return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
+        rows = torch.stack([self.rows[e] for e in active])
+        logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
+        return logits if base is None else torch.cat([base, logits], dim=-1)
+
+
+def _gate(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """fp32 softmax, over all outputs or over the top k with zero for the others."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits.softmax(-1)
+    values, indices = logits.topk(top_k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, indices, values.softmax(-1))
+
+
+def _own_columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The part of a (B, past + S) mask that belongs to these S positions."""
+    if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        raise InputError(
+            f"attention_mask of shape {tuple(mask.shape)}: a router that averages positions "
+            f"needs (batch, length) for features {tuple(x.shape)}; use granularity='token' with "
+            "other masks"
+        )
+    return mask[:, mask.shape[1] - x.shape[1] :] != 0
