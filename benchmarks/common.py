@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -19,6 +23,47 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def mnist(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images (N, 28, 28) in 0 .. 1, labels (N,)) of the usual IDX files; part: train or t10k."""
+    folder = data() / "mnist"
+    images, labels = (
+        gzip.open(folder / f"{part}-{name}-ubyte.gz").read() for name in ("images-idx3", "labels-idx1")
+    )
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    return torch.tensor(pixels / 255.0, dtype=torch.float32), torch.tensor(
+        np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    )
+
+
+def data() -> Path:
+    folder = Path(os.environ.get("MOE_REWRITE_DATA", "../shared")) / "data"
+    if not folder.exists():
+        raise SystemExit(f"{folder} is not there: set MOE_REWRITE_DATA to the shared data")
+    return folder
+
+
+def save(name: str, figures: dict[str, Any], figure: Any) -> None:
+    """The result of a full run: benchmarks/results/NAME.json and docs/NAME.png."""
+    root = Path(__file__).parent.parent
+    for folder in (root / "benchmarks" / "results", root / "docs"):
+        folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    about = machine() | {"commit": done.stdout.strip() or None}
+    path = root / "benchmarks" / "results" / f"{name}.json"
+    path.write_text(json.dumps(about | figures, indent=1) + "\n")
+    figure.savefig(root / "docs" / f"{name}.png", dpi=110)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
 def finish(
     name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], **figures: Any
 ) -> None:
@@ -26,13 +71,7 @@ def finish(
     from moe_rewrite.tables import table
 
     print(table(columns, rows, name))
-    about = {
-        "benchmark": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    print(json.dumps(about | figures))
+    print(json.dumps({"benchmark": name} | machine() | figures))
 
 
 def in_fresh_process(module: str, task: str, *given: str) -> dict[str, Any]:

@@ -204,6 +204,11 @@ class MoEModel(nn.Module):
         in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
         ``name.0``, ``name.1``, ... Raises ConfigError.
         """
+        if getattr(self._compiler.recipe.experts, "combine", "sum") == "concat":
+            raise ConfigError(
+                "combine='concat': the experts share the region's output channels out among them, "
+                "none is left for another; convert with combine='sum' to expand"
+            )
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"n={n!r}: expected an int >= 1")
         if name is not None and not (isinstance(name, str) and name):
@@ -239,13 +244,14 @@ class MoEModel(nn.Module):
     def dense_plan(self) -> Iterator[None]:
         """Route so that experts fresh from a conversion give the dense model's output: at LoRA
         sites as ever; where a region is replaced, the frozen one takes every patch (the whole map,
-        if patches are isolated)."""
+        if patches are isolated or experts narrower)."""
         experts = self._compiler.recipe.experts
         if not isinstance(experts, RegionExperts):
             yield
         else:
             everything = lambda x, mask: (self.router.everything(x), None)  # noqa: E731
-            with self._planning_by(everything if experts.halo else self._plan_dense):
+            comparable = experts.halo and experts.width == 1
+            with self._planning_by(everything if comparable else self._plan_dense):
                 yield
 
     @contextmanager

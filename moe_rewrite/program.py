@@ -83,7 +83,8 @@ class Part:
 class RegionSite:
     """A region that experts run: its weights, and the shapes (C, H, W) of its entry and exit.
 
-    dense_macs: multiply-adds of the dense region on one sample, expert_macs: of one expert.
+    dense_macs: multiply-adds of the dense region on one sample; expert_macs: of one expert on one
+    patch; score_macs: of one expert's scores of a sample.
     """
 
     name: str
@@ -92,6 +93,7 @@ class RegionSite:
     out_features: str
     dense_macs: int
     expert_macs: int
+    score_macs: int
     ends: str
 
     @property

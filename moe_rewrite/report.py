@@ -16,12 +16,32 @@ if TYPE_CHECKING:
     from .verify import EquivalenceReport
 
 
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one sample: of the dense region, and of what takes its place."""
+
+    dense: int
+    experts: int
+    router: int
+
+    @property
+    def routed(self) -> int:
+        return self.experts + self.router
+
+    def __str__(self) -> str:
+        share = f"{100 * self.routed / self.dense:.1f}%" if self.dense else "100%"
+        return (
+            f"{count(self.experts)} multiply-adds a sample and {count(self.router)} of the router, "
+            f"{share} of the dense region's {count(self.dense)}"
+        )
+
+
 @dataclass
 class Report:
     """One conversion. Prints as tables; the fields are the same facts for programs.
 
     sites: (name, in, out) of the converted ones. rejected: (name, reason). seconds: by pass.
-    macs: multiply-adds of one sample, of the dense region and of all experts on their patches.
+    macs: the multiply-adds of a region and of the experts in its place, where there is one.
     """
 
     model: str
@@ -34,7 +54,7 @@ class Report:
     numerics: list[tuple[str, str]]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
-    macs: tuple[int, int] | None = None
+    macs: Macs | None = None
     equivalence: EquivalenceReport | None = None
 
     @staticmethod
@@ -57,25 +77,17 @@ class Report:
 
     def warn_of_costs(self) -> None:
         """Warn where the experts take more multiply-adds than the region that they replace."""
-        if self.macs is None or self.macs[1] <= self.macs[0]:
+        if self.macs is None or self.macs.routed <= self.macs.dense:
             return
         note = (
-            f"the experts take {count(self.macs[1])} multiply-adds a sample, the dense region "
-            f"{count(self.macs[0])}: choose fewer or larger patches, a shorter region, "
+            f"the experts take {self.macs}: choose fewer or larger patches, a shorter region, "
             "RegionExperts(width=...) or halo=False"
         )
         self.notes.append(note)
         warnings.warn(note, stacklevel=3)
 
     def _done(self) -> str:
-        if self.macs is None:
-            return "LoRA experts"
-        dense, routed = self.macs
-        share = f"{100 * routed / dense:.1f}%" if dense else "all"
-        return (
-            f"experts on patches: {count(routed)} multiply-adds a sample, {share} of the dense "
-            f"region's {count(dense)}"
-        )
+        return "LoRA experts" if self.macs is None else f"experts on patches: {self.macs}"
 
     def __str__(self) -> str:
         facts = [
@@ -92,8 +104,9 @@ class Report:
         return "\n".join(parts)
 
 
-def _macs(region: RegionSite, compiler: Compiler) -> tuple[int, int]:
+def _macs(region: RegionSite, compiler: Compiler) -> Macs:
     router = compiler.router
     assert isinstance(router, PatchRouter) and router.per_expert is not None
-    patches = compiler.recipe.num_experts * router.per_expert
-    return region.dense_macs, patches * region.expert_macs
+    experts = compiler.recipe.num_experts
+    patches = experts * router.per_expert
+    return Macs(region.dense_macs, patches * region.expert_macs, experts * region.score_macs)

@@ -21,7 +21,8 @@ def added(moe):
 def copied(moe):
     """The same values in tensors of their own, which take gradients."""
     return {
-        k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in added(moe).items()
+        k: v.detach().clone().requires_grad_(isinstance(v, torch.nn.Parameter))
+        for k, v in added(moe).items()
     }
 
 

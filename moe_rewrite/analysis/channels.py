@@ -17,7 +17,7 @@ from .regions import Region
 
 SAME = {
     "batch_norm", "layer_norm", "rms_norm", "max_pool2d", "avg_pool2d", "permute", "transpose",
-    "dropout", "feature_dropout", "clone", "contiguous", "softmax", "slice",
+    "dropout", "feature_dropout", "clone", "contiguous", "softmax", "slice", "prelu",
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ Known = Mapping[fx.Node, Place | str]
 NCHW = Place()
 POINTWISE_TOO = {
     "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "to", "_to_copy", "detach", "alias",
-    "lift_fresh_copy",
+    "lift_fresh_copy", "hardswish", "mish", "hardsigmoid", "selu", "celu", "relu6", "softsign",
+    "log_sigmoid", "tanhshrink", "rrelu",
 }  # fmt: skip
 ALL_POSITIONS = {
     "mean", "sum", "amax", "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "view",
@@ -245,7 +246,7 @@ def _cat(node: fx.Node, places: Known) -> Place:
 
 
 RULES: dict[str, Callable[[fx.Node, Known], Place]] = {
-    "conv2d": _conv, "convolution": _conv, "batch_norm": _nchw,
+    "conv2d": _conv, "convolution": _conv, "batch_norm": _nchw, "prelu": _nchw,
     "max_pool2d": _pool, "avg_pool2d": _pool, "pad": _pad, "constant_pad_nd": _pad,
     "slice": _slice, "permute": _permuted, "transpose": _permuted,
     "linear": _over_last, "layer_norm": _over_last, "rms_norm": _over_last,

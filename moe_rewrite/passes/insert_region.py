@@ -5,6 +5,7 @@ Without experts the call runs the region as captured: exact. With them, what the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def insert_region(
     )  # fmt: skip
     site = RegionSite(
         region.name, parts, _shape(region.entry), _shape(region.exit), dense_macs, patches.macs,
-        region.ends,
+        _score_macs(program), region.ends,
     )  # fmt: skip
     inputs = _replace(program, region, weights, parts, call, site)
     return program.after("insert_region", "reordered", inputs=inputs, sites=(site,))
@@ -59,6 +60,12 @@ def insert_region(
 
 def _shape(node: fx.Node) -> str:
     return "x".join(str(s) for s in value(node).shape[1:])
+
+
+def _score_macs(program: Program) -> int:
+    """Of an inner product with every position at the cut."""
+    assert program.cut is not None
+    return math.prod(int(s) for s in value(program.node(program.cut.node)).shape[1:])
 
 
 def _counts(channels: Channels) -> dict[fx.Node, int]:

@@ -1,0 +1,485 @@
+"""Regions run by experts on patches: the dense network where all is taken, a masked one elsewhere."""
+
+import copy
+
+import cnns
+import pytest
+import reference_patches as plain
+import torch
+from reference import added, assert_gradients_equal, copied
+from torch import nn
+
+import moe_rewrite
+from moe_rewrite import MoeRewriteError, PatchRouter, RegionExperts, TokenRouter
+
+# A halo costs more than it saves on such small maps, which convert() says.
+pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
+
+SPLITS = {  # where regions start, early and late
+    "ResNet": ("layer3", "layer2", -1), "WideResNet": ("layer3", "layer2"),
+    "VGG": ("features.14", "features.7"), "DenseNet": (-1, 4), "MobileNetV2": ("layers.5", -1, 1),
+    "ConvNeXt": ("stages.2", "stages.1", -1),
+}  # fmt: skip
+
+
+def image(batch=3, size=32, seed=1, channels=3):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", cnns.CNNS)
+def test_one_expert_that_takes_every_patch_is_the_dense_network(name):
+    model = cnns.build(name)
+    for split in SPLITS[name]:
+        for grid in (2, 1):
+            router = PatchRouter(grid, grid**2, gate="hard")
+            moe = moe_rewrite.convert(model, split=split, router=router, experts=RegionExperts())
+            assert moe.report.equivalence.equal
+            for batch in (1, 4):
+                x = image(batch)
+                with torch.no_grad():
+                    assert torch.allclose(moe(x), model(x), rtol=1e-5, atol=1e-5)
+                    with moe.disable_experts():
+                        assert torch.equal(moe(x), model(x))
+
+
+def test_zero_rows_with_mean_one_gates_are_the_dense_network_too():
+    model = cnns.build("ResNet")
+    for gate in ("selected", "hard"):
+        router = PatchRouter(4, 16, gate=gate, init=0.0)
+        moe = moe_rewrite.convert(model, split="layer3", router=router, experts=RegionExperts())
+        with torch.no_grad():
+            assert torch.allclose(moe(image()), model(image()), atol=1e-5)
+
+
+MASKED = {  # split, module whose output is the region's, region
+    "ResNet": ("layer3", "layer3", None), "WideResNet": ("layer2", "layer2", "layer2"),
+    "VGG": ("features.14", "features", None), "DenseNet": ("layers.3", "layers", ("layers.3", "layers.7")),
+    "MobileNetV2": ("layers.5", "layers", None), "ConvNeXt": ("stages.2", "stages", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["selected", "all", "hard"])
+@pytest.mark.parametrize("name", MASKED)
+def test_experts_equal_masked_dense_runs_forward_and_backward(name, gate):
+    model = cnns.build(name)
+    split, exit_, region = MASKED[name]
+    last = moe_rewrite.inspect(model).blocks[-1].shape[-1]
+    grid = 2 if name == "VGG" else 3 if last == "8" else 2  # 3 does not divide a side of 8
+    spec = PatchRouter(grid, 2, gate=gate, scale="paper" if gate == "all" else "mean-one", init=1.0)
+    moe = moe_rewrite.convert(
+        model, split=split, router=spec, experts=RegionExperts(region), num_experts=3
+    )
+    randomize_copies(moe)
+    state = copied(moe)
+    for training in (False, True):
+        moe.train(training)
+        x = image(2, seed=5)
+        want = plain.masked_dense(model, x, state, moe.router.spec, split, exit_)
+        got = moe(x)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(got, model(x), atol=1e-2)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    assert_gradients_equal(moe, state)
+    assert all(p.grad is None for p in moe.shallow.parameters())
+    rows = [p.grad for p in moe.router.rows]
+    assert all((g is None) == (gate == "hard") for g in rows)
+
+
+def randomize_copies(moe, seed=0, size=0.3):
+    """Experts unlike one another and unlike the dense region."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in added(moe).items():
+            if ".copies." in name and p.is_floating_point() and "running" not in name:
+                scale = size * (p.std().item() if p.numel() > 1 and p.std() > 0 else 1.0)
+                p += torch.randn(p.shape, generator=generator) * scale
+
+
+class Stage(nn.Module):
+    """A trunk, a convolutional stage of some kind, and a head."""
+
+    def __init__(self, *stage, width=6, out=6):
+        super().__init__()
+        self.trunk = nn.Conv2d(3, width, 3, 1, 1)
+        self.stage = nn.Sequential(*stage)
+        self.head = nn.Linear(out, 4)
+
+    def forward(self, x):
+        return self.head(self.stage(torch.relu(self.trunk(x))).mean((2, 3)))
+
+
+STAGES = {
+    "stride": lambda: Stage(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1)),
+    "dilation": lambda: Stage(nn.Conv2d(6, 6, 3, 1, 2, dilation=2), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1)),
+    "groups": lambda: Stage(nn.Conv2d(6, 12, 3, 1, 1, groups=3), nn.GELU(), nn.Conv2d(12, 6, 1)),
+    "asymmetric": lambda: Stage(nn.Conv2d(6, 6, (1, 5), padding=(0, 2)), nn.Conv2d(6, 6, (3, 1), (2, 1), (1, 0))),
+    "same": lambda: Stage(nn.Conv2d(6, 6, 4, padding="same"), nn.Tanh(), nn.Conv2d(6, 6, 3, padding="same")),
+    "no padding": lambda: Stage(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)),
+    "pooling": lambda: Stage(nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.AvgPool2d(3, 1, 1)),
+    "zero pad": lambda: Stage(nn.ZeroPad2d((0, 1, 1, 0)), nn.Conv2d(6, 6, 2), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1)),
+    "max after negative": lambda: Stage(nn.Conv2d(6, 6, 3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)),
+    "in place": lambda: Stage(nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, 1, 1), nn.Hardswish(inplace=True)),
+    "dropout": lambda: Stage(nn.Dropout2d(0.2), nn.Conv2d(6, 6, 3, 1, 1), nn.Softmax(1)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("size", [16, 13])
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_operation_of_a_region_keeps_its_borders(kind, size):
+    """Patches of unlike sizes included: 13 and what a stride makes of it do not divide."""
+    torch.manual_seed(0)
+    model = cnns.settled(STAGES[kind](), size=size)
+    for grid in (1, 2, 3):
+        spec = PatchRouter(grid, max(1, grid**2 - 2), init=1.0)
+        moe = moe_rewrite.convert(
+            model, split="stage", router=spec, experts=RegionExperts("stage"), num_experts=2,
+            example_inputs=image(2, size),
+        )  # fmt: skip
+        assert moe.report.equivalence.max_error < 1e-5
+        randomize_copies(moe)
+        state = copied(moe)
+        x = image(2, size, seed=9)
+        want = plain.masked_dense(model, x, state, moe.router.spec, "stage", "stage")
+        got = moe(x)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    weights = torch.randn(got.shape)
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    assert_gradients_equal(moe, state)
+
+
+@pytest.mark.parametrize("kind", ["stride", "dilation", "groups", "pooling", "in place"])
+def test_isolated_patches_are_images_of_their_own(kind):
+    torch.manual_seed(0)
+    model = cnns.settled(STAGES[kind](), size=16)
+    spec = PatchRouter(2, 2, init=1.0)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=spec, experts=RegionExperts("stage", halo=False),
+        num_experts=2, example_inputs=image(2, 16),
+    )  # fmt: skip
+    randomize_copies(moe)
+    state = copied(moe)
+    x = image(3, 16, seed=4)
+    with torch.no_grad():
+        features = torch.relu(model.trunk(x))
+    size = model.stage(features).shape[2:]
+    y = plain.isolated(model.stage, features, state, "stage.", moe.router.spec, features, size)
+    want, got = model.head(y.mean((2, 3))), moe(x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    assert_gradients_equal(moe, state)
+    with torch.no_grad(), moe.disable_experts():
+        assert torch.equal(moe(x), model(x))
+
+
+def test_isolated_patches_of_unlike_sizes_are_padded_with_zeros():
+    torch.manual_seed(0)
+    model = cnns.settled(Stage(nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU()), size=7)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 3), example_inputs=image(2, 7),
+        experts=RegionExperts("stage", halo=False),
+    )  # fmt: skip
+    state = copied(moe)
+    x = image(2, 7, seed=4)
+    with torch.no_grad():
+        features = torch.relu(model.trunk(x))
+        # a convolution pads with zeros too: patches of their own sizes give the same
+        picks, gates = plain.choose(features, plain.rows_of(state), moe.router.spec)
+        out = torch.zeros(2, 6, 7, 7)
+        for b in range(2):
+            for p, gate in zip(picks[b, 0].tolist(), gates[b, 0], strict=True):
+                (t, u), (v, w) = plain.spans(7, 2)[p // 2], plain.spans(7, 2)[p % 2]
+                out[b, :, t:u, v:w] = gate * model.stage(features[b : b + 1, :, t:u, v:w])[0]
+        torch.testing.assert_close(moe(x), model.head(out.mean((2, 3))), rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_takes_its_statistics_over_the_gathered_patches():
+    torch.manual_seed(0)
+    model = cnns.settled(Stage(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU()), size=16)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 1, init=1.0), num_experts=2,
+        experts=RegionExperts("stage", halo=False), example_inputs=image(2, 16),
+        batch_norm="update",
+    )  # fmt: skip
+    state = copied(moe)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moe.train()
+    x = image(4, 16, seed=4)
+    features = torch.relu(model.trunk(x)).detach()
+    region = copy.deepcopy(model.stage).train()
+    y = plain.isolated(region, features, state, "stage.", moe.router.spec, features, (16, 16))
+    moe.gradient_checkpointing_enable()  # a second run must not count the batch twice
+    got = moe(x)
+    torch.testing.assert_close(got, model.head(y.mean((2, 3))), rtol=1e-3, atol=1e-5)
+    got.sum().backward()
+    for name, tensor in added(moe).items():
+        if "running" in name:
+            torch.testing.assert_close(tensor, state[name], rtol=1e-4, atol=1e-6)
+            assert not torch.equal(tensor, before[name.split(".copies.")[1][:-2]])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_expert_that_no_patch_prefers_and_ties_everywhere():
+    """Equal scores: the first patches in row-major order, by every expert; gradients as masked."""
+    model = cnns.build("ResNet")
+    spec = PatchRouter(4, 3, init=0.0)
+    moe = moe_rewrite.convert(model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2)
+    randomize_copies(moe)
+    x = image(2)
+    assert torch.equal(moe.route(x).picks, torch.arange(3).expand(2, 2, 3))
+    with torch.no_grad():
+        moe.router.rows[1].copy_(torch.randn(moe.router.size))
+        moe.router.rows[0].copy_(-moe.router.rows[1])  # expert 0 is left what 1 likes least
+    state = copied(moe)
+    want = plain.masked_dense(model, x, state, moe.router.spec, "layer3", "layer3")
+    got = moe(x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    assert_gradients_equal(moe, state)
+
+
+def test_patches_that_no_expert_takes_give_zero_and_the_skip_remains():
+    model = cnns.build("MobileNetV2")
+    spec = PatchRouter(4, 3, gate="hard", init=1.0)
+    moe = moe_rewrite.convert(model, split="layers.6", router=spec, experts=RegionExperts("layers.6.block"))
+    x = image(2)
+    with torch.no_grad():
+        seen = {}
+        layer = model.layers[6]
+        handle = layer.register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
+        model(x)
+        handle.remove()
+        taken = plain.gate_maps(
+            *plain.choose(seen["x"], plain.rows_of(added(moe)), moe.router.spec), 4, (8, 8)
+        )[0]
+        mixed = torch.where(taken > 0, seen["y"], seen["x"])
+        want = model.head(mixed.mean((2, 3)))
+        torch.testing.assert_close(moe(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_reduced_width_run_slices_of_the_hidden_channels():
+    """With a share of 1/4 and no bias behind them, four experts on all patches are the dense."""
+    torch.manual_seed(0)
+    stage = [nn.Conv2d(6, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 1, 1, bias=False)]
+    model = cnns.settled(Stage(*stage), size=16)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 4, gate="hard"), num_experts=4,
+        experts=RegionExperts("stage", width=0.25), example_inputs=image(2, 16),
+    )  # fmt: skip
+    x = image(3, 16, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), model(x), rtol=1e-4, atol=1e-5)
+    assert moe.state_dict()["moe_rewrite.experts.stage.copies.stage.0.weight.1"].shape == (2, 6, 3, 3)
+    wide = cnns.build("MobileNetV2")
+    narrow = moe_rewrite.convert(
+        wide, split="layers.6", router=PatchRouter(2, 4, gate="hard"),
+        experts=RegionExperts("layers.6.block", width=0.5),
+    )  # fmt: skip
+    assert narrow(image()).isfinite().all()  # depthwise: groups shrink with the channels
+    assert narrow.report.macs.experts < narrow.report.macs.dense
+
+
+def test_concatenated_experts_each_compute_their_slice_of_the_output():
+    torch.manual_seed(0)
+    model = cnns.settled(Stage(nn.Conv2d(6, 6, 4, 4), nn.ReLU()), size=16)
+    options = dict(
+        split="stage", num_experts=3, experts=RegionExperts("stage", combine="concat", halo=False),
+        example_inputs=image(2, 16),
+    )  # fmt: skip
+    moe = moe_rewrite.convert(model, router=PatchRouter(4, 16, gate="hard"), **options)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(image(2, 16)), model(image(2, 16)), rtol=1e-5, atol=1e-6)
+        moe.deactivate(1)
+        moe(image(2, 16))
+    with pytest.raises(MoeRewriteError, match="concat"):
+        moe.expand(1)
+    with pytest.raises(MoeRewriteError, match="divide among 4"):
+        moe_rewrite.convert(model, router=PatchRouter(4, 4), **options | {"num_experts": 4})
+
+
+def test_macs_fall_with_the_share_of_patches():
+    model = cnns.settled(STAGES["groups"](), size=16)
+    shares = []
+    for taken in (16, 4, 1):
+        moe = moe_rewrite.convert(
+            model, split="stage", router=PatchRouter(4, taken), example_inputs=image(2, 16),
+            experts=RegionExperts("stage", halo=False), dry_run=True,
+        )  # fmt: skip
+        shares.append(moe.macs.experts / moe.macs.dense)
+    assert shares == [1.0, 1 / 4, 1 / 16]
+    # by hand: 12 outputs of 2 inputs and 9 taps, then 6 of 12, over 256 positions
+    assert moe.macs.dense == 256 * (12 * 2 * 9 + 6 * 12)
+    assert moe.macs.router == 6 * 256
+
+
+def test_a_halo_that_outgrows_the_dense_region_is_warned_of():
+    model = cnns.build("ResNet")
+    with pytest.warns(UserWarning, match="halo=False"):
+        moe = moe_rewrite.convert(
+            model, split="layer3", router=PatchRouter(4, 16), experts=RegionExperts()
+        )
+    assert "multiply-adds" in str(moe.report) and moe.report.notes
+
+
+def test_regions_grow_train_save_and_load(tmp_path):
+    model = cnns.build("ResNet")
+    spec = PatchRouter(4, 4)
+    moe = moe_rewrite.convert(model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2)
+    x, y = image(8), torch.arange(8) % 10
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moe.train()
+    optimizer = torch.optim.Adam(moe.trainable_parameters(), lr=0.01)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(moe(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    moe.eval()
+    with torch.no_grad():
+        trained = moe(x)
+        with moe.disable_experts():
+            assert torch.equal(moe(x), model(x))
+        moe.expand(1)
+        assert torch.equal(moe(x), trained)
+        moe.activate("expert2")
+        assert not torch.equal(moe(x), trained)
+    moe.save_pretrained(tmp_path)
+    again = moe_rewrite.load(tmp_path, model, verify=False)
+    with torch.no_grad():
+        assert torch.equal(again(x), moe(x))
+    moe.remove_last()
+    with torch.no_grad():
+        assert torch.equal(moe(x), trained)
+
+
+def test_unfrozen_networks_train_as_a_whole(tmp_path):
+    """freeze=False: the trunk and head learn too, on copies; batch statistics are updated."""
+    model = cnns.build("ResNet")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moe = moe_rewrite.convert(
+        model, split="layer3", router=PatchRouter(4, 4), experts=RegionExperts(), num_experts=2,
+        batch_norm="update", freeze=False,
+    )  # fmt: skip
+    moe.train()
+    names = {n for n, p in moe.named_parameters() if p.requires_grad}
+    assert any("conv1/weight" in n and "shallow" in n for n in names)
+    assert not any("layer3/0/conv1/weight" in n and ".weights." in n for n in names)
+    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=0.05)
+    x, y = image(8), torch.arange(8) % 10
+    nn.functional.cross_entropy(moe(x), y).backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    state = moe.state_dict()
+    for name in ("conv1.weight", "linear.weight", "bn1.running_mean"):
+        assert not torch.equal(state[name], before[name])
+    moe.save_pretrained(tmp_path)
+    again = moe_rewrite.load(tmp_path, model, verify=False)
+    moe.eval(), again.eval()
+    with torch.no_grad():
+        assert torch.equal(again(x), moe(x))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.a = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.join = Join()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.trunk(x))
+        return self.head(self.join(self.a(x), x.sin()).mean((2, 3)))
+
+
+class Join(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, 1, 1)
+
+    def forward(self, a, b):
+        return self.conv(a) + b
+
+
+def test_the_default_region_ends_before_what_mixes_all_positions():
+    stage = [nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), SqueezeExcite()]
+    model = cnns.settled(Stage(*stage), size=16)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 2), experts=RegionExperts(),
+        example_inputs=image(2, 16),
+    )  # fmt: skip
+    state = added(moe)
+    assert "moe_rewrite.experts.stage.copies.stage.0.weight.0" in state
+    assert not any("gate" in k for k in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"router": PatchRouter(9, 4)}, "grid=9.*8x8"),
+        ({"router": PatchRouter(8, 4)}, "grid=8.*at most 4"),
+        ({"router": PatchRouter(None, 65)}, "per_expert=65.*patches"),
+        ({"experts": RegionExperts("nowhere")}, "nowhere.*no module"),
+        ({"experts": RegionExperts("trunk")}, "trunk.*behind the cut"),
+        ({"experts": RegionExperts(("stage.0", "head"))}, "mixes all positions"),
+        ({"experts": RegionExperts("head")}, "feature map"),
+        ({"router": TokenRouter()}, "patch"),
+        ({"experts": RegionExperts(width=0.5)}, "no hidden channels"),
+    ],
+)
+def test_what_cannot_be_is_said(options, words):
+    model = cnns.settled(Stage(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU()), size=8)
+    before = model.state_dict()
+    with pytest.raises(MoeRewriteError, match=f"(?s){words}"):
+        given = {"router": PatchRouter(2, 2), "experts": RegionExperts("stage")} | options
+        moe_rewrite.convert(model, split="stage", example_inputs=image(2, 8), **given)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_regions_with_several_entries_or_mixing_operations_are_refused():
+    model = cnns.settled(TwoInputs(), size=8)
+    options = {"router": PatchRouter(2, 2), "example_inputs": image(2, 8)}
+    with pytest.raises(MoeRewriteError, match="one entry, found 2"):
+        moe_rewrite.convert(model, split="a", experts=RegionExperts("join"), **options)
+    model = cnns.settled(Stage(SqueezeExcite()), size=8)
+    with pytest.raises(MoeRewriteError, match="mixes all positions"):
+        moe_rewrite.convert(model, split="stage", experts=RegionExperts("stage"), **options)
+    with pytest.raises(MoeRewriteError, match="(?s)divides both maps"):
+        moe_rewrite.convert(
+            cnns.settled(STAGES["no padding"](), size=10), split="stage", router=PatchRouter(2, 2),
+            experts=RegionExperts("stage", halo=False), example_inputs=image(2, 10),
+        )  # fmt: skip
+
+
+def test_pretrained_resnet_keeps_its_accuracy(data):
+    from cifar import images_and_labels, pretrained
+
+    model = pretrained(data)
+    images, labels = images_and_labels(data, "test_batch")
+    moe = moe_rewrite.convert(
+        model, split="layer3.2", router=PatchRouter(4, 16, gate="hard"), experts=RegionExperts()
+    )
+    with torch.no_grad():
+        want, got = ([m(x) for x in images.split(250)] for m in (model, moe))
+    want, got = torch.cat(want), torch.cat(got)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.argmax(1), want.argmax(1))
+    assert (got.argmax(1) == labels).float().mean() > 0.79
