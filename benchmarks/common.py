@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -33,6 +34,17 @@ def mnist(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(pixels / 255.0, dtype=torch.float32), torch.tensor(
         np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
     )
+
+
+def cifar10(part: str, normalized: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """((N, 3, 32, 32), labels (N,)) of one of the usual python batches, read from a local file."""
+    with open(data() / "cifar-10-batches-py" / part, "rb") as file:
+        batch = pickle.load(file, encoding="bytes")
+    x = torch.tensor(batch[b"data"]).view(-1, 3, 32, 32) / 255.0
+    if normalized:
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        x = (x - mean[:, None, None]) / std[:, None, None]
+    return x, torch.tensor(batch[b"labels"])
 
 
 def data() -> Path:

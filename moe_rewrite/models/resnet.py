@@ -8,13 +8,13 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut drops pixels and pads channels (option A)."""
+    """Two convolutions; the shortcut drops pixels and pads channels (option A)."""
 
-    def __init__(self, inside: int, out: int, stride: int) -> None:
+    def __init__(self, inside: int, out: int, stride: int, kernel: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, kernel, 1, kernel // 2, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.stride, self.padding = stride, out - inside
 
@@ -28,9 +28,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """depth = 6n + 2 layers in three stages of width 16, 32, 64 times `widen`."""
+    """depth = 6n + 2 layers in three stages of width 16, 32, 64 times `widen`.
 
-    def __init__(self, depth: int = 20, widen: int = 1, classes: int = 10) -> None:
+    last_kernel: 3, or 1 for a last stage of pointwise convolutions (pMoE, arXiv 2306.04073).
+    """
+
+    def __init__(
+        self, depth: int = 20, widen: int = 1, classes: int = 10, last_kernel: int = 3
+    ) -> None:
         super().__init__()
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -38,7 +43,7 @@ class ResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
-        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2, kernel=last_kernel)
         self.linear = nn.Linear(widths[3], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,6 +52,6 @@ class ResNet(nn.Module):
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
-def _stage(inside: int, out: int, blocks: int, stride: int) -> nn.Sequential:
-    rest = [BasicBlock(out, out, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(inside, out, stride), *rest)
+def _stage(inside: int, out: int, blocks: int, stride: int, kernel: int = 3) -> nn.Sequential:
+    rest = [BasicBlock(out, out, 1, kernel) for _ in range(blocks - 1)]
+    return nn.Sequential(BasicBlock(inside, out, stride, kernel), *rest)

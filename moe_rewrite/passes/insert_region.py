@@ -18,7 +18,7 @@ from ..errors import ConversionError
 from ..program import Input, Part, Program, RegionSite, mutated, value
 from ..region_call import RegionCall
 from ..routing.plan import Layout, align
-from .region_code import dry_run, halo_code, isolated_code, weights_of, whole_code
+from .region_code import DRY, dry_run, halo_code, isolated_code, weights_of, whole_code
 from .route import router_node
 
 
@@ -43,7 +43,7 @@ def insert_region(
     patches = build(program, region, grid, sizes, shares)
     whole = whole_code(program, region)
     full = [_share(w, Part("", "", ())) for w in weights]
-    entry = torch.empty(1, *value(region.entry).shape[1:], device="meta")
+    entry = torch.empty(DRY, *value(region.entry).shape[1:], device="meta")
     _, dense_macs = dry_run(whole, [entry], full)
     written = {w for n in region.nodes for w in mutated(n)}
     call = RegionCall(

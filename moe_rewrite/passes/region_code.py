@@ -24,6 +24,7 @@ from ..program import Code, Program, op_name, value
 
 aten = torch.ops.aten
 Spans = tuple[Span, Span]
+DRY = 2  # samples in a dry run: batch statistics of a single value are an error
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def _one_patch(
     region: Region, entry: Table, outside: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
     channels = int(value(region.entry).shape[1])
-    x = torch.empty(1, channels, entry.rows, entry.cols, device="meta")
+    x = torch.empty(DRY, channels, entry.rows, entry.cols, device="meta")
     return [x, *(mask[:1].to("meta") for mask in outside)]
 
 
 def dry_run(
     code: Code, given: list[torch.Tensor], weights: list[torch.Tensor]
 ) -> tuple[tuple[int, int], int]:
-    """(height, width) of what the code makes of one sample, and its multiply-adds."""
+    """(height, width) of what the code makes of DRY samples, and the multiply-adds of one."""
 
     class Counting(fx.Interpreter):
         macs = 0
@@ -124,7 +125,7 @@ def dry_run(
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise ConversionError(f"a patch of {tuple(given[0].shape[2:])} cannot be run: {line}") from None
-    return (out.shape[2], out.shape[3]), counting.macs
+    return (out.shape[2], out.shape[3]), counting.macs // DRY
 
 
 def halo_code(

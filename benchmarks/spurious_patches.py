@@ -1,0 +1,124 @@
+"""A background that predicts the class in training and not in test.
+
+``python -m benchmarks.spurious_patches [--quick]``: images of 4 x 4 patches, one of them a digit
+that decides the class, the others grey crops of aeroplanes or of frogs; in training the background
+agrees with the class for 95 of 100 images, in test for half. Worst-group accuracy (class times
+background) of the patch CNN and of both pMoE networks, each with its best learning rate on images
+apart that are distributed like the training images.
+"""
+
+from __future__ import annotations
+
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from .common import arguments, cifar10, finish, mnist, save
+from .mnist_patches import CLASSES, GRID, METHODS, PATCH, RATES, Images, accuracy, kept, train
+
+AEROPLANE, FROG = 0, 6
+
+
+def compose(digits: Any, photos: Any, count: int, agree: float, seed: int) -> tuple[Images, Any]:
+    """Images, and for each the background that it has: -1 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(pool: torch.Tensor, n: int) -> torch.Tensor:
+        return pool[torch.randint(len(pool), (n,), generator=generator)]
+
+    y = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
+    same = torch.rand(count, generator=generator) < agree
+    background = torch.where(same, y, -y)
+    where = torch.randint(GRID**2, (count,), generator=generator)
+    patches = torch.empty(count, GRID**2, PATCH, PATCH)
+    for value, (digit, photo) in {-1: (CLASSES[0], AEROPLANE), 1: (CLASSES[1], FROG)}.items():
+        on = (background == value).nonzero().flatten()
+        drawn = draw(photos[0][photos[1] == photo], len(on) * GRID**2)
+        patches[on] = drawn.view(len(on), GRID**2, PATCH, PATCH)
+        chosen = (y == value).nonzero().flatten()
+        patches[chosen, where[chosen]] = draw(digits[0][digits[1] == digit], len(chosen))
+    x = patches.view(count, GRID, GRID, PATCH, PATCH).transpose(2, 3)
+    return Images(x.reshape(count, 1, GRID * PATCH, GRID * PATCH), y.float(), where), background
+
+
+def grey(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """((N, 28, 28) in 0 .. 1, labels): the middles of CIFAR-10 images."""
+    x, y = cifar10(part, normalized=False)
+    return x.mean(1)[:, 2:30, 2:30].contiguous(), y
+
+
+def worst_group(model: torch.nn.Module, data: Images, background: torch.Tensor) -> float:
+    groups = []
+    for label in (-1, 1):
+        for behind in (-1, 1):
+            member = (data.y == label) & (background == behind)
+            part = Images(data.x[member], data.y[member], data.where[member])
+            groups.append(accuracy(model, part))
+    return min(groups)
+
+
+def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
+    train_sets, test_sets = (mnist("train"), grey("data_batch_1")), (mnist("t10k"), grey("test_batch"))
+    test, background = compose(*test_sets, tests, 0.5, seed=1000)
+    held, _ = compose(*train_sets, tests // 2, 0.95, seed=2000)
+    results: dict[str, Any] = {}
+    with Progress() as progress:
+        total = len(METHODS) * (len(RATES) + seeds) * epochs
+        bar = progress.add_task("spurious_patches", total=total)
+        tick = lambda: progress.advance(bar)  # noqa: E731
+        for method in METHODS:
+            choose, _ = compose(*train_sets, size, 0.95, seed=3000)
+            scores = {r: accuracy(train(method, choose, r, epochs, 99, tick), held) for r in RATES}
+            lr = max(scores, key=lambda r: scores[r])
+            found: dict[str, list[Any]] = {"worst": [], "mean": [], "kept": []}
+            for seed in range(seeds):
+                data, _ = compose(*train_sets, size, 0.95, seed)
+                model = train(method, data, lr, epochs, seed, tick)
+                found["worst"].append(worst_group(model, test, background))
+                found["mean"].append(accuracy(model, test))
+                found["kept"].append(kept(model, test))
+            results[method] = {"lr": lr, "lr_scores": scores, **found}
+    return results
+
+
+def draw(results: dict[str, Any]) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    for at, which in enumerate(("worst", "mean")):
+        values = [r[which] for r in results.values()]
+        places = [i + 0.35 * at for i in range(len(values))]
+        spread = [pstdev(v) for v in values]
+        label = f"{which} group" if which == "worst" else "all test images"
+        axis.bar(places, [mean(v) for v in values], 0.33, yerr=spread, label=label)
+    axis.set_xticks([i + 0.17 for i in range(len(results))], list(results), fontsize=8)
+    axis.set(ylabel="test accuracy", title="Background agrees with the class: 95% in training, 50% here")
+    axis.title.set_fontsize(9)
+    axis.legend()
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    quick = arguments(__doc__ or "").quick
+    torch.set_num_threads(1)
+    size, seeds, epochs, tests = (60, 1, 2, 100) if quick else (1000, 5, 60, 2000)
+    results = measure(size, seeds, epochs, tests)
+    rows = [
+        (m, r["lr"], f"{mean(r['worst']):.3f} ± {pstdev(r['worst']):.3f}", f"{mean(r['mean']):.3f}",
+         "" if r["kept"][0] is None else f"{mean(r['kept']):.3f}")
+        for m, r in results.items()
+    ]  # fmt: skip
+    figures: dict[str, Any] = {"images": size, "seeds": seeds, "epochs": epochs, "methods": results}
+    if not quick:
+        save("spurious_patches", figures, draw(results))
+    finish("spurious_patches", ["network", "rate", "worst group", "all", "digit kept"], rows, **figures)
+
+
+if __name__ == "__main__":
+    main()
