@@ -98,3 +98,13 @@ def in_fresh_process(module: str, task: str, *given: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def memory_mb(field: str) -> float:
+    """VmHWM (peak since `forget_peak`) or VmRSS of this process, in MB (1e6 bytes); Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")

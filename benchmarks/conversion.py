@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .common import arguments, finish, in_fresh_process
+from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 
 SIZES = {  # width, hidden, layers, heads, vocabulary
     "100MB": (512, 1408, 6, 8, 8000),
@@ -32,16 +32,6 @@ def llama(size: str) -> torch.nn.Module:
         num_attention_heads=heads, vocab_size=vocabulary, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def memory_mb(field: str) -> float:
-    """VmHWM (peak since `forget_peak`) or VmRSS of this process, in MB (1e6 bytes); Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def real(size: str) -> dict[str, Any]:

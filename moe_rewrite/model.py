@@ -255,6 +255,12 @@ class MoEModel(nn.Module):
                 yield
 
     @contextmanager
+    def use_plan(self, plan: RoutingPlan) -> Iterator[None]:
+        """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
+        with self._planning_by(lambda features, mask: (plan, None)):
+            yield
+
+    @contextmanager
     def _planning_by(self, planner: Planner) -> Iterator[None]:
         before, self._forced = self._forced, planner
         try:

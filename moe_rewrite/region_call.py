@@ -58,7 +58,7 @@ class RegionCall:
             masks = [mask[plan.picks[:, i].flatten()] for mask in outside]
             made.append(self._own(code.code.call(patches, *masks, *weights[i]), plan.picks[:, i]))
         if not self.concat or not count:
-            return scatter_patches(made, plan.kept, plan.picks, exit_, self.size)
+            return self._scattered(made, plan.kept, plan.picks, exit_)
         return self._concatenated(made, plan, exit_)
 
     def _own(self, y: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
@@ -67,6 +67,9 @@ class RegionCall:
         if inside is None:
             return y
         return y * inside.to(y)[picks.flatten()].unsqueeze(1)
+
+    def _scattered(self, made: list[torch.Tensor], *plan: torch.Tensor) -> torch.Tensor:
+        return scatter_patches(made, *plan, self.size, apart=self.patches.exit.inside is None)
 
     def _concatenated(
         self, made: list[torch.Tensor], plan: RoutingPlan, positions: torch.Tensor
@@ -77,8 +80,8 @@ class RegionCall:
         slices: list[torch.Tensor | None] = [None] * plan.num_experts
         for i, expert in enumerate(plan.active):
             one = slice(i, i + 1)
-            slices[expert] = scatter_patches(
-                [made[i]], plan.kept[:, one], plan.picks[:, one], positions, self.size
+            slices[expert] = self._scattered(
+                [made[i]], plan.kept[:, one], plan.picks[:, one], positions
             )
         like = next(s for s in slices if s is not None)
         return torch.cat([torch.zeros_like(like) if s is None else s for s in slices], dim=1)

@@ -26,12 +26,14 @@ def copied(moe):
     }
 
 
-def randomize(moe, seed=0):
-    """Give every expert and every router row non-zero values."""
+def randomize(moe, seed=0, size=0.2):
+    """Give every expert and every router row non-zero values; those of wide kernels smaller, so
+    that sums over them do not grow without bound."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in added(moe).items():
-            scale = 0.2 if ".experts." in name else 0.5 if ".router.rows." in name else None
+            taps = p[0, 0].numel() if p.ndim == 4 else 1
+            scale = size / taps if ".experts." in name else 0.5 if ".router.rows." in name else None
             if scale is not None:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
 
@@ -70,6 +72,15 @@ def site_names(state):
     }
 
 
+def routed_map(x, output, site, gates, state, alpha_over_rank, conv):
+    """The same beside a convolution; gates: (E, B, 1, H, W) or (E, B, 1, 1, 1)."""
+    for e, gate in enumerate(gates):
+        a, b = (state[f"{EXPERTS}{site}.{part}.{e}"] for part in "ab")
+        delta = F.conv2d(F.conv2d(x, a, None, conv.stride, conv.padding, conv.dilation), b)
+        output = output + gate * alpha_over_rank * delta
+    return output
+
+
 def routed(x, output, site, gates, state, alpha_over_rank):
     """output + sum over experts of gate * alpha / rank * B A x."""
     if gates.ndim == 3 and x.ndim == 2 and len(x) == gates.shape[0] * gates.shape[1]:
@@ -105,6 +116,9 @@ def hooked(
 
     def delta(name):
         def hook(module, args, output):
+            if isinstance(module, torch.nn.Conv2d):
+                of_sample = seen["gates"].T.reshape(-1, len(output), 1, 1, 1)
+                return routed_map(args[0], output, name, of_sample, state, alpha_over_rank, module)
             return routed(args[0], output, name, seen["gates"], state, alpha_over_rank)
 
         return hook

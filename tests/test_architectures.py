@@ -6,7 +6,7 @@ import torch
 from reference import assert_gradients_equal, copied, hooked, randomize, site_names
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts
+from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.examples import example_inputs, random_arguments
 
 SCALE = LoRAExperts().scale
@@ -30,7 +30,8 @@ def call(model, arguments):
 @pytest.mark.parametrize("name", architectures.ALL)
 def test_converted_equals_dense_and_experts_equal_hooks(name):
     model = architectures.build(name)
-    moe = moe_rewrite.convert(model, split=1, num_experts=2)
+    router = TokenRouter(granularity="sequence") if name == "ConvNext" else "auto"
+    moe = moe_rewrite.convert(model, split=1, num_experts=2, router=router)
     example = example_inputs(model)
     for batch in (1, 4):
         given = with_padding(random_arguments(example, model, batch))

@@ -113,16 +113,16 @@ def damage(folder, how):
     elif how == "path":
         edit(folder, sha256="../../../etc/passwd")
     elif how == "recipe":
-        edit(folder, recipe=facts["recipe"] | {"experts": {"rank": "many"}})
+        edit(folder, recipe=facts["recipe"] | {"experts": {"kind": "LoRAExperts", "rank": "many"}})
     elif how == "unknown option":
-        edit(folder, recipe=facts["recipe"] | {"router": {"nonsense": 1}})
+        edit(folder, recipe=facts["recipe"] | {"router": {"kind": "TokenRouter", "nonsense": 1}})
     elif how == "names":
         edit(folder, names=["a", "a", "b"])
     elif how == "rank":
-        edit(
-            folder,
-            recipe=facts["recipe"] | {"experts": {"rank": 2, "sites": ["up_proj", "q_proj"]}},
-        )
+        experts = facts["recipe"]["experts"] | {"rank": 2, "sites": ["up_proj", "q_proj"]}
+        edit(folder, recipe=facts["recipe"] | {"experts": experts})
+    elif how == "kind":
+        edit(folder, recipe=facts["recipe"] | {"router": {"kind": "__import__"}})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,7 @@ def damage(folder, how):
         ("gone", "cannot be read"), ("no json", "cannot be read"), ("bad json", "cannot be read"),
         ("list", "format None"), ("version", "format 99.*upgrade"), ("path", "sha256"),
         ("recipe", "recipe is malformed"), ("unknown option", "recipe is malformed"),
+        ("kind", "recipe is malformed"),
         ("names", "names of experts"), ("rank", "do not fit"),
     ],
 )  # fmt: skip

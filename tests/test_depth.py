@@ -1,16 +1,14 @@
 """Depth: blocks, cut points, what a split means; CNNs are cut with identical outputs."""
 
 import architectures
+import cifar
+import cnns
 import networks
 import pytest
 import torch
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts, MoeRewriteError
-from moe_rewrite.models.densenet import DenseNet
-from moe_rewrite.models.mobilenet import MobileNetV2
-from moe_rewrite.models.resnet import ResNet
-from moe_rewrite.models.vgg import VGG
+from moe_rewrite import MoeRewriteError
 
 
 @pytest.fixture(scope="module")
@@ -72,48 +70,40 @@ def test_a_split_inside_a_block_is_equal_too():
     assert not any(s.startswith("model.layers.1.self_attn") for s in sites)
 
 
-CNNS = {
-    "ResNet": (lambda: ResNet(depth=14), 6),
-    "WideResNet": (lambda: ResNet(depth=8, widen=2), 3),
-    "VGG": (lambda: VGG(scale=8), 8),
-    "DenseNet": (lambda: DenseNet(layers=2, growth=4), 8),
-    "MobileNetV2": (lambda: MobileNetV2(), 7),
-}
+BLOCKS = {
+    "ResNet": 6, "WideResNet": 3, "VGG": 8, "DenseNet": 8, "MobileNetV2": 7, "ConvNeXt": 4,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CNNS)
+@pytest.mark.parametrize("name", cnns.CNNS)
 def test_cnns_are_captured_and_cut_with_identical_outputs(name):
-    build, blocks = CNNS[name]
-    torch.manual_seed(0)
-    model = build()
-    with torch.no_grad():
-        for _ in range(3):  # statistics unlike the initial ones
-            model(torch.randn(8, 3, 32, 32))
-    model.eval()
+    model = cnns.build(name)
     depth = moe_rewrite.inspect(model)
-    assert len(depth) == blocks, str(depth)
+    assert len(depth) == BLOCKS[name], str(depth)
     for split in (1, 0.5, -1):
-        moe = moe_rewrite.convert(model, split=split, experts=LoRAExperts(sites="all+head"))
-        assert len(moe.report.sites) == 1  # the linear head: convolutions hold no experts yet
-        if split != -1:
-            assert any("convolution" in why for _, why in moe.report.rejected)
+        moe = moe_rewrite.convert(model, split=split)
+        assert isinstance(moe.router.spec, moe_rewrite.PatchRouter)
+        assert len(moe.report.sites) >= 1
         for shape in ((1, 3, 32, 32), (5, 3, 32, 32)):
             x = torch.randn(shape)
             with torch.no_grad():
                 assert torch.equal(moe(x), model(x))
-    with pytest.raises(MoeRewriteError, match="no site to convert"):
-        moe_rewrite.convert(model, split=1)
+
+
+def test_the_input_itself_can_be_the_cut():
+    """split=0 of a network whose first block reads the image."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    model = model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    moe = moe_rewrite.convert(model, split=0, example_inputs=x)
+    with torch.no_grad():
+        assert torch.equal(moe(x), model(x))
+    assert not list(moe.shallow.parameters()) and len(moe.report.sites) == 2
 
 
 def test_pretrained_resnet_keeps_its_predictions(data):
-    from safetensors.torch import load_file
-
-    model = ResNet(20)
-    model.load_state_dict(
-        load_file(data / "models/resnet20-cifar10/model.safetensors"), strict=False
-    )
-    model.eval()
-    moe = moe_rewrite.convert(model, split="layer3", experts=LoRAExperts(sites="all+head"))
+    model = cifar.pretrained(data)
+    moe = moe_rewrite.convert(model, split="layer3")
     x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(moe(x), model(x))

@@ -28,6 +28,7 @@ def insert_experts(
             arguments: Any = (plan, layout)
             aligned[layout] = graph.call_function(align, arguments)
     first = next(iter(graph.nodes))
+    added: dict[fx.Node, fx.Node] = {}  # product -> the same with its experts
     for site, uses in sites.items():
         parts = []
         for part in ("a", "b"):
@@ -37,12 +38,14 @@ def insert_experts(
             parts.append(node)
         for use in uses:
             with graph.inserting_after(use.node):
-                args = (use.node, use.rows, aligned[use.layout], *parts, *use.options)
+                rows = added.get(use.rows, use.rows)  # a site may read another's product itself
+                args = (use.node, rows, aligned[use.layout], *parts, *use.options)
                 add = add_conv_lora_experts if site.kernel else add_lora_experts
                 routed = graph.call_function(add, args)
             routed.meta = dict(use.node.meta)
             use.node.replace_all_uses_with(routed)
             routed.args = args  # it reads the product itself
+            added[use.node] = routed
     return program.after(
         "insert_experts", "exact", inputs=inputs, sites=tuple(sites), rejected=tuple(rejected)
     )

@@ -73,12 +73,18 @@ class PatchGate(Router):
         x = features.float()
         if x.ndim == 3:
             x = x[:, self.spec.prefix_tokens :].transpose(1, 2).unflatten(2, self.sides)
-        if self.spec.normalize:
-            x = x * torch.rsqrt(x.square().mean((1, 2, 3), keepdim=True) + 1e-6)
         return x
 
     def _scores(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(B, E, n): the inner product of each patch with each row."""
+        scores = self._products(x, rows)
+        if not self.spec.normalize:
+            return scores
+        # scaling the scores is scaling the features, without a second copy of them
+        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
+        return scores * torch.rsqrt(square + 1e-6)[:, None, None]
+
+    def _products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         g = self.grid
         if self.spec.features == "pooled":
             down, across = (_means(n, g).to(x) for n in self.sides)

@@ -29,14 +29,18 @@ def scatter_patches(
     picks_BEl: torch.Tensor,
     positions_nP: torch.Tensor,
     size: tuple[int, int],
+    apart: bool,
 ) -> torch.Tensor:
     """(B, C, H, W): the experts' patches, each (B * l, C, h, w), added up in their places times
     their gates; zero where no patch was taken. size: (H, W)."""
     B, E, taken = picks_BEl.shape
     C, h, w = patches[0].shape[1:]
-    y = torch.stack(patches).view(E, B, taken, C, h * w)
+    together = torch.stack(patches) if E > 1 else patches[0]  # a lone expert's need no copy
+    y = together.reshape(E, B, taken, C, h * w)
     y = y * gates_BEl.transpose(0, 1).to(y.dtype)[..., None, None]
     source = y.permute(1, 3, 0, 2, 4).reshape(B, C, -1)
     index = positions_nP[picks_BEl].reshape(B, 1, -1).expand(-1, C, -1)
     out = y.new_zeros(B, C, size[0] * size[1])
-    return out.scatter_add(2, index, source).view(B, C, *size)
+    if E == 1 and apart:  # cheaper than adding
+        return out.scatter_(2, index, source).view(B, C, *size)
+    return out.scatter_add_(2, index, source).view(B, C, *size)
