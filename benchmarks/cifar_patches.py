@@ -93,7 +93,9 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int) -> dict[str, Any]:
             for size in sizes:
                 found = []
                 for seed in range(seeds):
-                    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:size]
+                    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[
+                        :size
+                    ]
                     tick = lambda n: progress.advance(bar, n)  # noqa: E731
                     model = train(method, x[chosen], y[chosen], epochs, seed, tick)
                     found.append(accuracy(model, test_x, test_y))

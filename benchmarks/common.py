@@ -28,7 +28,8 @@ def mnist(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(images (N, 28, 28) in 0 .. 1, labels (N,)) of the usual IDX files; part: train or t10k."""
     folder = data() / "mnist"
     images, labels = (
-        gzip.open(folder / f"{part}-{name}-ubyte.gz").read() for name in ("images-idx3", "labels-idx1")
+        gzip.decompress((folder / f"{part}-{name}-ubyte.gz").read_bytes())
+        for name in ("images-idx3", "labels-idx1")
     )
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
     return torch.tensor(pixels / 255.0, dtype=torch.float32), torch.tensor(

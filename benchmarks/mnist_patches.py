@@ -182,7 +182,9 @@ def draw(results: dict[str, Any]) -> Any:
     for method, result in results.items():
         by_size = result["by_size"]
         means, spreads = ([r[k] for r in by_size.values()] for k in ("mean", "spread"))
-        axis.errorbar([int(n) for n in by_size], means, spreads, marker="o", capsize=3, label=method)
+        axis.errorbar(
+            [int(n) for n in by_size], means, spreads, marker="o", capsize=3, label=method
+        )
     axis.set(xlabel="training images", ylabel="test accuracy", title="One patch of 16 decides")
     axis.legend()
     figure.tight_layout()
@@ -199,7 +201,12 @@ def main() -> None:
          r["macs"]["inference"])
         for m, r in results.items()
     ]  # fmt: skip
-    figures: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "test_images": tests, "methods": results}
+    figures: dict[str, Any] = {
+        "seeds": seeds,
+        "epochs": epochs,
+        "test_images": tests,
+        "methods": results,
+    }
     if not quick:
         save("mnist_patches", figures, draw(results))
     finish("mnist_patches", ["method", "rate", *map(str, sizes), "MACs an image"], rows, **figures)

@@ -42,7 +42,9 @@ class Region(nn.Module):
         return self.region(x)
 
 
-def routed(model: nn.Module, size: int, taken: int, halo: bool = False, grid: int = GRID) -> MoEModel:
+def routed(
+    model: nn.Module, size: int, taken: int, halo: bool = False, grid: int = GRID
+) -> MoEModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         moe = moe_rewrite.convert(
@@ -98,7 +100,7 @@ def compare(size: int, shares: tuple[int, ...], repeats: int) -> list[dict[str, 
     model = Region(WIDTH).eval()
     x = torch.randn(BATCH, WIDTH, size, size)
     results = []
-    weights = [p for p in model.parameters()]
+    weights = list(model.parameters())
     for share in shares:
         moe = routed(model, size, GRID**2 // share)
         with torch.no_grad():
@@ -168,10 +170,16 @@ def draw(figures: dict[str, Any]) -> Any:
     for share in ("1/4", "1/16"):
         rows = [r for r in figures["maps"] if r["share"] == share]
         sizes = [r["size"] for r in rows]
-        axis.plot(sizes, [r["forward"] for r in rows], marker="o", label=f"routed, {share} of the patches")
+        axis.plot(
+            sizes, [r["forward"] for r in rows], marker="o", label=f"routed, {share} of the patches"
+        )
     axis.plot(sizes, [r["masked"] for r in rows], marker="s", label="masked dense")
     axis.axhline(1, color="grey", linewidth=1)
-    axis.set(xlabel="side of the map", ylabel="time / dense region's time", title="Forward, grid 8, batch 32")
+    axis.set(
+        xlabel="side of the map",
+        ylabel="time / dense region's time",
+        title="Forward, grid 8, batch 32",
+    )
     axis.set_xscale("log", base=2)
     axis.set_ylim(0)
     axis.legend()

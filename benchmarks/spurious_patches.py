@@ -60,7 +60,10 @@ def worst_group(model: torch.nn.Module, data: Images, background: torch.Tensor) 
 
 
 def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
-    train_sets, test_sets = (mnist("train"), grey("data_batch_1")), (mnist("t10k"), grey("test_batch"))
+    train_sets, test_sets = (
+        (mnist("train"), grey("data_batch_1")),
+        (mnist("t10k"), grey("test_batch")),
+    )
     test, background = compose(*test_sets, tests, 0.5, seed=1000)
     held, _ = compose(*train_sets, tests // 2, 0.95, seed=2000)
     results: dict[str, Any] = {}
@@ -97,7 +100,9 @@ def draw(results: dict[str, Any]) -> Any:
         label = f"{which} group" if which == "worst" else "all test images"
         axis.bar(places, [mean(v) for v in values], 0.33, yerr=spread, label=label)
     axis.set_xticks([i + 0.17 for i in range(len(results))], list(results), fontsize=8)
-    axis.set(ylabel="test accuracy", title="Background agrees with the class: 95% in training, 50% here")
+    axis.set(
+        ylabel="test accuracy", title="Background agrees with the class: 95% in training, 50% here"
+    )
     axis.title.set_fontsize(9)
     axis.legend()
     figure.tight_layout()
@@ -117,7 +122,9 @@ def main() -> None:
     figures: dict[str, Any] = {"images": size, "seeds": seeds, "epochs": epochs, "methods": results}
     if not quick:
         save("spurious_patches", figures, draw(results))
-    finish("spurious_patches", ["network", "rate", "worst group", "all", "digit kept"], rows, **figures)
+    finish(
+        "spurious_patches", ["network", "rate", "worst group", "all", "digit kept"], rows, **figures
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from .errors import ConfigError, MoeRewriteError
+
 app = typer.Typer(
     help="Rewrite dense PyTorch models into mixture-of-experts models.",
     no_args_is_help=True,
@@ -65,36 +67,58 @@ def convert(
     out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
     split: Split = "auto",
     mode: Annotated[str, typer.Option(help="Recipe: pmoe")] = "pmoe",
-    router: Annotated[str, typer.Option(help="Kind of router: auto or token")] = "auto",
+    router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
     granularity: Annotated[
-        str, typer.Option(help="What a gate reads: auto, token, prefix or sequence")
+        str, typer.Option(help="What a token gate reads: auto, token, prefix or sequence")
     ] = "auto",
     top_k: Annotated[int | None, typer.Option(help="Experts kept per row; default all")] = None,
+    grid: Annotated[int | None, typer.Option(help="Patches along each side of the map")] = None,
+    per_expert: Annotated[
+        int | None, typer.Option(help="Patches that each expert takes of a sample")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="Gates of patches: selected, all or hard")] = "selected",
+    experts: Annotated[str, typer.Option(help="Kind of experts: lora or region")] = "lora",
     rank: Annotated[int, typer.Option(help="Rank of each LoRA expert")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")] = 16.0,
     sites: Annotated[str, typer.Option(help="all, all+head, or endings with commas")] = "all",
+    region: Annotated[
+        str | None, typer.Option(help="Modules that experts replace, with commas")
+    ] = None,
+    halo: Annotated[bool, typer.Option(help="Gather patches with their neighbours")] = True,
+    width: Annotated[float, typer.Option(help="Share of a region's hidden channels")] = 1.0,
     num_experts: Annotated[int, typer.Option(help="Experts to begin with")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the report")] = False,
 ) -> None:
     """Convert a model, print what was done, and save what was added.
 
-    Example: moe-rewrite convert ./my-llama --split 16 --out ./my-experts
+    Examples: moe-rewrite convert ./my-llama --split 16 --out ./my-experts
+
+    moe-rewrite convert mine:resnet --split layer3 --experts region --grid 8 --per-expert 16
     """
     import moe_rewrite
+    from moe_rewrite import LoRAExperts, PatchRouter, RegionExperts
 
     from .loading import load_model, parse_split
 
+    patches = router == "patch" or experts == "region" or not (grid is per_expert is None)
     spec: Any = router  # a name that convert() checks, unless an option asks for more
-    if router in ("auto", "token") and not (granularity == "auto" and top_k is None):
+    if patches and router in ("auto", "patch"):
+        spec = PatchRouter(grid=grid, per_expert=per_expert, gate=cast(Any, gate))
+    elif router in ("auto", "token") and not (granularity == "auto" and top_k is None):
         default = "prefix" if router == "auto" else moe_rewrite.TokenRouter().granularity
         spec = moe_rewrite.TokenRouter(
             top_k=top_k, granularity=cast(Any, default if granularity == "auto" else granularity)
         )
     chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
-    experts = moe_rewrite.LoRAExperts(rank=rank, alpha=alpha, sites=chosen)
+    bodies: dict[str, Any] = {
+        "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
+        "region": lambda: RegionExperts(tuple(region.split(",")) if region else None, halo, width),
+    }
+    if experts not in bodies:
+        raise ConfigError(f"--experts {experts}: expected lora or region")
     done = moe_rewrite.convert(
         load_model(model), mode=mode, split=parse_split(split), router=spec,
-        experts=experts, num_experts=num_experts, dry_run=dry_run,
+        experts=bodies[experts](), num_experts=num_experts, dry_run=dry_run,
     )  # fmt: skip
     if not isinstance(done, moe_rewrite.MoEModel):
         typer.echo(str(done))
@@ -103,6 +127,45 @@ def convert(
     if out is not None:
         done.save_pretrained(out)
         typer.echo(f"saved to {out}")
+
+
+@app.command()
+def patches(
+    model: Model,
+    images: Annotated[Path, typer.Option(help="A .png, .jpg or .npy file, or a folder of them")],
+    experts: Annotated[
+        Path | None, typer.Option(help="Folder of saved experts; without, freshly converted")
+    ] = None,
+    split: Split = "auto",
+    grid: Annotated[int | None, typer.Option(help="Patches along each side of the map")] = None,
+    per_expert: Annotated[int | None, typer.Option(help="Patches that each expert takes")] = None,
+    mean: Annotated[str, typer.Option(help="Subtracted from each channel, with commas")] = "0",
+    std: Annotated[str, typer.Option(help="Each channel is divided by, with commas")] = "1",
+    count: Annotated[int, typer.Option(help="Images at most")] = 8,
+    out: Annotated[Path, typer.Option(help="The picture")] = Path("patches.png"),
+) -> None:
+    """Save a picture of which patches each expert takes over real images.
+
+    Example: moe-rewrite patches mine:resnet --experts ./my-experts --images ./photos
+    """
+    import moe_rewrite
+
+    from .examples import as_arguments
+    from .loading import load_model, parse_numbers, parse_split, read_images
+    from .pictures import draw_patches
+
+    dense = load_model(model)
+    leaf = next(iter(as_arguments(dense, None).values()))
+    if leaf.ndim != 4:
+        raise ConfigError(f"{model} takes {tuple(leaf.shape)}: expected a model of images")
+    x = read_images(images, tuple(leaf.shape[1:]))[:count]
+    x = (x - parse_numbers(mean).view(-1, 1, 1)) / parse_numbers(std).view(-1, 1, 1)
+    if experts is not None:
+        moe = moe_rewrite.load(experts, dense)
+    else:
+        router = moe_rewrite.PatchRouter(grid=grid, per_expert=per_expert)
+        moe = cast(Any, moe_rewrite.convert(dense, split=parse_split(split), router=router))
+    typer.echo(f"picture: {draw_patches(moe, x.to(leaf), out)}")
 
 
 @app.command()
@@ -122,7 +185,6 @@ def demo(
     With no options: handwritten digits, offline, in about a minute.
     Example: moe-rewrite demo --model ./my-llama --data ./TRACE
     """
-    from .errors import ConfigError
     from .loading import load_model, parse_split, read_tasks
 
     if (model is None) != (data is None):
@@ -140,8 +202,6 @@ def demo(
 
 def main() -> None:
     """Entry point: an error of the library is one red line, not a traceback."""
-    from .errors import MoeRewriteError
-
     try:
         app()
     except MoeRewriteError as error:

@@ -181,9 +181,7 @@ class Compiler:
     def _frozen(self, program: Program) -> Program:
         return self.timed("freeze", freeze, program) if self.recipe.freeze else program
 
-    def insert(
-        self, program: Program, sites: dict[Site, list[Match]] | None = None
-    ) -> Program:
+    def insert(self, program: Program, sites: dict[Site, list[Match]] | None = None) -> Program:
         """Freeze, route, and insert experts: at the sites decided on, or in the region's place."""
         program = self.timed("route", route, self._frozen(program))
         experts = self.recipe.experts

@@ -105,7 +105,9 @@ class PatchRouter:
             isinstance(self.normalize, bool), "PatchRouter normalize", self.normalize,
             "True or False",
         )  # fmt: skip
-        _require(_is_number(self.init) and self.init >= 0, "PatchRouter init", self.init, "a number >= 0")
+        _require(
+            _is_number(self.init) and self.init >= 0, "PatchRouter init", self.init, "a number >= 0"
+        )
         if self.grid is not None and self.per_expert is not None:
             self._require_enough(self.grid**2)
 

@@ -66,9 +66,7 @@ def convert(
     The model itself is never changed, and no frozen weight is copied. Raises ConfigError, InputError,
     CaptureError, SplitError, ConversionError or EquivalenceError; nothing is left half done.
     """
-    recipe = make_recipe(
-        mode, split, router, experts, num_experts, backend, batch_norm, freeze
-    )
+    recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     return _convert(model, recipe, example_inputs, verify, dry_run)
 
 

@@ -18,9 +18,10 @@ SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept
 
 
 class ExpertSite(nn.Module):
-    """What every kind of expert has. parts: names of an expert's tensors; a graph takes each part
+    """What every kind of expert has. site: where they work. parts: names of an expert's tensors; a graph takes each part
     of all active experts together."""
 
+    site: AnySite
     parts: tuple[str, ...]
     replaced: tuple[str, ...] = ()  # state-dict names of the weights whose work experts take over
 
@@ -53,6 +54,7 @@ class LoRASite(ExpertSite):
     """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
     or (out, rank, 1, 1); b starts at zero."""
 
+    site: Site
     parts = ("a", "b")
 
     def __init__(self, site: Site, rank: int) -> None:
@@ -108,13 +110,13 @@ class LoRASite(ExpertSite):
 class RegionCopies(ExpertSite):
     """Experts that each have the weights and statistics of a region, all or a share of them."""
 
+    site: RegionSite
+
     def __init__(self, site: RegionSite) -> None:
         super().__init__()
         self.site = site
         self.parts = self.replaced = tuple(p.name for p in site.parts)
-        self.copies = nn.ModuleDict(
-            {p.name.replace(".", SEPARATOR): _Copies() for p in site.parts}
-        )
+        self.copies = nn.ModuleDict({p.name.replace(".", SEPARATOR): _Copies() for p in site.parts})
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         new = []
@@ -129,7 +131,7 @@ class RegionCopies(ExpertSite):
         return list(zip(self.site.parts, self.copies.values(), strict=True))  # type: ignore[arg-type]
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
-        return [list(c) for p, c in self._by_part() if p.kind == "weight"]  # type: ignore[misc]
+        return [list(c.parameters()) for p, c in self._by_part() if p.kind == "weight"]
 
     def remove_last(self) -> None:
         for _, copies in self._by_part():

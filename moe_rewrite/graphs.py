@@ -148,9 +148,7 @@ class Graphs:
     """Every graph of one model. check: hold graphs against the dense model on first use, with the
     plan that `dense` makes."""
 
-    def __init__(
-        self, compiler: Compiler, owned: Ownership, check: bool, dense: Planner
-    ) -> None:
+    def __init__(self, compiler: Compiler, owned: Ownership, check: bool, dense: Planner) -> None:
         self._compiler, self._owned, self._check, self._dense = compiler, owned, check, dense
         self._kept: dict[tuple, list[Graph]] = {}
 

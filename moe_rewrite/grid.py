@@ -78,9 +78,7 @@ def table(
         for x, (low, high) in zip((rows, cols), limits, strict=True)
     )
     positions = rows[:, None, :, None] * width + cols[None, :, None, :]
-    return Table(
-        *sizes, positions.reshape(g * g, -1), None if bool(inside.all()) else inside
-    )
+    return Table(*sizes, positions.reshape(g * g, -1), None if bool(inside.all()) else inside)
 
 
 @lru_cache

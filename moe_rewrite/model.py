@@ -24,6 +24,7 @@ from .passes.emit import Emitted
 from .program import CACHE, Program, value
 from .report import Report
 from .routing.fit import make_router
+from .routing.patches import PatchGate
 from .routing.plan import RoutingPlan
 from .routing.tokens import PrefixState
 
@@ -249,10 +250,13 @@ class MoEModel(nn.Module):
         if not isinstance(experts, RegionExperts):
             yield
         else:
-            everything = lambda x, mask: (self.router.everything(x), None)  # noqa: E731
             comparable = experts.halo and experts.width == 1
-            with self._planning_by(everything if comparable else self._plan_dense):
+            with self._planning_by(self._plan_everything if comparable else self._plan_dense):
                 yield
+
+    def _plan_everything(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+        assert isinstance(self.router, PatchGate)
+        return self.router.everything(features), None
 
     @contextmanager
     def use_plan(self, plan: RoutingPlan) -> Iterator[None]:

@@ -103,9 +103,9 @@ class Ownership:
         replaced = {w for s in self.sites.values() for w in s.replaced}
         unused = set(self.rest.weights.names())
         for name, ref in self.refs.items():
-            if ref.table == "_parameters" and name not in replaced | unused:
-                if ref.get().is_floating_point():
-                    self.unshare(name)
+            runs = ref.table == "_parameters" and name not in replaced | unused
+            if runs and ref.get().is_floating_point():
+                self.unshare(name)
 
     def unshared_buffers(self) -> dict[str, torch.Tensor]:
         """The buffers that a forward pass may write to, by name."""

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from .errors import InvariantError
-from .grid import Table
 from .kernels.patches.reference import gather_patches, scatter_patches
 from .passes.region_code import PatchCode
 from .program import Code
@@ -68,8 +67,12 @@ class RegionCall:
             return y
         return y * inside.to(y)[picks.flatten()].unsqueeze(1)
 
-    def _scattered(self, made: list[torch.Tensor], *plan: torch.Tensor) -> torch.Tensor:
-        return scatter_patches(made, *plan, self.size, apart=self.patches.exit.inside is None)
+    def _scattered(
+        self, made: list[torch.Tensor], kept: torch.Tensor, picks: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        apart = self.patches.exit.inside is None
+        return scatter_patches(made, kept, picks, positions, self.size, apart)
 
     def _concatenated(
         self, made: list[torch.Tensor], plan: RoutingPlan, positions: torch.Tensor
@@ -93,5 +96,3 @@ class RegionCall:
             tables = (code.entry.positions, code.exit.positions, *code.outside)
             self._tables[device] = tuple(t.to(device) for t in tables)
         return self._tables[device]
-
-

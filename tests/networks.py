@@ -103,8 +103,20 @@ class Convolved(nn.Module):
         return self.mix(self.conv(x.transpose(1, 2)).transpose(1, 2)) + x
 
 
+class Stacked(nn.Module):
+    """A product that reads another one with nothing between."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.second(self.first(x))
+
+
 KINDS = {
-    k.__name__: k for k in (Mlp, Attention, Bare, Branches, Pooled, Swapped, InPlace, Convolved)
+    k.__name__: k
+    for k in (Mlp, Attention, Bare, Branches, Pooled, Swapped, InPlace, Convolved, Stacked)
 }
 
 

@@ -60,7 +60,10 @@ def gate_maps(picks, gates, grid, size):
         for b in range(B):
             canvas = torch.zeros(size)
             for p, gate in zip(picks[b, e].tolist(), gates[b, e], strict=True):
-                (top, bottom), (left, right) = spans(size[0], grid)[p // grid], spans(size[1], grid)[p % grid]
+                (top, bottom), (left, right) = (
+                    spans(size[0], grid)[p // grid],
+                    spans(size[1], grid)[p % grid],
+                )
                 mask = torch.zeros(size)
                 mask[top:bottom, left:right] = 1
                 canvas = canvas + gate * mask
@@ -128,7 +131,10 @@ def isolated(region, x, state, prefix, spec, features, size):
         patches = []
         for b in range(B):
             for p in picks[b, e].tolist():
-                (top, bottom), (left, right) = spans(x.shape[2], g)[p // g], spans(x.shape[3], g)[p % g]
+                (top, bottom), (left, right) = (
+                    spans(x.shape[2], g)[p // g],
+                    spans(x.shape[3], g)[p % g],
+                )
                 patches.append(x[b, :, top:bottom, left:right])
         weights = {k.removeprefix(prefix): v for k, v in weights_of(state, e).items()}
         y = functional_call(region, weights, (torch.stack(patches),))

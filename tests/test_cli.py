@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,13 @@ def mlp():
     return nn.Sequential(*layers)
 
 
+def cnn():
+    from moe_rewrite.models.resnet import ResNet
+
+    torch.manual_seed(0)
+    return ResNet(depth=8)
+
+
 def not_a_module():
     return 3
 
@@ -33,10 +41,11 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ("inspect", "convert", "demo")),
+        ([], ("inspect", "convert", "patches", "demo")),
         (["inspect"], ("--split", "--json", "factory")),
         (["convert"], ("--split", "--router", "--top-k", "--sites", "--dry-run", "--out")),
         (["demo"], ("--model", "--data", "--seed")),
+        (["patches"], ("--images", "--experts", "--grid", "--mean", "--out")),
     ],
 )
 def test_help(command, words):
@@ -174,3 +183,56 @@ def test_factory_in_the_current_folder(tmp_path):
 def test_split_words():
     words = ("3", "-2", "0.5", "auto", "layers.3", "decoder.block.3")
     assert [parse_split(w) for w in words] == [3, -2, 0.5, "auto", "layers.3", "decoder.block.3"]
+
+
+def write_images(folder):
+    from PIL import Image
+
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    np.save(folder / "more.npy", np.zeros((2, 3, 32, 32), np.uint8))
+
+
+def test_patches_draws_what_saved_experts_took(tmp_path):
+    from PIL import Image
+
+    write_images(tmp_path)
+    options = ["--split", "layer3", "--router", "patch", "--grid", "4", "--per-expert", "2"]
+    saved = run(
+        "convert", "test_cli:cnn", *options, "--num-experts", "2", "--out", str(tmp_path / "e")
+    )
+    assert saved.exit_code == 0, saved.exception
+    picture = tmp_path / "seen" / "patches.png"
+    done = run(
+        "patches", "test_cli:cnn", "--images", str(tmp_path), "--experts", str(tmp_path / "e"),
+        "--mean", "0.4,0.5,0.6", "--std", "0.2", "--out", str(picture),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    with Image.open(picture) as image:
+        assert image.width > 300 and image.height > 5 * 100  # three columns, five rows
+    assert [f.name for f in picture.parent.iterdir()] == ["patches.png"]
+
+
+def test_patches_of_a_fresh_conversion_and_bad_images(tmp_path):
+    write_images(tmp_path)
+    picture = tmp_path / "p.png"
+    one = ["patches", "test_cli:cnn", "--images", str(tmp_path / "0.png"), "--out", str(picture)]
+    assert run(*one, "--grid", "2", "--per-expert", "1", "--split", "layer2").exit_code == 0
+    assert picture.exists()
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    for path, words in (("bad.png", "no readable image"), ("none", "expected a .png")):
+        refused = run("patches", "test_cli:cnn", "--images", str(tmp_path / path))
+        assert isinstance(refused.exception, MoeRewriteError) and words in str(refused.exception)
+    text = run("patches", MODEL, "--images", str(tmp_path))
+    assert "model of images" in str(text.exception)
+
+
+def test_convert_takes_regions(tmp_path):
+    done = run(
+        "convert", "test_cli:cnn", "--split", "layer3", "--experts", "region", "--no-halo",
+        "--grid", "4", "--per-expert", "4", "--out", str(tmp_path / "e"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    assert "multiply-adds" in done.output
+    assert "expected lora or region" in str(run("convert", MODEL, "--experts", "x").exception)

@@ -128,9 +128,7 @@ def test_lora_experts_on_convolutions_follow_the_patches(name):
     model = cnns.build(name)
     split = {"ResNet": "layer2", "WideResNet": "layer2", "VGG": "features.14",
              "DenseNet": "layers.2", "MobileNetV2": "layers.3", "ConvNeXt": "stages.1"}[name]  # fmt: skip
-    moe = moe_rewrite.convert(
-        model, split=split, router=PatchRouter(4, 3, init=1.0), num_experts=2
-    )
+    moe = moe_rewrite.convert(model, split=split, router=PatchRouter(4, 3, init=1.0), num_experts=2)
     assert any(len(site.site.kernel) == 2 for site in moe._owned.sites.values())
     assert moe.report.equivalence.exact
     randomize(moe, size=0.1)

@@ -105,10 +105,10 @@ def test_experts_of_random_networks_do_what_hooks_do(
 def test_a_prefix_router_looks_back_only_and_passes_over_padding(
     batch, length, padding, cut, top_k, seed
 ):
-    from moe_rewrite.routing import Router
+    from moe_rewrite.routing.tokens import TokenGate
 
     torch.manual_seed(seed)
-    router = Router(TokenRouter(granularity="prefix", top_k=top_k), 4, torch.device("cpu"))
+    router = TokenGate(TokenRouter(granularity="prefix", top_k=top_k), 4, torch.device("cpu"))
     router.add(3, active=True)
     with torch.no_grad():
         for row in router.rows:

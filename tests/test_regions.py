@@ -227,7 +227,9 @@ def test_an_expert_that_no_patch_prefers_and_ties_everywhere():
     """Equal scores: the first patches in row-major order, by every expert; gradients as masked."""
     model = cnns.build("ResNet")
     spec = PatchRouter(4, 3, init=0.0)
-    moe = moe_rewrite.convert(model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2)
+    moe = moe_rewrite.convert(
+        model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2
+    )
     randomize_copies(moe)
     x = image(2)
     assert torch.equal(moe.route(x).picks, torch.arange(3).expand(2, 2, 3))
@@ -246,7 +248,9 @@ def test_an_expert_that_no_patch_prefers_and_ties_everywhere():
 def test_patches_that_no_expert_takes_give_zero_and_the_skip_remains():
     model = cnns.build("MobileNetV2")
     spec = PatchRouter(4, 3, gate="hard", init=1.0)
-    moe = moe_rewrite.convert(model, split="layers.6", router=spec, experts=RegionExperts("layers.6.block"))
+    moe = moe_rewrite.convert(
+        model, split="layers.6", router=spec, experts=RegionExperts("layers.6.block")
+    )
     x = image(2)
     with torch.no_grad():
         seen = {}
@@ -265,7 +269,12 @@ def test_patches_that_no_expert_takes_give_zero_and_the_skip_remains():
 def test_experts_of_reduced_width_run_slices_of_the_hidden_channels():
     """With a share of 1/4 and no bias behind them, four experts on all patches are the dense."""
     torch.manual_seed(0)
-    stage = [nn.Conv2d(6, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 1, 1, bias=False)]
+    stage = [
+        nn.Conv2d(6, 8, 3, 1, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, 1, 1, bias=False),
+    ]
     model = cnns.settled(Stage(*stage), size=16)
     moe = moe_rewrite.convert(
         model, split="stage", router=PatchRouter(2, 4, gate="hard"), num_experts=4,
@@ -274,7 +283,12 @@ def test_experts_of_reduced_width_run_slices_of_the_hidden_channels():
     x = image(3, 16, seed=2)
     with torch.no_grad():
         torch.testing.assert_close(moe(x), model(x), rtol=1e-4, atol=1e-5)
-    assert moe.state_dict()["moe_rewrite.experts.stage.copies.stage.0.weight.1"].shape == (2, 6, 3, 3)
+    assert moe.state_dict()["moe_rewrite.experts.stage.copies.stage.0.weight.1"].shape == (
+        2,
+        6,
+        3,
+        3,
+    )
     wide = cnns.build("MobileNetV2")
     narrow = moe_rewrite.convert(
         wide, split="layers.6", router=PatchRouter(2, 4, gate="hard"),
@@ -287,10 +301,10 @@ def test_experts_of_reduced_width_run_slices_of_the_hidden_channels():
 def test_concatenated_experts_each_compute_their_slice_of_the_output():
     torch.manual_seed(0)
     model = cnns.settled(Stage(nn.Conv2d(6, 6, 4, 4), nn.ReLU()), size=16)
-    options = dict(
-        split="stage", num_experts=3, experts=RegionExperts("stage", combine="concat", halo=False),
-        example_inputs=image(2, 16),
-    )  # fmt: skip
+    options = {
+        "split": "stage", "num_experts": 3, "experts": RegionExperts("stage", combine="concat", halo=False),
+        "example_inputs": image(2, 16),
+    }  # fmt: skip
     moe = moe_rewrite.convert(model, router=PatchRouter(4, 16, gate="hard"), **options)
     with torch.no_grad():
         torch.testing.assert_close(moe(image(2, 16)), model(image(2, 16)), rtol=1e-5, atol=1e-6)
@@ -329,7 +343,9 @@ def test_a_halo_that_outgrows_the_dense_region_is_warned_of():
 def test_regions_grow_train_save_and_load(tmp_path):
     model = cnns.build("ResNet")
     spec = PatchRouter(4, 4)
-    moe = moe_rewrite.convert(model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2)
+    moe = moe_rewrite.convert(
+        model, split="layer3", router=spec, experts=RegionExperts(), num_experts=2
+    )
     x, y = image(8), torch.arange(8) % 10
     before = {k: v.clone() for k, v in model.state_dict().items()}
     moe.train()
@@ -451,7 +467,9 @@ def test_what_cannot_be_is_said(options, words):
     with pytest.raises(MoeRewriteError, match=f"(?s){words}"):
         given = {"router": PatchRouter(2, 2), "experts": RegionExperts("stage")} | options
         moe_rewrite.convert(model, split="stage", example_inputs=image(2, 8), **given)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_regions_with_several_entries_or_mixing_operations_are_refused():

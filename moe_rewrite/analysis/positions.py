@@ -41,9 +41,7 @@ class Window:
 
     def length(self, given: int) -> int:
         """Outputs along an axis of `given` inputs, with as much padding behind as before."""
-        return (
-            given + 2 * self.padding - self.dilation * (self.kernel - 1) - 1
-        ) // self.stride + 1
+        return (given + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
 
 class Mixes(Exception):

@@ -24,9 +24,7 @@ class PatchGate(Router):
     width and the sides of the square that its patch tokens form.
     """
 
-    def __init__(
-        self, spec: PatchRouter, size: tuple[int, int, int], device: torch.device
-    ) -> None:
+    def __init__(self, spec: PatchRouter, size: tuple[int, int, int], device: torch.device) -> None:
         channels, *sides = size
         self.grid: int = spec.grid or 1
         self.sides = sides[0], sides[1]
@@ -110,7 +108,11 @@ class PatchGate(Router):
         return gates * picks.shape[-1] if self.spec.scale == "mean-one" else gates
 
     def _plan(
-        self, features: torch.Tensor, active: tuple[int, ...], picks: torch.Tensor, kept: torch.Tensor
+        self,
+        features: torch.Tensor,
+        active: tuple[int, ...],
+        picks: torch.Tensor,
+        kept: torch.Tensor,
     ) -> RoutingPlan:
         batch, experts, _ = picks.shape
         weights = kept.new_zeros(batch, experts, self.grid**2).scatter(-1, picks, kept)

@@ -23,9 +23,7 @@ class Layout:
     that a patch plan is laid over.
     """
 
-    kind: Literal[
-        "rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan"
-    ]
+    kind: Literal["rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan"]
     ndim: int
     dtype: torch.dtype
     rank: int = 1

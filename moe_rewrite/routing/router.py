@@ -48,9 +48,7 @@ class Router(nn.Module):
         for _ in range(count):
             flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
             rows = [r.detach() for r in self.rows]
-            older = (
-                torch.stack(rows) if rows else torch.zeros(0, self.size, device=self.device)
-            )
+            older = torch.stack(rows) if rows else torch.zeros(0, self.size, device=self.device)
             record = torch.cat([older, flags], 1)
             self.before.append(nn.Parameter(record, requires_grad=False))
             self.rows.append(nn.Parameter(self.new_row()))
