@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +14,14 @@ from torch.utils import _pytree as pytree
 from . import checkpoint
 from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
-from .config import RegionExperts
 from .errors import CheckpointError, ConfigError, InputError
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
+from .planning import Planning
 from .program import CACHE, Program, value
 from .report import Report
 from .routing.fit import make_router
-from .routing.patches import PatchGate
 from .routing.plan import RoutingPlan
 from .routing.tokens import PrefixState
 
@@ -41,7 +38,7 @@ class Original:
         return self
 
 
-class MoEModel(nn.Module):
+class MoEModel(Planning):
     """What `convert` returns. `shallow`, `router`, `deep` are its parts; `report` says what was
     done. Calls take the original's arguments and give its outputs."""
 
@@ -59,7 +56,6 @@ class MoEModel(nn.Module):
         if not recipe.freeze:
             self._owned.unfreeze()
         self._graphs = Graphs(compiler, self._owned, checked, self._plan_dense)
-        self._forced: Planner | None = None  # in the place of the router's plans
         self._checkpointing = False
         self._cache_format: Any = None
         self.names: list[str] = []
@@ -157,9 +153,6 @@ class MoEModel(nn.Module):
             state = router_state(cache).load()
         return lambda features, mask: self.router(features, mask, state)
 
-    def _plan_dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-        return self.router.without_experts(features), None
-
     def _fill(self, cache: Any, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
         from .cache import fill_cache, router_state
 
@@ -234,43 +227,6 @@ class MoEModel(nn.Module):
     def deactivate(self, name: str | int) -> None:
         """Take an expert out of routing; its parameters stay."""
         self.router.set_active(self._index(name), False)
-
-    @contextmanager
-    def disable_experts(self) -> Iterator[None]:
-        """Compute what the dense model computes, as PEFT's disable_adapter does."""
-        with self._planning_by(self._plan_dense):
-            yield
-
-    @contextmanager
-    def dense_plan(self) -> Iterator[None]:
-        """Route so that experts fresh from a conversion give the dense model's output: at LoRA
-        sites as ever; where a region is replaced, the frozen one takes every patch (the whole map,
-        if patches are isolated or experts narrower)."""
-        experts = self._compiler.recipe.experts
-        if not isinstance(experts, RegionExperts):
-            yield
-        else:
-            comparable = experts.halo and experts.width == 1
-            with self._planning_by(self._plan_everything if comparable else self._plan_dense):
-                yield
-
-    def _plan_everything(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-        assert isinstance(self.router, PatchGate)
-        return self.router.everything(features), None
-
-    @contextmanager
-    def use_plan(self, plan: RoutingPlan) -> Iterator[None]:
-        """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
-        with self._planning_by(lambda features, mask: (plan, None)):
-            yield
-
-    @contextmanager
-    def _planning_by(self, planner: Planner) -> Iterator[None]:
-        before, self._forced = self._forced, planner
-        try:
-            yield
-        finally:
-            self._forced = before
 
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before it came."""

@@ -404,3 +404,13 @@ def test_plain_modules_take_positional_and_keyword_arguments():
         moe(x, x=x)
     with pytest.raises(MoeRewriteError, match="generate"):
         moe.generate(x)
+
+
+def test_experts_can_be_disabled_for_a_while(llama, moe):
+    """As PEFT's disable_adapter: the dense model, bit for bit, cached generation too."""
+    assert not torch.equal(logits(moe), logits(llama))
+    kwargs = {"input_ids": ids(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with moe.disable_experts():
+        assert torch.equal(logits(moe), logits(llama))
+        assert torch.equal(moe.generate(**kwargs), llama.generate(**kwargs))
+    assert not torch.equal(logits(moe), logits(llama))

@@ -6,6 +6,8 @@ import cnns
 import pytest
 import reference_patches as plain
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from reference import added, assert_gradients_equal, copied
 from torch import nn
 
@@ -149,6 +151,56 @@ def test_every_operation_of_a_region_keeps_its_borders(kind, size):
     (got * weights).sum().backward()
     (want * weights).sum().backward()
     assert_gradients_equal(moe, state)
+
+
+@st.composite
+def stages(draw):
+    """Two to four operations of any window, on six channels."""
+
+    def layer():
+        kind = draw(st.sampled_from(["conv", "conv", "max", "mean", "norm", "act"]))
+        kernel, stride = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+        padding = draw(st.integers(0, kernel // 2))
+        if kind == "conv":
+            dilation, groups = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 6]))
+            return nn.Conv2d(6, 6, kernel, stride, padding, dilation, groups)
+        if kind == "max":
+            return nn.MaxPool2d(kernel, stride, padding)
+        if kind == "mean":
+            return nn.AvgPool2d(kernel, stride, padding)
+        return nn.BatchNorm2d(6) if kind == "norm" else nn.LeakyReLU(inplace=draw(st.booleans()))
+
+    return [nn.Conv2d(6, 6, 3, 1, 1), *(layer() for _ in range(draw(st.integers(1, 3))))]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(stage=stages(), size=st.integers(9, 17), grid=st.integers(1, 3), seed=st.integers(0, 99))
+def test_random_regions_equal_masked_dense_runs(stage, size, grid, seed):
+    torch.manual_seed(seed)
+    model = Stage(*stage)
+    x = image(2, size, seed)
+    try:
+        model = cnns.settled(model, size=size)
+        assume(min(model.stage(model.trunk(x)).shape[2:]) >= grid)
+    except RuntimeError:  # nothing is left of the map
+        assume(False)
+    spec = PatchRouter(grid, max(1, grid**2 // 2), init=1.0)
+    moe = moe_rewrite.convert(
+        model, split="stage", router=spec, experts=RegionExperts("stage"), num_experts=2,
+        example_inputs=x,
+    )  # fmt: skip
+    randomize_copies(moe)
+    state = copied(moe)
+    want = plain.masked_dense(model, x, state, moe.router.spec, "stage", "stage")
+    got = moe(x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    weights = torch.randn(got.shape)
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    for name, p in state.items():
+        if p.grad is not None:
+            grad = added(moe)[name].grad
+            torch.testing.assert_close(grad, p.grad, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["stride", "dilation", "groups", "pooling", "in place"])

@@ -16,9 +16,10 @@ from ..analysis.regions import Region, find_region, map_size
 from ..config import RegionExperts
 from ..errors import ConversionError
 from ..program import Input, Part, Program, RegionSite, mutated, value
-from ..region_call import RegionCall
+from ..regions.call import RegionCall
+from ..regions.code import DRY, dry_run, isolated_code, weights_of, whole_code
+from ..regions.halo import halo_code
 from ..routing.plan import Layout, align
-from .region_code import DRY, dry_run, halo_code, isolated_code, weights_of, whole_code
 from .route import router_node
 
 

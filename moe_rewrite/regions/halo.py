@@ -1,15 +1,14 @@
-"""The code of a region, for the whole map and for gathered patches.
+"""The code of a region for patches with a halo: each computes what the dense region does there.
 
-With a halo each value is computed on the positions that the rest of the region needs for a patch:
-a consumer crops what it needs, and positions outside the map are set to zero again (to minus
-infinity for max-pooling) before each operation that reads neighbours. Reordered: the same sums, in
-batches of another shape.
+A value is computed on the positions that the rest of the region needs for a patch: a reader crops
+what it needs, and positions outside the map are set to zero again (to minus infinity for
+max-pooling) before each operation that reads neighbours. Reordered: the same sums, in batches of
+another shape.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,113 +18,12 @@ from .. import grid as grids
 from ..analysis.positions import NCHW, Window, padding_of, pair, windows
 from ..analysis.regions import Region, map_size
 from ..errors import ConversionError
-from ..grid import Span, Table
+from ..grid import Span
 from ..program import Code, Program, op_name, value
+from .code import PatchCode, dry_run, one_patch, resize, weights_of
 
 aten = torch.ops.aten
 Spans = tuple[Span, Span]
-DRY = 2  # samples in a dry run: batch statistics of a single value are an error
-
-
-@dataclass(frozen=True)
-class PatchCode:
-    """code(x, *outside, *weights): x (N, C, h, w) gathered patches -> (N, C', h', w').
-
-    entry, exit: where patches lie in the map that is gathered from and in the one that is written.
-    outside: for each mask that the code takes, (n, 1, h, w) bool, True where a position is outside
-    the map. macs: multiply-adds of one patch.
-    """
-
-    code: Code
-    entry: Table
-    exit: Table
-    outside: tuple[torch.Tensor, ...]
-    macs: int
-
-
-def weights_of(program: Program, region: Region) -> list[fx.Node]:
-    """The placeholders that a region's code takes behind its map, in graph order."""
-    used = {s for n in region.nodes for s in n.all_input_nodes if s.op == "placeholder"}
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
-    return sorted(used - {region.entry}, key=order.__getitem__)
-
-
-def whole_code(
-    program: Program, region: Region, sizes: dict[fx.Node, int] | None = None, masked: bool = False
-) -> Code:
-    """code(x, *weights): the region as captured. sizes: of the channel groups that nodes name.
-
-    masked: code(x, outside, *weights), which sets x to zero outside first.
-    """
-    graph = fx.Graph()
-    entry = graph.placeholder("x")
-    outside = graph.placeholder("outside") if masked else None
-    copies = {n: graph.placeholder(n.name) for n in weights_of(program, region)}
-    copies[region.entry] = entry
-    if masked:
-        copies[region.entry] = graph.call_function(
-            aten.masked_fill.Scalar, (entry, outside, 0.0)
-        )
-    for node in region.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {}
-        _resize(copies[node], node, sizes or {})
-    graph.output(copies[region.exit])
-    return Code(fx.GraphModule(torch.nn.Module(), graph))
-
-
-def isolated_code(
-    program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
-    weights: list[torch.Tensor],
-) -> PatchCode:  # fmt: skip
-    """Each patch by itself: its borders are padded as the map's are (pMoE, section 3)."""
-    entry = grids.patches(*map_size(region.entry), grid)
-    exit_ = grids.patches(*map_size(region.exit), grid)
-    # the rows that fill up a smaller patch are a neighbour's: outside
-    outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
-    code = whole_code(program, region, sizes, masked=bool(outside))
-    made, macs = dry_run(code, _one_patch(region, entry, outside), weights)
-    if made != (exit_.rows, exit_.cols):
-        raise ConversionError(
-            f"region {region.name!r}: an isolated patch of {entry.rows}x{entry.cols} becomes "
-            f"{made[0]}x{made[1]}, and a patch of the region's output is {exit_.rows}x{exit_.cols}: "
-            "choose a grid that divides both maps, or halo=True"
-        )
-    return PatchCode(code, entry, exit_, outside, macs)
-
-
-def _one_patch(
-    region: Region, entry: Table, outside: tuple[torch.Tensor, ...]
-) -> list[torch.Tensor]:
-    channels = int(value(region.entry).shape[1])
-    x = torch.empty(DRY, channels, entry.rows, entry.cols, device="meta")
-    return [x, *(mask[:1].to("meta") for mask in outside)]
-
-
-def dry_run(
-    code: Code, given: list[torch.Tensor], weights: list[torch.Tensor]
-) -> tuple[tuple[int, int], int]:
-    """(height, width) of what the code makes of DRY samples, and the multiply-adds of one."""
-
-    class Counting(fx.Interpreter):
-        macs = 0
-
-        def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            if op_name(n) in ("conv2d", "convolution", "linear"):
-                weight = self.env[n.args[1]]  # type: ignore[index]
-                channels = weight.shape[0]
-                self.macs += out.numel() // channels * weight.numel()
-            return out
-
-    counting = Counting(code.module)
-    try:
-        with torch.no_grad():
-            out = counting.run(*given, *weights)
-    except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise ConversionError(f"a patch of {tuple(given[0].shape[2:])} cannot be run: {line}") from None
-    return (out.shape[2], out.shape[3]), counting.macs // DRY
 
 
 def halo_code(
@@ -135,11 +33,9 @@ def halo_code(
     """Each patch with the neighbours that it reads: the dense region's values, computed apart."""
     made = _HaloCode(program, region, grid, sizes)
     code = made.build()
-    entry = grids.windows(
-        made.exit_size, grid, made.spans[region.entry], map_size(region.entry)
-    )
+    entry = grids.windows(made.exit_size, grid, made.spans[region.entry], map_size(region.entry))
     outside = tuple(mask for _, mask in made.outside.values())
-    _, macs = dry_run(code, _one_patch(region, entry, outside), weights)
+    _, macs = dry_run(code, one_patch(region, entry, outside), weights)
     return PatchCode(code, entry, grids.patches(*made.exit_size, grid), outside, macs)
 
 
@@ -201,7 +97,7 @@ class _HaloCode:
             return self._strided(source, ways, self.region.places[node])
         copy = self.graph.node_copy(node, lambda n: given.get(n) or self.copies[n])
         copy.meta = {}
-        _resize(copy, node, self.sizes)
+        resize(copy, node, self.sizes)
         if name in ("conv2d", "convolution"):
             if name == "conv2d":  # whose padding may have been a word
                 copy.target = aten.conv2d.default
@@ -303,15 +199,3 @@ def _join(known: Spans | None, needed: Spans, region: Region, node: fx.Node) -> 
         Span(a.stride, min(a.low, b.low), max(a.high, b.high))
         for a, b in zip(known, needed, strict=True)
     )
-
-
-def _resize(copy: fx.Node, node: fx.Node, sizes: dict[fx.Node, int]) -> None:
-    """Write a smaller group's size into an operation that names it."""
-    if node not in sizes:
-        return
-    name, size = op_name(node), sizes[node]
-    if name in ("layer_norm", "rms_norm"):
-        copy.args = (copy.args[0], [size], *copy.args[2:])
-    else:
-        at = 8 if name == "convolution" else 6
-        copy.args = (*copy.args[:at], size, *copy.args[at + 1 :])

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import InvariantError
-from .kernels.patches.reference import gather_patches, scatter_patches
-from .passes.region_code import PatchCode
-from .program import Code
-from .routing.plan import RoutingPlan
+from ..errors import InvariantError
+from ..kernels.patches.reference import gather_patches, scatter_patches
+from ..program import Code
+from ..routing.plan import RoutingPlan
+from .code import PatchCode
 
 
 class RegionCall:

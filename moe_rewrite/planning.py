@@ -1,0 +1,65 @@
+"""Who makes the routing plan of a call: the router, or something in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compiler import Compiler
+from .config import RegionExperts
+from .graphs import Planner
+from .routing.patches import PatchGate
+from .routing.plan import RoutingPlan
+from .routing.router import Router
+
+
+class Planning(nn.Module):
+    """A model with a router whose plans can be replaced for a while."""
+
+    router: Router
+    _compiler: Compiler
+    _forced: Planner | None = None  # in the place of the router's plans
+
+    def _plan_dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+        return self.router.without_experts(features), None
+
+    @contextmanager
+    def disable_experts(self) -> Iterator[None]:
+        """Compute what the dense model computes, as PEFT's disable_adapter does."""
+        with self._planning_by(self._plan_dense):
+            yield
+
+    @contextmanager
+    def dense_plan(self) -> Iterator[None]:
+        """Route so that experts fresh from a conversion give the dense model's output: at LoRA
+        sites as ever; where a region is replaced, the frozen one takes every patch (the whole map,
+        if patches are isolated or experts narrower)."""
+        experts = self._compiler.recipe.experts
+        if not isinstance(experts, RegionExperts):
+            yield
+        else:
+            comparable = experts.halo and experts.width == 1
+            with self._planning_by(self._plan_everything if comparable else self._plan_dense):
+                yield
+
+    def _plan_everything(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+        assert isinstance(self.router, PatchGate)
+        return self.router.everything(features), None
+
+    @contextmanager
+    def use_plan(self, plan: RoutingPlan) -> Iterator[None]:
+        """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
+        with self._planning_by(lambda features, mask: (plan, None)):
+            yield
+
+    @contextmanager
+    def _planning_by(self, planner: Planner) -> Iterator[None]:
+        before, self._forced = self._forced, planner
+        try:
+            yield
+        finally:
+            self._forced = before
