@@ -71,7 +71,7 @@ class Report:
             rejected=[(r.name, r.reason) for r in compiler.rejected],
             numerics=list(program.numerics),
             seconds=compiler.seconds,
-            notes=[compiler.train_note] if compiler.train_note else [],
+            notes=[n for n in (compiler.train_note, _ends(region)) if n],
             macs=None if region is None else _macs(region, compiler),
         )
 
@@ -102,6 +102,10 @@ class Report:
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
         parts.append(table(["site", "size", "what was done"], rows))
         return "\n".join(parts)
+
+
+def _ends(region: RegionSite | None) -> str:
+    return f"the region ends where it does since {region.ends}" if region and region.ends else ""
 
 
 def _macs(region: RegionSite, compiler: Compiler) -> Macs:

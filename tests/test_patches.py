@@ -251,7 +251,8 @@ def test_a_plan_can_be_given_and_looked_at():
     randomize(moe)
     x = torch.randn(2, 3, 32, 32)
     plan = moe.route(x)
-    assert plan.picks.shape == (2, 1, 2) and plan.grid == 4 and plan.selected.shape == (2, 16)
+    assert plan.picks.shape == (2, 1, 2) and plan.grid == 4
+    assert plan.selected.shape == (2, 16) and (plan.selected >= 0).sum() == 4
     with torch.no_grad():
         want = moe(x)
         with moe.use_plan(plan):

@@ -9,7 +9,16 @@ import torch
 from torch import fx
 
 from ..errors import ConversionError
-from ..program import Program, alias_root, module_paths, mutated, op_name, reach, value
+from ..program import (
+    Program,
+    alias_root,
+    module_paths,
+    mutated,
+    op_name,
+    reach,
+    routing_plan,
+    value,
+)
 from .positions import NCHW, Place, Places, follow
 
 
@@ -51,8 +60,9 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
             f"RegionExperts: the cut carries {shape}, not a feature map (batch, channels, height, "
             "width): split at a convolutional stage"
         )
-    _write_nowhere(program, follow(program.graph.nodes, cut))
-    places = follow(program.graph.nodes, cut)
+    deep = [n for n in program.graph.nodes if n.target is not routing_plan]
+    _write_nowhere(program, follow(deep, cut))
+    places = follow(deep, cut)
     if names:
         return _named(program, names, places)
     points = [program.node(name) for _, name in program.depth.points]
@@ -96,7 +106,7 @@ def _named(program: Program, names: tuple[str, ...], places: Places) -> Region:
                 f"region={label!r}: expected one {word}, found {len(found)} ({listed}): name "
                 "modules with a single feature map in and a single one out"
             )
-    return _region(program, label, entries.pop(), exits.pop(), "named")
+    return _region(program, label, entries.pop(), exits.pop(), "")
 
 
 def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: str) -> Region:

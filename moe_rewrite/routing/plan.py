@@ -65,8 +65,9 @@ class RoutingPlan:
 
     @property
     def selected(self) -> torch.Tensor:
-        """(*rows,) index into `gates` of the largest gate."""
-        return self.gates.argmax(dim=-1)
+        """(*rows,) index into `gates` of the largest gate; -1 for a patch that no expert took."""
+        largest, index = self.gates.max(dim=-1)
+        return index.masked_fill(largest == 0, -1)
 
 
 def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan:
