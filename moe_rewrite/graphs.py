@@ -167,7 +167,8 @@ class Graphs:
             static_ones = any(pattern in g.refused for g in kept)
             graph = self._compile(arguments, mode, where, static_ones)
         graph.require_ties(leaves)
-        if self._check and graph.comparable and pattern not in graph.checked:
+        valued = where[0].type != "meta"  # which holds nothing to compare
+        if self._check and valued and graph.comparable and pattern not in graph.checked:
             if not self._equals_dense(graph, arguments, leaves):
                 graph.refused.add(pattern)
                 graph = self._compile(arguments, mode, where, static_ones=True)

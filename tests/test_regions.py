@@ -54,7 +54,8 @@ def test_zero_rows_with_mean_one_gates_are_the_dense_network_too():
 
 
 MASKED = {  # split, module whose output is the region's, region
-    "ResNet": ("layer3", "layer3", None), "WideResNet": ("layer2", "layer2", "layer2"),
+    # the router reads before layer2, at twice the resolution of what the region reads
+    "ResNet": ("layer2", "layer3", "layer3"), "WideResNet": ("layer2", "layer2", "layer2"),
     "VGG": ("features.14", "features", None), "DenseNet": ("layers.3", "layers", ("layers.3", "layers.7")),
     "MobileNetV2": ("layers.5", "layers", None), "ConvNeXt": ("stages.2", "stages", None),
 }  # fmt: skip
@@ -553,3 +554,35 @@ def test_pretrained_resnet_keeps_its_accuracy(data):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert torch.equal(got.argmax(1), want.argmax(1))
     assert (got.argmax(1) == labels).float().mean() > 0.79
+
+
+def test_regions_are_copied_cast_and_loaded_like_any_module():
+    model = cnns.build("ResNet")
+    options = {"split": "layer3", "experts": RegionExperts(), "num_experts": 2}
+    moe = moe_rewrite.convert(model, router=PatchRouter(2, 3), **options)
+    randomize_copies(moe)
+    x = image(3)
+    with torch.no_grad():
+        want = moe(x)
+        twin = copy.deepcopy(moe)
+        assert torch.equal(twin(x), want)
+        for p in twin.parameters():
+            p.zero_()
+        assert torch.equal(moe(x), want)
+        other = moe_rewrite.convert(model, router=PatchRouter(2, 3), **options)
+        other.load_state_dict(moe.state_dict())
+        assert torch.equal(other(x), want)
+        half = moe.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert (half - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_a_model_on_the_meta_device_converts():
+    with torch.device("meta"):
+        model = cnns.CNNS["ResNet"]().eval()
+    x = torch.zeros(2, 3, 32, 32, device="meta")
+    moe = moe_rewrite.convert(
+        model, split="layer3", router=PatchRouter(4, 4), experts=RegionExperts(),
+        num_experts=2, example_inputs=x,
+    )  # fmt: skip
+    assert moe(x).shape == (2, 10) and all(p.is_meta for p in moe.parameters())
