@@ -44,17 +44,34 @@ class TokenRouter:
         change when one number is added to all logits, so this output needs no parameters.
     normalize: divide the features by their root mean square before they are read, so that the
         gate's scale does not depend on the depth of the cut.
+    fit: ``"gradient"``: trained with the experts. ``"analytic"``: solved in closed form from the
+        samples that `MoEModel.fit_router` is given, by ridge regression on random features; the
+        frozen model is fitted then as the experts are.
+    projection: random features of an analytic gate. ridge: its regularisation, as a share of the
+        mean diagonal. sharpness: factor of its scores, which are near 1 for the right expert and
+        near 0 for others, before the softmax.
     """
 
     top_k: int | None = None
     granularity: Granularity = "token"
     base: bool = True
     normalize: bool = True
+    fit: Literal["gradient", "analytic"] = "gradient"
+    projection: int = 512
+    ridge: float = 1e-3
+    sharpness: float = 12.0
 
     def __post_init__(self) -> None:
         k = self.top_k
         _require(k is None or (_is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
         _choose(self, "granularity", "token", "prefix", "sequence")
+        _choose(self, "fit", "gradient", "analytic")
+        n = self.projection
+        _require(_is_int(n) and n >= 1, "TokenRouter projection", n, "int >= 1")
+        for name in ("ridge", "sharpness"):
+            value = getattr(self, name)
+            ok = _is_number(value) and value > 0
+            _require(ok, f"TokenRouter {name}", value, "a number > 0")
         for name in ("base", "normalize"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")

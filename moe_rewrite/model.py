@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from . import checkpoint
 from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
 from .errors import CheckpointError, ConfigError, InputError
+from .examples import as_arguments
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
 from .planning import Planning
 from .program import CACHE, Program, value
 from .report import Report
+from .routing.analytic import AnalyticGate
 from .routing.fit import make_router
 from .routing.plan import RoutingPlan
 from .routing.tokens import PrefixState
@@ -95,6 +98,38 @@ class MoEModel(Planning):
         arguments, cache = self._arguments(args, kwargs)
         graph, leaves = self._graph(arguments)
         return graph.plan(leaves, self._planner(cache))[0]
+
+    def fit_router(self, expert: str | int | None, batches: Iterable[Any]) -> None:
+        """Count these samples as an expert's and solve an analytic router anew.
+
+        expert: name or index; None for the frozen model itself, on samples of what it could do
+        before. batches: calls as `example_inputs` are given (tensor, tuple or dict). Only sums are
+        kept; samples add to those of former calls, in any order. Raises ConfigError for a router
+        that is not analytic.
+        """
+        router = self.router
+        if not isinstance(router, AnalyticGate):
+            raise ConfigError(
+                "fit_router: this router is trained; convert with "
+                "router=TokenRouter(fit='analytic') to solve it in closed form"
+            )
+        host, index = self._compiler.host, None if expert is None else self._index(expert)
+
+        def observe(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
+            router.observe(features, mask, index)
+            return router.without_experts(features), None
+
+        with torch.no_grad():
+            for batch in batches:
+                arguments = as_arguments(host, batch)
+                if is_hf(host):
+                    from .hf import without_cache
+
+                    arguments = without_cache(host, arguments)
+                arguments, _ = self._arguments((), arguments)
+                graph, leaves = self._graph(arguments)
+                graph.plan(leaves, observe)
+        router.solve()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate() on the converted graphs, with its arguments."""

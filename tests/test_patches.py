@@ -250,10 +250,11 @@ def test_a_plan_can_be_given_and_looked_at():
     moe = moe_rewrite.convert(model, split="layer3", router=PatchRouter(4, 2, init=1.0))
     randomize(moe)
     x = torch.randn(2, 3, 32, 32)
-    plan = moe.route(x)
-    assert plan.picks.shape == (2, 1, 2) and plan.grid == 4
-    assert plan.selected.shape == (2, 16) and (plan.selected >= 0).sum() == 4
     with torch.no_grad():
+        plan = moe.route(x)
+        assert plan.picks.shape == (2, 1, 2) and plan.grid == 4
+        assert plan.selected.shape == (2, 16)
+        assert torch.equal(plan.selected >= 0, (plan.gates > 0).any(-1))
         want = moe(x)
         with moe.use_plan(plan):
             assert torch.equal(moe(x), want)

@@ -11,6 +11,7 @@ import torch
 
 from ..config import PatchRouter, RouterSpec, TokenRouter
 from ..errors import ConfigError
+from .analytic import AnalyticGate
 from .patches import PatchGate
 from .router import Router
 from .tokens import TokenGate
@@ -67,7 +68,8 @@ def make_router(spec: RouterSpec, features: Sequence[Any], device: torch.device)
     """features: shape of the value at the cut, with fixed sizes where patches are routed."""
     if isinstance(spec, TokenRouter):
         width = features[1] if len(features) == 4 else features[-1]
-        return TokenGate(spec, int(width), device)
+        gate = AnalyticGate if spec.fit == "analytic" else TokenGate
+        return gate(spec, int(width), device)
     if len(features) == 4:
         return PatchGate(spec, (features[1], features[2], features[3]), device)
     side = math.isqrt(features[1] - (spec.prefix_tokens or 0))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .. import grid as grids
 from ..config import PatchRouter
+from ..kernels.patches.reference import gather_patches
 from .plan import RoutingPlan
 from .router import Router
 
@@ -43,11 +44,22 @@ class PatchGate(Router):
         active = self.active_indices()
         if not active:
             return self.without_experts(features), None
-        scores = self._scores(self._map(features), torch.stack([self.rows[e] for e in active]))
+        x, rows = self._map(features), torch.stack([self.rows[e] for e in active])
+        scale = self._scale(x)
+        few = self._few_matter(len(active)) and torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
+            scores = self._scores(x, rows) * scale
         # a stable sort: of equal scores the first patch in row-major order comes first
         order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
         picks = order[..., : self.spec.per_expert]
-        return self._plan(features, active, picks, self._gates(scores, picks)), None
+        taken = self._scores_of(x, rows, picks) * scale if few else scores.gather(-1, picks)
+        return self._plan(features, active, picks, self._gates(scores, taken)), None
+
+    def _few_matter(self, experts: int) -> bool:
+        """Whether the gates depend on so few patches that it pays to score those again for the
+        backward pass, rather than to go back through the scores of all."""
+        selected = self.spec.gate == "selected" and self.spec.features == "flat"
+        return selected and experts * (self.spec.per_expert or 1) < self.grid**2
 
     def without_experts(self, features: torch.Tensor) -> RoutingPlan:
         rows = self._rows(features)
@@ -75,14 +87,6 @@ class PatchGate(Router):
 
     def _scores(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(B, E, n): the inner product of each patch with each row."""
-        scores = self._products(x, rows)
-        if not self.spec.normalize:
-            return scores
-        # scaling the scores is scaling the features, without a second copy of them
-        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
-        return scores * torch.rsqrt(square + 1e-6)[:, None, None]
-
-    def _products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         g = self.grid
         if self.spec.features == "pooled":
             down, across = (_means(n, g).to(x) for n in self.sides)
@@ -97,15 +101,33 @@ class PatchGate(Router):
         patches = patches * table.inside.to(x)
         return torch.einsum("echw,bcnhw->ben", weight, patches)
 
-    def _gates(self, scores: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-        """(B, E, l): gates of the patches taken."""
+    def _scores_of(self, x: torch.Tensor, rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+        """(B, E, l): the same, of these patches alone."""
+        table = grids.patches(*self.sides, self.grid)
+        positions = table.positions.to(x.device)
+        patches = gather_patches(x, picks, positions, (table.rows, table.cols)).flatten(2)
+        if table.inside is not None:
+            inside = table.inside.to(x).flatten(1)[picks].transpose(0, 1)  # (E, B, l, h * w)
+            patches = patches.unflatten(2, (x.shape[1], -1)) * inside.flatten(1, 2).unsqueeze(2)
+            patches = patches.flatten(2)
+        products = torch.einsum("end,ed->en", patches, rows)
+        return products.view(len(rows), len(x), -1).transpose(0, 1)
+
+    def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
+        """What the scores are multiplied by, (B, 1, 1): scaling them is scaling the features,
+        without a second copy of those."""
+        if not self.spec.normalize:
+            return 1.0
+        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
+        return torch.rsqrt(square + 1e-6)[:, None, None]
+
+    def _gates(self, scores: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+        """(B, E, l): gates of the patches taken, whose scores are `taken`."""
         if self.spec.gate == "hard":
-            return torch.ones_like(picks, dtype=torch.float32)
-        if self.spec.gate == "all":
-            gates = scores.softmax(-1).gather(-1, picks)
-        else:
-            gates = scores.gather(-1, picks).softmax(-1)
-        return gates * picks.shape[-1] if self.spec.scale == "mean-one" else gates
+            return torch.ones_like(taken)
+        over = scores if self.spec.gate == "all" else taken
+        gates = (taken - over.logsumexp(-1, keepdim=True)).exp()
+        return gates * taken.shape[-1] if self.spec.scale == "mean-one" else gates
 
     def _plan(
         self,

@@ -5,7 +5,6 @@ Shapes: B batch, S positions, D width of the features, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +85,7 @@ class TokenGate(Router):
         after = PrefixState(sums[:, -1], counts[:, -1])
         return sums / counts.clamp_min(1).unsqueeze(-1), after
 
-    def _logits(self, read: torch.Tensor, active: Sequence[int]) -> torch.Tensor:
+    def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
         if not active:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
