@@ -113,7 +113,15 @@ class Stage(nn.Module):
         return self.head(self.stage(torch.relu(self.trunk(x))).mean((2, 3)))
 
 
+class Constant(nn.Module):
+    """Reads values that are neither weight nor input."""
+
+    def forward(self, x):
+        return x * torch.linspace(0.5, 2.0, 6).view(-1, 1, 1) + torch.tensor(0.5)
+
+
 STAGES = {
+    "constant": lambda: Stage(Constant(), nn.Conv2d(6, 6, 3, 1, 1), Constant()),
     "stride": lambda: Stage(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1)),
     "dilation": lambda: Stage(nn.Conv2d(6, 6, 3, 1, 2, dilation=2), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1)),
     "groups": lambda: Stage(nn.Conv2d(6, 12, 3, 1, 1, groups=3), nn.GELU(), nn.Conv2d(12, 6, 1)),

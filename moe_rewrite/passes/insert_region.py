@@ -17,7 +17,7 @@ from ..config import RegionExperts
 from ..errors import ConversionError
 from ..program import Input, Part, Program, RegionSite, mutated, value
 from ..regions.call import RegionCall
-from ..regions.code import DRY, dry_run, isolated_code, weights_of, whole_code
+from ..regions.code import DRY, device_of, dry_run, isolated_code, weights_of, whole_code
 from ..regions.halo import halo_code
 from ..routing.plan import Layout, align
 from .route import router_node
@@ -37,7 +37,7 @@ def insert_region(
     channels = find_channels(program, region)
     kept = _kept(channels, region, experts, num_experts)
     weights = weights_of(program, region)
-    parts = tuple(_part(program, channels, kept, w) for w in weights)
+    parts = [_part(program, channels, kept, w) for w in weights]
     sizes = {n: kept[g] for n, g in _counts(channels).items() if g in kept}
     shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
     build = halo_code if experts.halo else isolated_code
@@ -45,14 +45,15 @@ def insert_region(
     whole = whole_code(program, region)
     full = [_share(w, Part("", "", ())) for w in weights]
     entry = torch.empty(DRY, *value(region.entry).shape[1:], device="meta")
-    _, dense_macs = dry_run(whole, [entry], full)
+    _, dense_macs = dry_run(whole, [entry], full, device_of(region))
     written = {w for n in region.nodes for w in mutated(n)}
     call = RegionCall(
         whole, patches, map_size(region.exit), experts.combine == "concat",
         tuple(i for i, w in enumerate(weights) if w in written),
     )  # fmt: skip
+    own = tuple(p for p in parts if p.kind != "constant")
     site = RegionSite(
-        region.name, parts, _shape(region.entry), _shape(region.exit), dense_macs, patches.macs,
+        region.name, own, _shape(region.entry), _shape(region.exit), dense_macs, patches.macs,
         _score_macs(program), region.ends,
     )  # fmt: skip
     inputs = _replace(program, region, weights, parts, call, site)
@@ -117,14 +118,17 @@ def _share(weight: fx.Node, part: Part) -> torch.Tensor:
 
 
 def _replace(
-    program: Program, region: Region, weights: list[fx.Node], parts: tuple[Part, ...],
+    program: Program, region: Region, weights: list[fx.Node], parts: list[Part],
     call: RegionCall, site: RegionSite,
 ) -> dict[str, Input]:  # fmt: skip
     graph, plan = program.graph, router_node(program)
     inputs = dict(program.inputs)
     first = next(iter(graph.nodes))
-    own = []
+    own: list[fx.Node | None] = []
     for part in parts:
+        if part.kind == "constant":
+            own.append(None)
+            continue
         with graph.inserting_before(first):
             node = graph.placeholder("expert_" + "".join(c if c.isalnum() else "_" for c in part.name))
         inputs[node.name] = Input("expert", f"{site.name}:{part.name}")

@@ -17,8 +17,8 @@ from .code import PatchCode
 class RegionCall:
     """The target of a region's node: call(x, plan, dense, experts) -> the region's output.
 
-    x: (B, C, H, W). dense: the frozen region's tensors. experts: for each of these tensors, a list
-    with one of every active expert. Without patches in the plan the dense region runs; with patches
+    x: (B, C, H, W). dense: the frozen region's tensors. experts: for each of these, a list with one
+    of every active expert, or None for a constant, which all share. Without patches in the plan the dense region runs; with patches
     and no active expert, the dense region's weights run on them.
     """
 
@@ -42,6 +42,11 @@ class RegionCall:
         _, _, dense, experts = node.args
         return [tensors[i] for tensors in (dense, experts) for i in self.written]
 
+    @staticmethod
+    def _weights(dense: tuple, experts: tuple, expert: int) -> list[torch.Tensor]:
+        both = zip(dense, experts, strict=True)
+        return [shared if own is None else own[expert] for shared, own in both]
+
     def __call__(
         self, x: torch.Tensor, plan: RoutingPlan, dense: tuple, experts: tuple
     ) -> torch.Tensor:
@@ -49,7 +54,7 @@ class RegionCall:
             return self.whole.call(x, *dense)
         entry, exit_, *outside = self._on(x.device)
         count = len(plan.active)
-        weights = [[t[i] for t in experts] for i in range(count)] if count else [dense]
+        weights = [self._weights(dense, experts, i) for i in range(count)] or [list(dense)]
         code, size = self.patches, (self.patches.entry.rows, self.patches.entry.cols)
         gathered = gather_patches(x, plan.picks, entry, size).unbind()
         made = []

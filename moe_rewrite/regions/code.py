@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import grid as grids
 from ..analysis.regions import Region, map_size
@@ -73,7 +74,7 @@ def isolated_code(
     # the rows that fill up a smaller patch are a neighbour's: outside
     outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
     code = whole_code(program, region, sizes, masked=bool(outside))
-    made, macs = dry_run(code, one_patch(region, entry, outside), weights)
+    made, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
     if made != (exit_.rows, exit_.cols):
         raise ConversionError(
             f"region {region.name!r}: an isolated patch of {entry.rows}x{entry.cols} becomes "
@@ -81,6 +82,10 @@ def isolated_code(
             "choose a grid that divides both maps, or halo=True"
         )
     return PatchCode(code, entry, exit_, outside, macs)
+
+
+def device_of(region: Region) -> torch.device:
+    return value(region.entry).device
 
 
 def one_patch(
@@ -92,9 +97,13 @@ def one_patch(
 
 
 def dry_run(
-    code: Code, given: list[torch.Tensor], weights: list[torch.Tensor]
+    code: Code, given: list[torch.Tensor], weights: list[torch.Tensor], device: torch.device
 ) -> tuple[tuple[int, int], int]:
-    """(height, width) of what the code makes of DRY samples, and the multiply-adds of one."""
+    """(height, width) of what the code makes of DRY samples, and the multiply-adds of one.
+
+    given, weights: of the shapes and dtypes that the code takes. device: the model's, where the
+    code makes tensors of its own.
+    """
 
     class Counting(fx.Interpreter):
         macs = 0
@@ -109,8 +118,9 @@ def dry_run(
 
     counting = Counting(code.module)
     try:
-        with torch.no_grad():
-            out = counting.run(*given, *weights)
+        with torch.no_grad(), FakeTensorMode():
+            fakes = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in (*given, *weights)]
+            out = counting.run(*fakes)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise ConversionError(

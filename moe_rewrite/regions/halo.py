@@ -20,7 +20,7 @@ from ..analysis.regions import Region, map_size
 from ..errors import ConversionError
 from ..grid import Span
 from ..program import Code, Program, op_name, value
-from .code import PatchCode, dry_run, one_patch, resize, weights_of
+from .code import PatchCode, device_of, dry_run, one_patch, resize, weights_of
 
 aten = torch.ops.aten
 Spans = tuple[Span, Span]
@@ -35,7 +35,7 @@ def halo_code(
     code = made.build()
     entry = grids.windows(made.exit_size, grid, made.spans[region.entry], map_size(region.entry))
     outside = tuple(mask for _, mask in made.outside.values())
-    _, macs = dry_run(code, one_patch(region, entry, outside), weights)
+    _, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
     return PatchCode(code, entry, grids.patches(*made.exit_size, grid), outside, macs)
 
 
