@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..continual.matrix import ScoreMatrix
 from ..model import MoEModel
 
 REPLAY = 0.1  # share of each older task kept to train the router with
@@ -99,7 +100,8 @@ def compare(
             label = f"{method}: {names[t]}"
             train(label, step, parameters, tasks[t][0], replay, epochs, lr, t, batch)
             rows.append(_scores(model, tasks, score))
-        results[method] = {"R": rows, "forgot": _forgetting(rows)}
+        matrix = ScoreMatrix(tuple(names), tuple(map(tuple, rows)))
+        results[method] = {"R": rows, "forgot": matrix.forgetting}
     report = {"tasks": names, "methods": results}
     _show(title, report)
     _save(title, report, out)
@@ -136,13 +138,6 @@ def _scores(
 ) -> list[float]:
     model.eval()
     return [score(model, test) for _, test in tasks]
-
-
-def _forgetting(rows: list[list[float]]) -> float:
-    """Mean drop of each older task's score from its best to the end."""
-    last = len(rows) - 1
-    drops = [max(r[j] for r in rows[j:]) - rows[last][j] for j in range(last)]
-    return sum(drops) / len(drops)
 
 
 def _show(title: str, report: dict[str, Any]) -> None:
