@@ -20,7 +20,14 @@ from .errors import CheckpointError
 
 FORMAT = 1
 META = "moe_rewrite.json"
-REQUIRED = {"recipe": dict, "names": list, "expansions": list, "fingerprint": dict, "sha256": str}
+REQUIRED = {
+    "recipe": dict,
+    "names": list,
+    "expansions": list,
+    "classes": list,
+    "fingerprint": dict,
+    "sha256": str,
+}
 
 
 def write(

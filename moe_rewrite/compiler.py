@@ -29,7 +29,8 @@ from .passes.insert_region import insert_region
 from .passes.route import route
 from .passes.sites import Match, find_sites
 from .passes.split import shallow_modules, split
-from .program import Program, Rejection, Site, value
+from .passes.widen_head import widen_head
+from .program import Program, RegionSite, Rejection, Site, value
 from .routing.fit import fit_router
 
 
@@ -135,7 +136,7 @@ class Compiler:
 
     def _decide_region(self, evaluated: Program, arguments: dict[str, Any]) -> Program:
         program = self.insert(evaluated)
-        self.sites = frozenset(s.name for s in program.sites)
+        self.sites = frozenset(s.name for s in program.sites if isinstance(s, RegionSite))
         in_training = self.cut(self.train_capture(arguments), self.at)
         self.shallow |= self._shallow(in_training)
         self.insert(in_training)  # raises where training cannot run on patches
@@ -188,11 +189,14 @@ class Compiler:
         if isinstance(experts, RegionExperts):
             assert isinstance(self.router, PatchRouter) and self.router.grid is not None
             count = self.recipe.num_experts
-            return self.timed(
+            program = self.timed(
                 "insert experts", insert_region, program, experts, count, self.router.grid
             )
-        kept = {s: m for s, m in (sites or {}).items() if s.name in self.sites}
-        return self.timed("insert experts", insert_experts, program, kept, list(self.rejected))
+        else:
+            kept = {s: m for s, m in (sites or {}).items() if s.name in self.sites}
+            rejected = list(self.rejected)
+            program = self.timed("insert experts", insert_experts, program, kept, rejected)
+        return self.timed("widen head", widen_head, program)
 
     def compile(
         self, arguments: dict[str, Any], mode: str, static_ones: bool = False

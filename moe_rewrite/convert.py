@@ -104,18 +104,20 @@ def load(
         recipe = Recipe.from_dict(facts["recipe"])
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
-    names, expansions = facts["names"], facts["expansions"]
+    names, expansions, classes = facts["names"], facts["expansions"], facts["classes"]
     well_formed = (
         len(set(map(str, names))) == recipe.num_experts
         and len(expansions) == recipe.num_experts
         and all(isinstance(n, str) for n in names)
         and all(isinstance(e, int) for e in expansions)
+        and len(classes) in (0, recipe.num_experts)
+        and all(isinstance(c, int) and 0 <= c < 10**6 for c in classes)
     )
     if not well_formed:
         raise CheckpointError(f"{folder}: the saved names of experts are malformed: {names}")
     moe = _convert(model, recipe, example_inputs, verify)
     assert isinstance(moe, MoEModel)
-    moe.restore(tensors, names, expansions)
+    moe.restore(tensors, names, expansions, classes)
     return moe
 
 

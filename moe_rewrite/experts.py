@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .program import AnySite, Part, RegionSite, Site
+from .program import AnySite, HeadSite, Part, RegionSite, Site
 
 SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept with this
 
@@ -174,5 +175,76 @@ def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:
     return share.clone()
 
 
+class HeadColumns(ExpertSite):
+    """The columns that experts added to a classification head.
+
+    weight[e]: (classes, in), bias[e]: (classes,); of no classes for an expert that added none.
+    """
+
+    site: HeadSite
+    parts = ("columns",)
+
+    def __init__(self, site: HeadSite) -> None:
+        super().__init__()
+        self.site = site
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        """Nothing to train yet: `widen` gives the expert its columns."""
+        like = dense[self.site.weight]
+        self.weight.append(nn.Parameter(like.new_empty(0, self.site.in_features)))
+        self.bias.append(nn.Parameter(like.new_empty(0)))
+        return []
+
+    def widen(self, expert: int, classes: int) -> list[nn.Parameter]:
+        """Give an expert columns, drawn as nn.Linear draws its own."""
+        bound = self.site.in_features**-0.5
+        new = []
+        for of_part, shape in (
+            (self.weight, (classes, self.site.in_features)),
+            (self.bias, (classes,)),
+        ):
+            fresh = of_part[expert].new_empty(shape)
+            of_part[expert] = nn.Parameter(
+                fresh if fresh.is_meta else fresh.uniform_(-bound, bound)
+            )
+            new.append(of_part[expert])
+        return new
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(self.weight), list(self.bias)]
+
+    def remove_last(self) -> None:
+        self.weight, self.bias = self.weight[:-1], self.bias[:-1]
+
+    def stacked(self, active: Sequence[int]) -> tuple[list[tuple[torch.Tensor, ...] | int], ...]:
+        """(weight, bias) of each expert with columns up to the last one that is on; of those among
+        them that are off, how many columns."""
+        wide = [e for e in range(len(self.weight)) if len(self.bias[e])]
+        last = max((e for e in wide if e in active), default=-1)
+        columns: list[tuple[torch.Tensor, ...] | int] = []
+        for e in (e for e in wide if e <= last):
+            on = e in active
+            columns.append((self.weight[e], self.bias[e]) if on else len(self.bias[e]))
+        return (columns,)
+
+
+def append_columns(
+    logits_BC: torch.Tensor, x_BD: torch.Tensor, columns: list[tuple[torch.Tensor, ...] | int]
+) -> torch.Tensor:
+    """The logits with the experts' columns behind; minus infinity in those of experts that are off,
+    so that classes keep their places."""
+    parts = [logits_BC]
+    for column in columns:
+        if isinstance(column, int):
+            size = (*logits_BC.shape[:-1], column)
+            parts.append(logits_BC.new_full(size, float("-inf")))
+        else:
+            parts.append(F.linear(x_BD, *column))
+    return torch.cat(parts, dim=-1) if columns else logits_BC
+
+
 def make_site(site: AnySite, rank: int) -> ExpertSite:
+    if isinstance(site, HeadSite):
+        return HeadColumns(site)
     return RegionCopies(site) if isinstance(site, RegionSite) else LoRASite(site, rank)

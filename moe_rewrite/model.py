@@ -17,6 +17,7 @@ from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
 from .errors import CheckpointError, ConfigError, InputError
 from .examples import as_arguments
+from .experts import HeadColumns
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
@@ -201,7 +202,9 @@ class MoEModel(Planning):
     def num_experts(self) -> int:
         return len(self.router)
 
-    def _add(self, names: list[str | None], active: bool) -> list[nn.Parameter]:
+    def _add(
+        self, names: list[str | None], active: bool, classes: int | None = None
+    ) -> list[nn.Parameter]:
         new = self.router.add(len(names), active)
         for site in self._owned.sites.values():
             dense = {w: self._owned.refs[w].get() for w in site.site.weights}
@@ -211,8 +214,15 @@ class MoEModel(Planning):
         for name in names:
             self.names.append(name or self._free_name())
             self._expansions.append(number)
+        if classes is not None and self._head is not None:
+            new += self._head.widen(self.num_experts - 1, classes)
         self._train_newest()
         return new
+
+    @property
+    def _head(self) -> HeadColumns | None:
+        """The columns of the classification head, if the model has one."""
+        return next((s for s in self._owned.sites.values() if isinstance(s, HeadColumns)), None)
 
     def _train_newest(self) -> None:
         """Only the experts of the last expansion are trained; the older ones are frozen."""
@@ -226,12 +236,16 @@ class MoEModel(Planning):
             number += 1
         return f"expert{number}"
 
-    def expand(self, n: int = 1, name: str | None = None) -> list[nn.Parameter]:
+    def expand(
+        self, n: int = 1, name: str | None = None, classes: int | None = None
+    ) -> list[nn.Parameter]:
         """Add n experts, freeze the older ones, and return the new parameters.
 
         The new ones are off, so no output changes, until `activate(name)` or the first forward
         in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
-        ``name.0``, ``name.1``, ... Raises ConfigError.
+        ``name.0``, ``name.1``, ... classes: columns that the expert (of the last, if several)
+        brings to a classification head, behind the present ones, which stay as they are; while it
+        is off they are minus infinity, or absent where none behind is on. Raises ConfigError.
         """
         if getattr(self._compiler.recipe.experts, "combine", "sum") == "concat":
             raise ConfigError(
@@ -246,7 +260,15 @@ class MoEModel(Planning):
         taken = [x for x in names if x in self.names]
         if taken:
             raise ConfigError(f"name={taken[0]!r}: there is an expert of this name; choose another")
-        return self._add(names, active=False)
+        if classes is not None:
+            if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+                raise ConfigError(f"classes={classes!r}: expected None or an int >= 1")
+            if self._head is None:
+                raise ConfigError(
+                    f"classes={classes}: this model ends in no classification head, a linear map "
+                    "to (batch, classes) behind the cut"
+                )
+        return self._add(names, active=False, classes=classes)
 
     def _index(self, name: str | int) -> int:
         if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names):
@@ -332,6 +354,7 @@ class MoEModel(Planning):
             "recipe": recipe.to_dict(),
             "names": self.names,
             "expansions": self._expansions,
+            "classes": [] if self._head is None else [len(b) for b in self._head.bias],
         }
         checkpoint.write(folder, self._saved(), facts, self.to_dense())
 
@@ -340,9 +363,13 @@ class MoEModel(Planning):
         return dict(added_tensors(self)) | trained
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int]
-    ) -> None:
+        self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int],
+        classes: list[int],
+    ) -> None:  # fmt: skip
         """Take over saved tensors, every one or none. Raises CheckpointError."""
+        for expert, count in enumerate(classes):
+            if count and self._head is not None:
+                self._head.widen(expert, count)
         for name in (k.removeprefix(DENSE) for k in tensors if k.startswith(DENSE)):
             if name in self._owned.refs:
                 self._owned.unshare(name)

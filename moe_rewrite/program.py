@@ -101,7 +101,20 @@ class RegionSite:
         return tuple(p.name for p in self.parts)
 
 
-AnySite = Site | RegionSite
+@dataclass(frozen=True)
+class HeadSite:
+    """A classification head that experts can widen. weight: state-dict name."""
+
+    name: str
+    weight: str
+    in_features: int
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return (self.weight,)
+
+
+AnySite = Site | RegionSite | HeadSite
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .config import PatchRouter
-from .program import RegionSite
+from .program import HeadSite, RegionSite
 from .tables import count, table
 
 if TYPE_CHECKING:
@@ -67,7 +67,11 @@ class Report:
             split=f"block {program.cut.index} ({program.cut.label})",
             cut=program.cut.node,
             router=str(compiler.router),
-            sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
+            sites=[
+                (s.name, s.in_features, s.out_features)
+                for s in program.sites
+                if not isinstance(s, HeadSite)
+            ],
             rejected=[(r.name, r.reason) for r in compiler.rejected],
             numerics=list(program.numerics),
             seconds=compiler.seconds,
