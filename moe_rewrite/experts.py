@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .program import AnySite, HeadSite, Part, RegionSite, Site
@@ -227,21 +226,6 @@ class HeadColumns(ExpertSite):
             on = e in active
             columns.append((self.weight[e], self.bias[e]) if on else len(self.bias[e]))
         return (columns,)
-
-
-def append_columns(
-    logits_BC: torch.Tensor, x_BD: torch.Tensor, columns: list[tuple[torch.Tensor, ...] | int]
-) -> torch.Tensor:
-    """The logits with the experts' columns behind; minus infinity in those of experts that are off,
-    so that classes keep their places."""
-    parts = [logits_BC]
-    for column in columns:
-        if isinstance(column, int):
-            size = (*logits_BC.shape[:-1], column)
-            parts.append(logits_BC.new_full(size, float("-inf")))
-        else:
-            parts.append(F.linear(x_BD, *column))
-    return torch.cat(parts, dim=-1) if columns else logits_BC
 
 
 def make_site(site: AnySite, rank: int) -> ExpertSite:

@@ -15,7 +15,7 @@ from ..analysis.channels import Channels, find_channels
 from ..analysis.regions import Region, find_region, map_size
 from ..config import RegionExperts
 from ..errors import ConversionError
-from ..program import Input, Part, Program, RegionSite, mutated, value
+from ..program import Code, Input, Part, Program, RegionSite, mutated, value
 from ..regions.call import RegionCall
 from ..regions.code import DRY, device_of, dry_run, isolated_code, weights_of, whole_code
 from ..regions.halo import halo_code
@@ -34,30 +34,42 @@ def insert_region(
             f"grid={grid}: the output of region {region.name!r} is a map of "
             f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region earlier"
         )
-    channels = find_channels(program, region)
-    kept = _kept(channels, region, experts, num_experts)
     weights = weights_of(program, region)
-    parts = [_part(program, channels, kept, w) for w in weights]
-    sizes = {n: kept[g] for n, g in _counts(channels).items() if g in kept}
-    shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
+    parts, sizes = _parts(program, region, experts, num_experts, weights)
     build = halo_code if experts.halo else isolated_code
+    shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
     patches = build(program, region, grid, sizes, shares)
     whole = whole_code(program, region)
-    full = [_share(w, Part("", "", ())) for w in weights]
-    entry = torch.empty(DRY, *value(region.entry).shape[1:], device="meta")
-    _, dense_macs = dry_run(whole, [entry], full, device_of(region))
     written = {w for n in region.nodes for w in mutated(n)}
     call = RegionCall(
         whole, patches, map_size(region.exit), experts.combine == "concat",
         tuple(i for i, w in enumerate(weights) if w in written),
     )  # fmt: skip
-    own = tuple(p for p in parts if p.kind != "constant")
     site = RegionSite(
-        region.name, own, _shape(region.entry), _shape(region.exit), dense_macs, patches.macs,
-        _score_macs(program), region.ends,
+        region.name, tuple(p for p in parts if p.kind != "constant"),
+        _shape(region.entry), _shape(region.exit),
+        _dense_macs(region, whole, weights), patches.macs, _score_macs(program), region.ends,
     )  # fmt: skip
     inputs = _replace(program, region, weights, parts, call, site)
     return program.after("insert_region", "reordered", inputs=inputs, sites=(site,))
+
+
+def _parts(
+    program: Program, region: Region, experts: RegionExperts, num_experts: int,
+    weights: list[fx.Node],
+) -> tuple[list[Part], dict[fx.Node, int]]:  # fmt: skip
+    """What an expert has of each weight, and the sizes that nodes of its code name."""
+    channels = find_channels(program, region)
+    kept = _kept(channels, region, experts, num_experts)
+    parts = [_part(program, channels, kept, w) for w in weights]
+    counts = {n: channels.root(g) for n, g in channels.counts.items()}
+    return parts, {n: kept[g] for n, g in counts.items() if g in kept}
+
+
+def _dense_macs(region: Region, whole: Code, weights: list[fx.Node]) -> int:
+    entry = torch.empty(DRY, *value(region.entry).shape[1:], device="meta")
+    full = [_share(w, Part("", "", ())) for w in weights]
+    return dry_run(whole, [entry], full, device_of(region))[1]
 
 
 def _shape(node: fx.Node) -> str:
@@ -68,10 +80,6 @@ def _score_macs(program: Program) -> int:
     """Of an inner product with every position at the cut."""
     assert program.cut is not None
     return math.prod(int(s) for s in value(program.node(program.cut.node)).shape[1:])
-
-
-def _counts(channels: Channels) -> dict[fx.Node, int]:
-    return {n: channels.root(g) for n, g in channels.counts.items()}
 
 
 def _kept(

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..analysis.mainline import find_mainline
-from ..experts import append_columns
+from ..kernels.head.reference import append_columns
 from ..kernels.lora.reference import add_lora_experts
 from ..program import HeadSite, Input, Program, value
 from .split import segments
