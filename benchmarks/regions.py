@@ -1,7 +1,7 @@
 """A region run by experts on patches against the dense region and its masked-dense form.
 
 ``python -m benchmarks.regions [--quick]``: two 3x3 convolutions of 64 channels with batch norm,
-grid 8, batch 32, 2 threads. Medians of rounds in which every form runs once, in turn. The plan serves
+grid 8, batch 32, 2 threads, warm medians. The plan serves
 every deep layer, so the region is timed with a plan at hand, and with the router too. Then: from which map size on routing pays, what a halo costs by
 patch size, and memory.
 """
@@ -65,10 +65,12 @@ def masked(model: Region, moe: MoEModel, x: torch.Tensor) -> torch.Tensor:
 
 
 def rounds(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each form; the first two rounds are not counted."""
+    """Median milliseconds of each form, warm: in every round each runs twice, in turn, and the
+    second run counts, so that no form pays for the caches that another one left."""
     spent: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats + 2):
         for name, run in forms.items():
+            run()
             start = time.perf_counter()
             run()
             spent[name].append(1e3 * (time.perf_counter() - start))
@@ -130,6 +132,21 @@ def compare(size: int, shares: tuple[int, ...], repeats: int) -> list[dict[str, 
     return results
 
 
+def over_processes(size: int, repeats: int, processes: int) -> list[dict[str, Any]]:
+    """Medians over fresh processes: how memory was laid out in one moves its ratios by a third."""
+    given = json.dumps([size, [1, 4, 16], repeats])
+    runs = [in_fresh_process("benchmarks.regions", "maps", given) for _ in range(processes)]
+    rows: list[dict[str, Any]] = []
+    for same in zip(*runs, strict=True):  # type: ignore[call-overload]
+        row = {
+            k: v if isinstance(v, (str, int)) else median(r[k] for r in same)
+            for k, v in same[0].items()
+        }
+        row["forward_range"] = [min(r["forward"] for r in same), max(r["forward"] for r in same)]
+        rows.append(row)
+    return rows
+
+
 def halo_costs(size: int, repeats: int) -> list[dict[str, Any]]:
     """All patches by one expert: what the halo adds, by patch size; the break-even share."""
     model = Region(WIDTH).eval()
@@ -160,6 +177,14 @@ def memory(share: int) -> float:
     return memory_mb("VmHWM") - before
 
 
+def _maps(given: list[Any]) -> list[dict[str, Any]]:
+    torch.set_num_threads(2)
+    return compare(*given)
+
+
+TASKS: dict[str, Callable[[Any], Any]] = {"memory": memory, "maps": _maps}
+
+
 def draw(figures: dict[str, Any]) -> Any:
     import matplotlib
 
@@ -188,17 +213,18 @@ def draw(figures: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    if "--task" in sys.argv:  # one measurement of memory, in a process of its own
-        print(json.dumps(memory(int(sys.argv[-1]))))
+    if "--task" in sys.argv:  # one measurement in a process of its own
+        run, given = sys.argv[sys.argv.index("--task") + 1 :]
+        print(json.dumps(TASKS[run](json.loads(given))))
         return
     quick = arguments(__doc__ or "").quick
     torch.set_num_threads(2)
-    repeats = 3 if quick else 21
-    sizes = (32,) if quick else (8, 16, 32, 64)
-    maps = [row for size in sizes for row in compare(size, (1, 4, 16), repeats)]
+    repeats = 3 if quick else 7
+    processes = {32: 1} if quick else {8: 1, 16: 1, 32: 5, 64: 1}
+    maps = [row for size, n in processes.items() for row in over_processes(size, repeats, n)]
     halo = halo_costs(32, repeats)
     peaks = {
-        name: in_fresh_process("benchmarks.regions", share)
+        name: in_fresh_process("benchmarks.regions", "memory", share)
         for name, share in {"dense": "0", "1/4": "4", "1/16": "16"}.items()
     }
     figures = {"maps": maps, "halo": halo, "memory_mb": peaks}

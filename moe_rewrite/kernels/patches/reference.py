@@ -37,7 +37,9 @@ def scatter_patches(
     C, h, w = patches[0].shape[1:]
     together = torch.stack(patches) if E > 1 else patches[0]  # a lone expert's need no copy
     y = together.reshape(E, B, taken, C, h * w)
-    y = y * gates_BEl.transpose(0, 1).to(y.dtype)[..., None, None]
+    gates = gates_BEl.transpose(0, 1).to(y.dtype)[..., None, None]
+    # nothing needs the experts' own outputs where no gradient of the gates is wanted
+    y = y * gates if y.requires_grad or gates.requires_grad else y.mul_(gates)
     source = y.permute(1, 3, 0, 2, 4).reshape(B, C, -1)
     index = positions_nP[picks_BEl].reshape(B, 1, -1).expand(-1, C, -1)
     out = y.new_zeros(B, C, size[0] * size[1])
