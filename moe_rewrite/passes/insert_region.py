@@ -67,7 +67,8 @@ def _parts(
 
 
 def _dense_macs(region: Region, whole: Code, weights: list[fx.Node]) -> int:
-    entry = torch.empty(DRY, *value(region.entry).shape[1:], device="meta")
+    shape, dtype = value(region.entry).shape[1:], value(region.entry).dtype
+    entry = torch.empty(DRY, *shape, dtype=dtype, device="meta")
     full = [_share(w, Part("", "", ())) for w in weights]
     return dry_run(whole, [entry], full, device_of(region))[1]
 

@@ -92,7 +92,8 @@ def one_patch(
     region: Region, entry: Table, outside: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
     channels = int(value(region.entry).shape[1])
-    x = torch.empty(DRY, channels, entry.rows, entry.cols, device="meta")
+    dtype = value(region.entry).dtype
+    x = torch.empty(DRY, channels, entry.rows, entry.cols, dtype=dtype, device="meta")
     return [x, *(mask[:1].to("meta") for mask in outside)]
 
 
