@@ -20,7 +20,7 @@ import moe_rewrite
 from moe_rewrite import MoEModel, PatchRouter, RegionExperts
 from moe_rewrite.models.resnet import ResNet
 
-from .common import arguments, cifar10, finish, save
+from .common import arguments, cifar10, curves, finish, save
 
 SIZES, BATCH, RATE = (1000, 2500, 5000), 64, 0.1
 
@@ -117,24 +117,8 @@ def _macs(model: torch.nn.Module) -> int:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for method, result in results.items():
-        by_size = result["by_size"]
-        means, spreads = ([r[k] for r in by_size.values()] for k in ("mean", "spread"))
-        label = f"{method} ({result['last_stage_macs'] / 1e6:.1f}M)"
-        axis.errorbar([int(n) for n in by_size], means, spreads, marker="o", capsize=3, label=label)
-    axis.set(
-        xlabel="training images", ylabel="test accuracy",
-        title="CIFAR-10, multiply-adds of the last stage",
-    )  # fmt: skip
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
+    labels = {n: f"{n} ({r['last_stage_macs'] / 1e6:.1f}M)" for n, r in results.items()}
+    return curves(results, labels, "CIFAR-10, multiply-adds of the last stage")
 
 
 def main() -> None:

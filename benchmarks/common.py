@@ -69,6 +69,24 @@ def save(name: str, figures: dict[str, Any], figure: Any) -> None:
     figure.savefig(root / "docs" / f"{name}.png", dpi=110)
 
 
+def curves(results: dict[str, Any], labels: dict[str, str], title: str) -> Any:
+    """A figure of test accuracy by number of training images, mean and spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, label in labels.items():
+        by_size = results[name]["by_size"]
+        means, spreads = ([r[k] for r in by_size.values()] for k in ("mean", "spread"))
+        axis.errorbar([int(n) for n in by_size], means, spreads, marker="o", capsize=3, label=label)
+    axis.set(xlabel="training images", ylabel="test accuracy", title=title)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def machine() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
