@@ -220,7 +220,7 @@ def main() -> None:
     quick = arguments(__doc__ or "").quick
     torch.set_num_threads(2)
     repeats = 3 if quick else 7
-    processes = {32: 1} if quick else {8: 1, 16: 1, 32: 5, 64: 1}
+    processes = {32: 1} if quick else {8: 1, 16: 1, 32: 9, 64: 1}
     maps = [row for size, n in processes.items() for row in over_processes(size, repeats, n)]
     halo = halo_costs(32, repeats)
     peaks = {

@@ -12,6 +12,7 @@ from ..kernels.patches.reference import gather_patches, scatter_patches
 from ..program import Code
 from ..routing.plan import RoutingPlan
 from .code import PatchCode
+from .inference import for_inference
 
 
 class RegionCall:
@@ -30,6 +31,7 @@ class RegionCall:
     ) -> None:  # fmt: skip
         self.whole, self.patches, self.size, self.concat = whole, patches, size, concat
         self.written = written  # places in `dense` and `experts` of what the code writes to
+        self.frugal = for_inference(patches.code)
         self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def __deepcopy__(self, memo: dict) -> RegionCall:
@@ -55,12 +57,13 @@ class RegionCall:
         entry, exit_, *outside = self._on(x.device)
         count = len(plan.active)
         weights = [self._weights(dense, experts, i) for i in range(count)] or [list(dense)]
-        code, size = self.patches, (self.patches.entry.rows, self.patches.entry.cols)
+        size = (self.patches.entry.rows, self.patches.entry.cols)
+        code = self.patches.code if torch.is_grad_enabled() else self.frugal
         gathered = gather_patches(x, plan.picks, entry, size).unbind()
         made = []
         for i, patches in enumerate(gathered):
             masks = [mask[plan.picks[:, i].flatten()] for mask in outside]
-            made.append(self._own(code.code.call(patches, *masks, *weights[i]), plan.picks[:, i]))
+            made.append(self._own(code.call(patches, *masks, *weights[i]), plan.picks[:, i]))
         if not self.concat or not count:
             return self._scattered(made, plan.kept, plan.picks, exit_)
         return self._concatenated(made, plan, exit_)

@@ -18,9 +18,11 @@ def gather_patches(
     """
     B, C = x_BCHW.shape[:2]
     E, taken = picks_BEl.shape[1:]
-    index = positions_nP[picks_BEl].reshape(B, 1, -1).expand(-1, C, -1)
-    patches = x_BCHW.flatten(2).gather(2, index).view(B, C, E, taken, *size)
-    return patches.permute(2, 0, 3, 1, 4, 5).reshape(E, B * taken, C, *size)
+    # expanded, so that the patches come out in their final order: no map is copied twice
+    index = positions_nP[picks_BEl.flatten(1)].unsqueeze(2).expand(-1, -1, C, -1)
+    flat = x_BCHW.flatten(2).unsqueeze(1).expand(-1, E * taken, -1, -1)
+    patches = flat.gather(3, index).view(B, E, taken, C, *size)
+    return patches.transpose(0, 1).reshape(E, B * taken, C, *size)
 
 
 def scatter_patches(
@@ -36,11 +38,12 @@ def scatter_patches(
     B, E, taken = picks_BEl.shape
     C, h, w = patches[0].shape[1:]
     together = torch.stack(patches) if E > 1 else patches[0]  # a lone expert's need no copy
-    y = together.reshape(E, B, taken, C, h * w)
-    gates = gates_BEl.transpose(0, 1).to(y.dtype)[..., None, None]
-    # nothing needs the experts' own outputs where no gradient of the gates is wanted
-    y = y * gates if y.requires_grad or gates.requires_grad else y.mul_(gates)
-    source = y.permute(1, 3, 0, 2, 4).reshape(B, C, -1)
+    y = together.reshape(E, B, taken, C, h * w).permute(1, 3, 0, 2, 4)  # (B, C, E, l, P)
+    gates = gates_BEl.to(y.dtype)[:, None, ..., None]
+    if y.requires_grad or gates.requires_grad:
+        source = (y * gates).reshape(B, C, -1)
+    else:  # in one pass to the order that it is written in
+        source = torch.mul(y, gates, out=y.new_empty(y.shape)).view(B, C, -1)
     index = positions_nP[picks_BEl].reshape(B, 1, -1).expand(-1, C, -1)
     out = y.new_zeros(B, C, size[0] * size[1])
     if E == 1 and apart:  # cheaper than adding
