@@ -216,15 +216,17 @@ class HeadColumns(ExpertSite):
     def remove_last(self) -> None:
         self.weight, self.bias = self.weight[:-1], self.bias[:-1]
 
-    def stacked(self, active: Sequence[int]) -> tuple[list[tuple[torch.Tensor, ...] | int], ...]:
-        """(weight, bias) of each expert with columns up to the last one that is on; of those among
-        them that are off, how many columns."""
+    def stacked(self, active: Sequence[int]) -> tuple[list[tuple[Any, ...] | int], ...]:
+        """(weight, bias, place in `active`) of each expert with columns up to the last one that is
+        on; of those among them that are off, how many columns."""
         wide = [e for e in range(len(self.weight)) if len(self.bias[e])]
         last = max((e for e in wide if e in active), default=-1)
-        columns: list[tuple[torch.Tensor, ...] | int] = []
+        columns: list[tuple[Any, ...] | int] = []
         for e in (e for e in wide if e <= last):
-            on = e in active
-            columns.append((self.weight[e], self.bias[e]) if on else len(self.bias[e]))
+            if e in active:
+                columns.append((self.weight[e], self.bias[e], list(active).index(e)))
+            else:
+                columns.append(len(self.bias[e]))
         return (columns,)
 
 

@@ -79,6 +79,17 @@ class Graph:
                         f"should be {leaves[i].shape[d]}, as dimension {d} of {self.leaves[i]}"
                     )
 
+    def features(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+        """What the shallow part gives at the cut."""
+        seen: list[torch.Tensor] = []
+
+        def look(features: torch.Tensor, mask: Any) -> tuple[Any, None]:
+            seen.append(features)
+            return None, None
+
+        self.plan(leaves, look)
+        return seen[0]
+
     def plan(
         self, leaves: list[torch.Tensor], planner: Planner
     ) -> tuple[RoutingPlan, PrefixState | None]:
@@ -92,17 +103,22 @@ class Graph:
         return self._plan(values, planner)
 
     def run(
-        self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False
-    ) -> tuple[list[Any], PrefixState | None]:
+        self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False,
+        features: torch.Tensor | None = None,
+    ) -> tuple[list[Any], PrefixState | None]:  # fmt: skip
         """All outputs, and the router's state behind these positions.
 
-        checkpoint: recompute deep blocks in the backward pass.
+        checkpoint: recompute deep blocks in the backward pass. features: what the shallow part
+        gives at the cut, where that is known: what only serves to compute it does not run.
         """
         values = self._values(leaves)
+        steps = self.steps if features is None else self._behind_cut
         active: tuple[int, ...] | None = None
         after = None
-        for block, bound in self.steps:
+        for block, bound in steps:
             if bound.step.deep and active is None:
+                if features is not None:
+                    values[self.emitted.cut] = features
                 plan, after = self._plan(values, planner)
                 active = plan.active
                 for name, layout in self.emitted.layouts:
@@ -114,6 +130,18 @@ class Graph:
                 _advance(values, bound, run(bound, active or (), *taken))
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
         return outputs, after
+
+    @property
+    def _behind_cut(self) -> list[tuple[Block, Bound]]:
+        """The deep steps, and the shallow ones that they need for more than the features."""
+        kept = []
+        needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
+        for block, bound in reversed(self.steps):
+            step = bound.step
+            if step.deep or needed & (set(step.gives) - {self.emitted.cut}):
+                kept.append((block, bound))
+                needed |= set(step.takes) - ({self.emitted.cut} if step.deep else set())
+        return kept[::-1]
 
     def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))

@@ -84,7 +84,7 @@ class MoEModel(Planning):
         arguments, cache = self._arguments(args, kwargs)
         graph, leaves = self._graph(arguments)
         checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
-        outputs, after = graph.run(leaves, self._planner(cache), checkpointing)
+        outputs, after = graph.run(leaves, self._planner(cache), checkpointing, self._given)
         if graph.cache_at is not None:
             start, stop = graph.cache_at
             self._fill(cache, outputs[start:stop], after)
@@ -99,6 +99,13 @@ class MoEModel(Planning):
         arguments, cache = self._arguments(args, kwargs)
         graph, leaves = self._graph(arguments)
         return graph.plan(leaves, self._planner(cache))[0]
+
+    @torch.no_grad()
+    def features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the shallow segment gives at the cut for these inputs, for `use_features`."""
+        arguments, _ = self._arguments(args, kwargs)
+        graph, leaves = self._graph(arguments)
+        return graph.features(leaves)
 
     def fit_router(self, expert: str | int | None, batches: Iterable[Any]) -> None:
         """Count these samples as an expert's and solve an analytic router anew.

@@ -11,10 +11,12 @@ from torch import nn
 
 from .compiler import Compiler
 from .config import RegionExperts
+from .errors import ConfigError
 from .graphs import Planner
 from .routing.patches import PatchGate
 from .routing.plan import RoutingPlan
 from .routing.router import Router
+from .routing.tokens import TokenGate
 
 
 class Planning(nn.Module):
@@ -23,6 +25,10 @@ class Planning(nn.Module):
     router: Router
     _compiler: Compiler
     _forced: Planner | None = None  # in the place of the router's plans
+    _given: torch.Tensor | None = None  # in the place of the features at the cut
+
+    def _index(self, name: str | int) -> int:
+        raise NotImplementedError
 
     def _plan_dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
         return self.router.without_experts(features), None
@@ -55,6 +61,28 @@ class Planning(nn.Module):
         """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
         with self._planning_by(lambda features, mask: (plan, None)):
             yield
+
+    @contextmanager
+    def use_expert(self, name: str | int) -> Iterator[None]:
+        """Route every row to one expert with gate 1, as if its task were known; it need not be on.
+
+        Raises ConfigError where patches choose: an expert then takes the patches it prefers.
+        """
+        router, index = self.router, self._index(name)
+        if not isinstance(router, TokenGate):
+            raise ConfigError("use_expert: a PatchRouter's experts choose patches; use activate()")
+        with self._planning_by(lambda features, mask: (router.one_expert(features, index), None)):
+            yield
+
+    @contextmanager
+    def use_features(self, features: torch.Tensor) -> Iterator[None]:
+        """Take these for what the shallow segment gives at the cut, as `features` gave them for the
+        same samples: the shallow blocks are not run."""
+        before, self._given = self._given, features
+        try:
+            yield
+        finally:
+            self._given = before
 
     @contextmanager
     def _planning_by(self, planner: Planner) -> Iterator[None]:

@@ -15,6 +15,8 @@ from ..analysis.mainline import find_mainline
 from ..kernels.head.reference import append_columns
 from ..kernels.lora.reference import add_lora_experts
 from ..program import HeadSite, Input, Program, value
+from ..routing.plan import Layout, align
+from .route import router_node
 from .split import segments
 
 linear = torch.ops.aten.linear.default
@@ -32,8 +34,11 @@ def widen_head(program: Program) -> Program:
         columns = graph.placeholder("expert_columns")
     inputs[columns.name] = Input("expert", f"{site.name}:columns")
     logits = next((u for u in head.users if u.target is add_lora_experts), head)
+    layout: Any = Layout("head", 2, value(logits).dtype)
+    with graph.inserting_after(router_node(program)):
+        gates = graph.call_function(align, (router_node(program), layout))
     with graph.inserting_after(logits):
-        wide = graph.call_function(append_columns, (logits, head.args[0], columns))
+        wide = graph.call_function(append_columns, (logits, head.args[0], columns, gates))
     wide.meta = dict(logits.meta)
     logits.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
     return program.after(

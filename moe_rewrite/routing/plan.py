@@ -19,11 +19,11 @@ class Layout:
 
     kind: ``"rows"`` (B, S, ...), ``"sample"`` (B, ...), ``"swapped"`` (S, B, ...), ``"flat"``
     (B*S, D), ``"swapped_flat"`` (S*B, D), ``"map"`` (B, ..., H, W), ``"map_last"`` (B, H, W, ...);
-    ``"plan"``: the plan itself, for a region. scale: LoRA's alpha / rank. size: (H, W) of a map
+    ``"plan"``: the plan itself, for a region; ``"head"``: (B, 1 + E) for a head's classes. scale: LoRA's alpha / rank. size: (H, W) of a map
     that a patch plan is laid over.
     """
 
-    kind: Literal["rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan"]
+    kind: Literal["rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan", "head"]
     ndim: int
     dtype: torch.dtype
     rank: int = 1
@@ -70,7 +70,7 @@ class RoutingPlan:
         return index.masked_fill(largest == 0, -1)
 
 
-def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan:
+def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan | None:
     """The plan as a site takes it: for stacked LoRA rows, each gate times alpha / rank and repeated
     over the rank, laid out as the site's rows.
 
@@ -78,6 +78,8 @@ def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan:
     """
     if layout.kind == "plan":
         return plan
+    if layout.kind == "head":
+        return _for_classes(plan)
     scales = (plan.weights * layout.scale).repeat_interleave(layout.rank, dim=-1).to(layout.dtype)
     if layout.kind in ("map", "map_last"):
         return _over_map(plan, scales, layout)
@@ -105,3 +107,17 @@ def _over_map(plan: RoutingPlan, scales: torch.Tensor, layout: Layout) -> torch.
         cells = scales[:, scales.shape[1] - g * g :].unflatten(1, (g, g))
         scales = torch.einsum("yi,xj,bije->byxe", rows, cols, cells)
     return scales if layout.kind == "map_last" else scales.permute(0, 3, 1, 2)
+
+
+def _for_classes(plan: RoutingPlan) -> torch.Tensor | None:
+    """(B, 1 + E) log of each gate, over a sample's largest: the frozen model's, then the experts'.
+
+    None where patches choose, or without a gate of the frozen model: then classes are not weighed.
+    """
+    if plan.base is None or plan.picks is not None:
+        return None
+    gates = torch.cat([plan.base, plan.weights], dim=-1)
+    if gates.ndim == 3:
+        gates = gates.mean(1)
+    logs = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+    return logs - logs.amax(-1, keepdim=True)

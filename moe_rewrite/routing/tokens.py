@@ -40,6 +40,13 @@ class TokenGate(Router):
         rows = (lead[0], 1) if sequence else lead
         return RoutingPlan((), features.new_zeros(*rows, 0, dtype=torch.float32), None, 0, lead)
 
+    def one_expert(self, features: torch.Tensor, expert: int) -> RoutingPlan:
+        """The plan that gives every row to one expert, with gate 1."""
+        rows = self.without_experts(features).weights.shape[:-1]
+        gate = features.new_ones(*rows, 1, dtype=torch.float32)
+        base = torch.zeros_like(gate) if self.spec.base else None
+        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape))
+
     def forward(
         self,
         features: torch.Tensor,

@@ -1,0 +1,55 @@
+"""Items of older tasks that are kept to be replayed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from ..errors import ConfigError
+from .tasks import Task
+
+Kept = tuple[int, int]  # number of the task, index of its training item
+
+
+class Buffer:
+    """At most `ratio` of all training items seen, by task number and index.
+
+    balanced: as many of each task (the largest gives way first); otherwise a reservoir, in which
+    every item seen is kept with the same chance (Vitter 1985, algorithm R).
+    """
+
+    def __init__(self, ratio: float, balanced: bool, seed: int) -> None:
+        if not 0 <= ratio <= 1:
+            raise ConfigError(f"replay={ratio!r}: expected a share of the items, 0 to 1")
+        self.ratio, self.balanced, self.seed = ratio, balanced, seed
+        self.kept: list[Kept] = []
+        self.seen = 0
+
+    def add(self, number: int, task: Task) -> None:
+        """See a task's training items; the same ones stay whatever else was random."""
+        draw = random.Random(f"{self.seed}/{number}")
+        total = self.seen + len(task.train)
+        size = max(1, round(self.ratio * total)) if self.ratio else 0
+        if self.balanced:
+            self.kept += [(number, i) for i in draw.sample(range(len(task.train)), len(task.train))]
+            self._balance(size)
+        else:
+            for i in range(len(task.train)):
+                if len(self.kept) < size:
+                    self.kept.append((number, i))
+                elif size and (at := draw.randrange(self.seen + i + 1)) < size:
+                    self.kept[at] = (number, i)
+        self.seen = total
+
+    def _balance(self, size: int) -> None:
+        """Drop the newest items of the largest task until `size` are left."""
+        counts = Counter(number for number, _ in self.kept)
+        while sum(counts.values()) > size:
+            largest = max(counts, key=lambda n: (counts[n], n))
+            counts[largest] -= 1
+        left: list[Kept] = []
+        for kept in self.kept:
+            if counts[kept[0]] > 0:
+                counts[kept[0]] -= 1
+                left.append(kept)
+        self.kept = left

@@ -1,0 +1,65 @@
+"""What is learnt: how items become batches, what is predicted of them, and how it is scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import ConfigError
+from .tasks import Item, Task
+
+Batch = dict[str, torch.Tensor]
+Model = Callable[..., Any]
+
+
+class Problem(ABC):
+    """Inputs, targets and scores of one kind of task. N: rows that are predicted, C: classes."""
+
+    scores: tuple[str, ...] = ("accuracy", "loss")
+    batch_size: int = 8
+    scoring_batch: int = 32
+
+    @abstractmethod
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """Tensors of these items: the model's arguments, and ``labels``."""
+
+    @abstractmethod
+    def predict(self, model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C) logits of the rows that count and their (N,) targets."""
+
+    def inputs(self, batch: Batch) -> Batch:
+        """The model's arguments of a batch."""
+        return {k: v for k, v in batch.items() if k != "labels"}
+
+    def loss(self, model: Model, batch: Batch) -> torch.Tensor:
+        """Mean cross entropy over the rows that count."""
+        return F.cross_entropy(*self.predict(model, batch))
+
+    def batches(self, items: Sequence[Item], device: torch.device) -> Iterator[Batch]:
+        for start in range(0, len(items), self.scoring_batch):
+            made = self.batch(items[start : start + self.scoring_batch])
+            yield {k: v.to(device) for k, v in made.items()}
+
+    @torch.no_grad()
+    def score(self, model: Model, task: Task, kind: str, device: torch.device) -> float:
+        """On the task's test items, higher is better: the share of rows predicted right
+        (``accuracy``), or minus the mean loss of a row (``loss``)."""
+        if kind not in ("accuracy", "loss"):
+            raise ConfigError(f"score={kind!r}: expected one of {self.scores}")
+        total, rows = 0.0, 0
+        for batch in self.batches(task.test, device):
+            logits, targets = self.predict(model, batch)
+            if kind == "loss":
+                total -= float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            else:
+                total += int((logits.argmax(-1) == targets).sum())
+            rows += len(targets)
+        return total / max(rows, 1)
+
+    def own_task(self, model: Any, count: int, test: int, seed: int) -> Task | None:
+        """What the model can do by itself, as a task, where that can be made of the model alone."""
+        return None

@@ -1,0 +1,96 @@
+"""How well texts answer, as TRACE scores its tasks (arXiv 2310.06762, table 1). All in 0 .. 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import Any
+
+from ..errors import ConfigError
+from .tasks import Item
+
+Score = Callable[[str, Item], float]
+
+
+def exact_match(said: str, item: Item) -> float:
+    """Whether the text is the answer, but for case and outer white space."""
+    return float(said.strip().lower() == item["answer"].strip().lower())
+
+
+def first_letter(said: str, item: Item) -> float:
+    """Whether the text names the choice that the answer begins with."""
+    return float(said.strip()[:1].upper() == item["answer"].strip()[:1].upper())
+
+
+def rouge_l(said: str, item: Item) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, section 3)."""
+    rouge = _need("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    return float(rouge.score(item["answer"], said)["rougeL"].fmeasure)
+
+
+def edit_similarity(said: str, item: Item) -> float:
+    """1 - insertions and deletions / total length."""
+    return float(_need("rapidfuzz.fuzz").ratio(said, item["answer"]) / 100)
+
+
+def simplification(said: str, item: Item) -> float:
+    """SARI of a simplified paragraph against its source, which the prompt ends with."""
+    source = item["prompt"].rpartition("Paragraph:")[2].strip() or item["prompt"]
+    return sari(source, said, [item["answer"]])
+
+
+def sari(source: str, said: str, references: Sequence[str], longest: int = 4) -> float:
+    """Mean of the F1 of n-grams added and kept and the precision of those deleted, over n = 1 .. 4
+    (Xu et al. 2016, section 4.1); words are split at white space, lower case."""
+    texts = [t.lower().split() for t in (source, said, *references)]
+    scores = []
+    for n in range(1, longest + 1):
+        s, o, *refs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in texts)
+        count = len(refs)
+        s, o = (Counter({g: c * count for g, c in x.items()}) for x in (s, o))
+        r = sum(refs, Counter())
+        kept, keep = s & o, s & r
+        good_kept = kept & r
+        deleted, delete = s - o, s - r
+        good_deleted = deleted & delete
+        added, add = set(o) - set(s), set(r) - set(s)
+        keep_p = _share(sum(good_kept[g] / kept[g] for g in good_kept), len(kept))
+        keep_r = _share(sum(good_kept[g] / keep[g] for g in good_kept), len(keep))
+        delete_p = _share(sum(good_deleted[g] / deleted[g] for g in good_deleted), len(deleted))
+        add_p, add_r = _share(len(added & add), len(added)), _share(len(added & add), len(add))
+        scores.append(mean((_f1(keep_p, keep_r), delete_p, _f1(add_p, add_r))))
+    return mean(scores)
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0  # nothing to find, nothing missed
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+TRACE_SCORES: dict[str, Score] = {
+    "C-STANCE": first_letter, "FOMC": first_letter, "ScienceQA": first_letter,
+    "NumGLUE-cm": exact_match, "NumGLUE-ds": exact_match, "MeetingBank": rouge_l,
+    "Py150": edit_similarity, "20Minuten": simplification,
+}  # fmt: skip
+
+
+def task_score(task: str, said: Sequence[str], items: Sequence[Item]) -> float:
+    """Mean score of what was said to a task's items; exact match for a task that TRACE has not."""
+    score = TRACE_SCORES.get(task, exact_match)
+    return mean(score(text, item) for text, item in zip(said, items, strict=True))
+
+
+def _need(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0].replace("_", "-")
+        raise ConfigError(
+            f"this task's score needs {package}: pip install 'moe-rewrite[continual]'"
+        ) from None

@@ -1,0 +1,129 @@
+"""Streams of tasks: what a task is, and how folders of them are read.
+
+A text task is a folder with train.json, test.json and perhaps eval.json, each a list of
+{"prompt", "answer"} (TRACE's format, arXiv 2310.06762) or one such object a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+Item = dict[str, Any]
+
+# TRACE's own order and epochs (section 4.1 and its training scripts)
+TRACE = {
+    "C-STANCE": 5, "FOMC": 3, "MeetingBank": 7, "Py150": 5,
+    "ScienceQA": 3, "NumGLUE-cm": 5, "NumGLUE-ds": 5, "20Minuten": 7,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt together. train, eval, test: items as the problem takes them.
+
+    epochs: of this task, or None for the run's. classes: columns that it adds to a classification
+    head. Raises ConfigError for a task without training or test items.
+    """
+
+    name: str
+    train: Sequence[Item]
+    test: Sequence[Item]
+    eval: Sequence[Item] = ()
+    epochs: int | None = None
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test", "eval"):
+            object.__setattr__(self, part, list(getattr(self, part)))
+        for part in ("train", "test"):
+            if not getattr(self, part):
+                raise ConfigError(f"task {self.name!r}: no {part} items")
+
+    def limited(self, count: int | None) -> Task:
+        """The first `count` items of each part."""
+        parts = {part: getattr(self, part)[:count] for part in ("train", "test", "eval")}
+        return replace(self, **parts)
+
+
+def read_stream(
+    folders: Iterable[str | Path], max_samples: int | None = None, epochs: int | None = None
+) -> list[Task]:
+    """The tasks of these folders, in their order; of a folder of tasks, TRACE's in TRACE's order
+    and with its epochs, others by name behind them.
+
+    epochs: for every task, instead. Raises ConfigError, naming file and record.
+    """
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        found += [folder] if (folder / "train.json").exists() else _tasks_inside(folder)
+    if not found:
+        raise ConfigError("no task: expected at least one folder with train.json and test.json")
+    names = [f.name for f in found]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise ConfigError(f"two tasks are named {twice!r}: rename one folder")
+    return [_read_task(f, epochs).limited(max_samples) for f in found]
+
+
+def _tasks_inside(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a task or a folder of tasks")
+    inside = [f for f in sorted(folder.iterdir()) if (f / "train.json").exists()]
+    if not inside:
+        raise ConfigError(f"{folder}: no train.json in it, nor in a folder inside it")
+    order = list(TRACE)
+    return sorted(inside, key=lambda f: (order.index(f.name) if f.name in TRACE else len(order)))
+
+
+def _read_task(folder: Path, epochs: int | None) -> Task:
+    if not (folder / "test.json").exists():
+        raise ConfigError(f"{folder}: test.json is missing")
+    parts: dict[str, Any] = {
+        part: read_records(folder / f"{part}.json")
+        for part in ("train", "test", "eval")
+        if (folder / f"{part}.json").exists()
+    }
+    return Task(folder.name, **parts, epochs=epochs or TRACE.get(folder.name))
+
+
+def read_records(file: Path) -> list[Item]:
+    """Records with prompt and answer strings: one JSON list, or one object a line.
+
+    Raises ConfigError, naming file and line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
+    listed = text.lstrip().startswith("[")
+    try:
+        records = json.loads(text) if listed else [json.loads(s) for s in text.splitlines() if s]
+    except ValueError as error:
+        raise ConfigError(f"{file}, line {_bad_line(text, listed)}: not JSON ({error})") from None
+    for i, record in enumerate(records):
+        ok = isinstance(record, dict) and all(
+            isinstance(record.get(k), str) for k in ("prompt", "answer")
+        )
+        if not ok:
+            where = f"record {i} of the list" if listed else f"line {i + 1}"
+            raise ConfigError(f"{file}, {where}: expected 'prompt' and 'answer' strings")
+    return records
+
+
+def _bad_line(text: str, listed: bool) -> int:
+    if listed:
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            return error.lineno
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            json.loads(line or "0")
+        except ValueError:
+            return number
+    return 1
