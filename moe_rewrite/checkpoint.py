@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .files import replace_file
 
 FORMAT = 1
 META = "moe_rewrite.json"
@@ -47,26 +47,11 @@ def write(
     meta = {"format": FORMAT, **facts, "fingerprint": fingerprint(base), "sha256": digest}
     text = json.dumps(meta, indent=1).encode()
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / _tensor_file(digest), blob)
-    _replace(target / META, text)
+    replace_file(target / _tensor_file(digest), blob)
+    replace_file(target / META, text)
     for old in target.glob("moe_rewrite-*.safetensors"):
         if old.name != _tensor_file(digest):
             old.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file, flush to the disk, then rename over it."""
-    descriptor, fresh = tempfile.mkstemp(prefix=".moe_rewrite-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, path)
-    except BaseException:
-        Path(fresh).unlink(missing_ok=True)
-        raise
 
 
 def _tensor_file(digest: str) -> str:

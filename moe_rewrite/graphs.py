@@ -91,10 +91,12 @@ class Graph:
         return seen[0]
 
     def plan(
-        self, leaves: list[torch.Tensor], planner: Planner
+        self, leaves: list[torch.Tensor], planner: Planner, features: torch.Tensor | None = None
     ) -> tuple[RoutingPlan, PrefixState | None]:
-        """Run up to the cut, for the plan alone."""
+        """Run up to the cut, for the plan alone; with the features at hand, the router alone."""
         values = self._values(leaves)
+        if features is not None:
+            return planner(features, values[MASK])
         for block, bound in self.steps:
             if bound.step.deep:
                 break

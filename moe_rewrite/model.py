@@ -98,7 +98,7 @@ class MoEModel(Planning):
         """
         arguments, cache = self._arguments(args, kwargs)
         graph, leaves = self._graph(arguments)
-        return graph.plan(leaves, self._planner(cache))[0]
+        return graph.plan(leaves, self._planner(cache), self._given)[0]
 
     @torch.no_grad()
     def features(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
+from .files import write_figure
 from .grid import bounds
 from .model import MoEModel
 
@@ -54,11 +55,7 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
         axis.set_axis_off()
     figure.tight_layout()
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    figure.savefig(part, format=target.suffix[1:] or "png", dpi=110)
-    plt.close(figure)
-    os.replace(part, target)
+    write_figure(target, figure)
     return target
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..continual.matrix import ScoreMatrix
+from ..files import write_figure, write_json
 from ..model import MoEModel
 
 REPLAY = 0.1  # share of each older task kept to train the router with
@@ -161,7 +160,6 @@ def _save(title: str, report: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    out.mkdir(parents=True, exist_ok=True)
     methods = report["methods"]
     figure, axes = plt.subplots(1, len(methods), figsize=(4 * len(methods), 3.6), squeeze=False)
     for axis, (method, result) in zip(axes[0], methods.items(), strict=True):
@@ -176,9 +174,6 @@ def _save(title: str, report: dict[str, Any], out: Path) -> None:
                 axis.text(j, i, f"{100 * v:.0f}", ha="center", va="center", color=colour)
     figure.tight_layout()
     picture, text = out / f"{title}.png", out / f"{title}.json"
-    figure.savefig(f"{picture}.part", format="png", dpi=120)
-    plt.close(figure)
-    os.replace(f"{picture}.part", picture)
-    Path(f"{text}.part").write_text(json.dumps(report, indent=1))
-    os.replace(f"{text}.part", text)
+    write_figure(picture, figure, dpi=120)
+    write_json(text, report)
     print(f"picture: {picture}   figures: {text}")

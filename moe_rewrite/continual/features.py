@@ -1,0 +1,173 @@
+"""What the frozen shallow segment gives for a sample, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..errors import ConfigError
+from ..model import MoEModel
+
+MASK = "attention_mask"
+
+
+class FeatureCache:
+    """Features at the cut by sample: a key of the sample's content and the model's weights.
+
+    folder: of a memory-mapped file that a later run goes on with; None keeps them in memory.
+    max_bytes: what is kept at most; samples that come when it is full are computed each time
+    (in a pass over more samples than fit, whichever were dropped would be needed again first).
+    """
+
+    def __init__(
+        self, moe: MoEModel, folder: str | Path | None = None, max_bytes: int = 2**30
+    ) -> None:
+        if not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ConfigError(f"max_bytes={max_bytes!r}: expected an int >= 1")
+        self.moe, self.max_bytes = moe, max_bytes
+        self.hits = self.misses = 0
+        self._model = _fingerprint(moe)
+        self._store = _Memory() if folder is None else _Mapped(Path(folder), self._model, max_bytes)
+        self._used = self._store.used
+
+    def __len__(self) -> int:
+        return len(self._store.entries)
+
+    def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, ...) features of a batch of the model's arguments, as ``moe.features`` gives them;
+        zeros at positions of a sample's padding on the right."""
+        lengths = _lengths(inputs)
+        count = len(next(iter(inputs.values())))
+        keys = [self._key(inputs, i, lengths) for i in range(count)]
+        found = {i: self._store.get(key) for i, key in enumerate(keys)}
+        missing = [i for i, kept in found.items() if kept is None]
+        self.hits, self.misses = self.hits + count - len(missing), self.misses + len(missing)
+        if missing:
+            made = self.moe.features(**{k: v[missing] for k, v in inputs.items()})
+            for row, i in enumerate(missing):
+                whole = made[row].detach().cpu()
+                found[i] = (whole if lengths is None else whole[: lengths[i]]).contiguous()
+                self._keep(keys[i], found[i])
+        rows = [row for row in found.values() if row is not None]
+        return _stack(rows, inputs, lengths).to(self.moe.device)
+
+    def _keep(self, key: str, row: Any) -> None:
+        size = row.numel() * row.element_size()
+        if key not in self._store.entries and self._used + size <= self.max_bytes:
+            self._store.put(key, row)
+            self._used += size
+
+    def _key(self, inputs: Mapping[str, torch.Tensor], row: int, lengths: list[int] | None) -> str:
+        digest = hashlib.sha256(self._model.encode())
+        for name, tensor in sorted(inputs.items()):
+            one = tensor[row] if lengths is None or tensor.ndim < 2 else tensor[row, : lengths[row]]
+            digest.update(f"{name}{tuple(one.shape)}{one.dtype}".encode())
+            digest.update(_raw(one.detach().cpu()).data)
+        return digest.hexdigest()[:32]
+
+
+def _raw(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _fingerprint(moe: MoEModel) -> str:
+    """Of the dense weights, the split and the dtype: features depend on nothing else."""
+    facts = [checkpoint.fingerprint(moe.to_dense()), str(moe.report.split), str(moe.dtype)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _lengths(inputs: Mapping[str, torch.Tensor]) -> list[int] | None:
+    """Tokens of each sample where padding is on the right only, else None: then rows are whole."""
+    mask = inputs.get(MASK)
+    if mask is None or mask.ndim != 2:
+        return None
+    counts = (mask != 0).sum(1)
+    right = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) < counts[:, None])
+    return counts.tolist() if bool(right.all()) and bool((counts > 0).all()) else None
+
+
+def _stack(
+    rows: list[torch.Tensor], inputs: Mapping[str, torch.Tensor], lengths: list[int] | None
+) -> torch.Tensor:
+    if lengths is None:
+        return torch.stack(rows)
+    out = rows[0].new_zeros(len(rows), inputs[MASK].shape[1], *rows[0].shape[1:])
+    for row, kept in zip(out, rows, strict=True):
+        row[: len(kept)] = kept
+    return out
+
+
+class _Memory:
+    used = 0
+
+    def __init__(self) -> None:
+        self.entries: dict[str, torch.Tensor] = {}
+
+    def get(self, key: str) -> torch.Tensor | None:
+        return self.entries.get(key)
+
+    def put(self, key: str, row: torch.Tensor) -> None:
+        self.entries[key] = row.clone()
+
+
+class _Mapped:
+    """One flat file and a line of JSON for each sample in it, written after the sample.
+
+    A line that a crash cut off, or a sample that does not match its checksum, counts as absent.
+    """
+
+    def __init__(self, folder: Path, model: str, max_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.index = folder / f"features-{model}.jsonl"
+        data = folder / f"features-{model}.bin"
+        self.entries = self._read()
+        self.used = max((e["at"] + e["size"] for e in self.entries.values()), default=0)
+        if not data.exists() or data.stat().st_size < max_bytes:
+            with open(data, "ab") as file:
+                file.truncate(max_bytes)  # a sparse file: takes what is written to it
+        self.bytes = np.memmap(data, np.uint8, "r+")
+        self.entries = {k: e for k, e in self.entries.items() if e["at"] + e["size"] <= len(self.bytes)}
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        entries: dict[str, dict[str, Any]] = {}
+        lines = self.index.read_text().splitlines() if self.index.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if getattr(torch, entry["dtype"]) and isinstance(entry["at"] + entry["size"], int):
+                    entries[entry["key"]] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return entries
+
+    def get(self, key: str) -> torch.Tensor | None:
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        raw = np.array(self.bytes[entry["at"] : entry["at"] + entry["size"]])
+        if not entry.get("sound"):
+            if zlib.crc32(raw.data) != entry["crc"]:
+                del self.entries[key]
+                return None
+            entry["sound"] = True
+        return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
+
+    def put(self, key: str, row: torch.Tensor) -> None:
+        raw = _raw(row)
+        self.bytes[self.used : self.used + len(raw)] = raw
+        entry = {
+            "key": key, "at": self.used, "size": len(raw), "shape": list(row.shape),
+            "dtype": str(row.dtype).removeprefix("torch."), "crc": zlib.crc32(raw.data),
+        }  # fmt: skip
+        with open(self.index, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.entries[key] = entry | {"sound": True}
+        self.used += len(raw)

@@ -1,0 +1,201 @@
+"""PMoE on a stream of tasks: an expert a task, a router that needs no task identity (Jung & Kim
+2024, arXiv 2407.21571), fitted by gradient with replay or in closed form without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import ConfigError
+from ..model import MoEModel
+from ..routing.analytic import AnalyticGate
+from ..routing.plan import RoutingPlan
+from .buffers import Buffer
+from .features import FeatureCache
+from .methods.base import Method
+from .problem import Batch, Problem
+from .tasks import Task
+from .training import Owned, Training, adamw, fit
+
+
+class Learner(Method):
+    """Teaches a converted model tasks one after the other.
+
+    The first task goes to the expert that conversion made, if none was learnt before; each later
+    one expands the model. With an analytic router nothing is replayed; its sums are saved with the
+    model, so that a stream goes on later.
+
+    gates: of the new expert in training: ``"own"`` gives it every row with gate 1, ``"router"``
+        what the router gives. replay: share of older tasks' items kept for a router trained by
+        gradient; balanced: as many of each task, else a reservoir. router_rate: the router's
+        learning rate over the experts'. router_loss: weight of the cross entropy of the gates
+        against the task an item came from. balance: weight of the load balance over experts
+        (Shazeer et al. 2017, squared coefficient of variation of the experts' mean gates).
+    cache: features at the cut, computed once a sample.
+    """
+
+    def __init__(
+        self, moe: MoEModel, problem: Problem, training: Training | None = None,
+        gates: Literal["own", "router", "auto"] = "auto", replay: float = 0.05,
+        balanced: bool = True, router_rate: float = 1.0, router_loss: float = 1.0,
+        balance: float = 0.0, cache: FeatureCache | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(problem, training or Training())
+        if gates not in ("own", "router", "auto"):
+            raise ConfigError(f"gates={gates!r}: expected 'own', 'router' or 'auto'")
+        self.model: MoEModel = moe.to(self.device)
+        self.analytic = isinstance(moe.router, AnalyticGate)
+        self.gates = ("own" if self.analytic else "router") if gates == "auto" else gates
+        self.keeps_data = not self.analytic and replay > 0
+        self.buffer = Buffer(0.0 if self.analytic else replay, balanced, self.training.seed)
+        self.router_rate, self.router_loss, self.balance = router_rate, router_loss, balance
+        self.cache = cache
+        self.learnt: list[str] = []
+        self.router_optimizer: torch.optim.AdamW | None = None
+
+    # -- the stream -----------------------------------------------------------------------------
+
+    def begin(self, own: Task | None) -> None:
+        """Tell an analytic router what the model could do before."""
+        if own is not None and self.analytic:
+            self._observe(None, own)
+
+    def learn(self, tasks: Sequence[Task], number: int) -> None:
+        task = tasks[number]
+        moe = self.model
+        expert = self._new_expert(task)
+        if self.analytic:
+            self._observe(expert, task)
+        moe.activate(expert)
+        rows = list(moe.router.rows)
+        experts = [p for p in moe.trainable_parameters() if not any(p is row for row in rows)]
+        optimizers = [adamw(experts, self.training)]
+        if not self.analytic:
+            optimizers.append(self._grown_optimizer(rows))
+        moe.train()
+        fit(
+            f"pmoe: {task.name}", self.problem, self._items(tasks, number),
+            lambda batch, owners: self._loss(batch, owners, expert), optimizers,
+            self.training, self.epochs(task), self.validator(task),
+        )  # fmt: skip
+        moe.eval()
+        self.buffer.add(number, task)
+        self.learnt.append(task.name)
+
+    def _new_expert(self, task: Task) -> int:
+        """The expert of the next task: the first one, as converted, or a new one."""
+        moe = self.model
+        if len(self.learnt) or moe.num_experts > 1 or task.classes:
+            if not self.learnt and moe.num_experts == 1:
+                moe.deactivate(0)  # never trained: a task with classes of its own gets a new one
+            name = task.name if task.name not in moe.names else None
+            moe.expand(1, name=name, classes=task.classes)
+        return moe.num_experts - 1
+
+    def _observe(self, expert: int | None, task: Task) -> None:
+        batches = self.problem.batches(task.train, self.device)
+        self.model.fit_router(expert, (self.problem.inputs(batch) for batch in batches))
+
+    def _items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
+        older = [(n, tasks[n].train[i]) for n, i in self.buffer.kept]
+        return [(number, item) for item in tasks[number].train] + older
+
+    def _grown_optimizer(self, rows: list[Any]) -> torch.optim.AdamW:
+        """The router's own, which keeps its state from task to task; new rows join it."""
+        rate = self.router_rate * self.training.lr
+        if self.router_optimizer is None:
+            self.router_optimizer = adamw(rows, self.training, rate)
+        known = {id(p) for g in self.router_optimizer.param_groups for p in g["params"]}
+        if new := [row for row in rows if id(row) not in known]:
+            self.router_optimizer.add_param_group({"params": new, "lr": rate, "initial_lr": rate})
+        return self.router_optimizer
+
+    def _loss(self, batch: Batch, owners: torch.Tensor, expert: int) -> torch.Tensor:
+        moe = self.model
+        inputs = self.problem.inputs(batch)
+        own = moe.use_expert(expert) if self.gates == "own" else nullcontext()
+        with self._features(inputs), own:
+            loss = self.problem.loss(moe, batch)
+        if self.analytic or not (self.router_loss or self.balance):
+            return loss
+        with self._features(inputs):
+            plan = moe.route(**inputs)
+        if self.router_loss:
+            loss = loss + self.router_loss * self._identity_loss(plan, batch, owners)
+        if self.balance:
+            loss = loss + self.balance * _imbalance(plan)
+        return loss
+
+    def _features(self, inputs: Batch) -> Any:
+        if self.cache is None:
+            return nullcontext()
+        return self.model.use_features(self.cache.features(inputs))
+
+    def _identity_loss(
+        self, plan: RoutingPlan, batch: Batch, owners: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy of the gates against the task that an item came from."""
+        gates = plan.gates
+        first = 0 if plan.base is None else 1
+        offset = self.model.num_experts - 1 - len(self.learnt)  # experts before this stream's
+        target = (owners + offset + first).view(-1, *(1,) * (gates.ndim - 2)).expand(gates.shape[:-1])
+        losses = F.nll_loss(
+            gates.clamp_min(1e-9).log().flatten(0, -2), target.flatten(), reduction="none"
+        ).view(target.shape)
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != losses.shape:
+            return losses.mean()
+        return (losses * mask).sum() / mask.sum()
+
+    # -- what Method asks for -------------------------------------------------------------------
+
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.model.trainable_parameters())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The optimizer of the router; experts and router are saved by `save_pretrained`."""
+        if self.router_optimizer is None:
+            return {}
+        state: dict[str, torch.Tensor] = {}
+        for number, row in enumerate(self.model.router.rows):
+            for name, value in self.router_optimizer.state.get(row, {}).items():
+                state[f"router.{number}.{name}"] = torch.as_tensor(value)
+        return state
+
+    def restore(
+        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
+    ) -> None:
+        """The model must be the one that was saved with this state."""
+        for number, task in enumerate(tasks[:learnt]):
+            self.buffer.add(number, task)
+            self.learnt.append(task.name)
+        if not self.analytic:
+            optimizer = self._grown_optimizer(list(self.model.router.rows))
+            for name, value in state.items():
+                _, at, part = name.split(".", 2)
+                row = self.model.router.rows[int(at)]
+                optimizer.state[row][part] = value.clone()
+
+
+def _imbalance(plan: RoutingPlan) -> torch.Tensor:
+    load = plan.weights.flatten(0, -2).mean(0)
+    return load.var(unbiased=False) / load.mean().square().clamp_min(1e-9)
+
+
+@torch.no_grad()
+def router_use(learner: Learner, tasks: Sequence[Task]) -> list[list[float]]:
+    """For each task, the mean gate of the frozen model and of every expert over its test items."""
+    used = []
+    for task in tasks:
+        total, rows = torch.zeros(1 + learner.model.num_experts, dtype=torch.float64), 0
+        for batch in learner.problem.batches(task.test, learner.device):
+            gates = learner.model.route(**learner.problem.inputs(batch)).gates.double().cpu()
+            gates = gates.flatten(0, -2)
+            total[-gates.shape[-1] :] += gates.sum(0)
+            rows += len(gates)
+        used.append((total / rows).tolist())
+    return used

@@ -1,0 +1,113 @@
+"""What every method of learning a stream has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ..problem import Problem
+from ..tasks import Task
+from ..training import Training, accelerator
+
+
+class Method(ABC):
+    """Learns tasks one by one. model: what is called; tasks are learnt in the order of their
+    numbers.
+
+    keeps_data: it stores samples of older tasks. told_task: scored with the task's number given.
+    """
+
+    keeps_data = False
+    told_task = False
+    model: Any
+
+    def __init__(self, problem: Problem, training: Training) -> None:
+        self.problem, self.training = problem, training
+        self.device: torch.device = accelerator(training).device
+
+    def begin(self, own: Task | None) -> None:
+        """Before the first task: what the model can do already, if that is known."""
+        del own  # most methods make no use of it
+
+    @abstractmethod
+    def learn(self, tasks: Sequence[Task], number: int) -> None:
+        """Learn tasks[number]; the ones before it were learnt."""
+
+    def model_for(self, number: int | None) -> Any:
+        """What answers task `number`, or (None) what the model could do before. In eval mode."""
+        self.model.eval()
+        return self.model
+
+    @abstractmethod
+    def trainable(self) -> int:
+        """Parameters trained for the last task."""
+
+    def total(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was learnt, to go on from."""
+
+    @abstractmethod
+    def restore(
+        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
+    ) -> None:
+        """Take over the state of a method that had learnt so many of these tasks."""
+
+    def epochs(self, task: Task) -> int:
+        return task.epochs or self.training.epochs
+
+    def validator(self, task: Task) -> Any:
+        """The loss on the task's eval items, for early stop; None where there are none."""
+        if not task.eval or self.training.patience is None:
+            return None
+        held_out = Task(task.name, task.train, task.eval)
+
+        def validate() -> float:
+            self.model.eval()
+            loss = -self.problem.score(self.model, held_out, "loss", self.device)
+            self.model.train()
+            return loss
+
+        return validate
+
+
+def last_linear(model: nn.Module) -> str:
+    """Name of the classification head: the last linear layer. Raises ConfigError."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no linear layer as a head to widen")
+    return names[-1]
+
+
+class GrowingHead(nn.Module):
+    """A head and the columns of every task behind its own."""
+
+    def __init__(self, first: nn.Linear) -> None:
+        super().__init__()
+        self.first = first
+        self.more = nn.ModuleList()
+
+    def grow(self, classes: int) -> list[nn.Parameter]:
+        new = nn.Linear(self.first.in_features, classes).to(self.first.weight)
+        self.more.append(new)
+        return list(new.parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head(x) for head in (self.first, *self.more)], dim=-1)
+
+
+def growing_head(model: nn.Module) -> GrowingHead:
+    """The model's head, made to grow in its place."""
+    name = last_linear(model)
+    parent, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    head = GrowingHead(getattr(holder, leaf))
+    setattr(holder, leaf, head)
+    return head

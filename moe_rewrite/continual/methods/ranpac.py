@@ -1,0 +1,95 @@
+"""A ridge head on frozen features, lifted by a fixed random projection (RanPAC, McDonnell et al.
+2023, arXiv 2307.02251, section 4): no gradient, no stored sample."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ..problem import Problem
+from ..tasks import Task
+from ..training import Training
+from .base import Method, last_linear
+
+
+class RanPAC(Method):
+    """The model up to its head, then relu(x W) and a linear map solved from sums. M features.
+
+    gram: (M, M), sums: (M, C), float64. Raises ConfigError for what is no classifier.
+    """
+
+    def __init__(
+        self, dense: nn.Module, problem: Problem, training: Training, projection: int = 2000,
+        ridge: float = 1e-3, **_: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(problem, training)
+        if problem.scores != ("accuracy", "loss"):
+            raise ConfigError("method 'ranpac' is a classifier's head: it cannot answer in text")
+        self.model = copy.deepcopy(dense).requires_grad_(False).eval().to(self.device)
+        name = last_linear(self.model)
+        parent, _, leaf = name.rpartition(".")
+        holder = self.model.get_submodule(parent)
+        head: Any = getattr(holder, leaf)
+        self.ridge = ridge
+        draw = torch.Generator().manual_seed(training.seed)
+        lift = torch.randn(head.in_features, projection, generator=draw)
+        self.head = _Lifted(lift.to(self.device))
+        setattr(holder, leaf, self.head)
+        size = {"dtype": torch.float64, "device": self.device}
+        self.gram = torch.zeros(projection, projection, **size)  # type: ignore[arg-type]
+        self.sums = torch.zeros(projection, head.out_features, **size)  # type: ignore[arg-type]
+
+    def begin(self, own: Task | None) -> None:
+        if own is not None:
+            self._observe(own)
+
+    def learn(self, tasks: Sequence[Task], number: int) -> None:
+        wider = self.sums.new_zeros(len(self.gram), tasks[number].classes or 0)
+        self.sums = torch.cat([self.sums, wider], 1)
+        self._observe(tasks[number])
+
+    @torch.no_grad()
+    def _observe(self, task: Task) -> None:
+        self.head.solved = None
+        for batch in self.problem.batches(task.train, self.device):
+            features, targets = self.problem.predict(self.model, batch)
+            f = features.double()
+            self.gram += f.T @ f
+            self.sums.index_add_(1, targets, f.T)
+        self._solve()
+
+    def _solve(self) -> None:
+        held = self.gram + self.ridge * self.gram.diagonal().mean() * torch.eye(
+            len(self.gram), dtype=torch.float64, device=self.device
+        )
+        self.head.solved = torch.linalg.solve(held, self.sums).float()
+
+    def trainable(self) -> int:
+        return self.sums.numel()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"gram": self.gram, "sums": self.sums}
+
+    def restore(
+        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
+    ) -> None:
+        self.gram, self.sums = (state[k].to(self.device) for k in ("gram", "sums"))
+        self._solve()
+
+
+class _Lifted(nn.Module):
+    """relu(x W), and behind it the solved map where there is one."""
+
+    def __init__(self, lift: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("lift", lift)
+        self.solved: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lifted = (x @ self.lift).relu()  # type: ignore[operator]
+        return lifted if self.solved is None else lifted @ self.solved

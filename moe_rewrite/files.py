@@ -1,0 +1,42 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside the file, flush to the disk, then rename over it."""
+    descriptor, fresh = tempfile.mkstemp(prefix=".moe_rewrite-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(fresh, 0o644)
+        os.replace(fresh, path)
+    except BaseException:
+        Path(fresh).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, facts: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """Save a matplotlib figure in the format of the file's ending, and close it."""
+    import io
+
+    from matplotlib import pyplot as plt
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:] or "png", dpi=dpi)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, drawn.getvalue())
