@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from .continual import commands
 from .errors import ConfigError, MoeRewriteError
 
 app = typer.Typer(
@@ -198,6 +199,10 @@ def demo(
     from .demo.language import language
 
     language(model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed)
+
+
+app.command()(commands.learn)
+app.command()(commands.compare)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
 from .errors import CheckpointError, ConfigError, InputError
 from .examples import as_arguments
-from .experts import HeadColumns
+from .experts import HeadColumns, LoRASite
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
@@ -326,6 +326,11 @@ class MoEModel(Planning):
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing = False
+
+    @property
+    def sites(self) -> list[str]:
+        """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
+        return [s.site.name for s in self._owned.sites.values() if isinstance(s, LoRASite)]
 
     @property
     def config(self) -> Any:

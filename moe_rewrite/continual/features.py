@@ -134,7 +134,9 @@ class _Mapped:
             with open(data, "ab") as file:
                 file.truncate(max_bytes)  # a sparse file: takes what is written to it
         self.bytes = np.memmap(data, np.uint8, "r+")
-        self.entries = {k: e for k, e in self.entries.items() if e["at"] + e["size"] <= len(self.bytes)}
+        self.entries = {
+            k: e for k, e in self.entries.items() if e["at"] + e["size"] <= len(self.bytes)
+        }
 
     def _read(self) -> dict[str, dict[str, Any]]:
         entries: dict[str, dict[str, Any]] = {}

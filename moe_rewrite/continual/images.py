@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..errors import ConfigError
 from .problem import Batch, Model, Problem
@@ -19,23 +20,27 @@ from .tasks import Task
 
 
 class ImageProblem(Problem):
-    """Items are {"image": (C, H, W), "label": int}; a label is the column of the head."""
+    """Items are {"image": (C, H, W), "label": int}; a label is the column of the head.
+
+    argument: the name under which the model takes images.
+    """
 
     scoring_batch = 128
 
-    def __init__(self, batch_size: int = 32) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int = 32, argument: str = "x") -> None:
+        self.batch_size, self.argument = batch_size, argument
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch:
-        """x (B, C, H, W) and labels (B,)."""
+        """Images (B, C, H, W) under the model's name for them, and labels (B,)."""
         return {
-            "x": torch.stack([item["image"] for item in items]),
+            self.argument: torch.stack([item["image"] for item in items]),
             "labels": torch.tensor([item["label"] for item in items]),
         }
 
     def predict(self, model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        out = model(batch["x"])
-        return getattr(out, "logits", out), batch["labels"]
+        out: Any = model(**self.inputs(batch))
+        logits: torch.Tensor = out.logits if hasattr(out, "logits") else out
+        return logits, batch["labels"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,7 @@ def _join(parts: list[Images]) -> Images:
 def _idx(folder: Path, part: str) -> Images:
     pixels = _idx_array(folder, f"{part}-images-idx3-ubyte", 3)
     labels = _idx_array(folder, f"{part}-labels-idx1-ubyte", 1)
-    return Images(
-        torch.tensor(pixels).unsqueeze(1) / 255.0, torch.tensor(labels.astype(np.int64))
-    )
+    return Images(torch.tensor(pixels).unsqueeze(1) / 255.0, torch.tensor(labels.astype(np.int64)))
 
 
 def _idx_array(folder: Path, name: str, ndim: int) -> np.ndarray:
@@ -119,8 +122,27 @@ def _cifar_batch(file: Path) -> Images:
         raise ConfigError(f"{file}: no readable CIFAR batch ({error})") from None
 
 
+def fit_images(
+    images: Images, shape: tuple[int, ...], mean: torch.Tensor, std: torch.Tensor
+) -> Images:
+    """As a model of (C, H, W) takes them: grey ones in every channel, resized, then less `mean` and
+    over `std`, one value or one a channel. Raises ConfigError for channels that do not fit."""
+    channels, *size = shape
+    pixels = images.pixels
+    if pixels.shape[1] not in (1, channels):
+        raise ConfigError(f"images of {pixels.shape[1]} channels for a model of {channels}")
+    if tuple(pixels.shape[2:]) != tuple(size):
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    pixels = pixels.expand(-1, channels, -1, -1)
+    return Images((pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), images.labels)
+
+
 def split_classes(
-    train: Images, test: Images, per_task: int, first_column: int, name: str = "classes",
+    train: Images,
+    test: Images,
+    per_task: int,
+    first_column: int,
+    name: str = "classes",
     limit: int | None = None,
 ) -> list[Task]:
     """Tasks of `per_task` classes each, in the order of labels; their columns begin behind

@@ -135,14 +135,14 @@ class Learner(Method):
             return nullcontext()
         return self.model.use_features(self.cache.features(inputs))
 
-    def _identity_loss(
-        self, plan: RoutingPlan, batch: Batch, owners: torch.Tensor
-    ) -> torch.Tensor:
+    def _identity_loss(self, plan: RoutingPlan, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the gates against the task that an item came from."""
         gates = plan.gates
         first = 0 if plan.base is None else 1
         offset = self.model.num_experts - 1 - len(self.learnt)  # experts before this stream's
-        target = (owners + offset + first).view(-1, *(1,) * (gates.ndim - 2)).expand(gates.shape[:-1])
+        target = (
+            (owners + offset + first).view(-1, *(1,) * (gates.ndim - 2)).expand(gates.shape[:-1])
+        )
         losses = F.nll_loss(
             gates.clamp_min(1e-9).log().flatten(0, -2), target.flatten(), reduction="none"
         ).view(target.shape)
@@ -166,9 +166,7 @@ class Learner(Method):
                 state[f"router.{number}.{name}"] = torch.as_tensor(value)
         return state
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         """The model must be the one that was saved with this state."""
         for number, task in enumerate(tasks[:learnt]):
             self.buffer.add(number, task)

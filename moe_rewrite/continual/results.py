@@ -77,12 +77,16 @@ def matrix_table(name: str, result: Result) -> str:
     return table([f"{name}: after", *result.tasks], rows)
 
 
-def write_results(results: Mapping[str, Result], folder: Path, json_file: Path | None) -> None:
-    """results.json, results.txt and pictures; each file is whole or the former one."""
+def write_results(
+    results: Mapping[str, Result], folder: Path | None, json_file: Path | None
+) -> None:
+    """results.json and pictures in a folder; each file is whole or the former one."""
     figures = {name: result.figures() for name, result in results.items()}
-    write_json(folder / "results.json", figures)
     if json_file is not None:
         write_json(json_file, figures)
+    if folder is None:
+        return
+    write_json(folder / "results.json", figures)
     _draw_matrices(results, folder / "matrices.png")
     _draw_curves(results, folder / "curves.png")
     for name, result in results.items():
@@ -99,7 +103,9 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _heat_map(axis: Any, values: Sequence[Sequence[float]], rows: list[str], columns: list[str]) -> Any:
+def _heat_map(
+    axis: Any, values: Sequence[Sequence[float]], rows: list[str], columns: list[str]
+) -> Any:
     image = axis.imshow(values, cmap="viridis")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=7)
     axis.set_yticks(range(len(rows)), rows, fontsize=7)
@@ -144,7 +150,9 @@ def _draw_curves(results: Mapping[str, Result], path: Path) -> None:
 def _draw_router(result: Result, path: Path) -> None:
     assert result.router_use is not None
     experts = [f"expert {i}" for i in range(len(result.router_use[0]) - 1)]
-    figure, axis = _pyplot().subplots(figsize=(1.5 + 0.6 * len(experts), 1 + 0.5 * len(result.tasks)))
+    figure, axis = _pyplot().subplots(
+        figsize=(1.5 + 0.6 * len(experts), 1 + 0.5 * len(result.tasks))
+    )
     _heat_map(axis, result.router_use, result.tasks, ["frozen", *experts])
     axis.set_title("mean gate by task", fontsize=9)
     figure.tight_layout()

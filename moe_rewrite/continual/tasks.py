@@ -77,7 +77,7 @@ def _tasks_inside(folder: Path) -> list[Path]:
     if not inside:
         raise ConfigError(f"{folder}: no train.json in it, nor in a folder inside it")
     order = list(TRACE)
-    return sorted(inside, key=lambda f: (order.index(f.name) if f.name in TRACE else len(order)))
+    return sorted(inside, key=lambda f: order.index(f.name) if f.name in TRACE else len(order))
 
 
 def _read_task(folder: Path, epochs: int | None) -> Task:

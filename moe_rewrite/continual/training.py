@@ -48,7 +48,9 @@ class Training:
         if self.schedule not in ("linear", "constant"):
             raise ConfigError(f"schedule={self.schedule!r}: expected 'linear' or 'constant'")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ConfigError(f"mixed_precision={self.mixed_precision!r}: expected no, bf16 or fp16")
+            raise ConfigError(
+                f"mixed_precision={self.mixed_precision!r}: expected no, bf16 or fp16"
+            )
 
 
 def accelerator(training: Training) -> Any:

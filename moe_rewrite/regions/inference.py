@@ -55,7 +55,9 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> None:
         s = op(aten.rsqrt.default, op(aten.add.Tensor, variance, eps))
         s = s if scale is None else op(aten.mul.Tensor, s, scale)
         weight = op(aten.mul.Tensor, args[1], op(aten.view.default, s, [-1, 1, 1, 1]))
-        bias = op(aten.mul.Tensor, mean if args[2] is None else op(aten.sub.Tensor, mean, args[2]), s)
+        bias = op(
+            aten.mul.Tensor, mean if args[2] is None else op(aten.sub.Tensor, mean, args[2]), s
+        )
         bias = op(aten.neg.default, bias) if shift is None else op(aten.sub.Tensor, shift, bias)
     x.args = (args[0], weight, bias, *args[3:])
     norm.replace_all_uses_with(x)

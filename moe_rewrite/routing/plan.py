@@ -23,7 +23,9 @@ class Layout:
     that a patch plan is laid over.
     """
 
-    kind: Literal["rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan", "head"]
+    kind: Literal[
+        "rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan", "head"
+    ]
     ndim: int
     dtype: torch.dtype
     rank: int = 1

@@ -6,6 +6,7 @@ One adapter for all tasks (plain, with replay, EWC, LwF, joint), or one for each
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,9 @@ class Adapters(Method):
                 f"method {self.label!r} needs PEFT: pip install 'moe-rewrite[continual]'"
             ) from None
         config = LoraConfig(r=self.rank, lora_alpha=int(self.alpha), target_modules=self.sites)
-        inject_adapter_in_model(config, self.model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the point
+            inject_adapter_in_model(config, self.model, adapter_name=name)
         self.names.append(name)
         self.model.to(self.device)
 
@@ -127,9 +130,7 @@ class Adapters(Method):
         learnt = self.model.state_dict()
         return {k: v for k, v in learnt.items() if any(x in k for x in LEARNT)}
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         for number, task in enumerate(tasks[:learnt]):
             self._grow(task, number)
             self.buffer.add(number, task)
@@ -170,9 +171,7 @@ class Joint(Adapters):
             parameter.requires_grad_(True)
         return [(n, item) for n, task in enumerate(tasks) for item in task.train]
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         super().restore(state, tasks, len(tasks))
 
 
@@ -212,9 +211,7 @@ class EWC(Adapters):
         own = {f"fisher.{i}": f for i, f in enumerate(self.fisher)}
         return super().state() | own
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         model = {k: v for k, v in state.items() if not k.startswith("fisher.")}
         super().restore(model, tasks, learnt)
         self.fisher = [state[f"fisher.{i}"] for i in range(len(state) - len(model))]

@@ -55,9 +55,7 @@ class Method(ABC):
         """What was learnt, to go on from."""
 
     @abstractmethod
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         """Take over the state of a method that had learnt so many of these tasks."""
 
     def epochs(self, task: Task) -> int:
@@ -78,12 +76,16 @@ class Method(ABC):
         return validate
 
 
-def last_linear(model: nn.Module) -> str:
-    """Name of the classification head: the last linear layer. Raises ConfigError."""
+def head_place(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the classification head, the last linear layer, and its name there.
+
+    Raises ConfigError.
+    """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not names:
         raise ConfigError(f"{type(model).__name__} has no linear layer as a head to widen")
-    return names[-1]
+    path, _, leaf = names[-1].rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 class GrowingHead(nn.Module):
@@ -105,9 +107,7 @@ class GrowingHead(nn.Module):
 
 def growing_head(model: nn.Module) -> GrowingHead:
     """The model's head, made to grow in its place."""
-    name = last_linear(model)
-    parent, _, leaf = name.rpartition(".")
-    holder = model.get_submodule(parent)
+    holder, leaf = head_place(model)
     head = GrowingHead(getattr(holder, leaf))
     setattr(holder, leaf, head)
     return head

@@ -34,7 +34,9 @@ class FineTuning(Method):
         task = tasks[number]
         self._grow(task)
         self.model.train().requires_grad_(True)
-        optimizer = adamw(list(self.model.parameters()), self.training, self.rate * self.training.lr)
+        optimizer = adamw(
+            list(self.model.parameters()), self.training, self.rate * self.training.lr
+        )
         fit(
             f"full: {task.name}", self.problem, [(number, item) for item in task.train],
             lambda batch, owners: self.problem.loss(self.model, batch), [optimizer],
@@ -48,9 +50,7 @@ class FineTuning(Method):
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self.model.state_dict())
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         for task in tasks[:learnt]:
             self._grow(task)
         self.model.load_state_dict(state)

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ..problem import Problem
 from ..tasks import Task
 from ..training import Training
-from .base import Method, last_linear
+from .base import Method, head_place
 
 
 class RanPAC(Method):
@@ -31,18 +31,15 @@ class RanPAC(Method):
         if problem.scores != ("accuracy", "loss"):
             raise ConfigError("method 'ranpac' is a classifier's head: it cannot answer in text")
         self.model = copy.deepcopy(dense).requires_grad_(False).eval().to(self.device)
-        name = last_linear(self.model)
-        parent, _, leaf = name.rpartition(".")
-        holder = self.model.get_submodule(parent)
+        holder, leaf = head_place(self.model)
         head: Any = getattr(holder, leaf)
         self.ridge = ridge
         draw = torch.Generator().manual_seed(training.seed)
         lift = torch.randn(head.in_features, projection, generator=draw)
         self.head = _Lifted(lift.to(self.device))
         setattr(holder, leaf, self.head)
-        size = {"dtype": torch.float64, "device": self.device}
-        self.gram = torch.zeros(projection, projection, **size)  # type: ignore[arg-type]
-        self.sums = torch.zeros(projection, head.out_features, **size)  # type: ignore[arg-type]
+        self.gram = torch.zeros(projection, projection, dtype=torch.float64, device=self.device)
+        self.sums = self.gram.new_zeros(projection, head.out_features)
 
     def begin(self, own: Task | None) -> None:
         if own is not None:
@@ -75,9 +72,7 @@ class RanPAC(Method):
     def state(self) -> dict[str, torch.Tensor]:
         return {"gram": self.gram, "sums": self.sums}
 
-    def restore(
-        self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int
-    ) -> None:
+    def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         self.gram, self.sums = (state[k].to(self.device) for k in ("gram", "sums"))
         self._solve()
 

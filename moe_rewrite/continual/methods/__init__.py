@@ -1,0 +1,1 @@
+"""The methods that a Learner is held against, and what all have in common."""

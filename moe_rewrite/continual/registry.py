@@ -1,0 +1,114 @@
+"""The methods of learning a stream, by the name that a command line uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import META
+from ..config import LoRAExperts, TokenRouter
+from ..convert import convert, load
+from ..errors import ConfigError
+from ..model import MoEModel
+from .features import FeatureCache
+from .learner import Learner
+from .methods.adapters import EWC, Adapters, Joint, LwF, OLoRA, Oracle, Replay
+from .methods.base import Method
+from .methods.fine_tuning import FineTuning
+from .methods.ranpac import RanPAC
+from .problem import Problem
+from .training import Training
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the methods of one comparison share.
+
+    split, router, rank, alpha: as `convert` and LoRAExperts take them; adapters of the rivals have
+    the experts' sites, rank and alpha. granularity, top_k: of the router, None for the default.
+    replay: share of older tasks' items kept by the methods that keep any. learner: further options
+    of the Learner. cache: folder of features at the cut, or True for memory.
+    """
+
+    split: int | float | str = "auto"
+    rank: int = 8
+    alpha: float = 16.0
+    granularity: str | None = None
+    top_k: int | None = None
+    replay: float = 0.05
+    balanced: bool = True
+    training: Training = field(default_factory=Training)
+    learner: dict[str, Any] = field(default_factory=dict)
+    cache: str | bool = False
+
+
+def _converted(dense: nn.Module, setup: Setup, fit: str) -> MoEModel:
+    chosen = setup.granularity or _granularity(dense)
+    router = TokenRouter(fit=fit, granularity=chosen, top_k=setup.top_k)  # type: ignore[arg-type]
+    experts = LoRAExperts(rank=setup.rank, alpha=setup.alpha)
+    moe = convert(dense, split=setup.split, router=router, experts=experts)
+    assert isinstance(moe, MoEModel)
+    return moe
+
+
+def _granularity(dense: nn.Module) -> str:
+    """Causal models take the running mean of their prefix, others the whole sequence."""
+    return "prefix" if getattr(dense, "generation_config", None) is not None else "sequence"
+
+
+def _learner(fit: str) -> Callable[..., Method]:
+    def build(
+        dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
+    ) -> Method:
+        moe = load(saved, dense) if saved else _converted(dense, setup, fit)
+        cache = None
+        if setup.cache:
+            cache = FeatureCache(moe, None if setup.cache is True else setup.cache)
+        return Learner(
+            moe, problem, setup.training, replay=setup.replay, balanced=setup.balanced,
+            cache=cache, **setup.learner,
+        )  # fmt: skip
+
+    return build
+
+
+def _rival(kind: Any) -> Callable[..., Method]:
+    def build(
+        dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
+    ) -> Method:
+        given: dict[str, Any] = {"replay": setup.replay, "balanced": setup.balanced}
+        if issubclass(kind, Adapters):
+            sites = _converted(dense, setup, "analytic").sites
+            given |= {"sites": sites, "rank": setup.rank, "alpha": setup.alpha}
+        return kind(dense, problem, setup.training, **given)
+
+    return build
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "pmoe": _learner("analytic"),
+    "pmoe-gradient": _learner("gradient"),
+    "full": _rival(FineTuning),
+    "lora": _rival(Adapters),
+    "replay": _rival(Replay),
+    "ewc": _rival(EWC),
+    "lwf": _rival(LwF),
+    "olora": _rival(OLoRA),
+    "ranpac": _rival(RanPAC),
+    "oracle": _rival(Oracle),
+    "joint": _rival(Joint),
+}
+
+
+def make_method(
+    name: str, dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
+) -> Method:
+    """A method by name, new or with the converted model that it saved. Raises ConfigError."""
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r}: expected one of {', '.join(METHODS)}")
+    found = saved if saved is not None and (saved / META).exists() else None
+    return METHODS[name](dense, problem, setup, found)

@@ -1,0 +1,162 @@
+"""One method over one stream, task by task; killed at any moment, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+from ..files import replace_file, write_json
+from .learner import Learner, router_use
+from .methods.base import Method
+from .problem import Problem
+from .registry import Setup, make_method
+from .results import Result
+from .tasks import Task
+
+PROGRESS = "progress.json"
+STATE = "state.safetensors"
+
+
+def run(
+    name: str,
+    dense: nn.Module,
+    problem: Problem,
+    tasks: Sequence[Task],
+    setup: Setup,
+    own: Task | None = None,
+    score: str = "accuracy",
+    out: Path | None = None,
+) -> Result:
+    """Learn the tasks in order, and score all of them before the first and after each.
+
+    own: what the model could do before, scored too. out: the folder of this method: its state after
+    the last task learnt (of PMoE with a model that `load` reads), and progress.json, which names it
+    and is replaced last. Raises ConfigError where `out` holds another run.
+    """
+    if score not in problem.scores:
+        raise ConfigError(f"score={score!r}: expected one of {', '.join(problem.scores)}")
+    identity = _identity(name, tasks, setup, own, score)
+    kept = None if out is None else _Kept(out, identity)
+    learnt, result = (0, None) if kept is None else kept.read()
+    _seed(setup, "start", 0)
+    saved = kept.state(learnt) if kept is not None and learnt else None
+    method = make_method(name, dense, problem, setup, saved)
+    if result is None:
+        method.begin(own)
+        scores = _Scores(method, tasks, own, score)
+        result = Result(
+            [t.name for t in tasks], score, scores.of_tasks(), [scores.of_own()],
+            keeps_data=method.keeps_data,
+        )  # fmt: skip
+    elif saved is not None:
+        method.restore(_load(saved / STATE), tasks, learnt)
+    for number in range(learnt, len(tasks)):
+        _seed(setup, tasks[number].name, number)
+        start = time.perf_counter()
+        method.learn(tasks, number)
+        result.seconds += time.perf_counter() - start
+        scores = _Scores(method, tasks, own, score)
+        result.R.append(scores.of_tasks())
+        result.base.append(scores.of_own())
+        result.trainable, result.total = method.trainable(), method.total()
+        if isinstance(method, Learner):
+            everything = list(tasks) if own is None else [*tasks, own]
+            result.router_use = router_use(method, everything)
+        if kept is not None:
+            kept.write(number + 1, method, result)
+    return result
+
+
+def _seed(setup: Setup, name: str, number: int) -> None:
+    digest = hashlib.sha256(f"{setup.training.seed}/{name}/{number}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+class _Scores:
+    def __init__(self, method: Method, tasks: Sequence[Task], own: Task | None, score: str) -> None:
+        self.method, self.tasks, self.own, self.score = method, tasks, own, score
+
+    def of_tasks(self) -> list[float]:
+        return [self._score(i, task) for i, task in enumerate(self.tasks)]
+
+    def of_own(self) -> float | None:
+        return None if self.own is None else self._score(None, self.own)
+
+    def _score(self, number: int | None, task: Task) -> float:
+        kind = "accuracy" if number is None and self.score == "task" else self.score
+        model = self.method.model_for(number)
+        return self.method.problem.score(model, task, kind, self.method.device)
+
+
+def _identity(
+    name: str, tasks: Sequence[Task], setup: Setup, own: Task | None, score: str
+) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    facts = json.loads(json.dumps(asdict(setup)))
+    facts.pop("cache")
+    sizes = [[t.name, len(t.train), len(t.test), t.epochs] for t in tasks]
+    return {"method": name, "tasks": sizes, "setup": facts, "own": own is not None, "score": score}
+
+
+class _Kept:
+    """The folder of a run: a state for each number of tasks learnt, and which one counts."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+
+    def state(self, learnt: int) -> Path:
+        return self.folder / f"after-{learnt}"
+
+    def read(self) -> tuple[int, Result | None]:
+        file = self.folder / PROGRESS
+        if not file.exists():
+            return 0, None
+        try:
+            progress = json.loads(file.read_text())
+            learnt, result = progress["learnt"], Result(**progress["result"])
+            identity = progress["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: no progress of a run ({error})") from None
+        differs = [k for k in self.identity if identity.get(k) != self.identity[k]]
+        if differs:
+            raise ConfigError(
+                f"{self.folder} holds another run, which differs in {', '.join(differs)}: use "
+                "another --out, or the same options to go on"
+            )
+        return learnt, result
+
+    def write(self, learnt: int, method: Method, result: Result) -> None:
+        from safetensors.torch import save
+
+        target = self.state(learnt)
+        shutil.rmtree(target, ignore_errors=True)  # what a killed run left of it
+        target.mkdir(parents=True)
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in method.state().items()}
+        replace_file(target / STATE, save(tensors))
+        if isinstance(method, Learner):
+            method.model.save_pretrained(target)
+        progress = {"learnt": learnt, "result": result.to_dict(), "identity": self.identity}
+        write_json(self.folder / PROGRESS, progress)
+        for old in self.folder.glob("after-*"):
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
