@@ -50,6 +50,10 @@ class TokenRouter:
     projection: random features of an analytic gate. ridge: its regularisation, as a share of the
         mean diagonal. sharpness: factor of its scores, which are near 1 for the right expert and
         near 0 for others, before the softmax.
+    prior: of an analytic prefix gate, for how many positions the frozen model's score counts as 1
+        before anything was read: ``prior / positions`` is added to it, since a short prefix says
+        little.
+    pool: a feature map at the cut is read as the means of its pool x pool cells.
     """
 
     top_k: int | None = None
@@ -57,9 +61,11 @@ class TokenRouter:
     base: bool = True
     normalize: bool = True
     fit: Literal["gradient", "analytic"] = "gradient"
-    projection: int = 512
+    projection: int = 1024
     ridge: float = 1e-3
     sharpness: float = 12.0
+    prior: float = 2.0
+    pool: int = 4
 
     def __post_init__(self) -> None:
         k = self.top_k
@@ -68,6 +74,10 @@ class TokenRouter:
         _choose(self, "fit", "gradient", "analytic")
         n = self.projection
         _require(_is_int(n) and n >= 1, "TokenRouter projection", n, "int >= 1")
+        ok = _is_int(self.pool) and self.pool >= 1
+        _require(ok, "TokenRouter pool", self.pool, "int >= 1")
+        ok = _is_number(self.prior) and self.prior >= 0
+        _require(ok, "TokenRouter prior", self.prior, "a number >= 0")
         for name in ("ridge", "sharpness"):
             value = getattr(self, name)
             ok = _is_number(value) and value > 0

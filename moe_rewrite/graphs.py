@@ -20,7 +20,7 @@ from .capture import split_static
 from .compiler import Compiler
 from .errors import EquivalenceError, InputError
 from .ownership import Ownership
-from .passes.emit import Emitted
+from .passes.emit import Emitted, narrowed
 from .program import CACHE, Program, value
 from .routing.plan import RoutingPlan, align
 from .routing.tokens import PrefixState
@@ -40,7 +40,8 @@ class Graph:
     one leaf; cache_at: the outputs that make up this cache. comparable: the dense model can be put
     in a mode in which it computes the same. frozen: the shallow part builds no autograd graph.
     checked: size patterns found equal to
-    the dense model's result; refused: those found different.
+    the dense model's result; refused: those found different. behind: the steps that run where the
+    features at the cut are given, made when first asked for.
     """
 
     names: tuple[str, ...]
@@ -56,6 +57,7 @@ class Graph:
     comparable: bool
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
+    behind: tuple[tuple[Block, Bound], ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> Graph:
         """The copy runs the same code on the copied model's blocks."""
@@ -63,7 +65,9 @@ class Graph:
             (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.refs, memo)))
             for block, bound in self.steps
         )
-        return replace(self, steps=steps, checked=set(self.checked), refused=set(self.refused))
+        return replace(
+            self, steps=steps, checked=set(self.checked), refused=set(self.refused), behind=None
+        )
 
     def accepts(self, leaves: list[torch.Tensor]) -> bool:
         fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
@@ -114,7 +118,7 @@ class Graph:
         gives at the cut, where that is known: what only serves to compute it does not run.
         """
         values = self._values(leaves)
-        steps = self.steps if features is None else self._behind_cut
+        steps = self.steps if features is None else self._behind_cut()
         active: tuple[int, ...] | None = None
         after = None
         for block, bound in steps:
@@ -133,17 +137,21 @@ class Graph:
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
         return outputs, after
 
-    @property
-    def _behind_cut(self) -> list[tuple[Block, Bound]]:
-        """The deep steps, and the shallow ones that they need for more than the features."""
-        kept = []
-        needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
-        for block, bound in reversed(self.steps):
-            step = bound.step
-            if step.deep or needed & (set(step.gives) - {self.emitted.cut}):
-                kept.append((block, bound))
-                needed |= set(step.takes) - ({self.emitted.cut} if step.deep else set())
-        return kept[::-1]
+    def _behind_cut(self) -> tuple[tuple[Block, Bound], ...]:
+        """The deep steps, and of the shallow ones what they need besides the features."""
+        if self.behind is None:
+            kept = []
+            needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
+            for block, bound in reversed(self.steps):
+                step = bound.step
+                if not step.deep:
+                    step = narrowed(step, needed - {self.emitted.cut})
+                    bound = replace(bound, step=step)
+                if step.deep or step.gives:
+                    kept.append((block, bound))
+                    needed |= set(step.takes)
+            self.behind = tuple(kept[::-1])
+        return self.behind
 
     def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))

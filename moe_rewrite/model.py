@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from . import checkpoint
+from . import checkpoint, peft_format
 from .capture import bind, is_hf, split_static
 from .compiler import Compiler, device_and_dtype
+from .config import Recipe
 from .errors import CheckpointError, ConfigError, InputError
 from .examples import as_arguments
-from .experts import HeadColumns, LoRASite
+from .experts import ExpertSite, HeadColumns, LoRASite
 from .graphs import Graph, Graphs, Planner
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
@@ -277,6 +278,22 @@ class MoEModel(Planning):
                 )
         return self._add(names, active=False, classes=classes)
 
+    def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
+        """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
+        activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
+        read = peft_format.read_adapter(self, from_peft)
+        self.expand(1, name=name)
+        sites = peft_format.lora_sites(self)
+        with torch.no_grad():
+            for site, (a, b) in read.items():
+                sites[site].a[-1].copy_(a)
+                sites[site].b[-1].copy_(b)
+
+    def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
+        """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
+        to a head are not in it."""
+        peft_format.write_adapter(self, self._index(name), folder)
+
     def _index(self, name: str | int) -> int:
         if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names):
             return name
@@ -330,7 +347,16 @@ class MoEModel(Planning):
     @property
     def sites(self) -> list[str]:
         """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
-        return [s.site.name for s in self._owned.sites.values() if isinstance(s, LoRASite)]
+        return [s.site.name for s in self.expert_sites() if isinstance(s, LoRASite)]
+
+    def expert_sites(self) -> list[ExpertSite]:
+        """Where experts work, each with the parameters of all of them."""
+        return list(self._owned.sites.values())
+
+    @property
+    def recipe(self) -> Recipe:
+        """Everything that was decided at conversion."""
+        return self._compiler.recipe
 
     @property
     def config(self) -> Any:

@@ -41,7 +41,7 @@ def randomize(moe, seed=0, size=0.2):
 def gates(features, mask, state, granularity, top_k):
     """(..., E): the softmax of the definition, position by position."""
     x = features.float()
-    x = x.flatten(2).mean(-1) if x.ndim == 4 else x
+    x = F.adaptive_avg_pool2d(x, 4).flatten(1) if x.ndim == 4 else x
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     counts = torch.ones(x.shape[:2]) if mask is None else mask.float()
     if granularity == "prefix":

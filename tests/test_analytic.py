@@ -1,5 +1,6 @@
 """The token gate in closed form: ridge regression on sums, whatever the order of tasks."""
 
+import dataclasses
 import json
 
 import architectures
@@ -35,25 +36,24 @@ def fitted(llama, order=(None, 0, 1), spec=PREFIX):
     return moe
 
 
-def features(llama, ids):
-    """What the prefix gate reads, by hand: running means of normalised features at the cut."""
+def features(llama, ids, lift):
+    """What the prefix gate reads, by hand: running means of random features of every position."""
     seen = {}
     handle = llama.model.layers[0].register_forward_hook(lambda m, a, out: seen.update(x=out))
     with torch.no_grad():
         llama(input_ids=ids, use_cache=False)
     handle.remove()
     x = seen["x"][0] if isinstance(seen["x"], tuple) else seen["x"]
-    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    x = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ lift).relu()
     return x.cumsum(1) / torch.arange(1, x.shape[1] + 1).view(1, -1, 1)
 
 
 def test_rows_solve_the_ridge_regression(llama):
     moe = fitted(llama)
-    lift = moe.router.lift.double().numpy()
     grams, means = [], []
     for ids in TASKS.values():
-        x = torch.cat([features(llama, b).flatten(0, 1) for b in ids]).double().numpy()
-        f = np.concatenate([np.maximum(x @ lift, 0), np.ones((len(x), 1))], 1)
+        x = torch.cat([features(llama, b, moe.router.lift).flatten(0, 1) for b in ids])
+        f = np.concatenate([x.double().numpy(), np.ones((len(x), 1))], 1)
         grams.append(f.T @ f / len(f))
         means.append(f.mean(0))
     gram = sum(grams)
@@ -87,6 +87,30 @@ def test_the_order_of_tasks_does_not_matter(llama):
         for batch in ids:
             moe.fit_router(expert, [(batch[:2],), (batch[2:],)])
     torch.testing.assert_close(moe.router.rows[1], one.router.rows[1], rtol=0, atol=1e-5)
+
+
+def test_a_prefix_is_read_the_same_step_by_step(llama):
+    """Decoding with a cache: the running mean and its prior go on where they stopped."""
+    moe = fitted(llama)
+    randomize(moe)
+    ids = torch.cat(TASKS[0])
+    with torch.no_grad():
+        whole = moe(input_ids=ids)
+        first = moe(input_ids=ids[:, :4])
+        rest = [moe(input_ids=ids[:, 4:5], past_key_values=first.past_key_values)]
+        rest.append(moe(input_ids=ids[:, 5:], past_key_values=rest[0].past_key_values))
+    got = torch.cat([first.logits, *(r.logits for r in rest)], 1)
+    torch.testing.assert_close(got, whole.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_prefix_is_the_frozen_models(llama):
+    moe = fitted(llama, spec=dataclasses.replace(PREFIX, prior=0.0))
+    careful = fitted(llama, spec=dataclasses.replace(PREFIX, prior=3.0))
+    ids = torch.cat(TASKS[1])
+    free, held = moe.route(input_ids=ids).gates, careful.route(input_ids=ids).gates
+    seen = torch.arange(1, ids.shape[1] + 1).view(1, -1)
+    odds = (held[..., 0] / held[..., 1]).log() - (free[..., 0] / free[..., 1]).log()
+    torch.testing.assert_close(odds, (12.0 * 3.0 / seen).expand_as(odds), rtol=1e-3, atol=1e-3)
 
 
 def test_padding_does_not_count(llama):
@@ -133,7 +157,13 @@ def test_a_trained_router_cannot_be_solved(llama):
     moe = moe_rewrite.convert(llama, split=1, verify=False)
     with pytest.raises(MoeRewriteError, match="fit='analytic'"):
         moe.fit_router(0, [TASKS[0][0]])
-    for wrong in ({"fit": "closed"}, {"projection": 0}, {"ridge": 0}, {"sharpness": "high"}):
+    for wrong in (
+        {"fit": "closed"},
+        {"projection": 0},
+        {"ridge": 0},
+        {"prior": -1},
+        {"sharpness": "high"},
+    ):
         with pytest.raises(MoeRewriteError, match=next(iter(wrong))):
             TokenRouter(**wrong)
 

@@ -5,10 +5,10 @@ import cnns
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import added
+from reference import added, randomize
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts, MoeRewriteError, PatchRouter, RegionExperts
+from moe_rewrite import LoRAExperts, MoeRewriteError, PatchRouter, RegionExperts, TokenRouter
 
 pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
 
@@ -88,7 +88,38 @@ def test_hugging_face_classifiers_grow_too():
     with torch.no_grad():
         want, got = model(input_ids=ids).logits, moe(input_ids=ids).logits
     assert got.shape == (2, want.shape[1] + 2)
-    torch.testing.assert_close(got[:, : want.shape[1]], want)
+    # a router of tokens weighs the experts' classes: here gates of one third, one being off
+    gates = moe.route(input_ids=ids).gates[:, 0]
+    torch.testing.assert_close(got[:, : want.shape[1]], want.log_softmax(-1) + gates[:, :1].log())
+    torch.testing.assert_close(got.exp().sum(-1), gates[:, [0, 2]].sum(-1))
+
+
+def test_classes_are_the_experts_to_which_a_sample_is_routed():
+    """log p(c) = log g_e + log softmax over the expert's own columns, gradients included."""
+    model = cnns.build("ResNet")
+    moe = moe_rewrite.convert(model, split="layer3", router=TokenRouter(granularity="sequence"))
+    for classes in (2, 3):
+        moe.expand(1, classes=classes)
+    moe.activate(1), moe.activate(2)
+    randomize(moe)
+    x = image()
+    seen = []
+    handle = model.linear.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    model(x)
+    handle.remove()
+    gates = moe.route(x).gates
+    got = moe(x)
+    state = added(moe)
+    assert got.shape == (4, 15) and gates.shape == (4, 4)
+    torch.testing.assert_close(got[:, :10].exp().sum(-1), gates[:, 0])
+    torch.testing.assert_close(got[:, 10:12].exp().sum(-1), gates[:, 2])
+    torch.testing.assert_close(got[:, 12:].exp().sum(-1), gates[:, 3])
+    got[:, 12].sum().backward()
+    assert state["moe_rewrite.router.rows.2"].grad.abs().sum() > 0
+    with torch.no_grad(), moe.use_expert(2):  # as if its task were known
+        alone = moe(x)
+    assert (alone[:, 12:].exp().sum(-1) - 1).abs().max() < 1e-5
+    assert alone.argmax(-1).min() >= 12
 
 
 def test_what_cannot_grow_is_said():

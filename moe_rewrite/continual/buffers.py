@@ -12,10 +12,10 @@ Kept = tuple[int, int]  # number of the task, index of its training item
 
 
 class Buffer:
-    """At most `ratio` of all training items seen, by task number and index.
+    """About `ratio` of all training items seen, by task number and index.
 
-    balanced: as many of each task (the largest gives way first); otherwise a reservoir, in which
-    every item seen is kept with the same chance (Vitter 1985, algorithm R).
+    balanced: as many of each task, as far as they are still there (the largest gives way first);
+    otherwise a reservoir, in which every item seen is kept with the same chance.
     """
 
     def __init__(self, ratio: float, balanced: bool, seed: int) -> None:
@@ -34,11 +34,7 @@ class Buffer:
             self.kept += [(number, i) for i in draw.sample(range(len(task.train)), len(task.train))]
             self._balance(size)
         else:
-            for i in range(len(task.train)):
-                if len(self.kept) < size:
-                    self.kept.append((number, i))
-                elif size and (at := draw.randrange(self.seen + i + 1)) < size:
-                    self.kept[at] = (number, i)
+            self.kept += [(number, i) for i in range(len(task.train)) if draw.random() < self.ratio]
         self.seen = total
 
     def _balance(self, size: int) -> None:

@@ -42,13 +42,14 @@ class Setup:
     replay: float = 0.05
     balanced: bool = True
     training: Training = field(default_factory=Training)
+    router: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)
     cache: str | bool = False
 
 
 def _converted(dense: nn.Module, setup: Setup, fit: str) -> MoEModel:
     chosen = setup.granularity or _granularity(dense)
-    router = TokenRouter(fit=fit, granularity=chosen, top_k=setup.top_k)  # type: ignore[arg-type]
+    router = TokenRouter(fit=fit, granularity=chosen, top_k=setup.top_k, **setup.router)  # type: ignore[arg-type]
     experts = LoRAExperts(rank=setup.rank, alpha=setup.alpha)
     moe = convert(dense, split=setup.split, router=router, experts=experts)
     assert isinstance(moe, MoEModel)

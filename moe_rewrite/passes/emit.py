@@ -6,7 +6,7 @@ regional compilation, so nothing here closes over a parameter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,40 @@ class Emitted:
     layouts: tuple[tuple[str, Layout], ...]
     outputs: tuple[Any, ...]  # value names, or constants of the graph
     constants: dict[str, torch.Tensor]
+
+
+def narrowed(step: Step, wanted: set[str]) -> Step:
+    """The part of a step that gives only these of its values, and takes only what they need."""
+    gives = tuple(name for name in step.gives if name in wanted)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    made: Any = graph.graph_copy(step.code.module.graph, copies)
+    graph.output(tuple(made[i] for i, name in enumerate(step.gives) if name in wanted))
+    _erase_unneeded(graph)
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    takes = []
+    for name, node in zip(step.takes, placeholders[len(step.owned) :], strict=True):
+        if node.users:
+            takes.append(name)
+        else:
+            graph.erase_node(node)
+    writes = tuple(i for i in step.writes if i < len(step.owned))
+    code = Code(fx.GraphModule(step.code.module, graph))  # which holds what the graph calls
+    return replace(step, code=code, takes=tuple(takes), gives=gives, drops=(), writes=writes)
+
+
+def _erase_unneeded(graph: fx.Graph) -> None:
+    """Everything that the output does not depend on; fx keeps what may be random (attention)."""
+    needed: set[fx.Node] = set()
+    waiting = [graph.output_node()]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    for node in reversed(graph.nodes):
+        if node not in needed and node.op != "placeholder":
+            graph.erase_node(node)
 
 
 def emit(program: Program) -> Emitted:

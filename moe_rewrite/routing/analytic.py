@@ -19,7 +19,7 @@ class AnalyticGate(TokenGate):
     """rows[e]: (M + 1,), solved and never trained; frozen: (M + 1,), the frozen model's own row.
 
     lift: (D, M) fixed random projection. moments[c]: (M + 1, M + 1) float64, the sum of f f^T over
-    the samples of class c, f being the random features and a one behind them; class 0 is the
+    the samples of class c, f being what the gate reads of random features and a one behind; class 0 is the
     frozen model, class e + 1 expert e.
     """
 
@@ -58,11 +58,11 @@ class AnalyticGate(TokenGate):
 
         Rows that the mask leaves out do not count. `solve` puts the sums to use.
         """
-        read, _ = self._read(features, mask, None)
+        read, _, _ = self._read(features, mask, None)
         rows = read.reshape(-1, read.shape[-1])
         if mask is not None and read.ndim == 3 and read.shape[1] == mask.shape[-1]:
             rows = rows[mask.reshape(-1) != 0]
-        f = self._random_features(rows).double()
+        f = _with_one(rows).double()
         self.moments[0 if expert is None else expert + 1] += f.T @ f
 
     @torch.no_grad()
@@ -82,12 +82,22 @@ class AnalyticGate(TokenGate):
         for row, column in zip(self.rows, solved[:, 1:].T, strict=True):
             row.copy_(column)
 
-    def _random_features(self, read: torch.Tensor) -> torch.Tensor:
-        lifted = (read @ self.lift).relu()
-        return torch.cat([lifted, lifted.new_ones(*lifted.shape[:-1], 1)], dim=-1)
+    def _lifted(self, x: torch.Tensor) -> torch.Tensor:
+        """Random features of every position: their mean tells more than those of a mean."""
+        return (x @ self.lift).relu()
+
+    def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        if not self.spec.base:
+            return logits
+        base = logits[..., :1] + self.spec.sharpness * self.spec.prior / seen
+        return torch.cat([base, logits[..., 1:]], dim=-1)
 
     def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
         rows = [self.frozen] * bool(self.spec.base) + [self.rows[e] for e in active]
         if not rows:
             return read.new_zeros(*read.shape[:-1], 0)
-        return self.spec.sharpness * (self._random_features(read) @ torch.stack(rows).T)
+        return self.spec.sharpness * (_with_one(read) @ torch.stack(rows).T)
+
+
+def _with_one(f: torch.Tensor) -> torch.Tensor:
+    return torch.cat([f, f.new_ones(*f.shape[:-1], 1)], dim=-1)

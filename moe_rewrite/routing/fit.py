@@ -67,7 +67,8 @@ def _fit_patches(spec: PatchRouter, features: Sequence[Any]) -> PatchRouter:
 def make_router(spec: RouterSpec, features: Sequence[Any], device: torch.device) -> Router:
     """features: shape of the value at the cut, with fixed sizes where patches are routed."""
     if isinstance(spec, TokenRouter):
-        width = features[1] if len(features) == 4 else features[-1]
+        pooled = len(features) == 4
+        width = features[1] * spec.pool**2 if pooled else features[-1]
         gate = AnalyticGate if spec.fit == "analytic" else TokenGate
         return gate(spec, int(width), device)
     if len(features) == 4:

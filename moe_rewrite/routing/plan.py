@@ -112,7 +112,7 @@ def _over_map(plan: RoutingPlan, scales: torch.Tensor, layout: Layout) -> torch.
 
 
 def _for_classes(plan: RoutingPlan) -> torch.Tensor | None:
-    """(B, 1 + E) log of each gate, over a sample's largest: the frozen model's, then the experts'.
+    """(B, 1 + E) log of each gate of a sample: the frozen model's, then the experts'.
 
     None where patches choose, or without a gate of the frozen model: then classes are not weighed.
     """
@@ -121,5 +121,4 @@ def _for_classes(plan: RoutingPlan) -> torch.Tensor | None:
     gates = torch.cat([plan.base, plan.weights], dim=-1)
     if gates.ndim == 3:
         gates = gates.mean(1)
-    logs = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
-    return logs - logs.amax(-1, keepdim=True)
+    return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()

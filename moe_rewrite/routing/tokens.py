@@ -60,9 +60,11 @@ class TokenGate(Router):
         """
         with torch.no_grad():
             lead = lead_of(features.shape)
-            read, state = self._read(features, mask, state)
+            read, state, seen = self._read(features, mask, state)
         active = self.active_indices()
         logits = self._logits(read, active)
+        if seen is not None:
+            logits = self._with_prior(logits, seen)
         gates = _gate(logits, self.spec.top_k)
         base = None
         if self.spec.base:
@@ -71,26 +73,37 @@ class TokenGate(Router):
 
     def _read(
         self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
-    ) -> tuple[torch.Tensor, PrefixState | None]:
-        """What the gate reads, fp32: (B, S, D), (B, 1, D) for a sequence gate, or (B, D)."""
+    ) -> tuple[torch.Tensor, PrefixState | None, torch.Tensor | None]:
+        """What the gate reads, fp32: (B, S, D), (B, 1, D) for a sequence gate, or (B, D); the state
+        after it; and of a prefix gate how many positions (B, S, 1) each mean is of."""
         x = features.float()
         if x.ndim == 4:
-            x = x.flatten(2).mean(-1)
+            x = nn.functional.adaptive_avg_pool2d(x, self.spec.pool).flatten(1)
         if self.spec.normalize:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        x = self._lifted(x)
         if x.ndim == 2 or self.spec.granularity == "token":
-            return x, None
+            return x, None, None
         counted = x.new_ones(x.shape[:2]) if mask is None else _own_columns(mask, x).float()
         # a masked position may hold anything, infinities included: drop it, do not scale it
         x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
         if self.spec.granularity == "sequence":
             total = counted.sum(1, keepdim=True).clamp_min(1)
-            return x.sum(1, keepdim=True) / total.unsqueeze(-1), None
+            return x.sum(1, keepdim=True) / total.unsqueeze(-1), None, None
         sums, counts = x.cumsum(1), counted.cumsum(1)
         if state is not None:
             sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
         after = PrefixState(sums[:, -1], counts[:, -1])
-        return sums / counts.clamp_min(1).unsqueeze(-1), after
+        counts = counts.clamp_min(1).unsqueeze(-1)
+        return sums / counts, after, counts
+
+    def _lifted(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of a position, before positions are averaged."""
+        return x
+
+    def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Logits for a mean of `seen` positions."""
+        return logits
 
     def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None

@@ -94,7 +94,7 @@ class Adapters(Method):
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self.before_task(task)
-        self.model.train()
+        _train_but_norms(self.model)
         fit(
             f"{self.label}: {task.name}", self.problem, self.items(tasks, number), self.loss,
             [adamw(self._trained, self.training)], self.training, self.epochs(task),
@@ -138,6 +138,14 @@ class Adapters(Method):
         self.model.load_state_dict(state, strict=False)
         self._use(self.names if self.one_each else self.names[-1:])
         self.model.eval()
+
+
+def _train_but_norms(model: nn.Module) -> None:
+    """Training mode, but frozen batch norms keep their statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class Replay(Adapters):

@@ -68,9 +68,11 @@ class Method(ABC):
         held_out = Task(task.name, task.train, task.eval)
 
         def validate() -> float:
+            modes = [(m, m.training) for m in self.model.modules()]
             self.model.eval()
             loss = -self.problem.score(self.model, held_out, "loss", self.device)
-            self.model.train()
+            for module, mode in modes:
+                module.training = mode
             return loss
 
         return validate

@@ -12,24 +12,30 @@ def append_columns(
     columns: list[tuple[torch.Tensor, torch.Tensor, int] | int],
     gates_B1E: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The logits with the experts' columns behind, each expert's plus the log of its gate: a class
-    of an expert that the router does not choose for a sample is no answer to it.
+    """The logits with the experts' columns behind.
+
+    With gates, ``log p(c) = log g_e + log softmax_e(c)``: the router says whose classes a sample's
+    is, each expert (and the head, with the frozen model's gate) which of its own. So no column has
+    to be calibrated against those of experts that it was never trained beside. Without, the columns
+    as they are.
 
     columns: (weight, bias, place of the expert among those that are on), or how many columns an
     expert that is off has: they are minus infinity, so that classes keep their places.
-    gates_B1E: log of each gate over the sample's largest, the frozen model's first; None to weigh
-    nothing.
+    gates_B1E: log of the gates, the frozen model's first, or None.
     """
     if not columns:
         return logits_BC
     gates = None if gates_B1E is None else gates_B1E.to(logits_BC.dtype)
-    parts = [logits_BC if gates is None else logits_BC + gates[:, :1]]
+
+    def weighed(logits: torch.Tensor, place: int) -> torch.Tensor:
+        return logits if gates is None else logits.log_softmax(-1) + gates[:, place, None]
+
+    parts = [weighed(logits_BC, 0)]
     for column in columns:
         if isinstance(column, int):
             size = (*logits_BC.shape[:-1], column)
             parts.append(logits_BC.new_full(size, float("-inf")))
         else:
             weight, bias, place = column
-            logits = F.linear(x_BD, weight, bias)
-            parts.append(logits if gates is None else logits + gates[:, place + 1, None])
+            parts.append(weighed(F.linear(x_BD, weight, bias), place + 1))
     return torch.cat(parts, dim=-1)

@@ -1,0 +1,166 @@
+"""PMoE on a stream: what is learnt, what stays, and how a run goes on."""
+
+import architectures
+import pytest
+import torch
+import words
+from reference import added
+
+import moe_rewrite
+from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
+from moe_rewrite.continual.learner import Learner, router_use
+from moe_rewrite.continual.text import TextProblem
+from moe_rewrite.continual.training import Training
+
+pytestmark = pytest.mark.timeout(600)
+CPU = torch.device("cpu")
+QUICK = Training(epochs=25, lr=5e-2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = architectures.build("Llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # as decided as a trained one
+    return model
+
+
+def learner(llama, fit="analytic", training=QUICK, **options):
+    router = TokenRouter(fit=fit, granularity="prefix", projection=128)
+    moe = moe_rewrite.convert(llama, split=1, router=router, experts=LoRAExperts(4), verify=False)
+    return Learner(moe, TextProblem(words.Letters(), 32), training, **options)
+
+
+def expert_tensors(moe, expert):
+    """Every parameter of one expert."""
+    state = added(moe)
+    return {
+        k: v.detach().clone()
+        for k, v in state.items()
+        if ".experts." in k and k.endswith(f".{expert}")
+    }
+
+
+@pytest.mark.parametrize("fit", ["analytic", "gradient"])
+def test_tasks_are_learnt_and_older_experts_stay_bitwise(llama, fit):
+    torch.manual_seed(0)
+    taught, tasks = learner(llama, fit, replay=0.25), words.stream()
+    own = words.task("own", "klmnop", "ok")
+    taught.begin(own)
+    dense = {k: v.clone() for k, v in llama.state_dict().items()}
+    before = [taught.problem.score(taught.model, t, "loss", CPU) for t in tasks]
+    kept = []
+    for number in range(len(tasks)):
+        taught.learn(tasks, number)
+        kept.append(expert_tensors(taught.model, number))
+        for expert, tensors in enumerate(kept):
+            now = expert_tensors(taught.model, expert)
+            assert all(torch.equal(now[k], v) for k, v in tensors.items())
+    assert taught.model.names[1:] == ["digits", "high"] and taught.model.num_experts == 3
+    after = [taught.problem.score(taught.model, t, "loss", CPU) for t in tasks]
+    assert all(b > a + 1.5 for a, b in zip(before, after, strict=True)), (before, after)
+    assert all(torch.equal(v, dense[k]) for k, v in llama.state_dict().items())
+    assert taught.keeps_data == (fit == "gradient")
+    use = router_use(taught, tasks)
+    assert [max(range(4), key=row.__getitem__) for row in use] == [1, 2, 3]
+    assert all(abs(sum(row) - 1) < 1e-5 for row in use)
+
+
+def test_the_routers_optimizer_lives_through_expansion(llama):
+    torch.manual_seed(0)
+    taught, tasks = learner(llama, "gradient", Training(epochs=1, lr=1e-2)), words.stream()
+    taught.learn(tasks, 0)
+    row = taught.model.router.rows[0]
+    steps = float(taught.router_optimizer.state[row]["step"])
+    moment = taught.router_optimizer.state[row]["exp_avg"].clone()
+    assert steps > 0 and moment.abs().sum() > 0
+    grown = taught._grown_optimizer([*taught.model.router.rows])
+    assert grown is taught.router_optimizer and torch.equal(grown.state[row]["exp_avg"], moment)
+    taught.learn(tasks, 1)
+    assert float(taught.router_optimizer.state[row]["step"]) > steps
+    assert taught.router_optimizer.state[taught.model.router.rows[1]]["step"] > 0
+    other = learner(llama, "gradient")
+    other.model.expand(1)
+    other.restore(taught.state(), tasks, 2)
+    for a, b in zip(taught.model.router.rows, other.model.router.rows, strict=True):
+        for name, value in taught.router_optimizer.state[a].items():
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(other.router_optimizer.state[b][name])
+            )
+
+
+def test_remove_last_gives_the_former_model_exactly(llama):
+    torch.manual_seed(0)
+    taught, tasks = learner(llama), words.stream()
+    taught.learn(tasks, 0)
+    taught.learn(tasks, 1)
+    batch = taught.problem.batch(tasks[0].test)
+    with torch.no_grad():
+        want = taught.model(**taught.problem.inputs(batch)).logits
+    taught.learn(tasks, 2)
+    with torch.no_grad():
+        assert not torch.equal(taught.model(**taught.problem.inputs(batch)).logits, want)
+        taught.model.remove_last()
+        assert torch.equal(taught.model(**taught.problem.inputs(batch)).logits, want)
+
+
+def test_one_expert_alone_is_a_plan_of_ones(llama):
+    torch.manual_seed(0)
+    taught, tasks = learner(llama), words.stream()
+    taught.learn(tasks, 0)
+    taught.learn(tasks, 1)
+    inputs = taught.problem.inputs(taught.problem.batch(tasks[0].test))
+    with torch.no_grad(), taught.model.use_expert("digits"):
+        plan = taught.model.route(**inputs)
+        alone = taught.model(**inputs).logits
+    assert plan.active == (1,) and (plan.weights == 1).all() and (plan.base == 0).all()
+    taught.model.deactivate(0)
+    for row in (taught.model.router.frozen, *taught.model.router.rows):
+        row.data.zero_()
+    taught.model.router.rows[1].data[-1] = 100.0  # the gate of a softmax saturates at one
+    with torch.no_grad():
+        torch.testing.assert_close(taught.model(**inputs).logits, alone)
+
+
+def test_early_stop_goes_back_to_the_best_epoch(llama):
+    torch.manual_seed(0)
+    task = words.task("noise", "abcdef", "no")
+    contrary = [{"prompt": item["prompt"], "answer": "yes!"} for item in task.eval]
+    task = type(task)("noise", task.train, task.test, contrary)
+    training = Training(epochs=30, lr=2e-2, patience=2)
+    taught = learner(llama, training=training)
+    held_out = type(task)("held out", task.train, contrary)
+    seen = []
+    validate = taught.validator(task)
+    taught.validator = lambda task: lambda: seen.append(validate()) or seen[-1]
+    taught.learn([task], 0)
+    assert len(seen) < 30 and min(seen) == seen[-3]
+    with taught.model.use_expert(0):
+        best = -taught.problem.score(taught.model, held_out, "loss", CPU)
+    assert best <= seen[-1]
+
+
+def test_training_in_bf16_learns_too(llama):
+    torch.manual_seed(0)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        training = Training(epochs=25, lr=5e-2, mixed_precision="bf16")
+        taught, tasks = learner(llama, training=training), words.stream()
+        before = taught.problem.score(taught.model, tasks[0], "loss", CPU)
+        taught.learn(tasks, 0)
+        assert taught.problem.score(taught.model, tasks[0], "loss", CPU) > before + 1
+        assert all(p.dtype == torch.float32 for p in taught.model.parameters())
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_bad_options_are_named(llama):
+    for wrong in ({"epochs": 0}, {"lr": 0}, {"schedule": "cosine"}, {"mixed_precision": "half"}):
+        with pytest.raises(MoeRewriteError, match=next(iter(wrong))):
+            Training(**wrong)
+    with pytest.raises(MoeRewriteError, match="gates="):
+        learner(llama, gates="mine")
+    with pytest.raises(MoeRewriteError, match="replay="):
+        learner(llama, "gradient", replay=1.5)

@@ -1,0 +1,113 @@
+"""Single experts to and from PEFT's files, held against PEFT itself."""
+
+import json
+
+import architectures
+import cnns
+import pytest
+import torch
+from reference import added, randomize
+
+import moe_rewrite
+from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
+
+peft = pytest.importorskip("peft")
+
+
+def converted(name, rank=4):
+    model = architectures.build(name) if name != "ResNet" else cnns.build(name)
+    router = TokenRouter(granularity="sequence") if name == "ResNet" else "token"
+    split = "layer3" if name == "ResNet" else 1
+    experts = LoRAExperts(rank=rank, alpha=8)
+    return model, moe_rewrite.convert(
+        model, split=split, router=router, experts=experts, verify=False
+    )
+
+
+def inputs(name):
+    torch.manual_seed(1)
+    if name == "ResNet":
+        return {"x": torch.randn(2, 3, 32, 32)}
+    return {"input_ids": torch.randint(3, 90, (2, 7))}
+
+
+def logits(out):
+    return getattr(out, "logits", out)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "ResNet"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_peft_computes_what_the_expert_computes(name, tmp_path):
+    model, moe = converted(name)
+    moe.expand(1, name="second")
+    randomize(moe)
+    moe.export_peft("second", tmp_path)
+    with torch.no_grad(), moe.use_expert("second"):
+        want = logits(moe(**inputs(name)))
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    theirs = peft.inject_adapter_in_model(config, model, "default").eval()
+    from safetensors.torch import load_file
+
+    saved = {
+        k.removeprefix("base_model.model."): v
+        for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    peft.set_peft_model_state_dict(theirs, saved, adapter_name="default")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(theirs(**inputs(name))), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_that_peft_saved_becomes_an_expert(tmp_path):
+    model, moe = converted("Llama")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"])  # fmt: skip
+    theirs = peft.get_peft_model(architectures.build("Llama"), config).eval()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_" in n:
+                p.normal_(0, 0.3)
+        want = theirs(**inputs("Llama")).logits
+    theirs.save_pretrained(tmp_path)
+    before = {k: v.clone() for k, v in added(moe).items()}
+    moe.add_expert(from_peft=tmp_path, name="theirs")
+    assert moe.names == ["expert0", "theirs"]
+    assert all(
+        torch.equal(added(moe)[k], v)
+        for k, v in before.items()
+        if "active" not in k and "pending" not in k
+    )
+    with torch.no_grad():
+        plain = model(**inputs("Llama")).logits
+        torch.testing.assert_close(moe(**inputs("Llama")).logits, plain)  # off until activated
+        with moe.use_expert("theirs"):
+            torch.testing.assert_close(moe(**inputs("Llama")).logits, want, rtol=1e-4, atol=1e-5)
+    moe.export_peft("theirs", tmp_path / "again")
+    twin = converted("Llama")[1]
+    twin.add_expert(from_peft=tmp_path / "again")
+    for key, value in added(moe).items():
+        if ".experts." in key and key.endswith(".1"):
+            torch.testing.assert_close(added(twin)[key], value)
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path):
+    _, moe = converted("Llama")
+    moe.export_peft(0, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    cases = {
+        "rank 16": {"r": 16}, "'IA3'": {"peft_type": "IA3"}, "use_dora": {"use_dora": True},
+        "no rank": {"r": "four"}, "A and B of": {"r": 2},
+    }  # fmt: skip
+    for message, change in cases.items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(MoeRewriteError, match=message):
+            moe.add_expert(from_peft=tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    small = moe_rewrite.convert(moe.to_dense(), split=2, experts=LoRAExperts(4), verify=False)
+    with pytest.raises(MoeRewriteError, match="no LoRA site"):
+        small.add_expert(from_peft=tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(MoeRewriteError, match="no adapter"):
+        moe.add_expert(from_peft=tmp_path)
+    with pytest.raises(MoeRewriteError, match="no adapter"):
+        moe.add_expert(from_peft=tmp_path / "nowhere")
+    assert moe.num_experts == small.num_experts == 1
