@@ -198,7 +198,8 @@ def _text(
     )
     if base is not None:
         return problem, stream, replace(read_stream([base], max_samples)[0], epochs=None)
-    return problem, stream, problem.own_task(dense, 128, 64, seed)
+    count = min(300, max_samples or 300)
+    return problem, stream, problem.own_task(dense, count, min(64, count), seed)
 
 
 def _images(

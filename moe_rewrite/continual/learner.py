@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -18,8 +19,11 @@ from .buffers import Buffer
 from .features import FeatureCache
 from .methods.base import Method
 from .problem import Batch, Problem
-from .tasks import Task
+from .tasks import Item, Task
 from .training import Owned, Training, adamw, fit
+
+
+OWN = -1  # the task number of what the model could do before
 
 
 class Learner(Method):
@@ -55,14 +59,22 @@ class Learner(Method):
         self.router_rate, self.router_loss, self.balance = router_rate, router_loss, balance
         self.cache = cache
         self.learnt: list[str] = []
+        self._own: list[Item] = []
+        self._weights: dict[int, float] = {}
         self.router_optimizer: torch.optim.AdamW | None = None
 
     # -- the stream -----------------------------------------------------------------------------
 
     def begin(self, own: Task | None) -> None:
-        """Tell an analytic router what the model could do before."""
-        if own is not None and self.analytic:
-            self._observe(None, own)
+        """Tell the router what the model could do before: an analytic one once, for good; one
+        trained by gradient gets a share of it replayed with every task."""
+        if own is None:
+            return
+        if self.analytic:
+            if not bool(self.model.router.moments[0].any()):  # type: ignore[index]
+                self._observe(None, own)
+        elif self.buffer.ratio:
+            self._own = list(own.train)[: max(1, round(self.buffer.ratio * len(own.train)))]
 
     def learn(self, tasks: Sequence[Task], number: int) -> None:
         task = tasks[number]
@@ -102,7 +114,11 @@ class Learner(Method):
 
     def _items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
         older = [(n, tasks[n].train[i]) for n, i in self.buffer.kept]
-        return [(number, item) for item in tasks[number].train] + older
+        own = [(OWN, item) for item in self._own]
+        items = [(number, item) for item in tasks[number].train] + older + own
+        counts = Counter(owner for owner, _ in items)
+        self._weights = {n: len(items) / len(counts) / count for n, count in counts.items()}
+        return items
 
     def _grown_optimizer(self, rows: list[Any]) -> torch.optim.AdamW:
         """The router's own, which keeps its state from task to task; new rows join it."""
@@ -136,16 +152,19 @@ class Learner(Method):
         return self.model.use_features(self.cache.features(inputs))
 
     def _identity_loss(self, plan: RoutingPlan, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of the gates against the task that an item came from."""
+        """Cross entropy of the gates against the task that an item came from, each task weighing
+        as much however few of its items were kept."""
         gates = plan.gates
         first = 0 if plan.base is None else 1
         offset = self.model.num_experts - 1 - len(self.learnt)  # experts before this stream's
-        target = (
-            (owners + offset + first).view(-1, *(1,) * (gates.ndim - 2)).expand(gates.shape[:-1])
-        )
+        place = torch.where(owners == OWN, 0, owners + offset + first)
+        shape = (-1, *(1,) * (gates.ndim - 2))
+        target = place.view(shape).expand(gates.shape[:-1])
         losses = F.nll_loss(
             gates.clamp_min(1e-9).log().flatten(0, -2), target.flatten(), reduction="none"
         ).view(target.shape)
+        weights = torch.tensor([self._weights[n] for n in owners.tolist()], device=losses.device)
+        losses = losses * weights.view(shape)
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != losses.shape:
             return losses.mean()

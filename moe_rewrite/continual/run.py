@@ -51,8 +51,8 @@ def run(
     _seed(setup, "start", 0)
     saved = kept.state(learnt) if kept is not None and learnt else None
     method = make_method(name, dense, problem, setup, saved)
+    method.begin(own)
     if result is None:
-        method.begin(own)
         scores = _Scores(method, tasks, own, score)
         result = Result(
             [t.name for t in tasks], score, scores.of_tasks(), [scores.of_own()],
