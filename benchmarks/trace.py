@@ -1,8 +1,8 @@
 """Continual learning on TRACE's eight tasks with a pretrained Llama: PMoE and its rivals.
 
-``python -m benchmarks.trace [--quick]``: stories260K learns 300 items a task cut to 192 tokens, 3
+``python -m benchmarks.trace [--quick]``: stories260K learns 150 items a task cut to 192 tokens, 2
 epochs, LoRA of rank 8 on layers 3 and 4; mean answer-token loss after all tasks, BWT in nats, and
-loss on stories that the model told before. Every method with its best learning rate of three.
+loss on stories that the model told before. Every method with a learning rate chosen on other items.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 
 from .common import arguments, data, finish, save
 
-# the best of 1e-3, 3e-3 and 1e-2 by mean loss on TRACE's eval items (seed 100)
+# the best of 1e-3, 3e-3, 1e-2 and 3e-2 by mean loss on TRACE's eval items (seed 100); O-LoRA, full
+# fine-tuning, oracle and joint training were not searched: a near method's rate
 RATES = {
-    "pmoe": 1e-2, "pmoe-gradient": 1e-2, "lora": 3e-3, "replay": 1e-2, "ewc": 1e-2, "lwf": 3e-3,
-    "olora": 3e-3, "full": 1e-2, "oracle": 1e-2, "joint": 1e-2,
+    "pmoe": 1e-2, "pmoe-gradient": 3e-2, "lora": 3e-3, "replay": 3e-3, "ewc": 3e-3, "lwf": 3e-3,
+    "olora": 3e-3, "full": 3e-3, "oracle": 1e-2, "joint": 1e-2,
 }  # fmt: skip
-LENGTH, EPOCHS, SPLIT = 192, 3, 3
+LENGTH, EPOCHS, SPLIT = 192, 2, 3
 
 
 def job(method: str, seed: int, items: int, tested: int, tasks: int, folder: str) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def draw(results: dict[str, dict[str, Any]]) -> Any:
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     seeds = (0,) if quick else (0, 1, 2)
-    sizes = (24, 8, 2) if quick else (300, 60, 8)
+    sizes = (24, 8, 2) if quick else (150, 40, 8)
     methods = ["pmoe", "pmoe-gradient", "lora", "oracle"] if quick else list(RATES)
     folder = os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

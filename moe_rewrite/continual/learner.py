@@ -22,7 +22,6 @@ from .problem import Batch, Problem
 from .tasks import Item, Task
 from .training import Owned, Training, adamw, fit
 
-
 OWN = -1  # the task number of what the model could do before
 
 
