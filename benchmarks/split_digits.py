@@ -62,7 +62,7 @@ def job(method: str, seed: int, train: int, test: int, tasks: int, folder: str) 
     stream = split_classes(*digits, per_task=2, first_column=10, name="digits", limit=train)[:tasks]
     same = {c: c for c in range(10)}
     images = read_images(data() / "cifar-10-batches-py")
-    base = [items_of(chosen(i, n), same) for i, n in zip(images, (10 * train, 2000 if tasks == 5 else 50), strict=True)]  # fmt: skip
+    base = [items_of(chosen(i, n), same) for i, n in zip(images, (10 * train, 500 if tasks == 5 else 50), strict=True)]  # fmt: skip
     own = Task("CIFAR-10", *base)
     setup = Setup(split="layer3", training=Training(epochs=3, lr=3e-3, batch_size=32, seed=seed))
     out = Path(folder) / f"{method}-{seed}"
@@ -104,7 +104,7 @@ def draw(results: dict[str, dict[str, Any]]) -> Any:
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     seeds = (0,) if quick else (0, 1, 2)
-    sizes = (64, 10, 2) if quick else (1000, 200, 5)
+    sizes = (64, 10, 2) if quick else (500, 100, 5)
     methods = ("pmoe", "ranpac") if quick else METHODS
     folder = os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

@@ -18,7 +18,7 @@ def start(data, out, *extra, method="pmoe", command="learn"):
     chosen = ["--methods" if command == "compare" else "--method", method]
     arguments = [
         "--model", data / "models" / "stories260K", "--tasks", trace / "C-STANCE", trace / "FOMC",
-        *chosen, "--split", "3", "--epochs", "1", "--max-samples", "16", "--max-length", "96",
+        *chosen, "--split", "3", "--epochs", "1", "--max-samples", "8", "--max-length", "64",
         "--score", "loss", "--seed", "3", "--out", out, *extra,
     ]  # fmt: skip
     run = "import sys; from moe_rewrite.cli import main; sys.argv[0] = 'moe-rewrite'; main()"
