@@ -104,7 +104,7 @@ def draw(results: dict[str, dict[str, Any]]) -> Any:
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     seeds = (0,) if quick else (0, 1, 2)
-    sizes = (64, 10, 2) if quick else (500, 100, 5)
+    sizes = (64, 10, 2) if quick else (300, 60, 5)
     methods = ("pmoe", "ranpac") if quick else METHODS
     folder = os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

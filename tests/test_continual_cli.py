@@ -102,7 +102,7 @@ def test_images_of_the_usual_files(data, tmp_path):
     run = "import sys; from moe_rewrite.cli import main; sys.argv[0] = 'moe-rewrite'; main()"
     done = subprocess.run(
         [sys.executable, "-c", run, "learn", "--model", "mine:net", "--tasks",
-         data / "data" / "mnist", "--base", data / "data" / "cifar-10-batches-py", "--per-task", "5",
+         data.resolve() / "data" / "mnist", "--base", data.resolve() / "data" / "cifar-10-batches-py", "--per-task", "5",
          "--max-samples", "32", "--epochs", "1", "--split", "layer3", "--json", "f.json"],
         capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False,
     )  # fmt: skip

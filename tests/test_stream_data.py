@@ -141,6 +141,9 @@ def test_idx_files_are_split_by_class(tmp_path):
     train, test = read_images(tmp_path / "digits")
     assert train.pixels.shape == (40, 1, 5, 4) and test.labels.tolist() == [*range(10)] * 2
     fitted = fit_images(train, (3, 8, 8), torch.tensor([0.5]), torch.tensor([2.0]))
+    few = train.limited(2)
+    assert torch.equal(few.labels.bincount(), torch.full((10,), 2))
+    assert torch.equal(few.pixels, train.pixels[:20])
     assert fitted.pixels.shape == (40, 3, 8, 8) and fitted.pixels.min() >= -0.25
     stream = split_classes(train, test, 2, first_column=7, name="digits", limit=6)
     assert [t.name for t in stream][:2] == ["digits 0-1", "digits 2-3"]

@@ -153,6 +153,13 @@ def _run(
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise ConfigError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
+    training = Training(
+        epochs=3 if epochs is None else epochs,
+        lr=lr,
+        patience=patience,
+        seed=seed,
+        mixed_precision=cast(Any, mixed_precision),
+    )
     dense = load_model(model)
     folders = [*tasks, *(more or [])]
     text = hasattr(dense, "generate")
@@ -163,10 +170,7 @@ def _run(
         )
     else:
         problem, stream, own = _images(dense, folders, base, max_samples, per_task, size, mean, std)
-    training = Training(
-        epochs=epochs or 3, lr=lr, batch_size=size, patience=patience, seed=seed,
-        mixed_precision=cast(Any, mixed_precision),
-    )  # fmt: skip
+    training = replace(training, batch_size=size)
     results = {}
     for method in methods:
         folder = None if out is None else out / method
@@ -222,13 +226,15 @@ def _images(
     stream: list[Task] = []
     first = columns
     for folder in folders:
-        train, test = (fit_images(i, shape, *scale) for i in read_images(folder))
+        train, test = (
+            fit_images(i.limited(max_samples), shape, *scale) for i in read_images(folder)
+        )
         made = split_classes(train, test, per_task, first, folder.name, max_samples)
         stream += made
         first += per_task * len(made)
     own = None
     if base is not None:
-        train, test = (fit_images(i, shape, *scale) for i in read_images(base))
+        train, test = (fit_images(i.limited(max_samples), shape, *scale) for i in read_images(base))
         same = {c: c for c in range(columns)}
         own = Task("base", items_of(train, same)[:max_samples], items_of(test, same)[:max_samples])
     return ImageProblem(batch_size, name), stream, own

@@ -57,6 +57,15 @@ class Images:
                 "(N, C, H, W) and (N,)"
             )
 
+    def limited(self, per_class: int | None) -> Images:
+        """The first `per_class` images of every class; all for None."""
+        if per_class is None:
+            return self
+        classes = self.labels.unique()
+        kept = torch.cat([(self.labels == c).nonzero().flatten()[:per_class] for c in classes])
+        kept = kept.sort().values
+        return Images(self.pixels[kept], self.labels[kept])
+
 
 def read_images(folder: str | Path) -> tuple[Images, Images]:
     """(train, test) of a folder in MNIST's usual IDX files or CIFAR-10's usual python batches."""

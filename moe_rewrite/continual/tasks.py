@@ -88,7 +88,7 @@ def _read_task(folder: Path, epochs: int | None) -> Task:
         for part in ("train", "test", "eval")
         if (folder / f"{part}.json").exists()
     }
-    return Task(folder.name, **parts, epochs=epochs or TRACE.get(folder.name))
+    return Task(folder.name, **parts, epochs=TRACE.get(folder.name) if epochs is None else epochs)
 
 
 def read_records(file: Path) -> list[Item]:
