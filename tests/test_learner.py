@@ -151,7 +151,7 @@ def test_training_in_bf16_learns_too(llama):
         before = taught.problem.score(taught.model, tasks[0], "loss", CPU)
         taught.learn(tasks, 0)
         assert taught.problem.score(taught.model, tasks[0], "loss", CPU) > before + 1
-        assert all(p.dtype == torch.float32 for p in taught.model.parameters())
+        assert all(p.dtype == torch.float32 for p in taught.model.trainable_parameters())
     finally:
         AcceleratorState._reset_state()
 
