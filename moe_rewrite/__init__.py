@@ -1,6 +1,6 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
-from .config import LoRAExperts, PatchRouter, RegionExperts, TokenRouter
+from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
@@ -9,6 +9,7 @@ from .verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "FFNExperts",
     "LoRAExperts",
     "MoEModel",
     "MoeRewriteError",
