@@ -1,0 +1,319 @@
+"""Feed-forward experts as one op: `ffn_experts` over a plan, `ffn_dense` on all rows.
+
+T rows, D width, H hidden width, E experts, K experts a row takes. Saved for the backward pass:
+what was given and the products before the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..dispatch import runs_triton
+from ..plan.op import Plan, dense_plan
+from .cpu import Gradients, Rows, Weights, backward, forward
+from .reference import ACTIVATIONS, Stack
+
+__all__ = ["ffn_dense", "ffn_experts"]
+
+
+def ffn_experts(
+    x_TD: torch.Tensor,
+    gates_TK: torch.Tensor,
+    experts_TK: torch.Tensor,
+    plan: Plan | None,
+    up_EHD: Stack,
+    down_EDH: Stack,
+    gate_EHD: Stack | None = None,
+    up_bias_EH: Stack | None = None,
+    gate_bias_EH: Stack | None = None,
+    down_bias_ED: Stack | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """``y_t = sum_k gates[t, k] * FFN_{experts[t, k]}(x_t)`` (arXiv 1701.06538, equation 1), with
+    ``FFN(x) = down(act(gate x) * (up x))``, or ``down(act(up x))`` without gate.
+
+    x_TD, gates_TK and experts_TK (int64) have any and the same leading dimensions; plan: what
+    `sort_plan` gives for these experts, or None. The weights are stacks, or lists of a tensor an
+    expert; all of x's dtype (fp32, bf16, fp16; fp64 on the CPU), products accumulated in fp32.
+    activation: relu, gelu, gelu_tanh, silu, relu2, quick_gelu or identity. Differentiable once
+    with respect to x, the gates, weights and biases; two runs give the same bits. Raises
+    ValueError for shapes, dtypes or names that do not fit.
+    """
+    lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
+    _check(x_TD, gates_TK, experts_TK, lists, activation)
+    if plan is None:
+        from ..plan.op import sort_plan
+
+        plan = sort_plan(experts_TK, _count(lists[0]))
+    _check_plan(plan, experts_TK, _count(lists[0]))
+    return _run(x_TD, gates_TK, plan, lists, activation, dense=False)
+
+
+def ffn_dense(
+    x_TD: torch.Tensor,
+    gates_TE: torch.Tensor,
+    up_EHD: Stack,
+    down_EDH: Stack,
+    gate_EHD: Stack | None = None,
+    up_bias_EH: Stack | None = None,
+    gate_bias_EH: Stack | None = None,
+    down_bias_ED: Stack | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Every expert on every row, ``y_t = sum_e gates[t, e] * FFN_e(x_t)``: nothing is sorted or
+    gathered. For few rows, or where K is close to E. Arguments as of `ffn_experts`."""
+    lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
+    experts = _count(lists[0])
+    _check(x_TD, gates_TE, None, lists, activation)
+    if gates_TE.shape[-1] != experts:
+        raise ValueError(f"gates of {gates_TE.shape[-1]} experts: expected all {experts}")
+    plan = dense_plan(x_TD.shape[:-1].numel(), experts, x_TD.device)
+    return _run(x_TD, gates_TE, plan, lists, activation, dense=True)
+
+
+def _run(
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    plan: Plan,
+    lists: list[list[torch.Tensor]],
+    activation: str,
+    dense: bool,
+) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, gates, *(w for kind in lists for w in kind))
+    )
+    y, _ = _ffn(flat, gates.reshape(-1, gates.shape[-1]), *plan, *lists, activation, dense, save)
+    return y.view(x.shape)
+
+
+def _weights(*given: Stack | None) -> list[list[torch.Tensor]]:
+    """A list a kind: of one stack, of a tensor an expert, or empty."""
+    return [
+        [] if w is None else [w] if isinstance(w, torch.Tensor) else list(w) for w in given
+    ]
+
+
+KINDS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
+
+
+def _stacked(kind: str, weights: Sequence[torch.Tensor]) -> bool:
+    return len(weights) == 1 and weights[0].ndim == (2 if kind.endswith("bias") else 3)
+
+
+def _count(up: list[torch.Tensor]) -> int:
+    return len(up[0]) if _stacked("up", up) else len(up)
+
+
+def _check(
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    experts: torch.Tensor | None,
+    lists: list[list[torch.Tensor]],
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    if not x.is_floating_point() or not gates.is_floating_point():
+        raise ValueError(f"x is {x.dtype} and gates {gates.dtype}: expected floating-point dtypes")
+    if gates.shape[:-1] != x.shape[:-1] or (experts is not None and experts.shape != gates.shape):
+        got = None if experts is None else tuple(experts.shape)
+        raise ValueError(
+            f"x {tuple(x.shape)}, gates {tuple(gates.shape)}, experts {got}: expected gates and "
+            "experts of one shape, with the leading dimensions of x"
+        )
+    if not lists[0] or lists[4] and not lists[2]:
+        raise ValueError("expected at least one expert, and no gate bias without a gate")
+    count, width = _count(lists[0]), x.shape[-1]
+    hidden = lists[0][0].shape[-2]
+    sizes = [(hidden, width), (width, hidden), (hidden, width), (hidden,), (hidden,), (width,)]
+    for kind, weights, size in zip(KINDS, lists, sizes, strict=True):
+        shape = (count, *size) if _stacked(kind, weights) else size
+        many = len(weights) if not _stacked(kind, weights) else count
+        if weights and many != count:
+            raise ValueError(f"{kind} of {many} experts: expected {count}, as many as up has")
+        for w in weights:
+            if tuple(w.shape) != shape or w.dtype != x.dtype or w.device != x.device:
+                raise ValueError(
+                    f"{kind} is {tuple(w.shape)} {w.dtype} on {w.device}: expected {shape} "
+                    f"{x.dtype} on {x.device}, for x {tuple(x.shape)} and up's first "
+                    f"{tuple(lists[0][0].shape)}"
+                )
+
+
+def _check_plan(plan: Plan, experts: torch.Tensor, count: int) -> None:
+    pairs = experts.numel()
+    sizes = [len(t) for t in plan]
+    if sizes != [pairs, count + 1, pairs]:
+        raise ValueError(
+            f"plan of sizes {sizes}: expected {[pairs, count + 1, pairs]}, the plan of these "
+            f"experts {tuple(experts.shape)} among {count}"
+        )
+
+
+def _apart(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
+    return Weights(*(
+        list(w[0].unbind(0)) if _stacked(kind, w) else list(w)
+        for kind, w in zip(KINDS, lists, strict=True)
+    ))  # fmt: skip
+
+
+@torch.library.custom_op("moe_rewrite::ffn_experts", mutates_args=())
+def _ffn(
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate: list[torch.Tensor],
+    up_bias: list[torch.Tensor],
+    gate_bias: list[torch.Tensor],
+    down_bias: list[torch.Tensor],
+    activation: str,
+    dense: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
+    lists = (up, down, gate, up_bias, gate_bias, down_bias)
+    if runs_triton(x):
+        from . import launch
+
+        return launch.forward(x, gates, Plan(order, offsets, inverse), lists, activation, save)
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
+    return forward(x, gates, rows, _apart(lists), activation, save)
+
+
+@_ffn.register_fake
+def _(
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate: list[torch.Tensor],
+    up_bias: list[torch.Tensor],
+    gate_bias: list[torch.Tensor],
+    down_bias: list[torch.Tensor],
+    activation: str,
+    dense: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = order.shape[0] if save else 0
+    return torch.empty_like(x), x.new_empty(2 if gate else 1, rows, up[0].shape[-2])
+
+
+@torch.library.custom_op("moe_rewrite::ffn_experts_backward", mutates_args=())
+def _ffn_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    pre: torch.Tensor,
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate: list[torch.Tensor],
+    up_bias: list[torch.Tensor],
+    gate_bias: list[torch.Tensor],
+    down_bias: list[torch.Tensor],
+    activation: str,
+    dense: bool,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
+    lists = (up, down, gate, up_bias, gate_bias, down_bias)
+    into, made = _new_gradients(lists, needs[2:])
+    if runs_triton(x):
+        from . import launch
+
+        plan = Plan(order, offsets, inverse)
+        dx, dgates = launch.backward(dy, x, gates, pre, plan, lists, activation, needs, into)
+    else:
+        rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
+        dx, dgates = backward(
+            dy.contiguous(), x, gates, pre, rows, _apart(lists), activation, *needs[:2],
+            _gradients_apart(into),
+        )  # fmt: skip
+    return [g for g in (dx, dgates) if g is not None] + made
+
+
+@_ffn_backward.register_fake
+def _(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    pre: torch.Tensor,
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate: list[torch.Tensor],
+    up_bias: list[torch.Tensor],
+    gate_bias: list[torch.Tensor],
+    down_bias: list[torch.Tensor],
+    activation: str,
+    dense: bool,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    lists = (up, down, gate, up_bias, gate_bias, down_bias)
+    first = [torch.empty_like(t) for t, need in zip((x, gates), needs[:2], strict=True) if need]
+    return first + _new_gradients(lists, needs[2:])[1]
+
+
+def _new_gradients(
+    lists: Sequence[Sequence[torch.Tensor]], needs: Sequence[bool]
+) -> tuple[list[list[torch.Tensor | None]], list[torch.Tensor]]:
+    """Unwritten gradients as `lists` has the weights, None where none is needed; and those made."""
+    wanted = iter(needs)
+    into = [
+        [torch.empty_like(w, memory_format=torch.contiguous_format) if next(wanted) else None for w in kind]
+        for kind in lists
+    ]
+    return into, [g for kind in into for g in kind if g is not None]
+
+
+def _gradients_apart(into: list[list[torch.Tensor | None]]) -> Gradients:
+    apart: list[list[torch.Tensor | None]] = []
+    for kind, gradients in zip(KINDS, into, strict=True):
+        whole = gradients[0] if len(gradients) == 1 else None
+        stacked = whole is not None and _stacked(kind, [whole])
+        apart.append(list(whole.unbind(0)) if stacked and whole is not None else gradients)
+    return Gradients(*apart)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, gates, order, offsets, inverse, *lists, ctx.activation, ctx.dense, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.sizes = [len(kind) for kind in lists]
+    flat = [w for kind in lists for w in kind]
+    ctx.save_for_backward(x, gates, order, offsets, inverse, output[1], *flat)
+
+
+def _backward(ctx: Any, dy: torch.Tensor, _: Any) -> Any:
+    x, gates, order, offsets, inverse, pre, *flat = ctx.saved_tensors
+    rest = iter(flat)
+    lists = [[next(rest) for _ in range(size)] for size in ctx.sizes]
+    wanted = ctx.needs_input_grad
+    kinds = [
+        list(need) if isinstance(need, (list, tuple)) else [need] * size
+        for need, size in zip(wanted[5:11], ctx.sizes, strict=True)
+    ]
+    needs = [wanted[0], wanted[1], *(n for kind in kinds for n in kind)]
+    made = iter(torch.ops.moe_rewrite.ffn_experts_backward(
+        dy, x, gates, order, offsets, inverse, pre, *lists, ctx.activation, ctx.dense, needs
+    ))  # fmt: skip
+    dx, dgates = (next(made) if need else None for need in needs[:2])
+    weights = [[next(made) if need else None for need in kind] for kind in kinds]
+    return dx, dgates, None, None, None, *weights, None, None, None
+
+
+_ffn.register_autograd(_backward, setup_context=_save)

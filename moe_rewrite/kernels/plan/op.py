@@ -1,0 +1,170 @@
+"""Routes and plans, without a host synchronisation: `route`, `sort_plan`, `expert_choice`.
+
+T rows, E experts, K experts a row takes, L rows an expert takes. Selection reads the logits
+themselves, so that every path and device chooses the same experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dispatch import runs_triton
+from . import reference
+from .reference import Plan
+
+__all__ = ["Plan", "dense_plan", "expert_choice", "route", "sort_plan"]
+
+
+def route(
+    logits_TE: torch.Tensor, k: int, normalize: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gates_TK fp32, experts_TK int64): softmax over all experts in fp32, then the k largest.
+
+    logits_TE: any leading dimensions, fp64 / fp32 / bf16 / fp16 (fp64 gives fp64 gates). Gates in
+    falling order, divided by their sum if `normalize`; of equal logits the lower index comes
+    first. Differentiable with respect to the logits. Raises ValueError for a k outside 1 .. E.
+    """
+    _floating("logits", logits_TE)
+    experts = logits_TE.shape[-1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"k = {k}: expected 1 .. {experts}, the number of experts in the logits")
+    flat = logits_TE.reshape(-1, experts)
+    gates, chosen = _route(flat, k, normalize)
+    shape = (*logits_TE.shape[:-1], k)
+    return gates.view(shape), chosen.view(shape)
+
+
+def sort_plan(experts_TK: torch.Tensor, num_experts: int) -> Plan:
+    """The (row, choice) pairs sorted by expert: a stable counting sort.
+
+    experts_TK: int64, any leading dimensions; an index outside 0 .. num_experts-1 drops its pair,
+    which lies behind all others in the order. Nothing is read back to the host, so that a CUDA
+    graph can capture it. Raises ValueError for another dtype or no expert.
+    """
+    if experts_TK.dtype != torch.int64:
+        raise ValueError(f"experts have dtype {experts_TK.dtype}: expected torch.int64")
+    if num_experts < 1:
+        raise ValueError(f"num_experts = {num_experts}: expected at least 1")
+    return Plan(*_sort_plan(experts_TK.reshape(-1), num_experts))
+
+
+def dense_plan(rows: int, num_experts: int, device: torch.device | str | None = None) -> Plan:
+    """The plan in which every row takes every expert, choice e being expert e: no sort."""
+    pairs = torch.arange(rows * num_experts, device=device)
+    order = pairs.view(rows, num_experts).t().reshape(-1)
+    inverse = pairs.view(num_experts, rows).t().reshape(-1)
+    return Plan(order, torch.arange(num_experts + 1, device=device) * rows, inverse)
+
+
+def expert_choice(
+    logits_TE: torch.Tensor, rows: int, normalize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gates_EL fp32, rows_EL int64): each expert's L = `rows` best rows, equal groups.
+
+    logits_TE: (..., T, E); the result is (..., E, L). Gates are the softmax over experts at the
+    taken rows, or with `normalize` the softmax over those rows. Differentiable. Of equal scores
+    the lower row comes first. Raises ValueError for rows outside 1 .. T.
+    """
+    _floating("logits", logits_TE)
+    if not 1 <= rows <= logits_TE.shape[-2]:
+        raise ValueError(f"rows = {rows}: expected 1 .. {logits_TE.shape[-2]}, the rows there are")
+    return reference.expert_choice(logits_TE, rows, normalize)
+
+
+def _floating(name: str, x: torch.Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} have dtype {x.dtype}: expected a floating-point dtype")
+
+
+def _choose(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest, ties to the lower index: top-k over keys that are all different."""
+    if logits.dtype == torch.float64 or k == logits.shape[-1]:
+        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    bits = (logits.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: no negative zero
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    index = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
+    return logits.shape[-1] - 1 - (rising * 2**16 + index).topk(k, dim=-1).values % 2**16
+
+
+@torch.library.custom_op("moe_rewrite::route", mutates_args=())
+def _route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if runs_triton(logits):
+        from . import launch
+
+        return launch.route(logits, k, normalize)
+    experts = _choose(logits, k)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if normalize:
+        return wide.gather(-1, experts).softmax(-1), experts
+    return wide.softmax(-1).gather(-1, experts), experts
+
+
+@_route.register_fake
+def _(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = logits.shape[0], k
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("moe_rewrite::route_backward", mutates_args=())
+def _route_backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    gates: torch.Tensor,
+    experts: torch.Tensor,
+    normalize: bool,
+) -> torch.Tensor:
+    weighed = grad * gates
+    total = weighed.sum(-1, keepdim=True)
+    if normalize:
+        chosen = weighed - gates * total
+        return torch.zeros_like(logits, dtype=grad.dtype).scatter_(-1, experts, chosen).to(logits)
+    wide = logits.to(grad.dtype).softmax(-1).mul_(-total)
+    return wide.scatter_add_(-1, experts, weighed).to(logits)  # a row's experts differ: no race
+
+
+@_route_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    gates: torch.Tensor,
+    experts: torch.Tensor,
+    normalize: bool,
+) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _save_route(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, _, ctx.normalize = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, *output)
+
+
+def _backward_route(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    logits, gates, experts = ctx.saved_tensors
+    back = torch.ops.moe_rewrite.route_backward
+    return back(grad, logits, gates, experts, ctx.normalize), None, None
+
+
+_route.register_autograd(_backward_route, setup_context=_save_route)
+
+
+@torch.library.custom_op("moe_rewrite::sort_plan", mutates_args=())
+def _sort_plan(
+    experts: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if runs_triton(experts):
+        from . import launch
+
+        return launch.sort_plan(experts, num_experts)
+    return tuple(reference.sort_plan(experts, num_experts))  # type: ignore[return-value]
+
+
+@_sort_plan.register_fake
+def _(
+    experts: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    offsets = experts.new_empty(num_experts + 1)
+    return torch.empty_like(experts), offsets, torch.empty_like(experts)
