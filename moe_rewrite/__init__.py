@@ -4,6 +4,7 @@ from .config import LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
+from .onnx import export_onnx
 from .verify import verify
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "RegionExperts",
     "TokenRouter",
     "convert",
+    "export_onnx",
     "inspect",
     "load",
     "verify",
