@@ -4,6 +4,7 @@ from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRo
 from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
+from .onnx import export_onnx
 from .verify import verify
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "RegionExperts",
     "TokenRouter",
     "convert",
+    "export_onnx",
     "inspect",
     "load",
     "verify",

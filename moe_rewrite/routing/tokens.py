@@ -126,7 +126,7 @@ class TokenGate(Router):
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
         if not active:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
-        rows = torch.stack([self.rows[e] for e in active])
+        rows = self.stacked(active)
         logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)
 
