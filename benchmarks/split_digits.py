@@ -8,6 +8,7 @@ own learning rate, from `benchmarks.tuning`.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ QUICK = {"train": 64, "tested": 100, "base_tested": 50, "tasks": 2}
 TITLES = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
 
 
+@cache
 def pretrained() -> Any:
     from safetensors.torch import load_file
 
@@ -37,12 +39,19 @@ def pretrained() -> Any:
     return model.eval()
 
 
+@cache
+def files(folder: str) -> tuple[Any, Any]:
+    from moe_rewrite.continual.images import read_images
+
+    return read_images(data() / folder)
+
+
 def drawn(folder: str, counts: tuple[int, int], seed: int, part: str) -> tuple[Any, Any]:
     """(train, test) images of a folder, drawn by the seed; part: ``"eval"`` draws both of the
     training images, none of them twice."""
-    from moe_rewrite.continual.images import Images, fit_images, read_images
+    from moe_rewrite.continual.images import Images, fit_images
 
-    train, test = read_images(data() / folder)
+    train, test = files(folder)
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.labels), generator=draw)
     chosen, rest = order[: counts[0]], order[counts[0] :]

@@ -8,6 +8,7 @@ loss on stories that the model told before. Every method with its own learning r
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,29 @@ TITLES = {
 }
 
 
+@cache
+def pretrained() -> tuple[Any, Any]:
+    """The model, which no method changes, and its problem."""
+    from transformers import AutoTokenizer
+
+    from moe_rewrite.continual.text import TextProblem
+    from moe_rewrite.loading import load_model
+
+    model = data().parent / "models" / "stories260K"
+    return load_model(str(model)), TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)
+
+
 def job(
     folder: Path, seed: int, method: str, lr: float, items: int, tested: int, tasks: int,
     epochs: int, part: str = "test", split: int = SPLIT, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One method over the stream, scored on the first items of a part; options: of the Setup."""
-    from transformers import AutoTokenizer
-
     from moe_rewrite.continual.registry import Setup
     from moe_rewrite.continual.run import run
     from moe_rewrite.continual.tasks import Task, read_stream
-    from moe_rewrite.continual.text import TextProblem
     from moe_rewrite.continual.training import Training
-    from moe_rewrite.loading import load_model
 
-    model = data().parent / "models" / "stories260K"
-    dense: Any = load_model(str(model))
-    problem = TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)
+    dense, problem = pretrained()
     stream = [
         Task(t.name, t.train[:items], getattr(t, part)[:tested], epochs=epochs)
         for t in read_stream([data() / "TRACE"])[:tasks]

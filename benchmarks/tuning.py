@@ -9,6 +9,7 @@ uses. What is best by the score after all tasks is what `benchmarks.trace` and
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from . import split_digits, trace
@@ -16,81 +17,103 @@ from .common import arguments, finish, machine
 from .streams import RESULTS, accuracies, losses, runs
 
 SEED = 100  # of no other benchmark
-RATES = {"trace": (1e-3, 3e-3, 1e-2, 3e-2), "digits": (3e-3, 1e-2, 3e-2, 1e-1)}
-BEYOND = {"pmoe-gradient": (1e-1,)}  # on TRACE the best was at the edge
-EPOCHS, POOLS = 10, (1, 2, 4, 8)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FIRST = (3e-3, 1e-2)
+EPOCHS, POOLS = 5, (1, 2, 4, 8)
 TRACE = {"items": 80, "tested": 12, "tasks": 8, "epochs": 2, "part": "eval"}
-DIGITS = {"train": 200, "tested": 500, "base_tested": 200, "tasks": 5, "part": "eval"}
-FEW = {"trace": {"items": 16, "tested": 4, "tasks": 1, "epochs": 1}, "digits": {
-    "train": 32, "tested": 40, "base_tested": 20, "tasks": 2}}  # fmt: skip
+DIGITS = {
+    "train": 150, "tested": 300, "base_tested": 100, "tasks": 5, "epochs": EPOCHS, "part": "eval",
+}  # fmt: skip
+FEW = {
+    "trace": {"items": 16, "tested": 4, "tasks": 1, "epochs": 1},
+    "digits": {"train": 32, "tested": 40, "base_tested": 20, "tasks": 2, "epochs": 1},
+}  # fmt: skip
+Table = dict[str, dict[float, dict[str, float]]]
 
 
-def search(stream: str, quick: bool) -> dict[str, dict[str, Any]]:
-    """Scores of every method at every rate."""
+def search(stream: str, methods: Sequence[str], quick: bool) -> Table:
+    """Scores of every method at the first rates, and at further ones until its best rate has a
+    worse one on either side."""
     module: Any = trace if stream == "trace" else split_digits
     sizes = (TRACE if stream == "trace" else DIGITS) | (FEW[stream] if quick else {})
-    if stream == "digits":
-        sizes |= {"epochs": 1 if quick else EPOCHS}
-    variants = {}
-    for method in ("lora",) if quick else module.METHODS:
-        beyond = BEYOND.get(method, ()) if stream == "trace" else ()
-        for rate in (*RATES[stream][: 2 if quick else None], *beyond):
-            if method != "ranpac":  # solved, not trained
-                variants[f"{method}@{rate:g}"] = {"method": method, "lr": rate} | sizes
-    found = runs(module.job, {f"{stream} {k}": v for k, v in variants.items()}, [SEED])
-    scored = losses if stream == "trace" else accuracies
-    table: dict[str, dict[str, Any]] = {}
-    for name, variant in variants.items():
-        means = {k: v["mean"] for k, v in scored(found[f"{stream} {name}"]).items()}
-        table.setdefault(variant["method"], {})[f"{variant['lr']:g}"] = means
+    table: Table = {method: {} for method in methods}
+    asked = [(method, rate) for method in methods for rate in FIRST]
+    while asked:
+        variants = {
+            f"{stream} {method}@{rate:g}": {"method": method, "lr": rate} | sizes
+            for method, rate in asked
+        }
+        found = runs(module.job, variants, [SEED])
+        for (method, rate), figures in zip(asked, found.values(), strict=True):
+            table[method][rate] = means(stream, figures)
+        asked = [] if quick else neighbours(stream, table)
     return table
 
 
-def pools(rate: float, quick: bool) -> dict[str, dict[str, float]]:
+def means(stream: str, found: list[dict[str, Any]]) -> dict[str, float]:
+    scores = (losses if stream == "trace" else accuracies)(found)
+    return {name: spread["mean"] for name, spread in scores.items()}
+
+
+def best(stream: str, scores: dict[float, dict[str, float]]) -> float:
+    """The rate of the lowest loss, or of the highest accuracy on all digits."""
+    key, sign = ("loss", -1) if stream == "trace" else ("last", 1)
+    return max(scores, key=lambda rate: sign * scores[rate][key])
+
+
+def neighbours(stream: str, table: Table) -> list[tuple[str, float]]:
+    """Rates beside the best of each method that were not tried."""
+    asked = []
+    for method, scores in table.items():
+        at = RATES.index(best(stream, scores))
+        beside = [RATES[i] for i in (at - 1, at + 1) if 0 <= i < len(RATES)]
+        asked += [(method, rate) for rate in beside if rate not in scores]
+    return asked
+
+
+def pools(rate: float, quick: bool) -> dict[int, dict[str, float]]:
     """Scores of PMoE on the digits by the cells that the image router reads."""
-    sizes = DIGITS | {"epochs": EPOCHS} | (FEW["digits"] | {"epochs": 1} if quick else {})
+    sizes = DIGITS | (FEW["digits"] if quick else {})
+    chosen = POOLS[: 2 if quick else None]
     variants = {
-        f"pool {p}": {"method": "pmoe", "lr": rate, "router": {"pool": p}} | sizes
-        for p in POOLS[: 2 if quick else None]
+        f"digits pool {p}": {"method": "pmoe", "lr": rate, "router": {"pool": p}} | sizes
+        for p in chosen
     }
     found = runs(split_digits.job, variants, [SEED])
-    return {n: {k: v["mean"] for k, v in accuracies(f).items()} for n, f in found.items()}
-
-
-def best(table: dict[str, dict[str, Any]], key: str, sign: int) -> dict[str, float]:
-    return {
-        method: float(max(scores, key=lambda rate: sign * scores[rate][key]))
-        for method, scores in table.items()
-    }
+    return {p: means("digits", f) for p, f in zip(chosen, found.values(), strict=True)}
 
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    on_trace, on_digits = (search(stream, quick) for stream in ("trace", "digits"))
-    rates = {"trace": best(on_trace, "loss", -1), "digits": best(on_digits, "last", 1)}
-    by_pool = pools(rates["digits"].get("pmoe", 1e-2), quick)
-    pool = max(by_pool, key=lambda name: by_pool[name]["last"])
-    figures = {
-        "trace": {"chosen": {"rates": rates["trace"]}, "sizes": TRACE, "table": on_trace},
-        "digits": {
-            "chosen": {"rates": rates["digits"], "epochs": EPOCHS, "pool": int(pool.split()[1])},
-            "sizes": DIGITS, "table": on_digits, "pools": by_pool,
-        },
-    }  # fmt: skip
+    methods = {"digits": split_digits.METHODS, "trace": trace.METHODS}
+    tables, chosen = {}, {}
+    for stream, names in methods.items():
+        trained = [m for m in names if m != "ranpac"]  # which is solved
+        tables[stream] = search(stream, trained[:1] if quick else trained, quick)
+        chosen[stream] = {"rates": {m: best(stream, s) for m, s in tables[stream].items()}}
+    by_pool = pools(chosen["digits"]["rates"]["pmoe"], quick)
+    pool = max(by_pool, key=lambda p: by_pool[p]["last"])
+    chosen["digits"] |= {"epochs": EPOCHS, "pool": pool}
+    figures = {s: {"chosen": chosen[s], "table": tables[s]} for s in methods}
+    figures["trace"] |= {"sizes": TRACE}
+    figures["digits"] |= {"sizes": DIGITS, "pools": by_pool}
     if not quick:
         text = json.dumps(machine() | {"seed": SEED} | figures, indent=1)
         (RESULTS / "tuning.json").write_text(text + "\n")
     rows = [
-        (stream, method, rate, f"{scores[key]:.3f}", f"{scores['bwt']:.3f}",
-         f"{scores['base']:.3f}", "best" if float(rate) == rates[stream][method] else "")
-        for stream, table, key in (("trace", on_trace, "loss"), ("digits", on_digits, "last"))
+        (s, method, f"{rate:g}", *(f"{v:.3f}" for v in list(scores.values())[:3]),
+         "best" if rate == chosen[s]["rates"][method] else "")
+        for s, table in tables.items()
         for method, by_rate in table.items()
         for rate, scores in by_rate.items()
     ]  # fmt: skip
-    rows += [("digits", n, "", *(f"{s[k]:.3f}" for k in ("last", "bwt", "base")),
-              "best" if n == pool else "") for n, s in by_pool.items()]  # fmt: skip
+    rows += [
+        ("digits", f"pmoe, pool {p}", "", *(f"{v:.3f}" for v in list(scores.values())[:3]),
+         "best" if p == pool else "")
+        for p, scores in by_pool.items()
+    ]  # fmt: skip
     columns = ["stream", "method", "rate", "loss or last", "BWT", "base", ""]
-    finish("tuning", columns, rows, chosen={k: v["chosen"] for k, v in figures.items()})
+    finish("tuning", columns, rows, chosen=chosen)
 
 
 if __name__ == "__main__":

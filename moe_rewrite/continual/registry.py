@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -85,12 +86,23 @@ def _rival(kind: Any) -> Callable[..., Method]:
     ) -> Method:
         given: dict[str, Any] = {"replay": setup.replay, "balanced": setup.balanced}
         if issubclass(kind, Adapters):
-            report = cast(Report, _converted(dense, setup, "analytic", dry_run=True))
-            sites = [name for name, _, _ in report.sites]
-            given |= {"sites": sites, "rank": setup.rank, "alpha": setup.alpha}
+            given |= {"sites": _sites(dense, setup), "rank": setup.rank, "alpha": setup.alpha}
         return kind(dense, problem, setup.training, **given)
 
     return build
+
+
+_SITES: WeakKeyDictionary[nn.Module, dict[Any, list[str]]] = WeakKeyDictionary()
+
+
+def _sites(dense: nn.Module, setup: Setup) -> list[str]:
+    """Where experts would be; captured once for all rivals of one comparison."""
+    known = _SITES.setdefault(dense, {})
+    key = (setup.split, setup.granularity)
+    if key not in known:
+        report = cast(Report, _converted(dense, setup, "analytic", dry_run=True))
+        known[key] = [name for name, _, _ in report.sites]
+    return known[key]
 
 
 METHODS: dict[str, Callable[..., Method]] = {
