@@ -27,6 +27,7 @@ from .passes.freeze import freeze
 from .passes.insert_experts import insert_experts
 from .passes.insert_feedforward import find_feedforward_sites, insert_feedforward
 from .passes.insert_region import insert_region
+from .passes.lower import lower
 from .passes.route import route
 from .passes.sites import find_sites
 from .passes.split import shallow_modules, split
@@ -215,7 +216,10 @@ class Compiler:
                 )
             else:
                 program = self.timed("insert experts", insert_experts, *given)
-        return self.timed("widen head", widen_head, program)
+        program = self.timed("widen head", widen_head, program)
+        return (
+            program if self.recipe.backend == "reference" else self.timed("lower", lower, program)
+        )
 
     def compile(
         self, arguments: dict[str, Any], mode: str, static_ones: bool = False

@@ -324,6 +324,7 @@ class Recipe:
     num_experts: int
     batch_norm: Literal["frozen", "update"]
     freeze: bool
+    backend: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; routers and experts with their class as ``kind``."""
@@ -403,4 +404,4 @@ def make_recipe(
     if count is None:
         count = getattr(experts, "num", None) or (8 if upcycle else 1)
     _require(_is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
-    return Recipe(mode, split, spec, experts, count, batch_norm, freeze)  # type: ignore[arg-type]
+    return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]

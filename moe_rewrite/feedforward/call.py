@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,38 +11,39 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..analysis.feedforward import FeedForward, Linear
+from ..kernels.ffn.op import ffn_dense, ffn_experts
 from ..program import Code
 from ..routing.dispatch import Dispatch, RowGates
+from .form import Form, find_form
+
+Weights = list[torch.Tensor]  # of one expert
 
 
 @dataclass(frozen=True)
 class Body:
-    """A feed-forward region as a function of rows (..., D) and one list of weights."""
+    """A feed-forward region as a function of rows (..., D) and its weights."""
 
     ups: tuple[Linear, ...]
     middle: Code
     extra: tuple[int, ...]
     down: Linear
 
-    def __call__(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        hidden = [_linear(x, up, weights) for up in self.ups]
-        return _linear(
-            self.middle.call(*hidden, *(weights[i] for i in self.extra)), self.down, weights
-        )
+    def __call__(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        hidden = [F.linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
+        inner = self.middle.call(*hidden, *(weights[i] for i in self.extra))
+        return F.linear(inner, matrix(self.down, weights), bias(self.down, weights))
 
 
-def matrix(linear: Linear, weights: list[torch.Tensor]) -> torch.Tensor:
+def matrix(product: Linear, weights: Weights) -> torch.Tensor:
     """A view of the product's weight as (out, in)."""
-    weight = weights[linear.weight]
-    if linear.pointwise:
+    weight = weights[product.weight]
+    if product.pointwise:
         return weight.flatten(1)
-    return weight.t() if linear.transposed else weight
+    return weight.t() if product.transposed else weight
 
 
-def _linear(x: torch.Tensor, linear: Linear, weights: list[torch.Tensor]) -> torch.Tensor:
-    return F.linear(
-        x, matrix(linear, weights), None if linear.bias is None else weights[linear.bias]
-    )
+def bias(product: Linear, weights: Weights) -> torch.Tensor | None:
+    return None if product.bias is None else weights[product.bias]
 
 
 class FeedForwardCall:
@@ -53,17 +55,25 @@ class FeedForwardCall:
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
+    form: Form | None = None  # of the fused op that runs, once lowered
 
-    def __init__(self, region: FeedForward, dims: int) -> None:
-        """dims: dimensions of the output, which may have the rows merged into one."""
+    def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
+        """widths: of the products of x. dims: dimensions of the output, which may have the rows
+        merged into one."""
         self.body = Body(region.ups, region.middle, region.extra, region.down)
-        self.channels, self.dims = region.channels, dims
+        self.channels, self.widths, self.dims = region.channels, widths, dims
 
     def __deepcopy__(self, memo: dict) -> FeedForwardCall:
         return self
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
+
+    def lowered(self) -> FeedForwardCall:
+        """The same by the fused op, where there is one for what the region computes."""
+        call = copy.copy(self)
+        call.form = find_form(self.body.middle, self.widths)
+        return call
 
     def __call__(
         self, x: torch.Tensor, gates: RowGates | None, dense: tuple, experts: tuple
@@ -74,29 +84,57 @@ class FeedForwardCall:
         else:
             gates_TE, dispatch = gates.over(tuple(rows.shape[:-1]))
             weights = weights_by_expert(gates.base, dense, experts)
-            y = self._routed(rows.reshape(-1, rows.shape[-1]), gates_TE, dispatch, weights)
-            y = y.unflatten(0, rows.shape[:-1])
+            flat = rows.reshape(-1, rows.shape[-1])
+            run = self._looped if self.form is None else self._fused
+            y = run(flat, gates_TE, dispatch, weights).view(rows.shape)
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
 
-    def _routed(
+    def _looped(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
-        weights: list[list[torch.Tensor]],
+        weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
         """Every expert on its rows, added up in the experts' order."""
-        ends = dispatch.offsets.tolist()
+        ends = dispatch.plan.offsets.tolist()
+        rows = dispatch.plan.order // dispatch.experts_TK.shape[1]
         y_TD = x_TD.new_zeros(x_TD.shape)
         for e, own in enumerate(weights):
-            pairs = slice(ends[e], ends[e + 1])
-            if pairs.start < pairs.stop:
-                rows = dispatch.rows_N[pairs]
-                made = self.body(x_TD[rows], own)
-                gates = gates_TE[rows, e].unsqueeze(1).to(made.dtype)
-                y_TD = y_TD.index_add(0, rows, made * gates)
+            mine = rows[ends[e] : ends[e + 1]]
+            if len(mine):
+                gates = gates_TE[mine, e].unsqueeze(1).to(x_TD.dtype)
+                y_TD = y_TD.index_add(0, mine, self.body(x_TD[mine], own) * gates)
         return y_TD
 
+    def _fused(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
+        weights: list[Weights],
+    ) -> torch.Tensor:  # fmt: skip
+        assert self.form is not None
+        up, up_bias = self._of(self.form.up, weights)
+        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
+        down = [matrix(self.body.down, w) for w in weights]
+        down_bias = _biases(self.body.down, weights)
+        given = (up, down, gate, up_bias, gate_bias, down_bias, self.form.activation)
+        if dispatch.every:
+            return ffn_dense(x_TD, gates_TE, *given)
+        gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
+        return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
 
-def weights_by_expert(base: bool, dense: tuple, experts: tuple) -> list[list[Any]]:
-    """One list of the region's tensors for each expert of a dispatch."""
+    def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
+        """Of each expert the matrix and bias of a product, or of a half of one."""
+        number, half = place
+        product = self.body.ups[number]
+        matrices, biases = [matrix(product, w) for w in weights], _biases(product, weights)
+        if half is None:
+            return matrices, biases
+        return [m.chunk(2)[half] for m in matrices], biases and [b.chunk(2)[half] for b in biases]
+
+
+def _biases(product: Linear, weights: list[Weights]) -> list[torch.Tensor] | None:
+    return None if product.bias is None else [w[product.bias] for w in weights]
+
+
+def weights_by_expert(base: bool, dense: tuple, experts: tuple) -> list[Weights]:
+    """The region's tensors of each expert of a dispatch."""
     count = len(next(own for own in experts if own is not None))
     both = list(zip(dense, experts, strict=True))
     copies = [[d if own is None else own[e] for d, own in both] for e in range(count)]

@@ -117,7 +117,9 @@ class Plain(nn.Module):
         """
         gate: Any = copy.copy(self._held[0])
         own = gate.__dict__
-        own["_buffers"] = {n: tensors.get(f"{ADDED}router.{n}", b) for n, b in gate._buffers.items()}
+        own["_buffers"] = {
+            n: tensors.get(f"{ADDED}router.{n}", b) for n, b in gate._buffers.items()
+        }
         own["active_indices"] = lambda: self.active
         if self.active:
             own["stacked"] = lambda active: tensors[ROWS]

@@ -41,7 +41,10 @@ def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tenso
         if tensor.name in replaced:
             new = replaced[tensor.name]
             fresh = onnx.TensorProto(
-                name=tensor.name, dims=new.shape, data_type=KINDS[new.dtype], raw_data=bytes(raw(new))
+                name=tensor.name,
+                dims=new.shape,
+                data_type=KINDS[new.dtype],
+                raw_data=bytes(raw(new)),
             )
             tensor.CopyFrom(fresh)
 

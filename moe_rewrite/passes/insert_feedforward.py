@@ -72,6 +72,12 @@ def _site(program: Program, name: str, region: FeedForward) -> FeedForwardSite:
     return FeedForwardSite(name, parts, width, region.hidden, len(region.ups) > 1)
 
 
+def _widths(region: FeedForward) -> tuple[int, ...]:
+    """Of the products of the region's rows."""
+    weights = [(value(region.weights[up.weight]), up) for up in region.ups]
+    return tuple(int(w.shape[1 if up.transposed else 0]) for w, up in weights)
+
+
 def insert_feedforward(
     program: Program, sites: dict[FeedForwardSite, list[Use]], rejected: list[Rejection],
     exact: bool,
@@ -95,7 +101,7 @@ def insert_feedforward(
                     arguments: Any = (plan, layout)
                     aligned[layout] = graph.call_function(align, arguments)
             own = tuple(parts.get(program.inputs[w.name].name) for w in region.weights)
-            call = FeedForwardCall(region, value(region.exit).ndim)
+            call = FeedForwardCall(region, _widths(region), value(region.exit).ndim)
             with graph.inserting_after(region.exit):
                 entry = moved.get(region.entry, region.entry)
                 args: Any = (entry, aligned[layout], tuple(region.weights), own)
