@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 OPSETS = range(20, 24)
+MAPPED = 64_000_000  # bytes of weights from which proof is by mapped files
 LOWERINGS = ("auto", "dense", "sparse", "contrib")
 
 
@@ -53,11 +57,26 @@ def export(
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
         timed("write", write_model, skeleton, fresh, external)
-        timed("check", check_file, fresh)
-        if verify:
-            report.checks = timed("prove", prove, moe, plain, fresh)
+        with _mapped(skeleton, fresh, external) as proven:
+            timed("check", check_file, proven)
+            if verify:
+                report.checks = timed("prove", prove, moe, plain, proven)
         files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
     return replace(report, files=files, seconds=seconds)
+
+
+@contextmanager
+def _mapped(skeleton: Skeleton, path: Path, external: bool) -> Iterator[Path]:
+    """The file to prove: of many weights in one file, the same graph with its weights beside it,
+    which are mapped into memory and not read and copied."""
+    size = sum(t.numel() * t.element_size() for t in skeleton.weights.values())
+    if external or size < MAPPED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=path.parent.parent) as folder:
+        twin = Path(folder) / path.name
+        write_model(skeleton, twin, external=True)
+        yield twin
 
 
 def _lowering(moe: MoEModel, asked: str) -> str:
