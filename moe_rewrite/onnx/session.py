@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ def frugal_options() -> Any:
 
 def release_memory() -> None:
     """Hand freed memory back to the system, where the C library can."""
-    gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
