@@ -64,3 +64,21 @@ def export_onnx(
     return export(
         moe, path, lowering, dtype, opset, example_inputs, cache, external_data, open_inputs, verify
     )
+
+
+def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:
+    """See `moe_rewrite.onnx.runtime.load`."""
+    require()
+    from .runtime import load
+
+    return load(path, experts, **options)
+
+
+def export_experts(
+    moe: MoEModel, file: str | os.PathLike, example_inputs: Any = None
+) -> dict[str, tuple[int, ...]]:
+    """See `moe_rewrite.onnx.experts.export_experts`."""
+    require()
+    from .experts import export_experts
+
+    return export_experts(moe, file, example_inputs)

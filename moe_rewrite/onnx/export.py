@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +20,7 @@ import torch
 from ..errors import ConfigError
 from .plain import Plain
 from .prove import check_file, prove
+from .metadata import FORMAT
 from .report import OnnxReport
 from .translate import Skeleton, translate
 from .write import checked_path, digest, in_place, needs_external, set_metadata, write_model
@@ -22,8 +28,9 @@ from .write import checked_path, digest, in_place, needs_external, set_metadata,
 if TYPE_CHECKING:
     from ..model import MoEModel
 
-FORMAT = 1
 OPSETS = range(20, 24)
+MAPPED = 64_000_000  # bytes of weights from which proof is by mapped files
+CASTS = (torch.float32, torch.float16, torch.bfloat16)
 LOWERINGS = ("auto", "dense", "sparse", "contrib")
 
 
@@ -44,6 +51,10 @@ def export(
         seconds[name] = time.perf_counter() - start
         return made
 
+    if dtype not in (None, moe.dtype, *CASTS):
+        raise ConfigError(f"dtype={dtype!r}: expected None, {' or '.join(map(str, CASTS))}")
+    if dtype not in (None, moe.dtype):
+        moe = copy.deepcopy(moe).to(dtype)
     plain = timed("capture", Plain, moe, example_inputs, cache)
     external = needs_external(plain.tensors, external_data)
     skeleton = timed("translate", translate, plain, opset)
@@ -53,11 +64,27 @@ def export(
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
         timed("write", write_model, skeleton, fresh, external)
-        timed("check", check_file, fresh)
-        if verify:
-            report.checks = timed("prove", prove, moe, plain, fresh)
+        with _mapped(skeleton, fresh, external) as proven:
+            timed("check", check_file, proven)
+            if verify:
+                report.checks = timed("prove", prove, moe, plain, proven)
         files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
     return replace(report, files=files, seconds=seconds)
+
+
+@contextmanager
+def _mapped(skeleton: Skeleton, path: Path, external: bool) -> Iterator[Path]:
+    """The file to prove: of many weights in one file, the same graph with its weights beside it,
+    which are mapped into memory and not read and copied."""
+    size = sum(t.numel() * t.element_size() for t in skeleton.weights.values())
+    if external or size < MAPPED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=path.parent.parent) as folder:
+        gc.collect()  # graphs of the trace, in cycles: worth a second for so many weights
+        twin = Path(folder) / path.name
+        write_model(skeleton, twin, external=True)
+        yield twin
 
 
 def _lowering(moe: MoEModel, asked: str) -> str:
@@ -112,19 +139,23 @@ def _operator(node: onnx.NodeProto) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
+def base_of(plain: Plain) -> str:
+    """What experts that are loaded later must have been trained on."""
+    return digest({n: t for n, t in plain.tensors.items() if n not in plain.stacks})
+
+
 def _describe(skeleton: Skeleton, moe: MoEModel, plain: Plain, report: OnnxReport) -> None:
     """Metadata: what a loader must know, and the reports of conversion and export."""
     conversion = moe.report
     recipe = replace(
         moe.recipe, split=moe._compiler.at, router=moe.router.spec, num_experts=moe.num_experts
     )
-    fixed = {n: t for n, t in skeleton.weights.items() if n not in plain.stacks}
     set_metadata(
         skeleton.model,
         {
             "moe_rewrite.format": FORMAT,
             "moe_rewrite.model": conversion.model,
-            "moe_rewrite.base": digest(fixed),
+            "moe_rewrite.base": base_of(plain),
             "moe_rewrite.experts": report.experts,
             "moe_rewrite.stacks": {
                 n: [s.dim, s.each] for n, s in plain.stacks.items() if n in skeleton.weights

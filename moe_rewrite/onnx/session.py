@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,25 @@ def open_session(
         source = model.SerializeToString()
         del model
     return ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"])
+
+
+def frugal_options() -> Any:
+    """For a session that computes as any other in little memory: weights stay where the file is
+    mapped, in one copy."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system, where the C library can."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 
 def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tensor]) -> None:

@@ -34,7 +34,7 @@ def translate(plain: Plain, opset: int) -> Skeleton:
     """Raises CaptureError with the reason that torch.export or the exporter gave."""
     leaves, tensors, state, shapes = _example(plain)
     try:
-        with torch.enable_grad(), _quiet():  # without gradients a region folds its norms each call
+        with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
             plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
             exported = torch.export.export(
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
@@ -74,7 +74,7 @@ def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's remarks on what is not installed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
