@@ -19,7 +19,7 @@ from .streams import RESULTS, accuracies, losses, runs
 SEED = 100  # of no other benchmark
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 FIRST = (3e-3, 1e-2)
-EPOCHS, POOLS = 5, (1, 2, 4, 8)
+EPOCHS, LONGER, POOLS = 5, (5, 10, 20), (1, 2, 4, 8)
 TRACE = {"items": 80, "tested": 12, "tasks": 8, "epochs": 2, "part": "eval"}
 DIGITS = {
     "train": 150, "tested": 300, "base_tested": 100, "tasks": 5, "epochs": EPOCHS, "part": "eval",
@@ -71,6 +71,29 @@ def neighbours(stream: str, table: Table) -> list[tuple[str, float]]:
     return asked
 
 
+def longer(rates: dict[str, float], quick: bool) -> dict[int, dict[str, dict[str, float]]]:
+    """Scores of the two upper bounds on the digits by epochs: short of training, they bound
+    nothing."""
+    sizes = DIGITS | (FEW["digits"] if quick else {})
+    variants = {
+        f"digits {method}, {n} epochs": {"method": method, "lr": rates[method]} | sizes
+        | {"epochs": n}
+        for n in LONGER
+        for method in ("oracle", "joint")
+    }  # fmt: skip
+    found = iter(runs(split_digits.job, variants, [SEED]).values())
+    return {n: {m: means("digits", next(found)) for m in ("oracle", "joint")} for n in LONGER}
+
+
+def enough(by_epochs: dict[int, dict[str, dict[str, float]]]) -> int:
+    """The fewest epochs that twice as many better by less than 0.02, mean of both bounds."""
+    mean = {n: sum(s["last"] for s in both.values()) / len(both) for n, both in by_epochs.items()}
+    for now, more in zip(LONGER, LONGER[1:], strict=False):
+        if mean[more] - mean[now] < 0.02:
+            return now
+    return LONGER[-1]
+
+
 def pools(rate: float, quick: bool) -> dict[int, dict[str, float]]:
     """Scores of PMoE on the digits by the cells that the image router reads."""
     sizes = DIGITS | (FEW["digits"] if quick else {})
@@ -91,12 +114,15 @@ def main() -> None:
         trained = [m for m in names if m != "ranpac"]  # which is solved
         tables[stream] = search(stream, trained[:1] if quick else trained, quick)
         chosen[stream] = {"rates": {m: best(stream, s) for m, s in tables[stream].items()}}
-    by_pool = pools(chosen["digits"]["rates"]["pmoe"], quick)
+    rates = chosen["digits"]["rates"]
+    by_epochs = {} if quick else longer(rates, quick)
+    epochs = enough(by_epochs) if by_epochs else EPOCHS
+    by_pool = pools(rates["pmoe"], quick)
     pool = max(by_pool, key=lambda p: by_pool[p]["last"])
-    chosen["digits"] |= {"epochs": EPOCHS, "pool": pool}
+    chosen["digits"] |= {"epochs": epochs, "pool": pool}
     figures = {s: {"chosen": chosen[s], "table": tables[s]} for s in methods}
     figures["trace"] |= {"sizes": TRACE}
-    figures["digits"] |= {"sizes": DIGITS, "pools": by_pool}
+    figures["digits"] |= {"sizes": DIGITS, "epochs": by_epochs, "pools": by_pool}
     if not quick:
         text = json.dumps(machine() | {"seed": SEED} | figures, indent=1)
         (RESULTS / "tuning.json").write_text(text + "\n")
@@ -111,6 +137,12 @@ def main() -> None:
         ("digits", f"pmoe, pool {p}", "", *(f"{v:.3f}" for v in list(scores.values())[:3]),
          "best" if p == pool else "")
         for p, scores in by_pool.items()
+    ]  # fmt: skip
+    rows += [
+        ("digits", f"{method}, {n} epochs", "", *(f"{v:.3f}" for v in list(scores.values())[:3]),
+         "enough" if n == epochs else "")
+        for n, both in by_epochs.items()
+        for method, scores in both.items()
     ]  # fmt: skip
     columns = ["stream", "method", "rate", "loss or last", "BWT", "base", ""]
     finish("tuning", columns, rows, chosen=chosen)
