@@ -19,7 +19,6 @@ from moe_rewrite import MoEModel
 from .common import arguments, finish
 from .features import llama
 
-
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 

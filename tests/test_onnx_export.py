@@ -81,7 +81,9 @@ def test_more_experts_than_exported_come_from_a_file(llama, tmp_path):
         want = source(**given, use_cache=False).logits
         torch.testing.assert_close(loaded(**given)["logits"], want, rtol=1e-4, atol=1e-4)
     assert loaded.experts == more.names
-    assert (more(**given, use_cache=False).logits - moe(**given, use_cache=False).logits).abs().max() > 0.01
+    assert (
+        more(**given, use_cache=False).logits - moe(**given, use_cache=False).logits
+    ).abs().max() > 0.01
 
 
 def test_one_expert_as_an_adapter_of_onnx_runtime(llama, tmp_path):

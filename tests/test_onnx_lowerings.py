@@ -22,7 +22,12 @@ from moe_rewrite.onnx.lowerings.session import session_of  # noqa: E402
 from moe_rewrite.onnx.lowerings.sparse import ffn_sparse  # noqa: E402
 
 E, D, H, K = 4, 32, 64, 2
-ACTS = {"silu": F.silu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "identity": lambda x: x}
+ACTS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "identity": lambda x: x,
+}
 
 
 def reference(x, logits, w, activation):
@@ -81,7 +86,12 @@ class Routed(torch.nn.Module):
 @pytest.mark.parametrize("lowering", [ffn_dense, ffn_sparse, ffn_contrib])
 @pytest.mark.parametrize(
     "gated,biased,activation",
-    [(True, False, "silu"), (False, True, "gelu_tanh"), (False, False, "relu"), (False, True, "silu")],
+    [
+        (True, False, "silu"),
+        (False, True, "gelu_tanh"),
+        (False, False, "relu"),
+        (False, True, "silu"),
+    ],
 )
 def test_lowering_equals_a_loop_over_rows(lowering, gated, biased, activation):
     w = weights(gated, biased)

@@ -44,9 +44,10 @@ def find_form(middle: Code, widths: Sequence[int]) -> Form | None:
     if not torch.equal(made, again):  # a dropout that is on
         return None
     for form, computed in _candidates(given):
-        if made.shape == computed.shape and made.dtype == computed.dtype:
-            if float((made - computed).abs().max()) <= TOLERANCE * float(computed.abs().max()):
-                return form
+        if made.shape != computed.shape or made.dtype != computed.dtype:
+            continue
+        if float((made - computed).abs().max()) <= TOLERANCE * float(computed.abs().max()):
+            return form
     return None
 
 

@@ -18,9 +18,9 @@ import onnx
 import torch
 
 from ..errors import ConfigError
+from .metadata import FORMAT
 from .plain import Plain
 from .prove import check_file, prove
-from .metadata import FORMAT
 from .report import OnnxReport
 from .translate import Skeleton, translate
 from .write import checked_path, digest, in_place, needs_external, set_metadata, write_model

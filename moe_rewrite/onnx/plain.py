@@ -218,7 +218,9 @@ def _tensors(
         for part, stack in zip(site.parts, stacked, strict=True):
             experts[f"{site.site.name}:{part}"] = _named(site, part, stack, active, tensors)
             if isinstance(site, LoRASite) and active:
-                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(int(part == "b"), site.rank)
+                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(
+                    int(part == "b"), site.rank
+                )
     if active:
         tensors[ROWS] = moe.router.stacked(active).detach()
         stacks[ROWS] = Stack(0, 1)

@@ -77,7 +77,9 @@ class Generator(OnnxModel):
         """(B, S + new) ids. A row that has written `eos_token_id` goes on with `pad_token_id`; it
         ends when all have, or after `max_new_tokens`."""
         if input_ids.ndim != 2 or not input_ids.numel():
-            raise InputError(f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, length)")
+            raise InputError(
+                f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, length)"
+            )
         ids = input_ids.numpy()
         mask = np.ones_like(ids) if attention_mask is None else attention_mask.numpy()
         state = {n: np.zeros(_empty(s, len(ids)), d) for n, (s, d) in self._shapes.items()}

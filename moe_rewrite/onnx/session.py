@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,8 @@ def frugal_options() -> Any:
 
 def release_memory() -> None:
     """Hand freed memory back to the system, where the C library can."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tensor]) -> None:

@@ -59,7 +59,8 @@ def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
     """What to trace with, and the dimensions that stay open."""
     auto = torch.export.Dim.AUTO
     count = torch.export.Dim("experts", min=2)
-    tensors, shapes = dict(plain.tensors), {}
+    tensors = dict(plain.tensors)
+    shapes: dict[str, Any] = {}
     for name, tensor in plain.tensors.items():
         shapes[name] = None
         if name in plain.stacks:

@@ -12,7 +12,12 @@ import torch
 
 from ...errors import ConfigError
 
-FITTING = {"relu": "relu", "gelu_tanh": "gelu", "silu": "silu", "identity": "identity"}  # its gelu is the tanh one
+FITTING = {
+    "relu": "relu",
+    "gelu_tanh": "gelu",
+    "silu": "silu",
+    "identity": "identity",
+}  # its gelu is the tanh one
 
 
 def fits(activation: str, gated: bool, top_k: int | None) -> str:
