@@ -235,4 +235,14 @@ def test_convert_takes_regions(tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
     assert "multiply-adds" in done.output
-    assert "expected lora or region" in str(run("convert", MODEL, "--experts", "x").exception)
+    wrong = run("convert", MODEL, "--experts", "x").exception
+    assert "expected auto, lora, ffn or region" in str(wrong)
+
+
+def test_convert_upcycles(tmp_path):
+    done = run(
+        "convert", "test_cli:mlp", "--mode", "upcycle", "--split", "0", "--num-experts", "3",
+        "--out", str(tmp_path / "e"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    assert "3 copies of the feed-forward" in done.output

@@ -84,7 +84,8 @@ class FeedForward:
 
 def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedForward | tuple]:
     """Every feed-forward region among these nodes; or (name, why it is none) of what would be one
-    but for a detail."""
+    but for a detail. Of a chain of products each is in one region at most, the first that it fits."""
+    taken: set[fx.Node] = set()
     for node in nodes:
         product = find_product(program, node)
         if not isinstance(product, Product) or not _is_rowwise(product):
@@ -94,7 +95,8 @@ def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedFor
         except _Unfit as error:
             yield place(node), str(error)
             continue
-        if found is not None:
+        if found is not None and taken.isdisjoint(found.nodes):
+            taken.update(found.nodes)
             yield found
 
 
