@@ -2,30 +2,32 @@
 
 ``python -m benchmarks.split_digits [--quick]``: the pretrained ResNet-20, digits as RGB of 32 x 32,
 five tasks whose columns widen the head, CIFAR-10 accuracy as the base ability; no task identity at
-inference. PMoE against every rival, at equal trainable parameters for the adapters.
+inference. PMoE against every rival, at equal trainable parameters for the adapters, each with its
+own learning rate, from `benchmarks.tuning`.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 
 from .common import arguments, data, finish, save
+from .streams import accuracies, bars, facts, rows, runs, tuned, without_matrices
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 METHODS = (
     "pmoe", "pmoe-gradient", "full", "lora", "replay", "ewc", "lwf", "olora", "ranpac", "oracle",
     "joint",
 )  # fmt: skip
+FULL = {"train": 300, "tested": 600, "base_tested": 500, "tasks": 5}
+QUICK = {"train": 64, "tested": 100, "base_tested": 50, "tasks": 2}
+TITLES = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
 
 
+@cache
 def pretrained() -> Any:
     from safetensors.torch import load_file
 
@@ -37,92 +39,71 @@ def pretrained() -> Any:
     return model.eval()
 
 
-def job(method: str, seed: int, train: int, test: int, tasks: int, folder: str) -> dict[str, Any]:
-    from moe_rewrite.continual.images import (
-        ImageProblem,
-        Images,
-        fit_images,
-        items_of,
-        read_images,
-        split_classes,
-    )
+@cache
+def files(folder: str) -> tuple[Any, Any]:
+    from moe_rewrite.continual.images import read_images
+
+    return read_images(data() / folder)
+
+
+def drawn(folder: str, counts: tuple[int, int], seed: int, part: str) -> tuple[Any, Any]:
+    """(train, test) images of a folder, drawn by the seed; part: ``"eval"`` draws both of the
+    training images, none of them twice."""
+    from moe_rewrite.continual.images import Images, fit_images
+
+    train, test = files(folder)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train.labels), generator=draw)
+    chosen, rest = order[: counts[0]], order[counts[0] :]
+    if part == "eval":
+        others, tested = train, rest[: counts[1]]
+    else:
+        others, tested = test, torch.randperm(len(test.labels), generator=draw)[: counts[1]]
+    cut = ((train, chosen), (others, tested))
+    fitted = [
+        fit_images(Images(i.pixels[at], i.labels[at]), (3, 32, 32), MEAN, STD) for i, at in cut
+    ]
+    return fitted[0], fitted[1]
+
+
+def job(
+    folder: Path, seed: int, method: str, lr: float, epochs: int, train: int, tested: int,
+    base_tested: int, tasks: int, part: str = "test", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One method over the stream; options: of the Setup."""
+    from moe_rewrite.continual.images import ImageProblem, items_of, split_classes
     from moe_rewrite.continual.registry import Setup
     from moe_rewrite.continual.run import run
     from moe_rewrite.continual.tasks import Task
     from moe_rewrite.continual.training import Training
 
-    torch.set_num_threads(1)
-
-    def chosen(images: Images, count: int) -> Images:
-        order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
-        part = order[:count]
-        return fit_images(Images(images.pixels[part], images.labels[part]), (3, 32, 32), MEAN, STD)
-
-    digits = [chosen(i, n) for i, n in zip(read_images(data() / "mnist"), (12 * train, 10 * test), strict=True)]  # fmt: skip
+    digits = drawn("mnist", (12 * train, tested), seed, part)
     stream = split_classes(*digits, per_task=2, first_column=10, name="digits", limit=train)[:tasks]
-    same = {c: c for c in range(10)}
-    images = read_images(data() / "cifar-10-batches-py")
-    base = [items_of(chosen(i, n), same) for i, n in zip(images, (10 * train, 500 if tasks == 5 else 50), strict=True)]  # fmt: skip
-    own = Task("CIFAR-10", *base)
-    setup = Setup(split="layer3", training=Training(epochs=3, lr=3e-3, batch_size=32, seed=seed))
-    out = Path(folder) / f"{method}-{seed}"
-    return run(
-        method, pretrained(), ImageProblem(32), stream, setup, own, "accuracy", out
-    ).figures()
-
-
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    def both(values: list[float]) -> dict[str, float]:
-        return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
-
-    return {
-        "last": both([r["op"] for r in runs]), "bwt": both([r["bwt"] for r in runs]),
-        "base": both([r["base_after"] for r in runs]), "base_before": runs[0]["base_before"],
-        "trainable": runs[0]["trainable"], "keeps_data": runs[0]["keeps_data"],
-        "seconds": mean(r["seconds"] for r in runs), "R": [r["R"] for r in runs],
-        "router_use": runs[0]["router_use"],
-    }  # fmt: skip
-
-
-def draw(results: dict[str, dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    titles = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        means, spreads = ([r[key][k] for r in results.values()] for k in ("mean", "spread"))
-        axis.barh(list(results), means, xerr=spreads, capsize=2)
-        axis.invert_yaxis()
-        axis.set_title(title)
-    figure.tight_layout()
-    return figure
+    base = drawn("cifar-10-batches-py", (10 * train, base_tested), seed, part)
+    own = Task("CIFAR-10", *(items_of(images, {c: c for c in range(10)}) for images in base))
+    training = Training(epochs=epochs, lr=lr, batch_size=32, seed=seed)
+    setup = Setup(split="layer3", training=training, **options)
+    problem = ImageProblem(32)
+    return run(method, pretrained(), problem, stream, setup, own, "accuracy", folder).figures()
 
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    seeds = (0,) if quick else (0, 1, 2)
-    sizes = (64, 10, 2) if quick else (300, 60, 5)
     methods = ("pmoe", "ranpac") if quick else METHODS
-    folder = os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = {(m, s): pool.submit(job, m, s, *sizes, folder) for s in seeds for m in methods}
-        from rich.progress import track
-
-        figures = {key: future.result() for key, future in track(jobs.items(), "runs")}
-    results = {m: summary([figures[m, s] for s in seeds]) for m in methods}
+    chosen, sizes = tuned("digits"), QUICK if quick else FULL
+    rates, epochs = chosen["rates"], 3 if quick else chosen["epochs"]
+    seeds = (0,) if quick else (0, 1, 2)
+    variants = {
+        m: {"method": m, "lr": rates.get(m, 1e-2), "epochs": epochs} | sizes for m in methods
+    }
+    found = runs(job, variants, seeds)
+    results = {m: accuracies(f) | facts(f) for m, f in found.items()}
     if not quick:
-        save("split_digits", {"seeds": len(seeds), "methods": results}, draw(results))
-    rows = [
-        (name, *(f"{r[k]['mean']:.3f} ± {r[k]['spread']:.3f}" for k in ("last", "bwt", "base")),
-         r["trainable"], "yes" if r["keeps_data"] else "no", f"{r['seconds']:.0f} s")
-        for name, r in results.items()
-    ]  # fmt: skip
+        figures = {"seeds": len(seeds), "sizes": sizes, "epochs": epochs, "rates": rates}
+        save("split_digits", figures | {"methods": results}, bars(results, TITLES))
     columns = ["method", "last", "BWT", "CIFAR-10", "trained", "keeps data", "training"]
-    short = {m: {k: v for k, v in r.items() if k != "R"} for m, r in results.items()}
-    finish("split_digits", columns, rows, methods=short)
+    keys = ["last", "bwt", "base"]
+    finish("split_digits", columns, rows(results, keys), methods=without_matrices(results))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
-from .config import LoRAExperts, PatchRouter, RegionExperts, TokenRouter
+from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
 from .errors import MoeRewriteError
 from .model import MoEModel
+from .onnx import export_onnx
 from .verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FFNExperts",
     "LoRAExperts",
     "MoEModel",
     "MoeRewriteError",
@@ -16,6 +18,7 @@ __all__ = [
     "RegionExperts",
     "TokenRouter",
     "convert",
+    "export_onnx",
     "inspect",
     "load",
     "verify",

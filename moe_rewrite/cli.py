@@ -67,7 +67,7 @@ def convert(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
     split: Split = "auto",
-    mode: Annotated[str, typer.Option(help="Recipe: pmoe")] = "pmoe",
+    mode: Annotated[str, typer.Option(help="Recipe: pmoe or upcycle")] = "pmoe",
     router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
     granularity: Annotated[
         str, typer.Option(help="What a token gate reads: auto, token, prefix or sequence")
@@ -78,7 +78,9 @@ def convert(
         int | None, typer.Option(help="Patches that each expert takes of a sample")
     ] = None,
     gate: Annotated[str, typer.Option(help="Gates of patches: selected, all or hard")] = "selected",
-    experts: Annotated[str, typer.Option(help="Kind of experts: lora or region")] = "lora",
+    experts: Annotated[
+        str, typer.Option(help="Kind of experts: auto (the recipe's), lora, ffn or region")
+    ] = "auto",
     rank: Annotated[int, typer.Option(help="Rank of each LoRA expert")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")] = 16.0,
     sites: Annotated[str, typer.Option(help="all, all+head, or endings with commas")] = "all",
@@ -87,7 +89,10 @@ def convert(
     ] = None,
     halo: Annotated[bool, typer.Option(help="Gather patches with their neighbours")] = True,
     width: Annotated[float, typer.Option(help="Share of a region's hidden channels")] = 1.0,
-    num_experts: Annotated[int, typer.Option(help="Experts to begin with")] = 1,
+    every: Annotated[int, typer.Option(help="Of the feed-forward regions, each n-th")] = 1,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts to begin with; default 1, or 8 in upcycling")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the report")] = False,
 ) -> None:
     """Convert a model, print what was done, and save what was added.
@@ -97,7 +102,7 @@ def convert(
     moe-rewrite convert mine:resnet --split layer3 --experts region --grid 8 --per-expert 16
     """
     import moe_rewrite
-    from moe_rewrite import LoRAExperts, PatchRouter, RegionExperts
+    from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts
 
     from .loading import load_model, parse_split
 
@@ -113,13 +118,15 @@ def convert(
     chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
     bodies: dict[str, Any] = {
         "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
+        "ffn": lambda: FFNExperts(every=every, sites=chosen),
         "region": lambda: RegionExperts(tuple(region.split(",")) if region else None, halo, width),
     }
-    if experts not in bodies:
-        raise ConfigError(f"--experts {experts}: expected lora or region")
+    kind = {"pmoe": "lora", "upcycle": "ffn"}.get(mode, "lora") if experts == "auto" else experts
+    if kind not in bodies:
+        raise ConfigError(f"--experts {experts}: expected auto, lora, ffn or region")
     done = moe_rewrite.convert(
         load_model(model), mode=mode, split=parse_split(split), router=spec,
-        experts=bodies[experts](), num_experts=num_experts, dry_run=dry_run,
+        experts=bodies[kind](), num_experts=num_experts, dry_run=dry_run,
     )  # fmt: skip
     if not isinstance(done, moe_rewrite.MoEModel):
         typer.echo(str(done))

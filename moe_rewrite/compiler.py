@@ -18,19 +18,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .analysis.causality import is_causal
 from .capture import capture
-from .config import PatchRouter, Recipe, RegionExperts, RouterSpec
+from .config import UPCYCLE, FFNExperts, PatchRouter, Recipe, RegionExperts, RouterSpec, TokenRouter
 from .errors import CaptureError, ConversionError
 from .passes.clean import clean
 from .passes.emit import Emitted, emit
 from .passes.find_depth import find_depth
 from .passes.freeze import freeze
 from .passes.insert_experts import insert_experts
+from .passes.insert_feedforward import find_feedforward_sites, insert_feedforward
 from .passes.insert_region import insert_region
+from .passes.lower import lower
 from .passes.route import route
-from .passes.sites import Match, find_sites
+from .passes.sites import find_sites
 from .passes.split import shallow_modules, split
 from .passes.widen_head import widen_head
-from .program import Program, RegionSite, Rejection, Site, value
+from .program import Program, RegionSite, Rejection, value
 from .routing.fit import fit_router
 
 
@@ -129,8 +131,8 @@ class Compiler:
             reasons = "\n".join(f"  {r.name}: {r.reason}" for r in self.rejected) or "  none found"
             raise ConversionError(
                 f"no site to convert behind split={self.recipe.split!r}. Sites and reasons:\n"
-                f"{reasons}\nSplit earlier, take the head in (LoRAExperts(sites='all+head')), or "
-                "choose another router granularity."
+                f"{reasons}\nSplit earlier, choose other sites (LoRAExperts(sites='all+head') takes "
+                "the head in), or another router granularity."
             )
         return self.insert(evaluated, eval_sites)
 
@@ -148,7 +150,8 @@ class Compiler:
         with self.as_in("eval"):
             sequence = features.ndim == 3
             causal = sequence and is_causal(self.host, arguments, program.cut.rows)
-        return fit_router(self.recipe.router, features.shape, causal)
+        default = UPCYCLE if self.recipe.mode == "upcycle" else None
+        return fit_router(self.recipe.router, features.shape, causal, default)
 
     def _shallow(self, program: Program) -> frozenset[str]:
         return frozenset(p for p in shallow_modules(program) if self._has(p))
@@ -176,13 +179,24 @@ class Compiler:
             self.train_note = f"modules around the cut train in eval mode: {error}".split("\n")[0]
             return program
 
-    def find(self, program: Program) -> tuple[dict[Site, list[Match]], list[Rejection]]:
-        return self.timed("sites", find_sites, program, self.recipe.experts, self.router)
+    def find(self, program: Program) -> tuple[dict[Any, list], list[Rejection]]:
+        ffn = isinstance(self.recipe.experts, FFNExperts)
+        find = find_feedforward_sites if ffn else find_sites
+        return self.timed("sites", find, program, self.recipe.experts, self.router)
+
+    @property
+    def equals_dense(self) -> bool:
+        """Whether experts fresh from a conversion give the dense model's output as they are routed:
+        LoRA experts are zero, copies of a feed-forward need gates that sum to one."""
+        if isinstance(self.recipe.experts, FFNExperts):
+            router = self.router
+            return isinstance(router, TokenRouter) and router.sums_to_one
+        return not isinstance(self.recipe.experts, RegionExperts)
 
     def _frozen(self, program: Program) -> Program:
         return self.timed("freeze", freeze, program) if self.recipe.freeze else program
 
-    def insert(self, program: Program, sites: dict[Site, list[Match]] | None = None) -> Program:
+    def insert(self, program: Program, sites: dict[Any, list] | None = None) -> Program:
         """Freeze, route, and insert experts: at the sites decided on, or in the region's place."""
         program = self.timed("route", route, self._frozen(program))
         experts = self.recipe.experts
@@ -195,8 +209,17 @@ class Compiler:
         else:
             kept = {s: m for s, m in (sites or {}).items() if s.name in self.sites}
             rejected = list(self.rejected)
-            program = self.timed("insert experts", insert_experts, program, kept, rejected)
-        return self.timed("widen head", widen_head, program)
+            given: tuple[Any, ...] = (program, kept, rejected)
+            if isinstance(experts, FFNExperts):
+                program = self.timed(
+                    "insert experts", insert_feedforward, *given, self.equals_dense
+                )
+            else:
+                program = self.timed("insert experts", insert_experts, *given)
+        program = self.timed("widen head", widen_head, program)
+        return (
+            program if self.recipe.backend == "reference" else self.timed("lower", lower, program)
+        )
 
     def compile(
         self, arguments: dict[str, Any], mode: str, static_ones: bool = False

@@ -54,6 +54,13 @@ class TokenRouter:
         before anything was read: ``prior / positions`` is added to it, since a short prefix says
         little.
     pool: a feature map at the cut is read as the means of its pool x pool cells.
+    gate: of the top k, ``"selected"``: softmax over those; ``"all"``: over every output, so that
+        the gates of a row do not sum to one.
+    policy: ``"token"``: a row chooses its experts; ``"expert"``: each expert chooses its best
+        ``capacity * S / E`` of a sample's S rows by their softmax over E experts (expert choice,
+        arXiv 2202.09368, section 3.2); needs base=False and a model that is not causal.
+    capacity: experts that a row has on average, under expert choice.
+    init: standard deviation of the logits at the start, for features of unit size.
     """
 
     top_k: int | None = None
@@ -66,25 +73,44 @@ class TokenRouter:
     sharpness: float = 12.0
     prior: float = 2.0
     pool: int = 4
+    gate: Literal["selected", "all"] = "selected"
+    policy: Literal["token", "expert"] = "token"
+    capacity: float = 2.0
+    init: float = 0.0
 
     def __post_init__(self) -> None:
         k = self.top_k
         _require(k is None or (_is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
         _choose(self, "granularity", "token", "prefix", "sequence")
         _choose(self, "fit", "gradient", "analytic")
+        _choose(self, "gate", "selected", "all")
+        _choose(self, "policy", "token", "expert")
+        if self.policy == "expert":
+            plain = self.granularity == "token" and self.fit == "gradient" and k is None
+            _require(
+                plain and not self.base, "TokenRouter policy", self.policy,
+                "base=False, top_k=None, granularity='token' and fit='gradient' beside 'expert'",
+            )  # fmt: skip
         n = self.projection
         _require(_is_int(n) and n >= 1, "TokenRouter projection", n, "int >= 1")
         ok = _is_int(self.pool) and self.pool >= 1
         _require(ok, "TokenRouter pool", self.pool, "int >= 1")
-        ok = _is_number(self.prior) and self.prior >= 0
-        _require(ok, "TokenRouter prior", self.prior, "a number >= 0")
-        for name in ("ridge", "sharpness"):
+        for name in ("prior", "init"):
+            value = getattr(self, name)
+            ok = _is_number(value) and value >= 0
+            _require(ok, f"TokenRouter {name}", value, "a number >= 0")
+        for name in ("ridge", "sharpness", "capacity"):
             value = getattr(self, name)
             ok = _is_number(value) and value > 0
             _require(ok, f"TokenRouter {name}", value, "a number > 0")
         for name in ("base", "normalize"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the gates of every row do."""
+        return self.policy == "token" and (self.gate == "selected" or self.top_k is None)
 
 
 @dataclass(frozen=True)
@@ -194,9 +220,50 @@ class LoRAExperts:
 
     def wants(self, module: str) -> bool:
         """Whether a list of endings selects this module path (``"all..."`` selects every one)."""
-        if isinstance(self.sites, str):
-            return True
-        return any(module == s or module.endswith("." + s) for s in self.sites)
+        return isinstance(self.sites, str) or _ends(module, self.sites)
+
+
+@dataclass(frozen=True)
+class FFNExperts:
+    """Experts in the place of feed-forward regions, each a copy of the dense region at the start
+    (sparse upcycling, arXiv 2212.05055, section 3).
+
+    num: experts to begin with; None is eight in mode "upcycle" and one in "pmoe".
+    every: of the deep segment's regions, each n-th counted from the last one.
+    sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``), which
+        `dry_run` shows.
+    """
+
+    num: int | None = None
+    every: int = 1
+    sites: str | tuple[str, ...] = "all"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num is None or (_is_int(self.num) and self.num >= 1),
+            "FFNExperts num", self.num, "None or int >= 1",
+        )  # fmt: skip
+        _require(
+            _is_int(self.every) and self.every >= 1, "FFNExperts every", self.every, "int >= 1"
+        )
+        sites = self.sites
+        if isinstance(sites, list):
+            object.__setattr__(self, "sites", tuple(sites))
+        named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
+        _require(
+            self.sites == "all" or (named and len(self.sites) > 0),
+            "FFNExperts sites", sites, "'all' or a list of endings of regions' names",
+        )  # fmt: skip
+
+    def refuses(self, region: str, behind: int) -> str | None:
+        """Why a region with so many others behind it is not to be converted, or None."""
+        if isinstance(self.sites, tuple) and not _ends(region, self.sites):
+            return f"not named in sites={self.sites}"
+        return f"left out by every={self.every}" if behind % self.every else None
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == e or name.endswith("." + e) for e in endings)
 
 
 @dataclass(frozen=True)
@@ -243,7 +310,7 @@ class RegionExperts:
 
 
 RouterSpec = TokenRouter | PatchRouter
-Experts = LoRAExperts | RegionExperts
+Experts = LoRAExperts | FFNExperts | RegionExperts
 
 
 @dataclass(frozen=True)
@@ -257,6 +324,7 @@ class Recipe:
     num_experts: int
     batch_norm: Literal["frozen", "update"]
     freeze: bool
+    backend: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; routers and experts with their class as ``kind``."""
@@ -270,7 +338,7 @@ class Recipe:
         return make_recipe(
             **{k: saved[k] for k in plain},
             router=_of_kind(saved["router"], TokenRouter, PatchRouter),
-            experts=_of_kind(saved["experts"], LoRAExperts, RegionExperts),
+            experts=_of_kind(saved["experts"], LoRAExperts, FFNExperts, RegionExperts),
         )
 
 
@@ -286,7 +354,10 @@ def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
 ROUTERS: dict[str, RouterSpec | None] = {
     "auto": None, "token": TokenRouter(), "patch": PatchRouter(),
 }  # fmt: skip
-MODES = ("pmoe",)
+MODES = ("pmoe", "upcycle")
+UPCYCLE = TokenRouter(
+    top_k=2, base=False, init=0.5
+)  # random, or all rows would go to the first two
 BACKENDS = ("auto", "reference")
 
 
@@ -298,30 +369,39 @@ def make_recipe(
     num_experts: int | None = None,
     backend: str = "auto",
     batch_norm: str = "frozen",
-    freeze: bool = True,
+    freeze: bool | None = None,
 ) -> Recipe:
     """Check the arguments of `convert` and return them as one Recipe. Raises ConfigError."""
     _require(mode in MODES, "mode", mode, " or ".join(map(repr, MODES)))
     _require(backend in BACKENDS, "backend", backend, " or ".join(map(repr, BACKENDS)))
     _require(batch_norm in ("frozen", "update"), "batch_norm", batch_norm, "'frozen' or 'update'")
-    _require(isinstance(freeze, bool), "freeze", freeze, "True or False")
+    freeze = mode != "upcycle" if freeze is None else freeze
+    _require(isinstance(freeze, bool), "freeze", freeze, "None, True or False")
     spec = ROUTERS.get(router) if isinstance(router, str) else router
     named = isinstance(router, str) and router in ROUTERS
     _require(
         named or isinstance(spec, (TokenRouter, PatchRouter)), "router", router,
         "'auto', 'token', 'patch', a TokenRouter or a PatchRouter",
     )  # fmt: skip
-    experts = LoRAExperts() if experts is None else experts
+    upcycle = mode == "upcycle"
+    experts = experts or (FFNExperts() if upcycle else LoRAExperts())
     _require(
-        isinstance(experts, (LoRAExperts, RegionExperts)), "experts", experts,
-        "None, LoRAExperts(...) or RegionExperts(...)",
+        isinstance(experts, (LoRAExperts, FFNExperts, RegionExperts)), "experts", experts,
+        "None, LoRAExperts(...), FFNExperts(...) or RegionExperts(...)",
     )  # fmt: skip
+    _require(
+        isinstance(experts, FFNExperts) or not upcycle, "experts", experts,
+        "FFNExperts(...) with mode='upcycle'",
+    )  # fmt: skip
+    spec = UPCYCLE if upcycle and router == "token" else spec
     if isinstance(experts, RegionExperts):
         _require(
             not isinstance(spec, TokenRouter), "router", router,
             "'patch' or a PatchRouter, since RegionExperts work on patches",
         )  # fmt: skip
         spec = spec or PatchRouter()
-    count = 1 if num_experts is None else num_experts
+    count = num_experts
+    if count is None:
+        count = getattr(experts, "num", None) or (8 if upcycle else 1)
     _require(_is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
-    return Recipe(mode, split, spec, experts, count, batch_norm, freeze)  # type: ignore[arg-type]
+    return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]

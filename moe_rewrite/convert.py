@@ -48,20 +48,22 @@ def convert(
     verify: bool = True,
     dry_run: bool = False,
     batch_norm: str = "frozen",
-    freeze: bool = True,
+    freeze: bool | None = None,
 ) -> MoEModel | Report:
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
-    mode: ``"pmoe"``, progressive experts behind one router at the cut.
+    mode: ``"pmoe"``, progressive experts behind one router at the cut; ``"upcycle"``, sparse
+        upcycling: copies of each feed-forward region behind the cut, each row going to two.
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
         ``"auto"``. Blocks 0..split-1 are frozen and shallow.
     router: ``"auto"`` (patches of a feature map; of a sequence the prefix for causal models, else
         all of it), ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter.
-    experts: LoRAExperts, or RegionExperts for patches. num_experts: to begin with; None is one.
+    experts: LoRAExperts, FFNExperts, or RegionExperts for patches. num_experts: to begin with;
+        None is one, or eight in upcycling.
     example_inputs: see `inspect`. verify: run the converted graphs against the model.
     dry_run: return the Report only. batch_norm: ``"frozen"`` keeps statistics in training,
-        ``"update"`` trains as the original does. freeze: False trains the dense weights too (on
-        copies of their own), with no segment held in evaluation.
+        ``"update"`` trains as the original does. freeze: False, as upcycling has it, trains the
+        dense weights too (on copies of their own), with no segment held in evaluation.
 
     The model itself is never changed, and no frozen weight is copied. Raises ConfigError, InputError,
     CaptureError, SplitError, ConversionError or EquivalenceError; nothing is left half done.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .program import AnySite, HeadSite, Part, RegionSite, Site
+from .program import AnySite, FeedForwardSite, HeadSite, Part, RegionSite, Site
 
 SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept with this
 
@@ -110,9 +110,9 @@ class LoRASite(ExpertSite):
 class RegionCopies(ExpertSite):
     """Experts that each have the weights and statistics of a region, all or a share of them."""
 
-    site: RegionSite
+    site: RegionSite | FeedForwardSite
 
-    def __init__(self, site: RegionSite) -> None:
+    def __init__(self, site: RegionSite | FeedForwardSite) -> None:
         super().__init__()
         self.site = site
         self.parts = self.replaced = tuple(p.name for p in site.parts)
@@ -233,4 +233,4 @@ class HeadColumns(ExpertSite):
 def make_site(site: AnySite, rank: int) -> ExpertSite:
     if isinstance(site, HeadSite):
         return HeadColumns(site)
-    return RegionCopies(site) if isinstance(site, RegionSite) else LoRASite(site, rank)
+    return LoRASite(site, rank) if isinstance(site, Site) else RegionCopies(site)

@@ -111,31 +111,31 @@ class Graph:
     def run(
         self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False,
         features: torch.Tensor | None = None,
-    ) -> tuple[list[Any], PrefixState | None]:  # fmt: skip
-        """All outputs, and the router's state behind these positions.
+    ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:  # fmt: skip
+        """All outputs, the plan, and the router's state behind these positions.
 
         checkpoint: recompute deep blocks in the backward pass. features: what the shallow part
         gives at the cut, where that is known: what only serves to compute it does not run.
         """
         values = self._values(leaves)
         steps = self.steps if features is None else self._behind_cut()
-        active: tuple[int, ...] | None = None
+        plan: RoutingPlan | None = None
         after = None
         for block, bound in steps:
-            if bound.step.deep and active is None:
+            if bound.step.deep and plan is None:
                 if features is not None:
                     values[self.emitted.cut] = features
                 plan, after = self._plan(values, planner)
-                active = plan.active
                 for name, layout in self.emitted.layouts:
                     values[name] = align(plan, layout)
             taken = _taken(values, bound)
             run = block.checkpointed if checkpoint and bound.step.deep else block
             wanted = bound.step.deep or not self.frozen
             with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-                _advance(values, bound, run(bound, active or (), *taken))
+                _advance(values, bound, run(bound, plan.active if plan else (), *taken))
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
-        return outputs, after
+        assert plan is not None  # something deep follows every cut
+        return outputs, plan, after
 
     def _behind_cut(self) -> tuple[tuple[Block, Bound], ...]:
         """The deep steps, and of the shallow ones what they need besides the features."""
@@ -270,7 +270,7 @@ class Graphs:
                 dense = pytree.tree_leaves(self._compiler.host(**given))
             restore()
             with torch.random.fork_rng(devices):
-                ours, _ = graph.run([t.clone() for t in leaves], self._dense)
+                ours, *_ = graph.run([t.clone() for t in leaves], self._dense)
         finally:
             restore()
         return compare(dense, ours, arguments.get(graph.emitted.mask or "")).equal

@@ -82,15 +82,20 @@ class MoEModel(Planning):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's call; see its documentation for arguments and outputs."""
+        return self.with_plan(*args, **kwargs)[0]
+
+    def with_plan(self, *args: Any, **kwargs: Any) -> tuple[Any, RoutingPlan]:
+        """(outputs, RoutingPlan) of a call, for losses on the routing: ``outputs.loss + 0.01 *
+        plan.load_balance_loss() + 0.001 * plan.z_loss()``."""
         arguments, cache = self._arguments(args, kwargs)
         graph, leaves = self._graph(arguments)
         checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
-        outputs, after = graph.run(leaves, self._planner(cache), checkpointing, self._given)
+        outputs, plan, after = graph.run(leaves, self._planner(cache), checkpointing, self._given)
         if graph.cache_at is not None:
             start, stop = graph.cache_at
             self._fill(cache, outputs[start:stop], after)
             outputs = [*outputs[:start], cache, *outputs[stop:]]
-        return pytree.tree_unflatten(outputs, graph.out_spec)
+        return pytree.tree_unflatten(outputs, graph.out_spec), plan
 
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:
         """The RoutingPlan for these inputs; its gates are differentiable where grad is enabled.

@@ -42,13 +42,13 @@ class Planning(nn.Module):
     @contextmanager
     def dense_plan(self) -> Iterator[None]:
         """Route so that experts fresh from a conversion give the dense model's output: at LoRA
-        sites as ever; where a region is replaced, the frozen one takes every patch (the whole map,
-        if patches are isolated or experts narrower)."""
+        sites and with gates that sum to one as ever; where a region is replaced, the frozen one
+        takes every patch (the whole map, if patches are isolated or experts narrower)."""
         experts = self._compiler.recipe.experts
-        if not isinstance(experts, RegionExperts):
+        if self._compiler.equals_dense:
             yield
         else:
-            comparable = experts.halo and experts.width == 1
+            comparable = isinstance(experts, RegionExperts) and experts.halo and experts.width == 1
             with self._planning_by(self._plan_everything if comparable else self._plan_dense):
                 yield
 

@@ -102,6 +102,28 @@ class RegionSite:
 
 
 @dataclass(frozen=True)
+class FeedForwardSite:
+    """A feed-forward region in whose place experts run: its weights, the width of its rows and of
+    what lies inside, and whether one product gates another."""
+
+    name: str
+    parts: tuple[Part, ...]
+    features: int
+    hidden: int
+    gated: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.features
+
+    out_features = in_features
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parts)
+
+
+@dataclass(frozen=True)
 class HeadSite:
     """A classification head that experts can widen. weight: state-dict name."""
 
@@ -114,7 +136,7 @@ class HeadSite:
         return (self.weight,)
 
 
-AnySite = Site | RegionSite | HeadSite
+AnySite = Site | RegionSite | FeedForwardSite | HeadSite
 
 
 @dataclass(frozen=True)
@@ -244,6 +266,11 @@ def module_paths(node: fx.Node) -> list[tuple[str, str]]:
     stack = node.meta.get("nn_module_stack") or {}
     entries = [(str(path).split("@")[0], str(kind)) for path, kind in stack.values()]
     return [(p, k) for p, k in entries if p and not p.startswith("_empty_nn_module_stack")]
+
+
+def identifier(name: str) -> str:
+    """A dotted name as part of a node's name."""
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def value(node: fx.Node) -> Any:

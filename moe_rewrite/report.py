@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .config import PatchRouter
+from .config import FFNExperts, LoRAExperts, PatchRouter
 from .program import HeadSite, RegionSite
 from .tables import count, table
 
@@ -42,6 +42,7 @@ class Report:
 
     sites: (name, in, out) of the converted ones. rejected: (name, reason). seconds: by pass.
     macs: the multiply-adds of a region and of the experts in its place, where there is one.
+    experts: what is at the sites; lowering: how it is computed.
     """
 
     model: str
@@ -55,12 +56,15 @@ class Report:
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
     macs: Macs | None = None
+    experts: str = ""
+    lowering: str = ""
     equivalence: EquivalenceReport | None = None
 
     @staticmethod
     def of(program: Program, compiler: Compiler) -> Report:
         assert program.cut is not None
         region = next((s for s in program.sites if isinstance(s, RegionSite)), None)
+        experts, lowering = _experts(compiler)
         return Report(
             model=type(compiler.host).__name__,
             mode=compiler.recipe.mode,
@@ -77,6 +81,8 @@ class Report:
             seconds=compiler.seconds,
             notes=[n for n in (compiler.train_note, _ends(region)) if n],
             macs=None if region is None else _macs(region, compiler),
+            experts=experts,
+            lowering=lowering,
         )
 
     def warn_of_costs(self) -> None:
@@ -91,12 +97,12 @@ class Report:
         warnings.warn(note, stacklevel=3)
 
     def _done(self) -> str:
-        return "LoRA experts" if self.macs is None else f"experts on patches: {self.macs}"
+        return self.experts if self.macs is None else f"{self.experts}: {self.macs}"
 
     def __str__(self) -> str:
         facts = [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
-            ("router", self.router), ("lowering", "reference" if self.macs else "reference (stacked low rank)"),
+            ("router", self.router), ("lowering", self.lowering),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),
@@ -106,6 +112,18 @@ class Report:
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
         parts.append(table(["site", "size", "what was done"], rows))
         return "\n".join(parts)
+
+
+def _experts(compiler: Compiler) -> tuple[str, str]:
+    """What is at the sites, and how it is computed."""
+    experts = compiler.recipe.experts
+    if isinstance(experts, LoRAExperts):
+        return "LoRA experts", "reference (stacked low rank)"
+    if isinstance(experts, FFNExperts):
+        count = compiler.recipe.num_experts
+        copies = f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
+        return copies, "reference (rows sorted by expert)"
+    return "experts on patches", "reference"
 
 
 def _ends(region: RegionSite | None) -> str:

@@ -10,6 +10,12 @@ from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.examples import example_inputs, random_arguments
 
 SCALE = LoRAExperts().scale
+IDS = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(1))
+PROMPT = {  # left-padded
+    "input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_put_(
+        (torch.tensor([0, 0, 0]), torch.arange(3)), torch.tensor(0)),
+    "max_new_tokens": 12, "do_sample": False,
+}  # fmt: skip
 
 
 def with_padding(arguments):
@@ -28,8 +34,10 @@ def call(model, arguments):
 
 
 @pytest.mark.parametrize("name", architectures.ALL)
-def test_converted_equals_dense_and_experts_equal_hooks(name):
-    model = architectures.build(name)
+def test_converted_is_the_dense_model_and_with_experts_what_hooks_do(name):
+    """One conversion, which is what takes the time: in evaluation, in generation, in training, and
+    with experts that do something."""
+    model = architectures.with_dropout(architectures.build(name), 0.2)
     router = TokenRouter(granularity="sequence") if name == "ConvNext" else "auto"
     moe = moe_rewrite.convert(model, split=1, num_experts=2, router=router)
     example = example_inputs(model)
@@ -40,8 +48,15 @@ def test_converted_equals_dense_and_experts_equal_hooks(name):
     assert not moe.training
     if name == "DebertaV2":
         assert any("rows that are not the plan's" in why for _, why in moe.report.rejected)
-
+    if name in architectures.CAUSAL:
+        generation_equals_dense(model, moe)
+    training_is_the_originals_with_its_shallow_blocks_in_eval(name, model, moe)
     randomize(moe)
+    experts_equal_hooks(name, model, moe, given)
+
+
+def experts_equal_hooks(name, model, moe, given):
+    """Forward and backward."""
     state = copied(moe)
     cut = moe_rewrite.inspect(model).blocks[0].name
     mask = given.get("attention_mask")
@@ -60,15 +75,16 @@ def test_converted_equals_dense_and_experts_equal_hooks(name):
     (want * weights).sum().backward()
     assert_gradients_equal(moe, state)
     assert all(p.grad is None for p in moe.shallow.parameters())
+    if name in ("Gemma3", "Mistral"):  # cached is uncached, past the window
+        cached = moe.generate(**PROMPT)
+        assert not torch.equal(cached, model.generate(**PROMPT))
+        assert torch.equal(cached, moe.generate(**PROMPT, use_cache=False))
 
 
-@pytest.mark.parametrize("name", architectures.ALL)
-def test_training_is_the_originals_with_its_shallow_blocks_in_eval(name):
+def training_is_the_originals_with_its_shallow_blocks_in_eval(name, model, moe):
     """The same dropout under the same seed; and it is on."""
-    model = architectures.with_dropout(architectures.build(name), 0.2)
-    moe = moe_rewrite.convert(model, split=-1, verify=False)
     given = random_arguments(example_inputs(model), model, 3)
-    shallow = modules_before(model, moe_rewrite.inspect(model).blocks[-1].name, given)
+    shallow = modules_before(model, moe_rewrite.inspect(model).blocks[1].name, given)
     model.train()
     for module in shallow:
         module.training = False
@@ -80,6 +96,7 @@ def test_training_is_the_originals_with_its_shallow_blocks_in_eval(name):
             outputs.append(call(module, given))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     model.eval()
+    moe.eval()
     with torch.no_grad():
         changed = (outputs[0] - call(model, given)).abs().max() > 1e-4
     assert changed == (name != "ConvNext")  # which has none to turn on
@@ -100,23 +117,11 @@ def modules_before(model, block, given):
     return ended
 
 
-@pytest.mark.parametrize("name", architectures.CAUSAL)
-def test_generation_equals_dense(name):
+def generation_equals_dense(model, moe):
     """Left-padded, past the window of the sliding-window models (6 positions)."""
-    model = architectures.build(name)
-    moe = moe_rewrite.convert(model, split=-1)
-    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
-    want = model.generate(**kwargs)
-    assert torch.equal(want, moe.generate(**kwargs))
-    assert torch.equal(want, model.generate(**kwargs, use_cache=False))
-    if name in ("Gemma3", "Mistral"):  # with experts that do something, cached is uncached
-        randomize(moe)
-        cached = moe.generate(**kwargs)
-        assert not torch.equal(cached, want)
-        assert torch.equal(cached, moe.generate(**kwargs, use_cache=False))
+    want = model.generate(**PROMPT)
+    assert torch.equal(want, moe.generate(**PROMPT))
+    assert torch.equal(want, model.generate(**PROMPT, use_cache=False))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from ..config import LoRAExperts, TokenRouter
 from ..convert import convert, load
 from ..errors import ConfigError
 from ..model import MoEModel
+from ..report import Report
 from .features import FeatureCache
 from .learner import Learner
 from .methods.adapters import EWC, Adapters, Joint, LwF, OLoRA, Oracle, Replay
@@ -47,13 +49,13 @@ class Setup:
     cache: str | bool = False
 
 
-def _converted(dense: nn.Module, setup: Setup, fit: str) -> MoEModel:
+def _converted(
+    dense: nn.Module, setup: Setup, fit: str, dry_run: bool = False
+) -> MoEModel | Report:
     chosen = setup.granularity or _granularity(dense)
     router = TokenRouter(fit=fit, granularity=chosen, top_k=setup.top_k, **setup.router)  # type: ignore[arg-type]
     experts = LoRAExperts(rank=setup.rank, alpha=setup.alpha)
-    moe = convert(dense, split=setup.split, router=router, experts=experts)
-    assert isinstance(moe, MoEModel)
-    return moe
+    return convert(dense, split=setup.split, router=router, experts=experts, dry_run=dry_run)
 
 
 def _granularity(dense: nn.Module) -> str:
@@ -65,7 +67,8 @@ def _learner(fit: str) -> Callable[..., Method]:
     def build(
         dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
     ) -> Method:
-        moe = load(saved, dense) if saved else _converted(dense, setup, fit)
+        made = load(saved, dense) if saved else _converted(dense, setup, fit)
+        moe = cast(MoEModel, made)
         cache = None
         if setup.cache:
             cache = FeatureCache(moe, None if setup.cache is True else setup.cache)
@@ -83,11 +86,23 @@ def _rival(kind: Any) -> Callable[..., Method]:
     ) -> Method:
         given: dict[str, Any] = {"replay": setup.replay, "balanced": setup.balanced}
         if issubclass(kind, Adapters):
-            sites = _converted(dense, setup, "analytic").sites
-            given |= {"sites": sites, "rank": setup.rank, "alpha": setup.alpha}
+            given |= {"sites": _sites(dense, setup), "rank": setup.rank, "alpha": setup.alpha}
         return kind(dense, problem, setup.training, **given)
 
     return build
+
+
+_SITES: WeakKeyDictionary[nn.Module, dict[Any, list[str]]] = WeakKeyDictionary()
+
+
+def _sites(dense: nn.Module, setup: Setup) -> list[str]:
+    """Where experts would be; captured once for all rivals of one comparison."""
+    known = _SITES.setdefault(dense, {})
+    key = (setup.split, setup.granularity)
+    if key not in known:
+        report = cast(Report, _converted(dense, setup, "analytic", dry_run=True))
+        known[key] = [name for name, _, _ in report.sites]
+    return known[key]
 
 
 METHODS: dict[str, Callable[..., Method]] = {

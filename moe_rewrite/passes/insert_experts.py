@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ..kernels.lora.reference import add_conv_lora_experts, add_lora_experts
-from ..program import Input, Program, Rejection, Site
+from ..program import Input, Program, Rejection, Site, identifier
 from ..routing.plan import Layout, align
 from .route import router_node
 from .sites import Match
@@ -33,7 +33,7 @@ def insert_experts(
         parts = []
         for part in ("a", "b"):
             with graph.inserting_before(first):
-                node = graph.placeholder(f"expert_{part}_{_identifier(site.name)}")
+                node = graph.placeholder(f"expert_{part}_{identifier(site.name)}")
             inputs[node.name] = Input("expert", f"{site.name}:{part}")
             parts.append(node)
         for use in uses:
@@ -49,7 +49,3 @@ def insert_experts(
     return program.after(
         "insert_experts", "exact", inputs=inputs, sites=tuple(sites), rejected=tuple(rejected)
     )
-
-
-def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)

@@ -15,7 +15,7 @@ from ..analysis.channels import Channels, find_channels
 from ..analysis.regions import Region, find_region, map_size
 from ..config import RegionExperts
 from ..errors import ConversionError
-from ..program import Code, Input, Part, Program, RegionSite, mutated, value
+from ..program import Code, Input, Part, Program, RegionSite, identifier, mutated, value
 from ..regions.call import RegionCall
 from ..regions.code import DRY, device_of, dry_run, isolated_code, weights_of, whole_code
 from ..regions.halo import halo_code
@@ -139,7 +139,7 @@ def _replace(
             own.append(None)
             continue
         with graph.inserting_before(first):
-            node = graph.placeholder("expert_" + "".join(c if c.isalnum() else "_" for c in part.name))
+            node = graph.placeholder("expert_" + identifier(part.name))
         inputs[node.name] = Input("expert", f"{site.name}:{part.name}")
         own.append(node)
     layout: Any = Layout("plan", 4, value(region.entry).dtype)

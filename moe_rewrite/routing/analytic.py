@@ -93,10 +93,11 @@ class AnalyticGate(TokenGate):
         return torch.cat([base, logits[..., 1:]], dim=-1)
 
     def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
-        rows = [self.frozen] * bool(self.spec.base) + [self.rows[e] for e in active]
+        rows = [self.frozen.unsqueeze(0)] * bool(self.spec.base)
+        rows += [self.stacked(active)] * bool(active)
         if not rows:
             return read.new_zeros(*read.shape[:-1], 0)
-        return self.spec.sharpness * (_with_one(read) @ torch.stack(rows).T)
+        return self.spec.sharpness * (_with_one(read) @ torch.cat(rows).T)
 
 
 def _with_one(f: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,17 @@ from .router import Router
 from .tokens import TokenGate
 
 
-def fit_router(spec: RouterSpec | None, features: Sequence[Any], causal: bool) -> RouterSpec:
-    """The router for features of this shape: the one asked for, or the one that fits (None).
+def fit_router(
+    spec: RouterSpec | None, features: Sequence[Any], causal: bool,
+    default: TokenRouter | None = None,
+) -> RouterSpec:  # fmt: skip
+    """The router for features of this shape: the one asked for, or (None) the one that fits: the
+    default, of samples where the features are a map; else by what the features are.
 
     Raises ConfigError where the one asked for cannot work.
     """
+    if spec is None and default is not None:
+        spec = replace(default, granularity="sequence") if len(features) == 4 else default
     if isinstance(spec, PatchRouter) or (spec is None and len(features) == 4):
         return _fit_patches(spec or PatchRouter(), features)
     if spec is None:
@@ -30,6 +36,12 @@ def fit_router(spec: RouterSpec | None, features: Sequence[Any], causal: bool) -
         raise ConfigError(
             "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "
             "sequence would look ahead; use 'prefix' or 'token'"
+        )
+    if spec.policy == "expert" and (causal or len(features) != 3):
+        raise ConfigError(
+            "TokenRouter policy='expert': experts choose among all rows of a sequence, which a "
+            "causal model would look ahead by, and a feature map has none (there a PatchRouter "
+            "does); use policy='token'"
         )
     if len(features) == 4 and spec.granularity != "sequence":
         raise ConfigError(

@@ -44,16 +44,19 @@ class PatchGate(Router):
         active = self.active_indices()
         if not active:
             return self.without_experts(features), None
-        x, rows = self._map(features), torch.stack([self.rows[e] for e in active])
+        x, rows = self._map(features), self.stacked(active)
         scale = self._scale(x)
         few = self._few_matter(len(active)) and torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
             scores = self._scores(x, rows) * scale
-        # a stable sort: of equal scores the first patch in row-major order comes first
-        order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-        picks = order[..., : self.spec.per_expert]
+        picks = self._best(scores.detach())
         taken = self._scores_of(x, rows, picks) * scale if few else scores.gather(-1, picks)
         return self._plan(features, active, picks, self._gates(scores, taken)), None
+
+    def _best(self, scores: torch.Tensor) -> torch.Tensor:
+        """(B, E, l): each expert's patches; of equal scores the first in row-major order."""
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return order[..., : self.spec.per_expert]
 
     def _few_matter(self, experts: int) -> bool:
         """Whether the gates depend on so few patches that it pays to score those again for the

@@ -10,7 +10,9 @@ from typing import Literal
 
 import torch
 
+from ..errors import InputError
 from ..grid import shares
+from .dispatch import RowGates
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Layout:
 
     kind: ``"rows"`` (B, S, ...), ``"sample"`` (B, ...), ``"swapped"`` (S, B, ...), ``"flat"``
     (B*S, D), ``"swapped_flat"`` (S*B, D), ``"map"`` (B, ..., H, W), ``"map_last"`` (B, H, W, ...);
-    ``"plan"``: the plan itself, for a region; ``"head"``: (B, 1 + E) for a head's classes. scale: LoRA's alpha / rank. size: (H, W) of a map
-    that a patch plan is laid over.
+    ``"plan"``: the plan itself, for a region; ``"head"``: (B, 1 + E) for a head's classes.
+    scale: LoRA's alpha / rank. size: (H, W) of a map that a patch plan is laid over.
+    sorted: the rows of each expert are wanted, of the frozen model too, not scales.
     """
 
     kind: Literal[
@@ -31,6 +34,7 @@ class Layout:
     rank: int = 1
     scale: float = 1.0
     size: tuple[int, int] | None = None
+    sorted: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class RoutingPlan:
     picks: (B, E, l) int64, patches that each expert takes, best first; kept: (B, E, l) fp32, their
     gates. None where tokens choose experts. With picks but no active expert, the frozen region
     takes them. grid: patches along each side.
+    per_row: to how many of the base and the active experts a row goes at most; None: no bound but
+    their number.
+    logits: (*rows, [1 +] len(active)) fp32, of which a token gate's are the softmax; else None.
     """
 
     active: tuple[int, ...]
@@ -55,6 +62,8 @@ class RoutingPlan:
     picks: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     grid: int = 0
+    per_row: int | None = None
+    logits: torch.Tensor | None = None
 
     @property
     def gates(self) -> torch.Tensor:
@@ -65,6 +74,38 @@ class RoutingPlan:
             full = full.index_copy(-1, index, self.weights)
         return full if self.base is None else torch.cat([self.base, full], dim=-1)
 
+    def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """``E sum_e f_e p_e``: 1 where rows are spread evenly over the E outputs that are on.
+
+        f_e: share of the rows' choices that e got; p_e: mean probability of e (Switch Transformer,
+        arXiv 2101.03961, equation 4, for any number of choices). mask: (B, S), nonzero for rows that
+        count, where rows are such. Raises InputError for a plan of patches.
+        """
+        logits, count = self._token_logits(), self._counted(mask)
+        gates = self.weights if self.base is None else torch.cat([self.base, self.weights], -1)
+        chosen = (gates != 0) * count
+        shares = chosen.flatten(0, -2).sum(0) / chosen.sum()
+        mean = (logits.softmax(-1) * count).flatten(0, -2).sum(0) / count.sum()
+        return logits.shape[-1] * (shares * mean).sum()
+
+    def z_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean square of the logits' log-sum-exp, which keeps them small (ST-MoE, arXiv 2202.08906,
+        equation 5). mask, errors: as for `load_balance_loss`."""
+        logits, count = self._token_logits(), self._counted(mask)
+        return (logits.logsumexp(-1, keepdim=True).square() * count).sum() / count.sum()
+
+    def _token_logits(self) -> torch.Tensor:
+        if self.logits is None:
+            raise InputError("this plan holds no logits: losses are of a TokenRouter's plans")
+        return self.logits
+
+    def _counted(self, mask: torch.Tensor | None) -> torch.Tensor:
+        """(*rows, 1) fp32, 1 for rows that count."""
+        ones = self.weights.new_ones(*self.weights.shape[:-1], 1)
+        if mask is None or mask.shape != ones.shape[:-1]:
+            return ones
+        return (mask != 0).to(ones).unsqueeze(-1)
+
     @property
     def selected(self) -> torch.Tensor:
         """(*rows,) index into `gates` of the largest gate; -1 for a patch that no expert took."""
@@ -72,17 +113,31 @@ class RoutingPlan:
         return index.masked_fill(largest == 0, -1)
 
 
-def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan | None:
+def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan | RowGates | None:
     """The plan as a site takes it: for stacked LoRA rows, each gate times alpha / rank and repeated
     over the rank, laid out as the site's rows.
 
-    Returns (..., active * rank), or (B, active * rank, H, W) for a convolution's map.
+    Returns (..., active * rank), or (B, active * rank, H, W) for a convolution's map; sorted, the
+    RowGates, or None where no expert is on.
     """
     if layout.kind == "plan":
         return plan
     if layout.kind == "head":
         return _for_classes(plan)
+    if layout.sorted:
+        return _row_gates(plan, layout)
     scales = (plan.weights * layout.scale).repeat_interleave(layout.rank, dim=-1).to(layout.dtype)
+    return _laid_out(plan, scales, layout)
+
+
+def _row_gates(plan: RoutingPlan, layout: Layout) -> RowGates | None:
+    if not plan.active:
+        return None
+    gates = plan.weights if plan.base is None else torch.cat([plan.base, plan.weights], dim=-1)
+    return RowGates(_laid_out(plan, gates, layout), plan.per_row, plan.base is not None)
+
+
+def _laid_out(plan: RoutingPlan, scales: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout.kind in ("map", "map_last"):
         return _over_map(plan, scales, layout)
     if layout.kind in ("swapped", "flat", "swapped_flat") and scales.ndim == 3:

@@ -83,6 +83,10 @@ class Router(nn.Module):
             self.active |= self.pending
             self.pending.zero_()
 
+    def stacked(self, active: tuple[int, ...]) -> torch.Tensor:
+        """(len(active), size): the rows of these experts."""
+        return torch.stack([self.rows[e] for e in active])
+
     def active_indices(self) -> tuple[int, ...]:
         return tuple(self.active.nonzero().flatten().tolist())
 

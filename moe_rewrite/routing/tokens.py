@@ -31,6 +31,13 @@ class TokenGate(Router):
     def __init__(self, spec: TokenRouter, width: int, device: torch.device) -> None:
         super().__init__(spec, width + 1, device)
 
+    def new_row(self) -> torch.Tensor:
+        row = super().new_row()
+        if row.is_meta or not self.spec.init:
+            return row
+        row[:-1].normal_(0.0, self.spec.init / (self.size - 1) ** 0.5)
+        return row
+
     def needs_one(self) -> bool:
         return not self.spec.base
 
@@ -45,7 +52,7 @@ class TokenGate(Router):
         rows = self.without_experts(features).weights.shape[:-1]
         gate = features.new_ones(*rows, 1, dtype=torch.float32)
         base = torch.zeros_like(gate) if self.spec.base else None
-        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape))
+        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape), per_row=1)
 
     def forward(
         self,
@@ -65,11 +72,21 @@ class TokenGate(Router):
         logits = self._logits(read, active)
         if seen is not None:
             logits = self._with_prior(logits, seen)
-        gates = _gate(logits, self.spec.top_k)
+        gates, per_row = self._gates(logits, mask)
         base = None
         if self.spec.base:
             base, gates = gates[..., :1], gates[..., 1:]
-        return RoutingPlan(active, gates, base, len(self), lead), state
+        plan = RoutingPlan(active, gates, base, len(self), lead, per_row=per_row, logits=logits)
+        return plan, state
+
+    def _gates(
+        self, logits: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int | None]:
+        """Gates of every row, zero for experts that it does not go to, and how many it goes to."""
+        if self.spec.policy == "expert":
+            return _expert_choice(logits, mask, self.spec.capacity), None
+        k = min(self.spec.top_k or logits.shape[-1], logits.shape[-1])
+        return _gate(logits, k, self.spec.gate == "all"), k
 
     def _read(
         self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
@@ -109,17 +126,36 @@ class TokenGate(Router):
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
         if not active:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
-        rows = torch.stack([self.rows[e] for e in active])
+        rows = self.stacked(active)
         logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)
 
 
-def _gate(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """fp32 softmax, over all outputs or over the top k with zero for the others."""
-    if top_k is None or top_k >= logits.shape[-1]:
+def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
+    """fp32 softmax with zero for all but the top k, over those or over all outputs."""
+    if top_k == logits.shape[-1]:
         return logits.softmax(-1)
     values, indices = logits.topk(top_k, dim=-1)
-    return torch.zeros_like(logits).scatter(-1, indices, values.softmax(-1))
+    gates = logits.softmax(-1).gather(-1, indices) if over_all else values.softmax(-1)
+    return torch.zeros_like(logits).scatter(-1, indices, gates)
+
+
+def _expert_choice(
+    logits: torch.Tensor, mask: torch.Tensor | None, capacity: float
+) -> torch.Tensor:
+    """(B, S, E): the softmax over experts, where an expert has the row among its best of a sample.
+
+    Expert choice (arXiv 2202.09368, section 3.2); rows that the mask leaves out are not chosen.
+    """
+    gates = logits.softmax(-1)
+    length, experts = gates.shape[1:]
+    taken = max(1, min(length, round(capacity * length / experts)))
+    scores = gates.detach()
+    if mask is not None:
+        scores = scores.masked_fill(~_own_columns(mask, scores).unsqueeze(-1), -1.0)
+    picks = scores.sort(dim=1, descending=True, stable=True).indices[:, :taken]
+    chosen = torch.zeros_like(gates).scatter(1, picks, 1.0)
+    return gates * chosen * (scores >= 0)
 
 
 def _own_columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

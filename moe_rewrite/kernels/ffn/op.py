@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..dispatch import runs_triton
 from ..plan.op import Plan, dense_plan
 from .cpu import Gradients, Rows, Weights, backward, forward
 from .reference import ACTIVATIONS, Stack
@@ -180,10 +179,6 @@ def _ffn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
-    if runs_triton(x):
-        from . import launch
-
-        return launch.forward(x, gates, Plan(order, offsets, inverse), lists, activation, save)
     rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
     return forward(x, gates, rows, _apart(lists), activation, save)
 
@@ -231,17 +226,11 @@ def _ffn_backward(
     """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     into, made = _new_gradients(lists, needs[2:])
-    if runs_triton(x):
-        from . import launch
-
-        plan = Plan(order, offsets, inverse)
-        dx, dgates = launch.backward(dy, x, gates, pre, plan, lists, activation, needs, into)
-    else:
-        rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
-        dx, dgates = backward(
-            dy.contiguous(), x, gates, pre, rows, _apart(lists), activation, *needs[:2],
-            _gradients_apart(into),
-        )  # fmt: skip
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
+    dx, dgates = backward(
+        dy.contiguous(), x, gates, pre, rows, _apart(lists), activation, needs[0], needs[1],
+        _gradients_apart(into),
+    )  # fmt: skip
     return [g for g in (dx, dgates) if g is not None] + made
 
 

@@ -63,5 +63,5 @@ def ffn_experts(
     y = torch.zeros_like(x_TD)
     for e in range(len(up_EHD)):
         gate_T1 = (gates_TK * (experts_TK == e)).sum(-1, keepdim=True).to(x_TD.dtype)
-        y = y + gate_T1 * ffn(x_TD, *(w if w is None else w[e] for w in given), activation)  # type: ignore[arg-type]
+        y = y + gate_T1 * ffn(x_TD, *(w if w is None else w[e] for w in given), activation)  # type: ignore[arg-type, call-arg]
     return y

@@ -36,7 +36,7 @@ def add_conv_lora_experts(
 
     scales_BRHW: over the output's positions, or (B, R, 1, 1) for one gate a sample.
     """
-    if not len(a_RChw):  # a convolution to no channels is an error
+    if a_RChw.shape[0] == 0:  # a convolution to no channels is an error
         return out_BOHW
     low = F.conv2d(x_BCHW, a_RChw, None, stride, padding, dilation) * scales_BRHW
     return out_BOHW + F.conv2d(low, b_OR11)

@@ -40,7 +40,7 @@ def scatter_patches(
     together = torch.stack(patches) if E > 1 else patches[0]  # a lone expert's need no copy
     y = together.reshape(E, B, taken, C, h * w).permute(1, 3, 0, 2, 4)  # (B, C, E, l, P)
     gates = gates_BEl.to(y.dtype)[:, None, ..., None]
-    if y.requires_grad or gates.requires_grad:
+    if y.requires_grad or gates.requires_grad or torch.compiler.is_compiling():
         source = (y * gates).reshape(B, C, -1)
     else:  # in one pass to the order that it is written in
         source = torch.mul(y, gates, out=y.new_empty(y.shape)).view(B, C, -1)

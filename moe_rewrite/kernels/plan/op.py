@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..dispatch import runs_triton
 from . import reference
 from .reference import Plan
 
@@ -90,10 +89,6 @@ def _choose(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 @torch.library.custom_op("moe_rewrite::route", mutates_args=())
 def _route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if runs_triton(logits):
-        from . import launch
-
-        return launch.route(logits, k, normalize)
     experts = _choose(logits, k)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if normalize:
@@ -155,10 +150,6 @@ _route.register_autograd(_backward_route, setup_context=_save_route)
 def _sort_plan(
     experts: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if runs_triton(experts):
-        from . import launch
-
-        return launch.sort_plan(experts, num_experts)
     return tuple(reference.sort_plan(experts, num_experts))  # type: ignore[return-value]
 
 

@@ -1,0 +1,122 @@
+"""What the benchmarks over streams of tasks share: runs in a pool that go on, summaries, bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from moe_rewrite.files import write_json
+
+Figures = dict[str, Any]
+Spread = dict[str, float]
+RESULTS = Path(__file__).parent / "results"
+
+
+def runs(
+    job: Callable[..., Figures], variants: Mapping[str, Figures], seeds: Sequence[int]
+) -> dict[str, list[Figures]]:
+    """``job(folder, seed, **variant)`` of every variant under every seed, two at a time.
+
+    Folders are inside MOE_REWRITE_RUNS, if that is set: started again, what was done is read, and
+    what was begun goes on.
+    """
+    root = Path(os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp())
+    from rich.progress import track
+
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = {
+            (name, seed): pool.submit(_finished, job, root / f"{name}-{seed}", seed, variant)
+            for seed in seeds
+            for name, variant in variants.items()
+        }
+        found = {key: future.result() for key, future in track(jobs.items(), "runs")}
+    return {name: [found[name, seed] for seed in seeds] for name in variants}
+
+
+def _finished(job: Callable[..., Figures], folder: Path, seed: int, variant: Figures) -> Figures:
+    file = folder / "figures.json"
+    asked = json.loads(json.dumps(variant))
+    if file.exists() and (done := json.loads(file.read_text()))["variant"] == asked:
+        return done["figures"]
+    torch.set_num_threads(1)
+    figures = job(folder, seed, **variant)
+    write_json(file, {"variant": asked, "figures": figures})
+    return figures
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+
+
+def losses(found: Sequence[Figures]) -> Figures:
+    """Of runs scored by minus the loss, as losses: lower is better."""
+    return {
+        "loss": spread([-r["op"] for r in found]), "bwt": spread([r["bwt"] for r in found]),
+        "base": spread([-r["base_after"] for r in found]),
+        "base_before": spread([-r["base_before"] for r in found]),
+        "frozen": spread([-mean(r["before"]) for r in found]),
+    }  # fmt: skip
+
+
+def accuracies(found: Sequence[Figures]) -> Figures:
+    """Of runs scored by accuracy: higher is better."""
+    return {
+        "last": spread([r["op"] for r in found]), "bwt": spread([r["bwt"] for r in found]),
+        "base": spread([r["base_after"] for r in found]),
+        "base_before": spread([r["base_before"] for r in found]),
+    }  # fmt: skip
+
+
+def facts(found: Sequence[Figures]) -> Figures:
+    """What is said of a method beside its scores."""
+    first = found[0]
+    return {
+        "trainable": first["trainable"], "keeps_data": first["keeps_data"],
+        "seconds": mean(r["seconds"] for r in found), "R": [r["R"] for r in found],
+        "router_use": first["router_use"],
+    }  # fmt: skip
+
+
+def rows(results: Mapping[str, Figures], keys: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A line of a table for each method: means and spreads, then facts."""
+    return [
+        (name, *(f"{r[k]['mean']:.3f} ± {r[k]['spread']:.3f}" for k in keys),
+         r["trainable"], "yes" if r["keeps_data"] else "no", f"{r['seconds']:.0f} s")
+        for name, r in results.items()
+    ]  # fmt: skip
+
+
+def bars(results: Mapping[str, Figures], titles: Mapping[str, str]) -> Any:
+    """A figure of one panel a score, one bar a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = max(4.0, 1 + 0.25 * len(results))
+    figure, axes = plt.subplots(1, len(titles), figsize=(1 + 4.2 * len(titles), height))
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        means, spreads = ([r[key][k] for r in results.values()] for k in ("mean", "spread"))
+        axis.barh(list(results), means, xerr=spreads, capsize=2)
+        axis.invert_yaxis()
+        axis.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def tuned(stream: str) -> dict[str, Any]:
+    """What `benchmarks.tuning` chose for a stream: ``rates`` by method and more."""
+    return json.loads((RESULTS / "tuning.json").read_text())[stream]["chosen"]
+
+
+def without_matrices(results: Mapping[str, Figures]) -> Figures:
+    return {name: {k: v for k, v in r.items() if k != "R"} for name, r in results.items()}

@@ -1,0 +1,285 @@
+"""Feed-forward regions, found by dataflow: products of the same rows, pointwise work between, and a
+product back to their width. No name and no module is looked at.
+
+Plain and gated, with biases and dropout, gate and up in one product, 1 x 1 convolutions, inner
+normalisation of the last dimension; where no module holds the products together, too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..program import Code, Program, mutated, value
+from .products import Product, find_product, place
+from .rows import RESHAPES, same_sizes
+
+aten = torch.ops.aten
+CASTS = {aten.to.dtype, aten.clone.default, aten.contiguous.default, aten._to_copy.default}
+# pointwise operations that bear no such tag
+POINTWISE = CASTS | {
+    aten.dropout.default, aten.gelu_.default, aten.hardswish.default, aten.hardswish_.default,
+    aten.hardsigmoid.default, aten.hardsigmoid_.default,
+}  # fmt: skip
+VIEWS = RESHAPES | {aten.unsqueeze.default, aten.squeeze.dim, aten._unsafe_view.default}
+SPLITS = {  # operation -> where its dimension stands among the arguments
+    aten.chunk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2,
+    aten.slice.Tensor: 1, aten.glu.default: 1,
+}  # fmt: skip
+NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product of the region. weight, bias: places among the region's weights. transposed: stored
+    (in, out). pointwise: stored as a 1 x 1 convolution."""
+
+    weight: int
+    bias: int | None
+    transposed: bool
+    pointwise: bool
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """down(middle(up_0(x), up_1(x), ...)).
+
+    entry: the node x. exit: the last product. nodes: the region, in order. weights: placeholders.
+    ups, down: the products. middle: code(*products of x, *weights[extra]), over the last dimension.
+    channels: dimension of x that holds the features, 1 of a map, else -1.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    ups: tuple[Linear, ...]
+    down: Linear
+    middle: Code
+    extra: tuple[int, ...]
+    channels: int
+
+    def name(self, program: Program) -> str:
+        """The longest dotted name that the weights of all products share; else the last one's."""
+        names = [program.inputs[self.weights[p.weight].name].name for p in (*self.ups, self.down)]
+        parts = [n.removesuffix(".weight").split(".") for n in names]
+        shared = []
+        for level in zip(*parts, strict=False):
+            if len(set(level)) > 1:
+                break
+            shared.append(level[0])
+        return ".".join(shared) or place(self.exit)
+
+    @property
+    def hidden(self) -> int:
+        """The width of what the last product reads."""
+        return _sides(value(self.weights[self.down.weight]), self.down)[0]
+
+
+def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedForward | tuple]:
+    """Every feed-forward region among these nodes; or (name, why it is none) of what would be one
+    but for a detail."""
+    for node in nodes:
+        product = find_product(program, node)
+        if not isinstance(product, Product) or not _is_rowwise(product):
+            continue
+        try:
+            found = _Reader(program, set(nodes)).read(product)
+        except _Unfit as error:
+            yield place(node), str(error)
+            continue
+        if found is not None:
+            yield found
+
+
+class _Unfit(Exception):
+    """Why a region that looks like one cannot be replaced."""
+
+
+class _Foreign(Exception):
+    """Something that no feed-forward region holds."""
+
+
+def _is_rowwise(product: Product) -> bool:
+    weight = value(product.weight)
+    if weight.ndim == 2:
+        return True
+    stride, padding, dilation = product.options
+    plain = stride == [1, 1] and dilation == [1, 1] and padding in ([0, 0], "valid", "same")
+    groups = weight.shape[1] == value(product.rows).shape[1]
+    return plain and groups and tuple(weight.shape[2:]) == (1, 1)
+
+
+def _sides(weight: torch.Tensor, linear: Linear) -> tuple[int, int]:
+    """(in, out) features."""
+    out, into = int(weight.shape[0]), int(weight.shape[1])
+    return (out, into) if linear.transposed else (into, out)
+
+
+class _Reader:
+    """Reads one region from its last product back to its rows, copying what lies between."""
+
+    def __init__(self, program: Program, allowed: set[fx.Node]) -> None:
+        self.program, self.allowed = program, allowed
+        self.weights: dict[fx.Node, int] = {}
+        self.products: dict[fx.Node, Product] = {}
+        self.inside: set[fx.Node] = set()
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.last_input: fx.Node | None = None
+        self.worked = False
+
+    def read(self, down: Product) -> FeedForward | None:
+        self.channels = 1 if value(down.weight).ndim == 4 else -1
+        try:
+            out = self._copy(down.rows)
+            last = self._linear(down)
+        except (_Foreign, RecursionError):
+            return None
+        entries = {self._unviewed(p.rows) for p in self.products.values()}
+        ups = tuple(self._linear(p) for p in self.products.values())
+        weights = list(self.weights)
+        if len(entries) != 1 or not self.worked or not ups:
+            return None
+        widths = {_sides(value(weights[p.weight]), p)[0] for p in ups}
+        if widths != {_sides(value(weights[last.weight]), last)[1]}:
+            return None
+        entry = entries.pop()
+        nodes = self._closed(entry, down)
+        extra = [n for n in weights if n in self.copies]
+        for node in (*self.products, *extra):
+            self._placeholder_first(self.copies[node])
+        self.graph.output(out)
+        return FeedForward(
+            entry, down.node, nodes, tuple(weights), ups, last,
+            Code(fx.GraphModule(torch.nn.Module(), self.graph)),
+            tuple(self.weights[n] for n in extra), self.channels,
+        )  # fmt: skip
+
+    def _placeholder_first(self, node: fx.Node) -> None:
+        """Move a placeholder behind those already in their order, before everything else."""
+        if self.last_input is None:
+            next(iter(self.graph.nodes)).prepend(node)
+        else:
+            self.last_input.append(node)
+        self.last_input = node
+
+    def _linear(self, product: Product) -> Linear:
+        bias = product.bias
+        if bias is not None and not self._is_weight(bias):
+            raise _Foreign
+        return Linear(
+            self._weight(product.weight), None if bias is None else self._weight(bias),
+            product.transposed, value(product.weight).ndim == 4,
+        )  # fmt: skip
+
+    def _weight(self, node: fx.Node) -> int:
+        return self.weights.setdefault(node, len(self.weights))
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        kinds = ("weight", "buffer", "constant")
+        return node.op == "placeholder" and self.program.inputs[node.name].kind in kinds
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """The copy of a value between the products, with all that it depends on."""
+        if node in self.copies:
+            return self.copies[node]
+        if self._is_weight(node):
+            return self._copy_weight(node)
+        if node not in self.allowed:
+            raise _Foreign
+        product = find_product(self.program, node)
+        if isinstance(product, Product):
+            if not _is_rowwise(product) or (value(product.weight).ndim == 4) != (
+                self.channels == 1
+            ):
+                raise _Foreign
+            self.products[node] = product
+            self.inside.add(node)
+            made = self.graph.placeholder(node.name)
+        else:
+            made = self._copy_operation(node)
+        self.copies[node] = made
+        return made
+
+    def _copy_weight(self, node: fx.Node) -> fx.Node:
+        """A scale or bias over the features."""
+        if self.channels == 1 or value(node).ndim > 1:
+            raise _Foreign
+        self._weight(node)
+        self.copies[node] = self.graph.placeholder(node.name)
+        return self.copies[node]
+
+    def _copy_operation(self, node: fx.Node) -> fx.Node:
+        given: Any
+        target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
+        self.inside.add(node)
+        if target in VIEWS and self.channels == -1:
+            given = args[0]
+            if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
+                raise _Foreign
+            return self._copy(given)
+        if target is aten.dropout.default and not (args[1] and args[2]):
+            return self._copy(args[0])  # type: ignore[arg-type]
+        self._check(node)
+        if target in SPLITS:
+            at = SPLITS[target]  # type: ignore[index]
+            args[at:] = [-1, *args[at + 1 :]]
+            kwargs.pop("dim", None)
+        self.worked |= target not in CASTS | NORMS | set(SPLITS) | {operator.getitem}
+        map_ = lambda a: pytree.tree_map_only(fx.Node, self._copy, a)  # noqa: E731
+        return self.graph.call_function(target, tuple(map_(args)), map_(kwargs))  # type: ignore[arg-type]
+
+    def _check(self, node: fx.Node) -> None:
+        """Raise _Foreign unless the operation works on each row of features by itself."""
+        given: Any = node.args[0] if node.args else None
+        target = node.target
+        if target is operator.getitem:
+            return
+        if target in SPLITS:
+            rank = value(given).ndim
+            at = SPLITS[target]  # type: ignore[index]
+            dim: Any = (
+                node.args[at]
+                if len(node.args) > at
+                else node.kwargs.get("dim", -1 if target is aten.glu.default else 0)
+            )
+            if dim % rank != self.channels % rank:
+                raise _Foreign
+            return
+        if target in NORMS:
+            if self.channels == 1 or len(node.args[1]) != 1:  # type: ignore[arg-type]
+                raise _Foreign
+            return
+        tags = getattr(target, "tags", ())
+        if target not in POINTWISE and torch.Tag.pointwise not in tags:
+            raise _Foreign
+        for written in mutated(node):
+            if len(written.users) > 1:
+                raise _Foreign  # others read what it was before, or after
+
+    def _unviewed(self, node: fx.Node) -> fx.Node:
+        """Rows before they were merged into one dimension, which each product may do for itself."""
+        while node.target in VIEWS and self.channels == -1:
+            given: Any = node.args[0]
+            if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
+                break
+            node = given
+        return node
+
+    def _closed(self, entry: fx.Node, down: Product) -> tuple[fx.Node, ...]:
+        """The region's nodes, none of whose inner values is used outside."""
+        inside = self.inside | {down.node}
+        for node in inside - {down.node}:
+            outside = [u for u in node.users if u not in inside]
+            if outside:
+                raise _Unfit(f"{outside[0].name} reads {node.name} inside of the feed-forward")
+        if value(down.node).ndim > value(entry).ndim:
+            raise _Unfit("its output has more dimensions than its input")
+        return tuple(n for n in self.program.graph.nodes if n in inside)

@@ -1,0 +1,84 @@
+"""ONNX: export, run and serve what was converted. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model import MoEModel
+    from .report import OnnxReport
+
+
+def require() -> None:
+    """Raises ConfigError where the optional packages are missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX needs the package {error.name}: pip install 'moe-rewrite[onnx]'"
+        ) from None
+
+
+def export_onnx(
+    moe: MoEModel,
+    path: str | os.PathLike,
+    lowering: Literal["auto", "dense", "sparse", "contrib"] = "auto",
+    dtype: torch.dtype | None = None,
+    opset: int = 20,
+    example_inputs: Any = None,
+    cache: bool = False,
+    external_data: bool | None = None,
+    open_inputs: bool = False,
+    verify: bool = True,
+) -> OnnxReport:
+    """Write a converted model as an ONNX file that ONNX Runtime has been held against.
+
+    Batch and sequence stay open. Inputs bear the names of the call's arguments, outputs those of
+    the output's fields, initializers the state-dict names; experts that are off are left out.
+
+    lowering: how experts are written; ``"auto"`` chooses and says what in the report.
+    dtype: torch.float16 or torch.bfloat16 to export a cast copy. example_inputs: as for `convert`.
+    cache: also take and give the key-value cache (and a prefix router's running sums): one graph
+    for a prompt and for each token behind it. external_data: weights in a file beside the model;
+    None: where they exceed 1.5 GB. open_inputs: experts and router are inputs with a default.
+    verify: run the file in ONNX Runtime against PyTorch, on other inputs, sizes and routes.
+
+    Nothing is left at `path` unless all of that succeeds, and what was there stays. Raises
+    ConfigError for a wrong option, CaptureError for an operator that ONNX cannot express,
+    EquivalenceError where the file computes something else.
+    """
+    require()
+    from ..model import MoEModel
+    from .export import export
+
+    if not isinstance(moe, MoEModel):
+        raise ConfigError(f"moe={type(moe).__name__}: expected a converted model; call convert()")
+    return export(
+        moe, path, lowering, dtype, opset, example_inputs, cache, external_data, open_inputs, verify
+    )
+
+
+def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:
+    """See `moe_rewrite.onnx.runtime.load`."""
+    require()
+    from .runtime import load
+
+    return load(path, experts, **options)
+
+
+def export_experts(
+    moe: MoEModel, file: str | os.PathLike, example_inputs: Any = None
+) -> dict[str, tuple[int, ...]]:
+    """See `moe_rewrite.onnx.experts.export_experts`."""
+    require()
+    from .experts import export_experts
+
+    return export_experts(moe, file, example_inputs)

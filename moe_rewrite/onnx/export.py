@@ -1,0 +1,176 @@
+"""export_onnx(): plain -> translate -> write -> check -> prove -> put in place."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+
+from ..errors import ConfigError
+from .metadata import FORMAT
+from .plain import Plain
+from .prove import check_file, prove
+from .report import OnnxReport
+from .translate import Skeleton, translate
+from .write import checked_path, digest, in_place, needs_external, set_metadata, write_model
+
+if TYPE_CHECKING:
+    from ..model import MoEModel
+
+OPSETS = range(20, 24)
+MAPPED = 64_000_000  # bytes of weights from which proof is by mapped files
+CASTS = (torch.float32, torch.float16, torch.bfloat16)
+LOWERINGS = ("auto", "dense", "sparse", "contrib")
+
+
+def export(
+    moe: MoEModel, path: str | os.PathLike, lowering: str, dtype: torch.dtype | None, opset: int,
+    example_inputs: Any, cache: bool, external_data: bool | None, open_inputs: bool, verify: bool,
+) -> OnnxReport:  # fmt: skip
+    target, seconds = checked_path(path), {}
+    chosen = _lowering(moe, lowering)
+    if opset not in OPSETS:
+        raise ConfigError(f"opset={opset!r}: expected {OPSETS[0]} to {OPSETS[-1]}")
+    if any(p.is_meta for p in moe.parameters()):
+        raise ConfigError("this model is on the meta device: load its weights before exporting it")
+
+    def timed(name: str, run: Any, *args: Any) -> Any:
+        start = time.perf_counter()
+        made = run(*args)
+        seconds[name] = time.perf_counter() - start
+        return made
+
+    if dtype not in (None, moe.dtype, *CASTS):
+        raise ConfigError(f"dtype={dtype!r}: expected None, {' or '.join(map(str, CASTS))}")
+    if dtype not in (None, moe.dtype):
+        moe = copy.deepcopy(moe).to(dtype)
+    plain = timed("capture", Plain, moe, example_inputs, cache)
+    external = needs_external(plain.tensors, external_data)
+    skeleton = timed("translate", translate, plain, opset)
+    if open_inputs:
+        _open_inputs(skeleton, plain)
+    report = _report(moe, plain, skeleton, target, chosen, opset)
+    _describe(skeleton, moe, plain, report)
+    with in_place(target) as fresh:
+        timed("write", write_model, skeleton, fresh, external)
+        with _mapped(skeleton, fresh, external) as proven:
+            timed("check", check_file, proven)
+            if verify:
+                report.checks = timed("prove", prove, moe, plain, proven)
+        files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
+    return replace(report, files=files, seconds=seconds)
+
+
+@contextmanager
+def _mapped(skeleton: Skeleton, path: Path, external: bool) -> Iterator[Path]:
+    """The file to prove: of many weights in one file, the same graph with its weights beside it,
+    which are mapped into memory and not read and copied."""
+    size = sum(t.numel() * t.element_size() for t in skeleton.weights.values())
+    if external or size < MAPPED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=path.parent.parent) as folder:
+        gc.collect()  # graphs of the trace, in cycles: worth a second for so many weights
+        twin = Path(folder) / path.name
+        write_model(skeleton, twin, external=True)
+        yield twin
+
+
+def _lowering(moe: MoEModel, asked: str) -> str:
+    if asked not in LOWERINGS:
+        raise ConfigError(f"lowering={asked!r}: expected {' or '.join(map(repr, LOWERINGS))}")
+    kind = type(moe.recipe.experts).__name__
+    fits = {
+        "LoRAExperts": ("dense", "stacked low rank, no shape depends on data"),
+        "RegionExperts": ("sparse", "TopK, Gather and Scatter, groups of fixed size"),
+    }
+    name, words = fits[kind]
+    if asked not in ("auto", name):
+        raise ConfigError(
+            f"lowering={asked!r}: {kind} are written as {name!r} ({words}); use that or 'auto'"
+        )
+    return f"{name}: {words}"
+
+
+def _open_inputs(skeleton: Skeleton, plain: Plain) -> None:
+    """Make the stacks of experts inputs with a default, which a call may override."""
+    for name, stack in plain.stacks.items():
+        if name not in skeleton.weights:
+            continue
+        tensor = skeleton.weights[name]
+        shape: list[Any] = list(tensor.shape)
+        shape[stack.dim] = "experts" if stack.each == 1 else f"{stack.each}*experts"
+        kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.cpu().numpy().dtype)
+        skeleton.model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+
+
+def _report(
+    moe: MoEModel, plain: Plain, skeleton: Skeleton, target: Path, lowering: str, opset: int
+) -> OnnxReport:
+    graph = skeleton.model.graph
+    given = [i for i in graph.input if i.name not in plain.tensors]
+    return OnnxReport(
+        path=target.name, files={}, opset=opset, dtype=str(moe.dtype).removeprefix("torch."),
+        lowering=lowering, inputs={i.name: _dims(i) for i in given},
+        outputs={o.name: _dims(o) for o in graph.output},
+        experts=[moe.names[e] for e in plain.active],
+        left_out=[n for e, n in enumerate(moe.names) if e not in plain.active],
+        open_experts=bool(plain.stacks),
+        operators=dict(Counter(_operator(n) for n in graph.node).most_common()),
+    )  # fmt: skip
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[Any]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def base_of(plain: Plain) -> str:
+    """What experts that are loaded later must have been trained on."""
+    return digest({n: t for n, t in plain.tensors.items() if n not in plain.stacks})
+
+
+def _describe(skeleton: Skeleton, moe: MoEModel, plain: Plain, report: OnnxReport) -> None:
+    """Metadata: what a loader must know, and the reports of conversion and export."""
+    conversion = moe.report
+    recipe = replace(
+        moe.recipe, split=moe._compiler.at, router=moe.router.spec, num_experts=moe.num_experts
+    )
+    set_metadata(
+        skeleton.model,
+        {
+            "moe_rewrite.format": FORMAT,
+            "moe_rewrite.model": conversion.model,
+            "moe_rewrite.base": base_of(plain),
+            "moe_rewrite.experts": report.experts,
+            "moe_rewrite.stacks": {
+                n: [s.dim, s.each] for n, s in plain.stacks.items() if n in skeleton.weights
+            },
+            "moe_rewrite.recipe": recipe.to_dict(),
+            "moe_rewrite.conversion": {
+                "split": conversion.split, "router": conversion.router,
+                "sites": conversion.sites, "rejected": conversion.rejected,
+                "numerics": conversion.numerics, "notes": conversion.notes,
+                "equivalence": str(conversion.equivalence or "not checked"),
+            },
+            "moe_rewrite.export": {
+                "lowering": report.lowering, "left_out": report.left_out,
+                "cache": any(n.startswith("past_key_values") for n in plain.inputs),
+            },
+        },
+    )  # fmt: skip
+    skeleton.model.producer_name = "moe_rewrite"

@@ -1,0 +1,256 @@
+"""A converted model as one function of tensors: shallow blocks, router, gates, deep blocks.
+
+Every weight is an argument, so that a file's initializers bear the state-dict names and tracing
+copies none of them; stacks of experts are arguments whose expert dimension stays open.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..capture import example_like, is_hf, split_static
+from ..examples import as_arguments
+from ..experts import ExpertSite, HeadColumns, LoRASite
+from ..graphs import Graph
+from ..ownership import ADDED
+from ..program import CACHE
+from ..routing.patches import PatchGate
+from ..routing.plan import RoutingPlan, align
+from ..routing.tokens import PrefixState, TokenGate
+from ..verify import evaluating
+
+if TYPE_CHECKING:
+    from ..model import MoEModel
+
+ROWS = f"{ADDED}router.rows"
+STATE = "router"  # prefix of the names of a prefix router's running sums
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a tensor holds several experts: dimension `dim` has `each` elements for every one."""
+
+    dim: int
+    each: int
+
+
+class Plain(nn.Module):
+    """forward(leaves, tensors, state) -> outputs, all of them tensors.
+
+    leaves: the call's tensors, of names `inputs`. tensors: by name, as in `tensors`; stacks: those
+    that hold all experts. state: [total (B, D), count (B,)] of a prefix router where the model is
+    exported with its cache, else []; the state after the call is put behind the outputs then.
+    outputs: names. example: leaves of sizes that a trace does not confuse. open: per leaf, the
+    dimensions that differ from call to call. mask: name of the input that says which rows count. biased: a router's row ends in a bias.
+    """
+
+    def __init__(self, moe: MoEModel, example_inputs: Any = None, cache: bool = False) -> None:
+        super().__init__()
+        with evaluating(moe):
+            self.arguments = _arguments(moe, example_inputs, cache)
+            self.graph, _ = moe._graph(self.arguments)
+        traced, _ = split_static(self.arguments)
+        self.example = [t.detach() for t in pytree.tree_leaves(example_like(traced))]
+        self.inputs = _input_names(traced)
+        self.kept, self.outputs = _outputs(self.graph)
+        closed = {(i, d) for i, d, _ in self.graph.static}
+        self.open = [
+            [d for d in range(t.ndim) if (i, d) not in closed] for i, t in enumerate(self.example)
+        ]
+        self.mask = self.graph.emitted.mask
+        self.active = moe.router.active_indices()
+        self._held = (moe.router,)  # in a tuple: its parameters are not this module's
+        self.tensors, self.stacks, self._experts = _tensors(moe, self.graph, self.active)
+        self.biased = isinstance(moe.router, TokenGate)
+        self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
+        if self.with_state:
+            self.outputs += [f"present_{STATE}.total", f"present_{STATE}.count"]
+
+    def forward(
+        self, leaves: list[torch.Tensor], tensors: dict[str, torch.Tensor],
+        state: list[torch.Tensor],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        graph = self.graph
+        values: dict[str, Any] = dict(zip(graph.leaves, leaves, strict=True))
+        mask, after, planned = values.get(self.mask) if self.mask else None, None, False
+        for _, bound in graph.steps:
+            step = bound.step
+            if step.deep and not planned:
+                before = PrefixState(*state) if state else None
+                plan, after = self._plan(values[graph.emitted.cut], mask, tensors, before)
+                values |= {name: align(plan, layout) for name, layout in graph.emitted.layouts}
+                planned = True
+            owned = [self._owned(kind, name, tensors) for kind, name in step.owned]
+            made = step.code.call(*owned, *(values[n] for n in step.takes))
+            values.update(zip(step.gives, made, strict=True))
+        outputs = [values[name] for name in self.kept]
+        return [*outputs, after.total, after.count] if after and state else outputs
+
+    def state(self, batch: int) -> list[torch.Tensor]:
+        """The running sums of a prefix router before the first position."""
+        if not self.with_state:
+            return []
+        router = self._held[0]
+        width = getattr(router, "lift", torch.empty(0, router.size - 1)).shape[1]
+        return [torch.zeros(batch, width), torch.zeros(batch)]
+
+    def _owned(self, kind: str, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+        if kind == "constant":
+            return self.graph.emitted.constants[name]
+        if kind != "expert":
+            return tensors[name]
+        return pytree.tree_map_only(str, tensors.__getitem__, self._experts[name])
+
+    def _plan(
+        self, features: torch.Tensor, mask: Any, tensors: dict[str, torch.Tensor], before: Any
+    ) -> tuple[RoutingPlan, Any]:
+        """The router's plan with rows and tables taken from `tensors`.
+
+        Top-k is taken over columns of minus infinity as well, so that it is there for any number
+        of experts.
+        """
+        gate: Any = copy.copy(self._held[0])
+        own = gate.__dict__
+        own["_buffers"] = {
+            n: tensors.get(f"{ADDED}router.{n}", b) for n, b in gate._buffers.items()
+        }
+        own["active_indices"] = lambda: self.active
+        if self.active:
+            own["stacked"] = lambda active: tensors[ROWS]
+        own["_few_matter"] = lambda count: False  # that is for a backward pass
+        if isinstance(gate, PatchGate):  # ONNX's TopK takes the first of equals, as this gate does
+            own["_best"] = lambda scores: scores.topk(gate.spec.per_expert, dim=-1).indices
+        top_k = getattr(gate.spec, "top_k", None)
+        if not (isinstance(gate, TokenGate) and top_k and self.active):
+            return gate.forward(features, mask, before)
+        logits_of = gate._logits
+
+        def padded(read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
+            logits = logits_of(read, active)
+            none = logits.new_full((*logits.shape[:-1], top_k), float("-inf"))
+            return torch.cat([logits, none], dim=-1)
+
+        own["_logits"] = padded
+        plan, after = gate.forward(features, mask, before)
+        return replace(plan, weights=plan.weights[..., : tensors[ROWS].shape[0]]), after
+
+
+def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any]:
+    host = moe._compiler.host
+    arguments = as_arguments(host, example_inputs)
+    if is_hf(host):
+        from ..hf import without_cache
+
+        arguments = without_cache(host, arguments) | ({"use_cache": True} if cache else {})
+    return moe._arguments((), arguments)[0]
+
+
+def _input_names(traced: dict[str, Any]) -> list[str]:
+    """``name`` of a tensor, ``name.0.key`` of a cache's, ``name.0`` of those in a container."""
+    names = []
+    for name, given in traced.items():
+        count = len(pytree.tree_leaves(given))
+        if name == CACHE:
+            names += _cache_names(CACHE, count)
+        elif isinstance(given, torch.Tensor):
+            names.append(name)
+        else:
+            names += [f"{name}.{i}" for i in range(count)]
+    return names
+
+
+def _cache_names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}.{i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
+
+
+def _outputs(graph: Graph) -> tuple[list[str], list[str]]:
+    """The values that are handed back as tensors, and the names of the output's fields."""
+    made = list(graph.emitted.outputs)
+    fields: list[str] = []
+    if graph.cache_at is not None:
+        start, stop = graph.cache_at
+        made[start:stop] = [None]
+    structure = pytree.tree_unflatten(list(range(len(made))), graph.out_spec)
+    for path, _ in _with_path(structure):
+        fields.append(".".join(path) or "output")
+    if graph.cache_at is not None:
+        fields[start : start + 1] = _cache_names("present", stop - start)
+    pairs = [
+        (o, f) for o, f in zip(graph.emitted.outputs, fields, strict=True) if isinstance(o, str)
+    ]
+    return [o for o, _ in pairs], [f for _, f in pairs]
+
+
+def _with_path(value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Leaves in pytree order, each with the keys that lead to it."""
+    if isinstance(value, dict):
+        items = [(str(k), v) for k, v in value.items()]
+    elif hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (list, tuple)):
+        items = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return [((), value)] if value is not None else []
+    return [((key, *path), leaf) for key, v in items for path, leaf in _with_path(v)]
+
+
+def _tensors(
+    moe: MoEModel, graph: Graph, active: tuple[int, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, Stack], dict[str, Any]]:
+    """All tensors by name; the stacks among them; per expert input of the graph, what it takes,
+    with names in the place of tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    stacks: dict[str, Stack] = {}
+    for _, bound in graph.steps:
+        for kind, name in bound.step.owned:
+            if kind in ("weight", "buffer"):
+                tensors[name] = moe._owned.refs[name].get().detach()
+    experts: dict[str, Any] = {}
+    for site in moe.expert_sites():
+        with torch.no_grad():
+            stacked = site.stacked(active)
+        for part, stack in zip(site.parts, stacked, strict=True):
+            experts[f"{site.site.name}:{part}"] = _named(site, part, stack, active, tensors)
+            if isinstance(site, LoRASite) and active:
+                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(
+                    int(part == "b"), site.rank
+                )
+    if active:
+        tensors[ROWS] = moe.router.stacked(active).detach()
+        stacks[ROWS] = Stack(0, 1)
+    if any(isinstance(v, list) and v for v in experts.values()):
+        stacks = {}  # experts that are not stacked, of a fixed number
+    for name in ("lift", "frozen"):
+        if name in moe.router._buffers:
+            tensors[f"{ADDED}router.{name}"] = moe.router._buffers[name]  # type: ignore[assignment]
+    return tensors, stacks, experts
+
+
+def _named(
+    site: ExpertSite, part: str, stack: Any, active: tuple[int, ...],
+    tensors: dict[str, torch.Tensor],
+) -> Any:  # fmt: skip
+    """`stack` with names for its tensors, which are put under them."""
+    base = f"{ADDED}experts.{site.site.name}"
+    if isinstance(stack, torch.Tensor):
+        tensors[f"{base}.{part}"] = stack.detach()
+        return f"{base}.{part}"
+    if isinstance(site, HeadColumns):
+        named: list[Any] = []
+        for column in stack:
+            if isinstance(column, int):
+                named.append(column)
+                continue
+            names = [f"{base}.{kind}.{active[column[2]]}" for kind in ("weight", "bias")]
+            tensors.update(zip(names, (t.detach() for t in column[:2]), strict=True))
+            named.append((*names, column[2]))
+        return named
+    names = [f"{base}.{part}.{e}" for e in active]
+    tensors.update(zip(names, (t.detach() for t in stack), strict=True))
+    return names

@@ -1,0 +1,183 @@
+"""Proof of an exported file: ONNX Runtime against PyTorch, on calls that the trace has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch.utils import _pytree as pytree
+
+from ..capture import split_static
+from ..errors import EquivalenceError
+from ..examples import random_arguments
+from ..program import CACHE
+from ..verify import compare, evaluating
+from .plain import ROWS, Plain
+from .report import Check
+from .session import frugal_options, open_session, release_memory, run
+
+if TYPE_CHECKING:
+    from ..model import MoEModel
+
+BATCH = 2
+OFF = -1e4  # a router's bias for an expert that gets nothing
+
+
+@dataclass
+class Case:
+    """One call. replaced: tensors of experts and router in the place of the model's."""
+
+    name: str
+    leaves: list[torch.Tensor]
+    state: list[torch.Tensor]
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_file(path: Path) -> None:
+    """The ONNX checker and strict shape inference, by path. Raises EquivalenceError."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # several kinds without a common base
+        raise EquivalenceError(
+            f"{path.name} is no valid ONNX model: {str(error).splitlines()[0]}: please report this"
+        ) from error
+
+
+def prove(moe: MoEModel, plain: Plain, path: Path) -> list[Check]:
+    """Raises EquivalenceError where a result differs by more than the dtype's tolerance."""
+    _require_plain(moe, plain)
+    cases, wanted = list(_cases(moe, plain)), []
+    with torch.no_grad():  # before a session takes its memory
+        for case in cases:
+            wanted.append(plain(case.leaves, plain.tensors | case.replaced, case.state))
+    checks, session, opened = [], None, None
+    for case, want in zip(cases, wanted, strict=True):
+        if session is None or case.replaced is not opened:
+            session = None  # one at a time in memory
+            release_memory()
+            session = open_session(path, case.replaced, options=frugal_options())
+            opened = case.replaced
+        names = dict(zip(plain.inputs, case.leaves, strict=True))
+        state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
+        got = run(session, names | dict(state))
+        if not any(bool(t.isfinite().any()) for t in want):
+            raise EquivalenceError(
+                f"PyTorch itself gives no finite number ({case.name}): nothing can be proven. "
+                "Check the model's weights, or export with verify=False"
+            )
+        report = compare(want, got, _mask(plain, case.leaves))
+        if not report.equal:
+            worst = [
+                f"{n} {tuple(a.shape)} -> {tuple(b.shape)}"
+                for n, a, b in zip(plain.outputs, want, got, strict=True)
+                if not compare([a], [b]).equal
+            ]
+            raise EquivalenceError(
+                f"ONNX Runtime differs from PyTorch by {report.max_error:.2e} ({case.name}; "
+                f"{', '.join(worst[:3])}): nothing was written. Please report this model"
+            )
+        del got
+        release_memory()
+        checks.append(Check(case.name, report.max_error, report.rms_error))
+    return checks
+
+
+def _mask(plain: Plain, leaves: list[torch.Tensor]) -> Any:
+    return leaves[plain.inputs.index(plain.mask)] if plain.mask in plain.inputs else None
+
+
+def _require_plain(moe: MoEModel, plain: Plain) -> None:
+    """The traced function is the converted model: the rest is held against it."""
+    asked = {k: v for k, v in plain.arguments.items() if k != CACHE}
+    arguments = random_arguments(asked, moe._compiler.host, BATCH)
+    given = iter(pytree.tree_leaves(split_static(arguments)[0]))
+    leaves = [
+        t.new_zeros(BATCH, t.shape[1], 0, t.shape[3]) if n.startswith(CACHE) else next(given)
+        for n, t in zip(plain.inputs, plain.example, strict=True)
+    ]
+    shown = [n for n in plain.outputs if not n.startswith("present")]
+    with torch.no_grad(), evaluating(moe):
+        want = [t for t in pytree.tree_leaves(moe(**arguments)) if isinstance(t, torch.Tensor)]
+        got = plain(leaves, plain.tensors, plain.state(BATCH))
+    report = compare(want[: len(shown)], got[: len(shown)], arguments.get(plain.mask or ""))
+    if not report.equal:
+        raise EquivalenceError(
+            f"the function that is exported differs from the model by {report.max_error:.2e}: "
+            "please report this model"
+        )
+
+
+def _cases(moe: MoEModel, plain: Plain) -> Iterator[Case]:
+    host = moe._compiler.host
+    none: dict[str, torch.Tensor] = {}
+    sizes = [(2, 4, 0), (1, 7, 3), (3, 3, 6)]
+    for batch, length, past in sizes:
+        leaves = _leaves(plain, host, batch, length, past)
+        shape = tuple(leaves[0].shape)
+        yield Case(f"inputs {shape}", leaves, _state(plain, batch, past), none)
+    mask = _mask(plain, leaves)
+    if mask is not None and mask.ndim == 2:
+        padded = [t.clone() for t in leaves]
+        _mask(plain, padded)[0, : mask.shape[1] // 2] = 0
+        yield Case(f"inputs {shape}, left padding", padded, _state(plain, batch, past), none)
+    replaced = _other_experts(plain)
+    if replaced:
+        more = ", one more than exported" if plain.stacks else ""
+        idle = ", one of them idle" if plain.biased and plain.stacks else ""
+        name = f"other {'experts' if plain.stacks else 'router'}{more}{idle}"
+        yield Case(name, leaves, _state(plain, batch, past), replaced)
+
+
+def _leaves(plain: Plain, host: Any, batch: int, length: int, past: int) -> list[torch.Tensor]:
+    """Random leaves with other open sizes."""
+    cached = any(n.startswith(CACHE) for n in plain.inputs)
+    zeros = {}
+    for name, like, dims in zip(plain.inputs, plain.example, plain.open, strict=True):
+        shape = list(like.shape)
+        for d in dims:
+            if d == 0:
+                shape[d] = batch
+            elif name.startswith(CACHE):
+                shape[d] = past
+            else:
+                shape[d] = length + (past if cached and "mask" in name else 0)
+        zeros[name] = like.new_zeros(shape)
+    return list(random_arguments(zeros, host, batch).values())
+
+
+def _state(plain: Plain, batch: int, past: int) -> list[torch.Tensor]:
+    """Sums as they are behind `past` positions."""
+    if not plain.with_state:
+        return []
+    total, count = plain.state(batch)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(total.shape, generator=generator) * past**0.5
+    return [drawn, count + past]
+
+
+def _other_experts(plain: Plain) -> dict[str, torch.Tensor]:
+    """Random experts and a router that is sure, so that experts matter even in a model whose own
+    are still zero; where their number is open, one more than there are, the last without a row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: list[int], size: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * size
+
+    replaced = {}
+    for name in (n for n in plain.tensors if n in plain.stacks or n == ROWS):
+        tensor = plain.tensors[name]
+        shape = list(tensor.shape)
+        if name in plain.stacks:
+            stack = plain.stacks[name]
+            shape[stack.dim] += stack.each
+        taps = tensor[0, 0].numel() if tensor.ndim > 1 else 1
+        each = plain.stacks[name].each if name in plain.stacks else 1
+        size = 2.0 * shape[1] ** -0.5 if name == ROWS else 0.1 / taps
+        replaced[name] = draw(shape, size if name == ROWS else size / each**0.25).to(tensor)
+    if ROWS in plain.stacks and plain.biased:
+        replaced[ROWS][-1, -1] = OFF
+    return replaced

@@ -1,0 +1,75 @@
+"""ONNX Runtime sessions on tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_session(
+    path: Path, replaced: dict[str, torch.Tensor] | None = None,
+    providers: list[Any] | None = None, options: Any = None,
+) -> Any:  # fmt: skip
+    """A session on a file. replaced: other values, of other sizes too, for some initializers."""
+    import onnxruntime as ort
+
+    options = options or ort.SessionOptions()
+    options.log_severity_level = 3
+    if not options.intra_op_num_threads:
+        options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work too
+    source: Any = str(path)
+    if replaced:
+        model = onnx.load(path, load_external_data=False)
+        replace_initializers(model, replaced)
+        options.add_session_config_entry(FOLDER, str(path.parent.resolve()))
+        source = model.SerializeToString()
+        del model
+    return ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"])
+
+
+def frugal_options() -> Any:
+    """For a session that computes as any other in little memory: weights stay where the file is
+    mapped, in one copy."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system, where the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tensor]) -> None:
+    from .write import KINDS, raw
+
+    for tensor in model.graph.initializer:
+        if tensor.name in replaced:
+            new = replaced[tensor.name]
+            fresh = onnx.TensorProto(
+                name=tensor.name,
+                dims=new.shape,
+                data_type=KINDS[new.dtype],
+                raw_data=bytes(raw(new)),
+            )
+            tensor.CopyFrom(fresh)
+
+
+def run(session: Any, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All outputs; feeds that the graph does not take are passed over."""
+    taken = {i.name for i in session.get_inputs()}
+    given = {n: t.detach().cpu().contiguous().numpy() for n, t in feeds.items() if n in taken}
+    return [torch.from_numpy(np.array(o)) for o in session.run(None, given)]

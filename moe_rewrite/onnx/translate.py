@@ -1,0 +1,171 @@
+"""Plain -> an ONNX graph without weights, and the weights that belong to it, by name."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ..errors import CaptureError
+from ..program import CACHE
+from .plain import Plain
+
+TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
+
+
+@dataclass
+class Skeleton:
+    """model: the graph; what `weights` names are initializers that it lacks. dims: names of the
+    open dimensions of each input."""
+
+    model: onnx.ModelProto
+    weights: dict[str, torch.Tensor]
+
+
+def translate(plain: Plain, opset: int) -> Skeleton:
+    """Raises CaptureError with the reason that torch.export or the exporter gave."""
+    leaves, tensors, state, shapes = _example(plain)
+    try:
+        with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
+            plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+            exported = torch.export.export(
+                plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
+            )
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=opset, verbose=False, optimize=True
+            )
+    except Exception as error:  # both raise many kinds; all mean "not exported"
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        raise CaptureError(
+            f"this model cannot be written as ONNX: {type(cause).__name__}: "
+            f"{lines[0] if lines else ''}"
+        ) from error
+    assert program is not None
+    return _skeleton(program.model, plain)
+
+
+def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
+    """What to trace with, and the dimensions that stay open."""
+    auto = torch.export.Dim.AUTO
+    count = torch.export.Dim("experts", min=2)
+    tensors = dict(plain.tensors)
+    shapes: dict[str, Any] = {}
+    for name, tensor in plain.tensors.items():
+        shapes[name] = None
+        if name in plain.stacks:
+            stack = plain.stacks[name]
+            size = list(tensor.shape)
+            size[stack.dim] = TRACED_EXPERTS * stack.each
+            tensors[name] = tensor.new_zeros(size)
+            shapes[name] = {stack.dim: count * stack.each if stack.each > 1 else count}
+    state = plain.state(plain.example[0].shape[0])
+    leaf_shapes = [dict.fromkeys(dims, auto) for dims in plain.open]
+    return plain.example, tensors, state, (leaf_shapes, shapes, [{0: auto} for _ in state])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on what is not installed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _skeleton(model: ir.Model, plain: Plain) -> Skeleton:
+    graph = model.graph
+    given = list(graph.inputs)
+    names = [*plain.inputs, *plain.tensors]
+    if plain.with_state:
+        names += [f"past_router.{n}" for n in ("total", "count")]
+    _free(model, {*names, *plain.outputs})
+    for value, name in zip(given, names, strict=True):
+        value.name = name
+    kept: set[str] = set()
+    for value in given:
+        if value.name in plain.tensors:
+            graph.inputs.remove(value)
+            if value.uses() or value.is_graph_output():
+                kept.add(value.name)
+    _name_outputs(graph, plain.outputs)
+    _name_dimensions(model, plain)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # which hold lines of source code and paths
+        node.doc_string = None
+    return Skeleton(ir.to_proto(model), {n: t for n, t in plain.tensors.items() if n in kept})
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def _free(model: ir.Model, names: set[str]) -> None:
+    """Take these names from the values that happen to bear them."""
+    for i, value in enumerate(list(_values(model))):
+        if value.name in names:
+            value.name = f"value_{i}.{value.name}"
+
+
+def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
+    """An output that is an input, a weight or another output as well gets a node of its own."""
+    seen: set[int] = set()
+    for i, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if value.producer() is None or id(value) in seen:
+            copy = ir.node("Identity", [value])
+            graph.append(copy)
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.outputs[i] = value = copy.outputs[0]
+        seen.add(id(value))
+        value.name = name
+
+
+def _name_dimensions(model: ir.Model, plain: Plain) -> None:
+    """``batch``, ``sequence`` and the like for the symbols of the trace."""
+    words: dict[str, str] = {}
+    cached = any(n.startswith(CACHE) for n in plain.inputs)
+    for value in model.graph.inputs:
+        taken = set(words.values())
+        for d, size in enumerate(value.shape or ()):
+            symbol = None if isinstance(size, int) else size.value
+            if symbol is None or not re.fullmatch(r"[a-z]\w*", symbol) or symbol in words:
+                continue
+            word = _word(str(value.name), d, cached)
+            words[symbol] = word if word not in taken or cached else f"{value.name}_{d}"
+            taken.add(words[symbol])
+    pattern = re.compile(r"[A-Za-z_]\w*")
+    for value in _values(model):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                d if isinstance(d, int) or d.value is None
+                else pattern.sub(lambda m: words.get(m[0], m[0]), d.value)
+                for d in value.shape
+            )  # fmt: skip
+
+
+def _word(name: str, dim: int, cached: bool) -> str:
+    if dim == 0:
+        return "batch"
+    if cached and name.startswith(CACHE):
+        return "past"
+    if cached and "mask" in name:
+        return "past + sequence"
+    return {1: "sequence"}.get(dim, f"{name}_{dim}")

@@ -1,0 +1,189 @@
+"""Exported files: equal to PyTorch, whole or absent, named, with experts that come later."""
+
+import json
+
+import architectures
+import pytest
+import torch
+from reference import randomize
+
+import moe_rewrite
+from moe_rewrite import TokenRouter
+from moe_rewrite.errors import CheckpointError, ConfigError, EquivalenceError
+
+onnx = pytest.importorskip("onnx")
+
+
+def converted(router="auto", experts=3, name="Llama", off=1):
+    architectures_layers = architectures.PLAIN["num_hidden_layers"]
+    architectures.PLAIN["num_hidden_layers"] = 2
+    try:
+        model = architectures.build(name)
+    finally:
+        architectures.PLAIN["num_hidden_layers"] = architectures_layers
+    moe = moe_rewrite.convert(model, split=1, num_experts=experts, router=router, verify=False)
+    randomize(moe)
+    if off is not None:
+        moe.deactivate(off)
+    return moe.eval()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """(model, path, report): top-2 of two active experts and the base, one more expert off."""
+    moe = converted(TokenRouter(top_k=2, granularity="prefix"))
+    path = tmp_path_factory.mktemp("onnx") / "llama.onnx"
+    report = moe_rewrite.export_onnx(moe, path, open_inputs=True)
+    return moe, path, report
+
+
+def call(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 97, (batch, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_file_is_the_model_on_other_sizes(llama):
+    moe, path, report = llama
+    loaded = moe_rewrite.onnx.load(path)
+    for batch, length in ((1, 1), (4, 17)):
+        given = call(batch, length)
+        want = moe(**given, use_cache=False).logits
+        torch.testing.assert_close(loaded(**given)["logits"], want, rtol=1e-4, atol=1e-4)
+    assert report.max_error < 1e-5 and len(report.checks) == 5
+    assert report.experts == ["expert0", "expert2"] and report.left_out == ["expert1"]
+    assert "expert1" in str(report) and "left padding" in str(report)
+
+
+def test_names_and_report_are_in_the_file(llama):
+    moe, path, _ = llama
+    model = onnx.load(path)
+    names = {t.name for t in model.graph.initializer}
+    state = moe.state_dict()
+    weights = {n for n in names if n.startswith(("model.", "lm_head."))}
+    assert len(weights) > 15 and weights <= set(state) | {"model.rotary_emb.inv_freq"}
+    assert "moe_rewrite.experts.model.layers.1.mlp.up_proj.a" in names
+    assert [o.name for o in model.graph.output] == ["logits"]
+    said = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert said["moe_rewrite.conversion"]["sites"] and said["moe_rewrite.recipe"]["split"] == 1
+    assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_more_experts_than_exported_come_from_a_file(llama, tmp_path):
+    moe, path, _ = llama
+    moe_rewrite.onnx.export_experts(moe, tmp_path / "two.safetensors")
+    more = converted(TokenRouter(top_k=2, granularity="prefix"), experts=4, off=None)
+    moe_rewrite.onnx.export_experts(more, tmp_path / "four.safetensors")
+    given = call(2, 9)
+    for source, file in ((moe, "two"), (more, "four")):
+        loaded = moe_rewrite.onnx.load(path, experts=tmp_path / f"{file}.safetensors")
+        want = source(**given, use_cache=False).logits
+        torch.testing.assert_close(loaded(**given)["logits"], want, rtol=1e-4, atol=1e-4)
+    assert loaded.experts == more.names
+    assert (
+        more(**given, use_cache=False).logits - moe(**given, use_cache=False).logits
+    ).abs().max() > 0.01
+
+
+def test_one_expert_as_an_adapter_of_onnx_runtime(llama, tmp_path):
+    import onnxruntime as ort
+
+    from moe_rewrite.onnx.experts import export_adapter
+
+    moe, path, _ = llama
+    export_adapter(moe, "expert1", tmp_path / "one.onnx_adapter")
+    adapter = ort.LoraAdapter()
+    adapter.Load(str(tmp_path / "one.onnx_adapter"))
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    given = call(2, 5)
+    session = moe_rewrite.onnx.load(path).session
+    got = session.run(None, {k: v.numpy() for k, v in given.items()}, options)[0]
+    with moe.use_expert("expert1"):
+        want = moe(**given, use_cache=False).logits
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
+    moe, path, _ = llama
+    load = moe_rewrite.onnx.load
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(tmp_path / "absent.onnx")
+    (tmp_path / "noise.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match="not an ONNX file|not written by"):
+        load(tmp_path / "noise.onnx")
+    (tmp_path / "half.onnx").write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "half.onnx")
+    for key, value, words in (
+        ("moe_rewrite.format", "2", "upgrade"),
+        ("moe_rewrite.format", "{", "no JSON"),
+        ("moe_rewrite.stacks", '{"lm_head.weight": [7, 1]}', "malformed"),
+    ):
+        model = onnx.load(path)
+        next(p for p in model.metadata_props if p.key == key).value = value
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path / "changed.onnx")
+    for place in ("../weights.data", "/etc/passwd", "absent.data"):
+        model = onnx.load(path)
+        tensor = model.graph.initializer[-1]
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=place)
+        onnx.save_model(model, tmp_path / "changed.onnx")
+        with pytest.raises(CheckpointError, match="same folder|missing"):
+            load(tmp_path / "changed.onnx")
+    other = converted(TokenRouter(top_k=2, granularity="token"), name="GPT2")
+    moe_rewrite.onnx.export_experts(other, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="another base model"):
+        load(path, experts=tmp_path / "other.safetensors")
+
+
+def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monkeypatch):
+    moe = llama[0]
+    target = tmp_path / "m.onnx"
+    target.write_bytes(b"before")
+    from moe_rewrite.onnx import export
+
+    real = export.translate
+
+    def wrong(plain, opset):
+        skeleton = real(plain, opset)
+        name = "model.norm.weight"
+        skeleton.weights[name] = skeleton.weights[name] * 1.5
+        return skeleton
+
+    monkeypatch.setattr(export, "translate", wrong)
+    with pytest.raises(EquivalenceError, match="logits"):
+        moe_rewrite.export_onnx(moe, target)
+    assert target.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_external_weights_are_replaced_with_their_model(tmp_path):
+    moe = converted(TokenRouter(granularity="token"))
+    target = tmp_path / "m.onnx"
+    given = call(3, 6)
+    for change in (0.0, 0.5):
+        with torch.no_grad():
+            moe.router.rows[0].add_(change)
+        moe_rewrite.export_onnx(moe, target, external_data=True, verify=not change)
+        assert len(list(tmp_path.iterdir())) == 2
+        want = moe(**given, use_cache=False).logits
+        got = moe_rewrite.onnx.load(target)(**given)["logits"]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_options_are_refused_before_any_work(llama, tmp_path):
+    moe = llama[0]
+    for path, options, words in (
+        ("m.txt", {}, "ends in .onnx"),
+        ("m.onnx", {"opset": 12}, "opset"),
+        ("m.onnx", {"lowering": "contrib"}, "LoRAExperts are written as 'dense'"),
+        ("m.onnx", {"lowering": "fast"}, "lowering='fast'"),
+        ("m.onnx", {"dtype": torch.int8}, "dtype"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            moe_rewrite.export_onnx(moe, tmp_path / path, **options)
+    assert not list(tmp_path.iterdir())
