@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -40,3 +42,17 @@ def add_conv_lora_experts(
         return out_BOHW
     low = F.conv2d(x_BCHW, a_RChw, None, stride, padding, dilation) * scales_BRHW
     return out_BOHW + F.conv2d(low, b_OR11)
+
+
+def lora_linear(
+    x_TD: torch.Tensor,
+    weight_OD: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    scales_TR: torch.Tensor,
+    a_RD: torch.Tensor | Sequence[torch.Tensor],
+    b_OR: torch.Tensor | Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``x W^T + bias + ((x A^T) * scales) B^T``; A and B may be lists, to be stacked over R."""
+    a = a_RD if isinstance(a_RD, torch.Tensor) else torch.cat(list(a_RD))
+    b = b_OR if isinstance(b_OR, torch.Tensor) else torch.cat(list(b_OR), dim=1)
+    return add_lora_experts(F.linear(x_TD, weight_OD, bias_O), x_TD, scales_TR, a, b)

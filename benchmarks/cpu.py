@@ -1,0 +1,172 @@
+"""Routed work on the CPU against dense work of the same FLOPs and against the peers.
+
+``python -m benchmarks.cpu [--quick]``: feed-forward experts (gated, fp32, 2 threads, warm medians,
+all forms in turn in every round) beside one dense feed-forward layer of as many FLOPs a token and
+transformers' own experts, eager and grouped_mm. The routing is the same for all and is made before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moe_rewrite.kernels.ffn.op import ffn_experts
+from moe_rewrite.kernels.plan.op import route, sort_plan
+
+from .common import arguments, finish, save
+
+Forms = dict[str, Callable[[], torch.Tensor]]
+SIZES = {"E8 k2 hidden 1792": (8, 2, 1792), "E64 k8 hidden 512": (64, 8, 512)}
+WIDTH = 512
+
+
+class Cell:
+    """One size at one number of rows: the forms, each a call without arguments, and what their
+    backward passes reach."""
+
+    def __init__(self, rows: int, experts: int, k: int, hidden: int) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(rows, WIDTH, requires_grad=True)
+        self.gates, self.experts = route(torch.randn(rows, experts), k)
+        self.gates.requires_grad_()
+        self.plan = sort_plan(self.experts, experts)
+
+        def weight(*size: int) -> torch.Tensor:
+            return (torch.randn(size) / size[-1] ** 0.5).requires_grad_()
+
+        wide = k * hidden
+        self.dense = [weight(wide, WIDTH), weight(WIDTH, wide), weight(wide, WIDTH)]
+        self.stacks = [
+            weight(experts, hidden, WIDTH), weight(experts, WIDTH, hidden),
+            weight(experts, hidden, WIDTH),
+        ]  # fmt: skip
+        self.apart = [[w.detach().clone().requires_grad_() for w in s] for s in self.stacks]
+        self.peer = self._peer(experts, k, hidden)
+        self.leaves = [self.x, self.gates, *self.dense, *self.stacks, *self.peer.parameters()]
+        self.leaves += [w for kind in self.apart for w in kind]
+        self.direction = torch.randn(rows, WIDTH)
+
+    def _peer(self, experts: int, k: int, hidden: int) -> torch.nn.Module:
+        """transformers' experts with the same weights."""
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(
+            hidden_size=WIDTH, moe_intermediate_size=hidden, num_experts=experts,
+            num_experts_per_tok=k, hidden_act="silu",
+        )  # fmt: skip
+        peer = Qwen3MoeExperts(config)
+        up, down, gate = (w.detach() for w in self.stacks)
+        peer.load_state_dict({"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down.clone()})
+        return peer
+
+    def forms(self) -> Forms:
+        def dense() -> torch.Tensor:
+            up, down, gate = self.dense
+            return F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down)
+
+        def ours(weights: Any) -> Callable[[], torch.Tensor]:
+            return lambda: ffn_experts(self.x, self.gates, self.experts, self.plan, *weights)
+
+        def peer(form: str) -> Callable[[], torch.Tensor]:
+            def run() -> torch.Tensor:
+                self.peer.config._experts_implementation = form
+                return self.peer(self.x, self.experts, self.gates)
+
+            return run
+
+        return {
+            "dense": dense, "stacked": ours(self.stacks), "apart": ours(self.apart),
+            "eager": peer("eager"), "grouped_mm": peer("grouped_mm"),
+        }  # fmt: skip
+
+    def check(self) -> None:
+        """All routed forms agree."""
+        with torch.no_grad():
+            found = {name: run() for name, run in self.forms().items() if name != "dense"}
+        for name, y in found.items():
+            torch.testing.assert_close(y, found["stacked"], msg=name, rtol=1e-3, atol=1e-4)
+
+    def measure(self, repeats: int, backward: bool) -> dict[str, float]:
+        """Median milliseconds of each form."""
+        forms = self.forms()
+        spent: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(repeats + 1):
+            for name, run in forms.items():
+                for leaf in self.leaves:
+                    leaf.grad = None
+                start = time.perf_counter()
+                if backward:
+                    run().backward(self.direction)
+                else:
+                    with torch.no_grad():
+                        run()
+                spent[name].append(1e3 * (time.perf_counter() - start))
+        return {name: median(times[1:]) for name, times in spent.items()}
+
+
+def ffn_cells(tokens: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+    cells = []
+    for size, (experts, k, hidden) in SIZES.items():
+        for rows in tokens:
+            cell = Cell(rows, experts, k, hidden)
+            cell.check()
+            for backward in (False, True):
+                many = repeats * (1 if rows > 1000 else 3)
+                times = cell.measure(many, backward)
+                cells.append({
+                    "size": size, "tokens": rows, "what": "both" if backward else "forward",
+                    "ms": times, "of_dense": times["stacked"] / times["dense"],
+                    "of_eager": times["stacked"] / times["eager"],
+                    "of_grouped_mm": times["stacked"] / times["grouped_mm"],
+                    "apart_of_dense": times["apart"] / times["dense"],
+                    "apart_of_eager": times["apart"] / times["eager"],
+                })  # fmt: skip
+    return cells
+
+
+def draw(cells: list[dict[str, Any]]) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey=True)
+    for row, size in zip(axes, SIZES, strict=True):
+        for axis, what in zip(row, ("forward", "both"), strict=True):
+            of = [c for c in cells if c["size"] == size and c["what"] == what]
+            for form in ("stacked", "apart", "eager", "grouped_mm"):
+                shares = [c["ms"][form] / c["ms"]["dense"] for c in of]
+                axis.plot([c["tokens"] for c in of], shares, marker="o", label=form)
+            axis.axhline(1, color="grey", linewidth=1)
+            axis.set(xscale="log", yscale="log", title=f"{size}, {what}", xlabel="tokens")
+            axis.set_ylabel("time / dense layer's")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    quick = arguments(__doc__ or "").quick
+    torch.set_num_threads(2)
+    cells = ffn_cells((1, 64) if quick else (1, 64, 2048), 2 if quick else 9)
+    if not quick:
+        save("cpu_ffn", {"ffn": cells}, draw(cells))
+    rows = [
+        (c["size"], c["tokens"], c["what"], f"{c['ms']['dense']:.2f} ms", f"{c['of_dense']:.3f}",
+         f"{c['of_eager']:.3f}", f"{c['of_grouped_mm']:.3f}", f"{c['apart_of_dense']:.3f}",
+         f"{c['apart_of_eager']:.3f}")
+        for c in cells
+    ]  # fmt: skip
+    columns = ["experts", "tokens", "", "dense", "ours/dense", "ours/eager", "ours/grouped_mm",
+               "apart/dense", "apart/eager"]  # fmt: skip
+    finish("cpu", columns, rows, ffn=cells)
+
+
+if __name__ == "__main__":
+    main()

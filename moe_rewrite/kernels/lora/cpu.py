@@ -1,0 +1,90 @@
+"""A linear map and its LoRA experts in the fewest passes that PyTorch's products allow.
+
+T rows (any leading dimensions), D input width, O output width, R the ranks of all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    scales: bool
+    a: list[bool]
+    b: list[bool]
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y (T, O), low (T, R) = x A^T; low has no element where it is not saved)."""
+    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+    low = torch.mm(flat, _stack(a, 0).t()).view(*lead, scales.shape[-1])
+    scaled = low * scales if save else low.mul_(scales)
+    y.addmm_(_rows(scaled), _stack(b, 1).t())
+    return y.view(*lead, weight.shape[0]), low if save else low.new_empty(0)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    low: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    needs: Needs,
+) -> list[torch.Tensor]:
+    """The gradients in the order of `needs`, those alone that are asked for."""
+    made: list[torch.Tensor] = []
+    dy_TO, x_TD = _rows(dy), _rows(x)
+    dscales: list[torch.Tensor] = []
+    if all_ranks := needs.x or needs.scales:
+        dlow = torch.mm(dy_TO, _stack(b, 1)).view_as(low)
+        if needs.scales:
+            dscales = [(low * dlow).sum_to_size(scales.shape)]
+        dlow.mul_(scales)
+    if needs.x:
+        dx = torch.mm(dy_TO, weight).addmm_(_rows(dlow), _stack(a, 0))
+        made.append(dx.view(x.shape))
+    if needs.weight:
+        made.append(torch.mm(dy_TO.t(), x_TD))
+    if needs.bias:
+        made.append(dy_TO.sum(0))
+    made += dscales
+    bounds = list(pairwise(accumulate((len(t) for t in a), initial=0)))
+    for (lo, hi), factor, need in zip(bounds, b, needs.a, strict=True):
+        if need:
+            if all_ranks:
+                own = _rows(dlow)[:, lo:hi]
+            else:
+                own = _rows(torch.mm(dy_TO, factor).view_as(low[..., lo:hi]) * scales[..., lo:hi])
+            made.append(torch.mm(own.t(), x_TD))
+    for (lo, hi), need in zip(bounds, needs.b, strict=True):
+        if need:
+            made.append(torch.mm(dy_TO.t(), _rows(low[..., lo:hi] * scales[..., lo:hi])))
+    return made
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.reshape(t.shape[:-1].numel(), 0)
+
+
+def _stack(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
