@@ -87,10 +87,11 @@ class LoRASite(ExpertSite):
         self.a, self.b = self.a[:-1], self.b[:-1]
         self._stack = None
 
-    def stacked(self, active: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as (active * rank, in, ...) and B as (out, active * rank, ...).
+    def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
+        """A as (active * rank, in, ...) and B as (out, active * rank, ...); of a linear map that is
+        trained, lists of parts: a stack of the older, frozen experts, and the others by themselves.
 
-        Kept from call to call while no parameter changes, where no gradient is wanted.
+        Stacks are kept from call to call while no parameter changes.
         """
         if len(active) == 1:
             return self.a[active[0]], self.b[active[0]]
@@ -99,7 +100,18 @@ class LoRASite(ExpertSite):
             return like[:0], self._no_b(like, 0)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
-            return torch.cat(a), torch.cat(b, dim=1)
+            if self.site.kernel:
+                return torch.cat(a), torch.cat(b, dim=1)
+            frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
+            if frozen < 2:
+                return a, b
+            older = self._kept(a[:frozen], b[:frozen])
+            return [older[0], *a[frozen:]], [older[1], *b[frozen:]]
+        return self._kept(a, b)
+
+    def _kept(
+        self, a: list[torch.Tensor], b: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
             with torch.no_grad():

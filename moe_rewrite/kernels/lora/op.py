@@ -6,17 +6,15 @@ for the backward pass: what was given and ``x A^T``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import reference
 from .cpu import Needs, backward, forward
+from .reference import Stack
 
 __all__ = ["lora_linear"]
-
-Stack = torch.Tensor | Sequence[torch.Tensor]
 
 
 def lora_linear(

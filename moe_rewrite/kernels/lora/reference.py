@@ -7,21 +7,26 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+Stack = torch.Tensor | Sequence[torch.Tensor]
+
 
 def add_lora_experts(
     out_TO: torch.Tensor,
     x_TD: torch.Tensor,
     scales_TR: torch.Tensor,
-    a_RD: torch.Tensor,
-    b_OR: torch.Tensor,
+    a_RD: Stack,
+    b_OR: Stack,
 ) -> torch.Tensor:
     """``out + ((x A^T) * scales) B^T``: all experts stacked to one low-rank product.
 
     T rows (any leading dimensions), D input width, O output width, R = experts * rank.
     scales_TR: each expert's gate times alpha / rank, repeated over its rank (LoRA, arXiv
-    2106.09685, section 4.1, summed over experts by the gate). All of one dtype.
+    2106.09685, section 4.1, summed over experts by the gate). A and B may be lists, to be stacked
+    over R. All of one dtype.
     """
-    return out_TO + F.linear(F.linear(x_TD, a_RD) * scales_TR, b_OR)
+    a = a_RD if isinstance(a_RD, torch.Tensor) else torch.cat(list(a_RD))
+    b = b_OR if isinstance(b_OR, torch.Tensor) else torch.cat(list(b_OR), dim=1)
+    return out_TO + F.linear(F.linear(x_TD, a) * scales_TR, b)
 
 
 def add_conv_lora_experts(
@@ -49,10 +54,9 @@ def lora_linear(
     weight_OD: torch.Tensor,
     bias_O: torch.Tensor | None,
     scales_TR: torch.Tensor,
-    a_RD: torch.Tensor | Sequence[torch.Tensor],
-    b_OR: torch.Tensor | Sequence[torch.Tensor],
+    a_RD: Stack,
+    b_OR: Stack,
 ) -> torch.Tensor:
-    """``x W^T + bias + ((x A^T) * scales) B^T``; A and B may be lists, to be stacked over R."""
-    a = a_RD if isinstance(a_RD, torch.Tensor) else torch.cat(list(a_RD))
-    b = b_OR if isinstance(b_OR, torch.Tensor) else torch.cat(list(b_OR), dim=1)
-    return add_lora_experts(F.linear(x_TD, weight_OD, bias_O), x_TD, scales_TR, a, b)
+    """``x W^T + bias + ((x A^T) * scales) B^T``."""
+    out_TO = F.linear(x_TD, weight_OD, bias_O)
+    return add_lora_experts(out_TO, x_TD, scales_TR, a_RD, b_OR)

@@ -1,0 +1,166 @@
+"""Time and memory of a converted Llama against tokens, experts, rank and layers; share of routing.
+
+``python -m benchmarks.scaling [--quick]``: width 256, 2 threads; one size is changed at a time. Time
+is of a training step, memory what autograd keeps for the backward pass and the experts' weights.
+``routing``: the router and its plan as a share of a forward pass, made once for 1, 8, 32 layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import moe_rewrite
+from moe_rewrite import FFNExperts, LoRAExperts, MoEModel, TokenRouter
+
+from .common import arguments, finish, save
+from .features import llama
+
+WIDTH, BASE = 256, {"tokens": 512, "experts": 8, "rank": 8, "layers": 4}
+SIZES = {
+    "tokens": (64, 128, 256, 512, 1024, 2048), "experts": (1, 2, 4, 8, 16, 32),
+    "rank": (2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16),
+}  # fmt: skip
+
+
+def model(kind: str, size: dict[str, int]) -> MoEModel:
+    """One shallow block and `layers` deep ones. kind: lora, or upcycle with two experts a row."""
+    dense = llama(size["layers"] + 1, WIDTH)
+    if kind == "lora":
+        given: dict[str, Any] = {"experts": LoRAExperts(rank=size["rank"])}
+    else:
+        top_k = min(2, size["experts"])
+        router = TokenRouter(top_k=top_k, base=False, init=1.0)
+        given = {"mode": "upcycle", "experts": FFNExperts(), "router": router}
+    moe = moe_rewrite.convert(dense, split=1, num_experts=size["experts"], verify=False, **given)
+    assert isinstance(moe, MoEModel)
+    return moe
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds, after two runs to warm."""
+    spent = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return median(spent[2:])
+
+
+def kept_mb(run: Callable[[], torch.Tensor], weights: set[int]) -> float:
+    """MB (1e6 bytes) of distinct storages that autograd keeps, weights left out."""
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    del loss
+    return sum(found.values()) / 1e6
+
+
+def measure(kind: str, size: dict[str, int], repeats: int) -> dict[str, float]:
+    moe = model(kind, size).train()
+    ids = torch.randint(0, 1024, (4, size["tokens"] // 4))
+
+    def forward() -> torch.Tensor:
+        return moe(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step() -> None:
+        forward().backward()
+        moe.zero_grad()
+
+    experts = [p for site in moe.expert_sites() for part in site.parameter_lists() for p in part]
+    own = {p.untyped_storage().data_ptr() for p in moe.parameters()}
+    return {
+        "step_ms": timed(step, repeats), "kept_mb": kept_mb(forward, own),
+        "experts_mb": sum(p.numel() * p.element_size() for p in experts) / 1e6,
+    }  # fmt: skip
+
+
+def routing(layers: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of the router alone and of the forward pass, without gradients."""
+    moe = model("upcycle", BASE | {"layers": layers}).eval()
+    inputs = {"input_ids": torch.randint(0, 1024, (4, BASE["tokens"] // 4))}
+    with torch.no_grad():
+        features = moe.features(**inputs)
+
+        def plan() -> None:
+            with moe.use_features(features):
+                moe.route(**inputs)
+
+        alone = timed(plan, 3 * repeats)
+        whole = timed(lambda: moe(**inputs, use_cache=False), repeats)
+    return {"router_ms": alone, "forward_ms": whole, "share": alone / whole}
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    """Of log value by log size, over the upper half: 1 is linear growth, 0 none."""
+    half = len(sizes) // 2
+    return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
+
+
+def main() -> None:
+    quick = arguments(__doc__ or "").quick
+    torch.set_num_threads(2)
+    repeats = 2 if quick else 7
+    found: dict[str, dict[str, dict[int, dict[str, float]]]] = {"lora": {}, "upcycle": {}}
+    rows = []
+    for kind, by_axis in found.items():
+        for axis, sizes in SIZES.items():
+            if axis == "rank" and kind == "upcycle":
+                continue
+            sizes = sizes[1:4:2] if quick else sizes
+            by_axis[axis] = {n: measure(kind, BASE | {axis: n}, repeats) for n in sizes}
+            growth = [
+                slope(list(sizes), [m[k] for m in by_axis[axis].values()])
+                for k in ("step_ms", "kept_mb", "experts_mb")
+            ]
+            first, last = (by_axis[axis][n]["step_ms"] for n in (sizes[0], sizes[-1]))
+            span = f"{sizes[0]}..{sizes[-1]}"
+            rows.append((kind, axis, span, f"{first:.1f} .. {last:.1f} ms", *(f"{g:.2f}" for g in growth)))  # fmt: skip
+    shares = {n: routing(n, repeats) for n in ((1, 2) if quick else (1, 8, 32))}
+    rows += [
+        ("upcycle", "routing", f"{n} layers", f"{r['router_ms']:.2f} of {r['forward_ms']:.1f} ms",
+         f"{100 * r['share']:.1f}%", "", "")
+        for n, r in shares.items()
+    ]  # fmt: skip
+    if not quick:
+        save("scaling", {"base": BASE, "by_size": found, "routing": shares}, draw(found))
+    columns = ["experts", "axis", "sizes", "step", "time grows as n^", "kept n^", "weights n^"]
+    finish("scaling", columns, rows, routing=shares)
+
+
+def draw(found: dict[str, Any]) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6))
+    for column, axis in enumerate(SIZES):
+        for row, key in enumerate(("step_ms", "kept_mb")):
+            for kind, by_axis in found.items():
+                if axis in by_axis:
+                    sizes = list(by_axis[axis])
+                    values = [m[key] for m in by_axis[axis].values()]
+                    axes[row, column].loglog(sizes, values, marker="o", label=kind)
+            axes[row, column].set(
+                xlabel=axis, ylabel={"step_ms": "step, ms", "kept_mb": "kept, MB"}[key]
+            )
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    main()
