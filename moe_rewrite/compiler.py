@@ -27,7 +27,7 @@ from .passes.freeze import freeze
 from .passes.insert_experts import insert_experts
 from .passes.insert_feedforward import find_feedforward_sites, insert_feedforward
 from .passes.insert_region import insert_region
-from .passes.lower import lower
+from .passes.lower import Lower
 from .passes.route import route
 from .passes.sites import find_sites
 from .passes.split import shallow_modules, split
@@ -217,9 +217,16 @@ class Compiler:
             else:
                 program = self.timed("insert experts", insert_experts, *given)
         program = self.timed("widen head", widen_head, program)
-        return (
-            program if self.recipe.backend == "reference" else self.timed("lower", lower, program)
-        )
+        return self._lowered(program)
+
+    def _lowered(self, program: Program) -> Program:
+        backend: Any = self.recipe.backend
+        if backend == "reference":
+            return program
+        assert self.router is not None
+        form = None if backend == "auto" else backend
+        lower = Lower(form, self.router, self.recipe.num_experts)
+        return self.timed("lower", lower, program)
 
     def compile(
         self, arguments: dict[str, Any], mode: str, static_ones: bool = False

@@ -337,6 +337,7 @@ class Recipe:
         plain = ("mode", "split", "num_experts", "batch_norm", "freeze")
         return make_recipe(
             **{k: saved[k] for k in plain},
+            backend=saved.get("backend", "auto"),
             router=_of_kind(saved["router"], TokenRouter, PatchRouter),
             experts=_of_kind(saved["experts"], LoRAExperts, FFNExperts, RegionExperts),
         )
@@ -358,7 +359,7 @@ MODES = ("pmoe", "upcycle")
 UPCYCLE = TokenRouter(
     top_k=2, base=False, init=0.5
 )  # random, or all rows would go to the first two
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "dense", "grouped")
 
 
 def make_recipe(

@@ -61,6 +61,9 @@ def convert(
     experts: LoRAExperts, FFNExperts, or RegionExperts for patches. num_experts: to begin with;
         None is one, or eight in upcycling.
     example_inputs: see `inspect`. verify: run the converted graphs against the model.
+    backend: ``"auto"`` takes for every site the cheapest of the forms that fit by a cost model,
+        ``"dense"`` (every expert on every row) or ``"grouped"`` (each expert on its own rows) that
+        one where it fits, ``"reference"`` none of the fused operations.
     dry_run: return the Report only. batch_norm: ``"frozen"`` keeps statistics in training,
         ``"update"`` trains as the original does. freeze: False, as upcycling has it, trains the
         dense weights too (on copies of their own), with no segment held in evaluation.

@@ -171,6 +171,7 @@ class Program:
     root: owns the sub-graphs of higher-order operators, nothing else.
     inputs: what each placeholder stands for, by node name.
     constants: values of the "constant" inputs. out_spec: pytree of the output.
+    lowered: (name of a site, how it is computed).
     mode: "eval" or "train". held: freezing turned something off before the cut that also runs
     behind it (a shared layer), so that no setting of the modules' modes computes the same.
     """
@@ -186,6 +187,7 @@ class Program:
     cut: Cut | None = None
     sites: tuple[AnySite, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    lowered: tuple[tuple[str, str], ...] = ()
     held: bool = False
     numerics: tuple[tuple[str, Numerics], ...] = field(default=())
 

@@ -42,7 +42,7 @@ class Report:
 
     sites: (name, in, out) of the converted ones. rejected: (name, reason). seconds: by pass.
     macs: the multiply-adds of a region and of the experts in its place, where there is one.
-    experts: what is at the sites; lowering: how it is computed.
+    experts: what is at the sites; lowered: (name, how it is computed) of sites.
     """
 
     model: str
@@ -57,14 +57,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
     macs: Macs | None = None
     experts: str = ""
-    lowering: str = ""
+    lowered: list[tuple[str, str]] = field(default_factory=list)
     equivalence: EquivalenceReport | None = None
 
     @staticmethod
     def of(program: Program, compiler: Compiler) -> Report:
         assert program.cut is not None
         region = next((s for s in program.sites if isinstance(s, RegionSite)), None)
-        experts, lowering = _experts(compiler)
         return Report(
             model=type(compiler.host).__name__,
             mode=compiler.recipe.mode,
@@ -81,8 +80,8 @@ class Report:
             seconds=compiler.seconds,
             notes=[n for n in (compiler.train_note, _ends(region)) if n],
             macs=None if region is None else _macs(region, compiler),
-            experts=experts,
-            lowering=lowering,
+            experts=_experts(compiler),
+            lowered=list(program.lowered),
         )
 
     def warn_of_costs(self) -> None:
@@ -96,13 +95,23 @@ class Report:
         self.notes.append(note)
         warnings.warn(note, stacklevel=3)
 
+    def _how(self) -> list[tuple[str, str]]:
+        """Sites that are computed alike in one row."""
+        alike: dict[str, list[str]] = {}
+        for name, how in self.lowered:
+            alike.setdefault(how, []).append(name)
+        return [
+            (names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", how)
+            for how, names in alike.items()
+        ]
+
     def _done(self) -> str:
         return self.experts if self.macs is None else f"{self.experts}: {self.macs}"
 
     def __str__(self) -> str:
         facts = [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
-            ("router", self.router), ("lowering", self.lowering),
+            ("router", self.router),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),
@@ -111,19 +120,20 @@ class Report:
         rows = [(n, f"{i} -> {o}", self._done()) for n, i, o in self.sites]
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
         parts.append(table(["site", "size", "what was done"], rows))
+        if self.lowered:
+            parts.append(table(["sites", "how they are computed"], self._how()))
         return "\n".join(parts)
 
 
-def _experts(compiler: Compiler) -> tuple[str, str]:
-    """What is at the sites, and how it is computed."""
+def _experts(compiler: Compiler) -> str:
+    """What is at the sites."""
     experts = compiler.recipe.experts
     if isinstance(experts, LoRAExperts):
-        return "LoRA experts", "reference (stacked low rank)"
+        return "LoRA experts"
     if isinstance(experts, FFNExperts):
         count = compiler.recipe.num_experts
-        copies = f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
-        return copies, "reference (rows sorted by expert)"
-    return "experts on patches", "reference"
+        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
+    return "experts on patches"
 
 
 def _ends(region: RegionSite | None) -> str:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..analysis.feedforward import FeedForward, Linear
+from ..kernels import costs
+from ..kernels.costs import FormName
 from ..kernels.ffn.op import ffn_dense, ffn_experts
 from ..program import Code
 from ..routing.dispatch import Dispatch, RowGates
@@ -55,7 +57,8 @@ class FeedForwardCall:
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
-    form: Form | None = None  # of the fused op that runs, once lowered
+    fused: Form | None = None  # what the fused op that runs computes, once lowered
+    form: FormName | None = None  # the one to take, None for the cheaper
 
     def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
         """widths: of the products of x. dims: dimensions of the output, which may have the rows
@@ -69,10 +72,10 @@ class FeedForwardCall:
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
 
-    def lowered(self) -> FeedForwardCall:
+    def lowered(self, form: FormName | None) -> FeedForwardCall:
         """The same by the fused op, where there is one for what the region computes."""
         call = copy.copy(self)
-        call.form = find_form(self.body.middle, self.widths)
+        call.fused, call.form = find_form(self.body.middle, self.widths), form
         return call
 
     def __call__(
@@ -85,7 +88,7 @@ class FeedForwardCall:
             gates_TE, dispatch = gates.over(tuple(rows.shape[:-1]))
             weights = weights_by_expert(gates.base, dense, experts)
             flat = rows.reshape(-1, rows.shape[-1])
-            fused = self.form is not None and x.device.type == "cpu"  # where the op has kernels
+            fused = self.fused is not None and x.device.type == "cpu"  # where the op has kernels
             run = self._fused if fused else self._looped
             y = run(flat, gates_TE, dispatch, weights).view(rows.shape)
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
@@ -109,16 +112,26 @@ class FeedForwardCall:
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
         weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
-        assert self.form is not None
-        up, up_bias = self._of(self.form.up, weights)
-        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
+        assert self.fused is not None
+        up, up_bias = self._of(self.fused.up, weights)
+        gate, gate_bias = self._of(self.fused.gate, weights) if self.fused.gate else (None, None)
         down = [matrix(self.body.down, w) for w in weights]
         down_bias = _biases(self.body.down, weights)
-        given = (up, down, gate, up_bias, gate_bias, down_bias, self.form.activation)
-        if dispatch.every:
+        given = (up, down, gate, up_bias, gate_bias, down_bias, self.fused.activation)
+        if dispatch.every or self._form(x_TD, dispatch, up, 3 if self.fused.gate else 2) == "dense":
             return ffn_dense(x_TD, gates_TE, *given)
         gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
         return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
+
+    def _form(
+        self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor], products: int
+    ) -> FormName:
+        if self.form is not None:
+            return self.form
+        rows, width = x_TD.shape
+        taken = int(dispatch.plan.offsets[-1]) / max(rows, 1)
+        times = costs.ffn(costs.CPU, rows, width, up[0].shape[0], len(up), taken, products)
+        return costs.best(times)
 
     def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
         """Of each expert the matrix and bias of a product, or of a half of one."""

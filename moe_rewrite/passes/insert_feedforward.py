@@ -20,7 +20,7 @@ from .route import router_node
 from .split import segments
 
 Use = tuple[FeedForward, Layout]
-SORTED = {"sorted": True}
+SORTED = {"sorted": "all"}
 
 
 def find_feedforward_sites(

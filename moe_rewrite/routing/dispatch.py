@@ -52,6 +52,6 @@ def _dispatch(gates_TE: torch.Tensor, per_row: int | None) -> Dispatch:
     if per_row is None:
         experts_TK = each.masked_fill(gates_TE == 0, -1)
     else:  # of equal gates the first
-        experts_TK = gates_TE.sort(dim=1, descending=True, stable=True).indices[:, :per_row]
-        experts_TK = experts_TK.contiguous()
+        gates, experts_TK = gates_TE.sort(dim=1, descending=True, stable=True)
+        experts_TK = experts_TK[:, :per_row].masked_fill(gates[:, :per_row] == 0, -1)
     return Dispatch(experts_TK, sort_plan(experts_TK, experts), False)

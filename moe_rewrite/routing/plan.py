@@ -23,7 +23,8 @@ class Layout:
     (B*S, D), ``"swapped_flat"`` (S*B, D), ``"map"`` (B, ..., H, W), ``"map_last"`` (B, H, W, ...);
     ``"plan"``: the plan itself, for a region; ``"head"``: (B, 1 + E) for a head's classes.
     scale: LoRA's alpha / rank. size: (H, W) of a map that a patch plan is laid over.
-    sorted: the rows of each expert are wanted, of the frozen model too, not scales.
+    sorted: whose rows are wanted instead of scales: ``"experts"``, or ``"all"``, the frozen model's
+    too.
     """
 
     kind: Literal[
@@ -34,7 +35,7 @@ class Layout:
     rank: int = 1
     scale: float = 1.0
     size: tuple[int, int] | None = None
-    sorted: bool = False
+    sorted: Literal["", "experts", "all"] = ""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan | Row
 def _row_gates(plan: RoutingPlan, layout: Layout) -> RowGates | None:
     if not plan.active:
         return None
-    gates = plan.weights if plan.base is None else torch.cat([plan.base, plan.weights], dim=-1)
-    return RowGates(_laid_out(plan, gates, layout), plan.per_row, plan.base is not None)
+    base = plan.base if layout.sorted == "all" else None
+    gates = plan.weights if base is None else torch.cat([base, plan.weights], dim=-1)
+    return RowGates(_laid_out(plan, gates, layout), plan.per_row, base is not None)
 
 
 def _laid_out(plan: RoutingPlan, scales: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Needs(NamedTuple):
@@ -33,12 +34,10 @@ def forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, O), low (T, R) = x A^T; low has no element where it is not saved)."""
-    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-    low = torch.mm(flat, _stack(a, 0).t()).view(*lead, scales.shape[-1])
+    y, low = F.linear(x, weight, bias), F.linear(x, _stack(a, 0))
     scaled = low * scales if save else low.mul_(scales)
-    y.addmm_(_rows(scaled), _stack(b, 1).t())
-    return y.view(*lead, weight.shape[0]), low if save else low.new_empty(0)
+    y.view(-1, y.shape[-1]).addmm_(_rows(scaled), _stack(b, 1).t())
+    return y, low if save else low.new_empty(0)
 
 
 def backward(
@@ -83,7 +82,7 @@ def backward(
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
-    return t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.reshape(t.shape[:-1].numel(), 0)
+    return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _stack(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -37,14 +37,27 @@ def lora_linear(
     """
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a_RD, b_OR))
     _check(x_TD, weight_OD, bias_O, scales_TR, a, b)
+    return unchecked(x_TD, weight_OD, bias_O, scales_TR, a, b)
+
+
+def unchecked(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    a: Stack,
+    b: Stack,
+) -> torch.Tensor:
+    """`lora_linear` for a graph, whose tensors fit: a token at a time, the checks would show."""
     if torch.compiler.is_exporting():
-        return reference.lora_linear(x_TD, weight_OD, bias_O, scales_TR, a, b)
+        return reference.lora_linear(x, weight, bias, scales, a, b)
+    a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
     save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x_TD, weight_OD, bias_O, scales_TR, *a, *b)
+        t is not None and t.requires_grad for t in (x, weight, bias, scales, *a, *b)
     )
-    if not save and not torch.compiler.is_compiling():  # a token at a time, dispatch would show
-        return forward(x_TD, weight_OD, bias_O, scales_TR, a, b, save)[0]
-    return _lora(x_TD, weight_OD, bias_O, scales_TR, a, b, save)[0]
+    if not save and not torch.compiler.is_compiling():  # so would the dispatch
+        return forward(x, weight, bias, scales, a, b, save)[0]
+    return _lora(x, weight, bias, scales, a, b, save)[0]
 
 
 def _check(

@@ -1,0 +1,69 @@
+"""What each form of the routed work takes, from the time of products, of moved numbers and of calls.
+
+Forms: ``"dense"``, every expert on every row, the gates undoing what was not asked for (LoRA experts
+are then one stacked product); ``"grouped"``, each expert on its own rows, taken by the plan. Sizes:
+T rows, D input width, O output width, H hidden width, E experts of rank r, k experts a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FormName = Literal["dense", "grouped"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """flops: a second, of wide products. numbers: fp32 read or written a second. call: seconds that
+    an operation takes by itself."""
+
+    flops: float
+    numbers: float
+    call: float
+
+    def product(self, m: float, n: float, k: float) -> float:
+        """Seconds of an (m, k) by (k, n) product: bound by what it computes or by what it moves."""
+        return self.call + max(2 * m * n * k / self.flops, self.moved(m * k + k * n + m * n))
+
+    def moved(self, numbers: float) -> float:
+        return numbers / self.numbers
+
+
+# Medians of `python -m benchmarks.costs` on 2 cores (x86-64, AVX-512). A choice depends on the
+# ratios of these, which differ less between machines than their values do.
+CPU = Machine(flops=9.4e10, numbers=6.9e9, call=8e-6)
+TURN = 12  # calls of one LoRA expert's turn
+
+
+def lora(machine: Machine, T: int, D: int, O: int, E: int, r: int, k: int) -> dict[FormName, float]:  # noqa: E741
+    """Seconds of a forward pass behind the base product."""
+    R, busy = E * r, _busy(T, E, k)
+    share = T * k / busy
+    dense = machine.product(T, R, D) + machine.call + machine.moved(2 * T * R)
+    dense += machine.product(T, O, R) + machine.moved(T * O)
+    own = machine.product(share, r, D) + machine.product(share, O, r)
+    own += (TURN - 2) * machine.call + machine.moved(share * (2 * D + 2 * r + 3 * O))
+    return {"dense": dense, "grouped": busy * own}
+
+
+def ffn(
+    machine: Machine, T: int, D: int, H: int, E: int, k: float, products: int
+) -> dict[FormName, float]:
+    """Seconds of a forward pass; products: 3 with a gate, else 2."""
+    times: list[float] = []
+    busy = _busy(T, E, k)
+    for rows, experts in ((float(T), float(E)), (T * k / busy, busy)):
+        each = products * machine.product(rows, H, D) + machine.moved(2 * rows * H)
+        times.append(experts * (each + 2 * machine.call))
+    gathered = machine.call + machine.moved(3 * T * k * D)
+    return {"dense": times[0] + machine.moved(T * E * D), "grouped": times[1] + gathered}
+
+
+def _busy(T: int, E: int, k: float) -> float:
+    """Experts that have a row, on average, where rows choose at random."""
+    return E * (1 - (1 - min(k / E, 1)) ** T)
+
+
+def best(times: dict[FormName, float]) -> FormName:
+    return min(times, key=lambda form: times[form])
