@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from . import split_digits, trace
@@ -19,7 +20,7 @@ from .streams import RESULTS, accuracies, losses, runs
 SEED = 100  # of no other benchmark
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 FIRST = (3e-3, 1e-2)
-EPOCHS, LONGER, POOLS = 5, (5, 10, 20), (1, 2, 4, 8)
+EPOCHS, BOUNDS, POOLS = 5, ("oracle", "joint"), (2, 4, 8)
 TRACE = {"items": 80, "tested": 12, "tasks": 8, "epochs": 2, "part": "eval"}
 DIGITS = {
     "train": 150, "tested": 300, "base_tested": 100, "tasks": 5, "epochs": EPOCHS, "part": "eval",
@@ -71,27 +72,33 @@ def neighbours(stream: str, table: Table) -> list[tuple[str, float]]:
     return asked
 
 
-def longer(rates: dict[str, float], quick: bool) -> dict[int, dict[str, dict[str, float]]]:
-    """Scores of the two upper bounds on the digits by epochs: short of training, they bound
-    nothing."""
-    sizes = DIGITS | (FEW["digits"] if quick else {})
-    variants = {
-        f"digits {method}, {n} epochs": {"method": method, "lr": rates[method]} | sizes
-        | {"epochs": n}
-        for n in LONGER
-        for method in ("oracle", "joint")
-    }  # fmt: skip
-    found = iter(runs(split_digits.job, variants, [SEED]).values())
-    return {n: {m: means("digits", next(found)) for m in ("oracle", "joint")} for n in LONGER}
+def longer(rates: dict[str, float], table: Table) -> dict[int, dict[str, dict[str, float]]]:
+    """Scores of the two upper bounds on the digits by epochs, which are doubled until the mean
+    score is better by less than 0.02: short of training, they bound nothing."""
+    by_epochs = {EPOCHS: {m: table[m][rates[m]] for m in BOUNDS}}
+    for n in (2 * EPOCHS, 4 * EPOCHS):
+        variants = {
+            f"digits {m}, {n} epochs": {"method": m, "lr": rates[m]} | DIGITS | {"epochs": n}
+            for m in BOUNDS
+        }
+        found = runs(split_digits.job, variants, [SEED])
+        scores = [means("digits", f) for f in found.values()]
+        by_epochs[n] = dict(zip(BOUNDS, scores, strict=True))
+        if last(by_epochs[n]) - last(by_epochs[n // 2]) < 0.02:
+            break
+    return by_epochs
+
+
+def last(scores: dict[str, dict[str, float]]) -> float:
+    return mean(s["last"] for s in scores.values())
 
 
 def enough(by_epochs: dict[int, dict[str, dict[str, float]]]) -> int:
-    """The fewest epochs that twice as many better by less than 0.02, mean of both bounds."""
-    mean = {n: sum(s["last"] for s in both.values()) / len(both) for n, both in by_epochs.items()}
-    for now, more in zip(LONGER, LONGER[1:], strict=False):
-        if mean[more] - mean[now] < 0.02:
-            return now
-    return LONGER[-1]
+    """The fewest epochs that twice as many better by less than 0.02, or the most tried."""
+    tried = sorted(by_epochs)
+    if len(tried) > 1 and last(by_epochs[tried[-1]]) - last(by_epochs[tried[-2]]) < 0.02:
+        return tried[-2]
+    return tried[-1]
 
 
 def pools(rate: float, quick: bool) -> dict[int, dict[str, float]]:
@@ -108,20 +115,19 @@ def pools(rate: float, quick: bool) -> dict[int, dict[str, float]]:
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    methods = {"digits": split_digits.METHODS, "trace": trace.METHODS}
+    methods = {"digits": split_digits.METHODS}
     tables, chosen = {}, {}
     for stream, names in methods.items():
         trained = [m for m in names if m != "ranpac"]  # which is solved
         tables[stream] = search(stream, trained[:1] if quick else trained, quick)
         chosen[stream] = {"rates": {m: best(stream, s) for m, s in tables[stream].items()}}
     rates = chosen["digits"]["rates"]
-    by_epochs = {} if quick else longer(rates, quick)
-    epochs = enough(by_epochs) if by_epochs else EPOCHS
+    by_epochs = {} if quick else longer(rates, tables["digits"])
+    epochs = EPOCHS if quick else enough(by_epochs)
     by_pool = pools(rates["pmoe"], quick)
     pool = max(by_pool, key=lambda p: by_pool[p]["last"])
     chosen["digits"] |= {"epochs": epochs, "pool": pool}
     figures = {s: {"chosen": chosen[s], "table": tables[s]} for s in methods}
-    figures["trace"] |= {"sizes": TRACE}
     figures["digits"] |= {"sizes": DIGITS, "epochs": by_epochs, "pools": by_pool}
     if not quick:
         text = json.dumps(machine() | {"seed": SEED} | figures, indent=1)
