@@ -36,8 +36,9 @@ class Learner(Method):
         what the router gives. replay: share of older tasks' items kept for a router trained by
         gradient; balanced: as many of each task, else a reservoir. router_rate: the router's
         learning rate over the experts'. router_loss: weight of the cross entropy of the gates
-        against the task an item came from. balance: weight of `RoutingPlan.load_balance_loss`;
-        with one expert a task it draws the gates away from the task at hand.
+        against the task an item came from. balance: weight of the squared coefficient of variation
+        of the experts' mean gates (Shazeer et al. 2017, arXiv 1701.06538, equation 7); the loss of
+        `RoutingPlan.load_balance_loss` is constant where every expert gets every row.
     cache: features at the cut, computed once a sample.
     """
 
@@ -143,7 +144,7 @@ class Learner(Method):
         if self.router_loss:
             loss = loss + self.router_loss * self._identity_loss(plan, batch, owners)
         if self.balance:
-            loss = loss + self.balance * plan.load_balance_loss(batch.get("attention_mask"))
+            loss = loss + self.balance * _imbalance(plan.weights, batch.get("attention_mask"))
         return loss
 
     def _features(self, inputs: Batch) -> Any:
@@ -196,6 +197,13 @@ class Learner(Method):
                 _, at, part = name.split(".", 2)
                 row = self.model.router.rows[int(at)]
                 optimizer.state[row][part] = value.clone()
+
+
+def _imbalance(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """gates: (*rows, E). mask: (B, S), nonzero for rows that count, where rows are such."""
+    counted = mask is not None and mask.shape == gates.shape[:-1]
+    load = (gates[mask != 0] if counted else gates.flatten(0, -2)).mean(0)
+    return load.var(unbiased=False) / load.mean().square().clamp_min(1e-9)
 
 
 @torch.no_grad()
