@@ -22,7 +22,7 @@ METHODS = (
     "pmoe", "pmoe-gradient", "full", "lora", "replay", "ewc", "lwf", "olora", "ranpac", "oracle",
     "joint",
 )  # fmt: skip
-FULL = {"train": 300, "tested": 600, "base_tested": 500, "tasks": 5}
+FULL = {"train": 150, "tested": 600, "base_tested": 500, "tasks": 5}
 QUICK = {"train": 64, "tested": 100, "base_tested": 50, "tasks": 2}
 TITLES = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
 
@@ -90,7 +90,7 @@ def job(
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     methods = ("pmoe", "ranpac") if quick else METHODS
-    chosen, sizes = tuned("digits"), QUICK if quick else FULL
+    chosen, sizes = tuned(), QUICK if quick else FULL
     rates, epochs = chosen["rates"], 3 if quick else chosen["epochs"]
     seeds = (0,) if quick else (0, 1, 2)
     variants = {

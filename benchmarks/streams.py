@@ -113,9 +113,9 @@ def bars(results: Mapping[str, Figures], titles: Mapping[str, str]) -> Any:
     return figure
 
 
-def tuned(stream: str) -> dict[str, Any]:
-    """What `benchmarks.tuning` chose for a stream: ``rates`` by method and more."""
-    return json.loads((RESULTS / "tuning.json").read_text())[stream]["chosen"]
+def tuned() -> dict[str, Any]:
+    """What `benchmarks.tuning` chose: ``rates`` by method, ``epochs`` and ``pool``."""
+    return json.loads((RESULTS / "tuning.json").read_text())["chosen"]
 
 
 def without_matrices(results: Mapping[str, Figures]) -> Figures:

@@ -9,6 +9,8 @@ from reference import added
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
 from moe_rewrite.continual.learner import Learner, router_use
+from moe_rewrite.continual.registry import Setup
+from moe_rewrite.continual.run import run
 from moe_rewrite.continual.text import TextProblem
 from moe_rewrite.continual.training import Training
 
@@ -114,6 +116,66 @@ def test_the_routers_optimizer_lives_through_expansion(llama):
             assert torch.equal(
                 torch.as_tensor(value), torch.as_tensor(other.router_optimizer.state[b][name])
             )
+
+
+def test_load_balance_is_the_variation_of_mean_gates_and_evens_them_out(llama):
+    torch.manual_seed(0)
+    taught, tasks = learner(llama, "gradient"), words.stream()
+    rows = taught.model.router.rows
+    taught.model.expand(1)
+    taught.model.activate(1)
+    with torch.no_grad():
+        rows[0].normal_(), rows[1].normal_()
+    batch, owners = taught.problem.batch(tasks[0].test), torch.zeros(8, dtype=torch.long)
+    taught.learnt, taught._weights = ["before"], {0: 1.0}
+    optimizer, variations = torch.optim.Adam(list(rows), lr=0.1), []
+    for _ in range(20):
+        taught.balance = 0.0
+        without = taught._loss(batch, owners, 1).detach()
+        taught.balance = 30.0
+        loss = taught._loss(batch, owners, 1)
+        optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            plan = taught.model.route(**taught.problem.inputs(batch))
+        load = plan.weights[batch["attention_mask"] == 1].mean(0).double().numpy()
+        variations.append(load.std() ** 2 / load.mean() ** 2)
+        added = float(loss.detach() - without)
+        assert added == pytest.approx(30 * variations[-1], rel=1e-3, abs=1e-4)
+        optimizer.step()
+    assert variations[-1] < 0.3 * variations[0]
+
+
+@pytest.mark.parametrize("fit", ["analytic", "gradient"])
+def test_a_saved_stream_goes_on_later(llama, fit, tmp_path):
+    """With another learner, which has seen no task: after one task, and after two."""
+    torch.manual_seed(0)
+    tasks = words.stream()
+    taught = learner(llama, fit, replay=0.25)
+    for number in range(3):
+        taught.learn(tasks[number : number + 1], 0)
+        taught.model.save_pretrained(tmp_path)
+        moe = moe_rewrite.load(tmp_path, llama, verify=False)
+        assert moe.num_experts == number + 1
+        kept = [expert_tensors(moe, expert) for expert in range(moe.num_experts)]
+        taught = Learner(moe, TextProblem(words.Letters(), 32), QUICK)
+    for expert, tensors in enumerate(kept[:2]):
+        now = expert_tensors(taught.model, expert)
+        assert tensors and all(torch.equal(now[k], v) for k, v in tensors.items())
+    if fit == "analytic":  # the other has nothing to replay
+        use = router_use(taught, tasks)
+        assert [max(range(4), key=row.__getitem__) for row in use] == [1, 2, 3]
+
+
+def test_a_run_is_scored_by_what_is_said(llama):
+    """TRACE's way: answers are generated, without the task's number, and held against the right
+    ones."""
+    problem = TextProblem(words.Letters(), 32, new_tokens=6)
+    llama.generation_config.eos_token_id = 2
+    setup = Setup(split=1, rank=4, training=QUICK)
+    result = run("pmoe", llama, problem, words.stream()[:2], setup, None, "task")
+    assert result.before == [0.0, 0.0] and result.R[0][0] == 1.0 and result.R[0][1] < 0.5
+    assert min(result.R[1]) > 0.8 and result.figures()["score"] == "task"
 
 
 def test_early_stop_goes_back_to_the_best_epoch(llama):

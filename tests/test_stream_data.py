@@ -47,15 +47,21 @@ def test_folders_in_their_order_lists_or_lines(tmp_path):
     stream = read_stream([tmp_path / "b", tmp_path / "a"], epochs=2)
     assert [t.epochs for t in stream] == [2, 2] and list(stream[1].eval) == []
     assert stream[1].train[2] == {"prompt": "train 2", "answer": "2"}
+    (tmp_path / "a" / "test.json").write_text('{"prompt": "a\u2028b", "answer": "c"}\n')
+    assert read_stream([tmp_path / "a"])[0].test == [{"prompt": "a\u2028b", "answer": "c"}]
+    mine = Task("any iterable", (item for item in stream[0].train), iter(stream[0].test))
+    assert mine.limited(2).train == stream[0].train[:2] and mine.test == stream[0].test
 
 
 def test_what_is_wrong_is_named(tmp_path):
     folder = write(tmp_path / "task")
     cases = {
-        '[{"prompt": "x",\n "answer": 3}]': "record 0 of the list",
+        '[{"prompt": "x",\n "answer": "y"},\n\n{"prompt": "x",\n "answer": 3}]': "line 4: expected",
+        '[\n[{"prompt": "x", "answer": "y"}]]': "line 2: expected",
         '[\n{"prompt": "x"\n "answer": "y"}]': "line 3: not JSON",
-        '{"prompt": "x", "answer": "y"}\n{"prompt": 1}': "line 2: expected",
-        '{"prompt": "x", "answer": "y"}\n{broken': "line 2: not JSON",
+        '{"prompt": "x", "answer": "y"}\n\n{"prompt": 1}': "line 3: expected",
+        '{"prompt": "x", "answer": "y"}\n\n{broken': "line 3: not JSON",
+        '{"prompt": "x", "answer": "y"}\n]': "line 2: not JSON",
     }
     for text, message in cases.items():
         (folder / "train.json").write_text(text)

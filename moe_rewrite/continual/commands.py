@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -56,93 +58,14 @@ Patience = Annotated[
 ]
 
 
-def learn(
-    model: Model,
-    tasks: Tasks,
-    more: More = None,
-    method: Annotated[
-        str, typer.Option(help="pmoe, pmoe-gradient or a rival; see compare")
-    ] = "pmoe",
-    split: Split = "auto",
-    epochs: Epochs = None,
-    max_samples: MaxSamples = None,
-    seed: Seed = 0,
-    out: Out = None,
-    json_file: Json = None,
-    score: ScoreName = "accuracy",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    lr: Rate = 3e-3,
-    batch_size: BatchSize = None,
-    max_length: MaxLength = 512,
-    replay: Replay = 0.05,
-    granularity: Granularity = None,
-    top_k: TopK = None,
-    base: Base = None,
-    per_task: PerTask = 2,
-    mean: Mean = "0",
-    std: Std = "1",
-    cache: Cache = False,
-    mixed_precision: Precision = "no",
-    patience: Patience = None,
-) -> None:
-    """Teach a model a stream of tasks, and see what it learns and what it keeps.
-
-    Example: moe-rewrite learn --model ./my-llama --tasks ./TRACE --split 16 --out ./run
-    """
-    options = dict(locals())
-    _run([options.pop("method")], **options)
-
-
-def compare(
-    model: Model,
-    tasks: Tasks,
-    more: More = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="With commas: pmoe, pmoe-gradient, full, lora, replay, ewc, lwf, olora, ranpac, "
-            "oracle, joint"
-        ),
-    ] = "pmoe,pmoe-gradient,lora,replay,oracle",
-    split: Split = "auto",
-    epochs: Epochs = None,
-    max_samples: MaxSamples = None,
-    seed: Seed = 0,
-    out: Out = None,
-    json_file: Json = None,
-    score: ScoreName = "accuracy",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    lr: Rate = 3e-3,
-    batch_size: BatchSize = None,
-    max_length: MaxLength = 512,
-    replay: Replay = 0.05,
-    granularity: Granularity = None,
-    top_k: TopK = None,
-    base: Base = None,
-    per_task: PerTask = 2,
-    mean: Mean = "0",
-    std: Std = "1",
-    cache: Cache = False,
-    mixed_precision: Precision = "no",
-    patience: Patience = None,
-) -> None:
-    """Run several methods over the same stream, side by side.
-
-    Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
-    """
-    options = dict(locals())
-    _run(options.pop("methods").split(","), **options)
-
-
 def _run(
-    methods: list[str], model: str, tasks: list[Path], more: list[Path] | None, split: str,
-    epochs: int | None, max_samples: int | None, seed: int, out: Path | None,
-    json_file: Path | None, score: str, rank: int, alpha: float, lr: float,
-    batch_size: int | None, max_length: int, replay: float, granularity: str | None,
-    top_k: int | None, base: Path | None, per_task: int, mean: str, std: str, cache: bool,
-    mixed_precision: str, patience: int | None,
+    methods: list[str], *, model: Model, tasks: Tasks, more: More = None, split: Split = "auto",
+    epochs: Epochs = None, max_samples: MaxSamples = None, seed: Seed = 0, out: Out = None,
+    json_file: Json = None, score: ScoreName = "accuracy", rank: Rank = 8, alpha: Alpha = 16.0,
+    lr: Rate = 3e-3, batch_size: BatchSize = None, max_length: MaxLength = 512,
+    replay: Replay = 0.05, granularity: Granularity = None, top_k: TopK = None, base: Base = None,
+    per_task: PerTask = 2, mean: Mean = "0", std: Std = "1", cache: Cache = False,
+    mixed_precision: Precision = "no", patience: Patience = None,
 ) -> None:  # fmt: skip
     from ..loading import load_model, parse_split
     from .registry import METHODS, Setup
@@ -184,6 +107,48 @@ def _run(
         if out is not None or json_file is not None:
             write_results(results, out, json_file)
     typer.echo(comparison_table(results))
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, typer being told of `_run`'s options behind the command's own."""
+    own, shared = (signature(f, eval_str=True).parameters.values() for f in (command, _run))
+    kept = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    kept += [p for p in shared if p.name != "methods"]
+    told: Any = command
+    told.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept])
+    return command
+
+
+@_with_options
+def learn(
+    method: Annotated[
+        str, typer.Option(help="pmoe, pmoe-gradient or a rival; see compare")
+    ] = "pmoe",
+    **options: Any,
+) -> None:
+    """Teach a model a stream of tasks, and see what it learns and what it keeps.
+
+    Example: moe-rewrite learn --model ./my-llama --tasks ./TRACE --split 16 --out ./run
+    """
+    _run([method], **options)
+
+
+@_with_options
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="With commas: pmoe, pmoe-gradient, full, lora, replay, ewc, lwf, olora, ranpac, "
+            "oracle, joint"
+        ),
+    ] = "pmoe,pmoe-gradient,lora,replay,oracle",
+    **options: Any,
+) -> None:
+    """Run several methods over the same stream, side by side.
+
+    Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
+    """
+    _run(methods.split(","), **options)
 
 
 def _text(

@@ -28,16 +28,17 @@ OWN = -1  # the task number of what the model could do before
 class Learner(Method):
     """Teaches a converted model tasks one after the other.
 
-    The first task goes to the expert that conversion made, if none was learnt before; each later
-    one expands the model. With an analytic router nothing is replayed; its sums are saved with the
+    The first task goes to the expert that conversion made, if its row of the router was never
+    fitted; each later one expands the model. With an analytic router nothing is replayed; its sums are saved with the
     model, so that a stream goes on later.
 
     gates: of the new expert in training: ``"own"`` gives it every row with gate 1, ``"router"``
         what the router gives. replay: share of older tasks' items kept for a router trained by
         gradient; balanced: as many of each task, else a reservoir. router_rate: the router's
         learning rate over the experts'. router_loss: weight of the cross entropy of the gates
-        against the task an item came from. balance: weight of the load balance over experts
-        (Shazeer et al. 2017, squared coefficient of variation of the experts' mean gates).
+        against the task an item came from. balance: weight of the squared coefficient of variation
+        of the experts' mean gates (Shazeer et al. 2017, arXiv 1701.06538, equation 7); the loss of
+        `RoutingPlan.load_balance_loss` is constant where every expert gets every row.
     cache: features at the cut, computed once a sample.
     """
 
@@ -100,9 +101,10 @@ class Learner(Method):
     def _new_expert(self, task: Task) -> int:
         """The expert of the next task: the first one, as converted, or a new one."""
         moe = self.model
-        if len(self.learnt) or moe.num_experts > 1 or task.classes:
-            if not self.learnt and moe.num_experts == 1:
-                moe.deactivate(0)  # never trained: a task with classes of its own gets a new one
+        taught = bool(self.learnt) or moe.num_experts > 1 or bool(moe.router.rows[0].any())
+        if taught or task.classes:
+            if not taught:
+                moe.deactivate(0)  # a task with classes of its own gets an expert with columns
             name = task.name if task.name not in moe.names else None
             moe.expand(1, name=name, classes=task.classes)
         return moe.num_experts - 1
@@ -142,7 +144,7 @@ class Learner(Method):
         if self.router_loss:
             loss = loss + self.router_loss * self._identity_loss(plan, batch, owners)
         if self.balance:
-            loss = loss + self.balance * _imbalance(plan)
+            loss = loss + self.balance * _imbalance(plan.weights, batch.get("attention_mask"))
         return loss
 
     def _features(self, inputs: Batch) -> Any:
@@ -197,8 +199,10 @@ class Learner(Method):
                 optimizer.state[row][part] = value.clone()
 
 
-def _imbalance(plan: RoutingPlan) -> torch.Tensor:
-    load = plan.weights.flatten(0, -2).mean(0)
+def _imbalance(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """gates: (*rows, E). mask: (B, S), nonzero for rows that count, where rows are such."""
+    counted = mask is not None and mask.shape == gates.shape[:-1]
+    load = (gates[mask != 0] if counted else gates.flatten(0, -2)).mean(0)
     return load.var(unbiased=False) / load.mean().square().clamp_min(1e-9)
 
 

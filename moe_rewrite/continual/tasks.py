@@ -7,14 +7,18 @@ A text task is a folder with train.json, test.json and perhaps eval.json, each a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 
 Item = dict[str, Any]
+
+_FIRST = re.compile(r"[^\s,]")  # character of a JSON value
 
 # TRACE's own order and epochs (section 4.1 and its training scripts)
 TRACE = {
@@ -92,7 +96,7 @@ def _read_task(folder: Path, epochs: int | None) -> Task:
 
 
 def read_records(file: Path) -> list[Item]:
-    """Records with prompt and answer strings: one JSON list, or one object a line.
+    """Records with prompt and answer strings: a JSON list, or one object behind the other.
 
     Raises ConfigError, naming file and line.
     """
@@ -102,28 +106,27 @@ def read_records(file: Path) -> list[Item]:
         raise ConfigError(f"{file}: cannot be read ({error})") from None
     listed = text.lstrip().startswith("[")
     try:
-        records = json.loads(text) if listed else [json.loads(s) for s in text.splitlines() if s]
-    except ValueError as error:
-        raise ConfigError(f"{file}, line {_bad_line(text, listed)}: not JSON ({error})") from None
-    for i, record in enumerate(records):
-        ok = isinstance(record, dict) and all(
-            isinstance(record.get(k), str) for k in ("prompt", "answer")
-        )
-        if not ok:
-            where = f"record {i} of the list" if listed else f"line {i + 1}"
-            raise ConfigError(f"{file}, {where}: expected 'prompt' and 'answer' strings")
+        records = json.loads(text) if listed else [record for _, record in _values(text, 0)]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
+    wrong = next((n for n, record in enumerate(records) if not _is_record(record)), None)
+    if wrong is not None:
+        line, _ = next(islice(_values(text, text.index("[") + 1 if listed else 0), wrong, None))
+        raise ConfigError(f"{file}, line {line}: expected 'prompt' and 'answer' strings")
     return records
 
 
-def _bad_line(text: str, listed: bool) -> int:
-    if listed:
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return error.lineno
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            json.loads(line or "0")
-        except ValueError:
-            return number
-    return 1
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and all(
+        isinstance(record.get(k), str) for k in ("prompt", "answer")
+    )
+
+
+def _values(text: str, at: int) -> Iterator[tuple[int, Any]]:
+    """(line on which it begins, value) for each JSON value from there on, with or without commas
+    between them."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    while found := _FIRST.search(text, at):
+        line, counted = line + text.count("\n", counted, found.start()), found.start()
+        value, at = decoder.raw_decode(text, counted)
+        yield line, value
