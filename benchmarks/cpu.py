@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import route, sort_plan
+from moe_rewrite.tables import table
 
 from .common import arguments, finish, save
 
@@ -92,11 +93,12 @@ class Cell:
         for name, y in found.items():
             torch.testing.assert_close(y, found["stacked"], msg=name, rtol=1e-3, atol=1e-4)
 
-    def measure(self, repeats: int, backward: bool) -> dict[str, float]:
-        """Median milliseconds of each form."""
+    def measure(self, seconds: float, backward: bool) -> dict[str, float]:
+        """Median milliseconds of each form, over at least three rounds after the first."""
         forms = self.forms()
         spent: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(repeats + 1):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(spent["dense"]) < 4:
             for name, run in forms.items():
                 for leaf in self.leaves:
                     leaf.grad = None
@@ -110,15 +112,14 @@ class Cell:
         return {name: median(times[1:]) for name, times in spent.items()}
 
 
-def ffn_cells(tokens: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+def ffn_cells(tokens: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
     cells = []
     for size, (experts, k, hidden) in SIZES.items():
         for rows in tokens:
             cell = Cell(rows, experts, k, hidden)
             cell.check()
             for backward in (False, True):
-                many = repeats * (1 if rows > 1000 else 3)
-                times = cell.measure(many, backward)
+                times = cell.measure(seconds, backward)
                 cells.append({
                     "size": size, "tokens": rows, "what": "both" if backward else "forward",
                     "ms": times, "of_dense": times["stacked"] / times["dense"],
@@ -128,6 +129,47 @@ def ffn_cells(tokens: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
                     "apart_of_eager": times["apart"] / times["eager"],
                 })  # fmt: skip
     return cells
+
+
+def routing_cells(tokens: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
+    """The share of a forward pass spent in routing, the plan made once or in every layer."""
+    cells = []
+    for size, (experts, k, hidden) in SIZES.items():
+        for rows in tokens:
+            cell = Cell(rows, experts, k, hidden)
+            router = torch.randn(experts, WIDTH) / WIDTH**0.5
+
+            def plan(cell: Cell = cell, router: torch.Tensor = router, k: int = k) -> Any:
+                gates, chosen = route(F.linear(cell.x, router), k)
+                return gates, chosen, sort_plan(chosen, len(router))
+
+            for layers in (1, 8, 32):
+                once, each = _run_layers(cell, plan, layers, seconds)
+                cells.append({
+                    "size": size, "tokens": rows, "layers": layers,
+                    "once": once, "in_each_layer": each,
+                })  # fmt: skip
+    return cells
+
+
+@torch.no_grad()
+def _run_layers(
+    cell: Cell, plan: Callable[[], Any], layers: int, seconds: float
+) -> tuple[float, float]:
+    """(share of routing made once, of routing made in each layer), medians of whole passes."""
+    shares: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(shares[0]) < 3:
+        for share, plans in zip(shares, (1, layers), strict=True):
+            routing, start = 0.0, time.perf_counter()
+            for layer in range(layers):
+                if layer < plans:
+                    before = time.perf_counter()
+                    made = plan()
+                    routing += time.perf_counter() - before
+                ffn_experts(cell.x, *made, *cell.stacks)
+            share.append(routing / (time.perf_counter() - start))
+    return median(shares[0][1:]), median(shares[1][1:])
 
 
 def draw(cells: list[dict[str, Any]]) -> Any:
@@ -154,9 +196,10 @@ def draw(cells: list[dict[str, Any]]) -> Any:
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     torch.set_num_threads(2)
-    cells = ffn_cells((1, 64) if quick else (1, 64, 2048), 2 if quick else 9)
+    cells = ffn_cells((1, 8) if quick else (1, 64, 2048), 0.1 if quick else 8.0)
+    routing = routing_cells((8,) if quick else (64, 512), 0.1 if quick else 1.0)
     if not quick:
-        save("cpu_ffn", {"ffn": cells}, draw(cells))
+        save("cpu_ffn", {"ffn": cells, "routing": routing}, draw(cells))
     rows = [
         (c["size"], c["tokens"], c["what"], f"{c['ms']['dense']:.2f} ms", f"{c['of_dense']:.3f}",
          f"{c['of_eager']:.3f}", f"{c['of_grouped_mm']:.3f}", f"{c['apart_of_dense']:.3f}",
@@ -165,7 +208,13 @@ def main() -> None:
     ]  # fmt: skip
     columns = ["experts", "tokens", "", "dense", "ours/dense", "ours/eager", "ours/grouped_mm",
                "apart/dense", "apart/eager"]  # fmt: skip
-    finish("cpu", columns, rows, ffn=cells)
+    print(table(columns, rows, "cpu: feed-forward experts"))
+    shares = [
+        (c["size"], c["tokens"], c["layers"], f"{c['once']:.2%}", f"{c['in_each_layer']:.2%}")
+        for c in routing
+    ]
+    columns = ["experts", "tokens", "layers", "routing, once", "routing, in each layer"]
+    finish("cpu", columns, shares, ffn=cells, routing=routing)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,6 @@ def _sort_plan(
 
 
 @_sort_plan.register_fake
-def _(
-    experts: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     offsets = experts.new_empty(num_experts + 1)
     return torch.empty_like(experts), offsets, torch.empty_like(experts)
