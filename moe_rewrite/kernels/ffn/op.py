@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..plan.op import Plan, dense_plan
+from ..triton import runs_on
 from .cpu import backward, forward
 from .reference import ACTIVATIONS, Stack
 from .rows import Gradients, Rows, Weights
@@ -163,6 +164,10 @@ def _by_expert(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
     ))  # fmt: skip
 
 
+def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
+    return runs_on(x) and x.numel() > 0 and up[0].numel() > 0
+
+
 def _plain(
     x: torch.Tensor,
     gates: torch.Tensor,
@@ -181,6 +186,10 @@ def _plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
+    if _has_kernels(x, up):
+        from . import launch
+
+        return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
     rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
     return forward(x, gates, rows, _by_expert(lists), activation, save)
 
@@ -232,6 +241,14 @@ def _ffn_backward(
     """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     into, made = _new_gradients(lists, needs[2:])
+    if _has_kernels(x, up):
+        from . import launch
+
+        made_first = launch.backward(
+            dy, x, gates, order, offsets, inverse, pre, lists, activation, needs[0], needs[1],
+            _gradients_by_expert(into),
+        )  # fmt: skip
+        return [g for g in made_first if g is not None] + made
     rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
     dx, dgates = backward(
         dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],

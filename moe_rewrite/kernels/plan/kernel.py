@@ -88,7 +88,7 @@ def count_kernel(experts, counts, N, E, B, PAIRS: tl.constexpr, E2: tl.constexpr
     tl.store(counts + of * B + block, counted, of < E)
     there = tl.minimum(N - block * PAIRS, PAIRS)
     found = tl.sum(((expert >= 0) & (expert < E)).to(tl.int32), 0)
-    tl.store(counts + E.to(tl.int64) * B + block, (there - found).to(tl.int32))
+    tl.store(counts + tl.cast(E, tl.int64) * B + block, (there - found).to(tl.int32))
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def place_kernel(
     start = first + tl.load(counts + of * B + block, of < E, 0)
     place = tl.sum(tl.where(here, start[None, :] + rank, 0), 1)
     dropped = ((expert < 0) | (expert >= E)) & (pairs < N)
-    behind = tl.sum(size, 0) + tl.load(counts + E.to(tl.int64) * B + block)
+    behind = tl.sum(size, 0) + tl.load(counts + tl.cast(E, tl.int64) * B + block)
     place = tl.where(dropped, behind + tl.cumsum(dropped.to(tl.int32), 0) - 1, place)
     tl.store(order + place, pairs, pairs < N)
     tl.store(inverse + pairs, place, pairs < N)
