@@ -10,6 +10,10 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def runs_on(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these tensors: on CUDA with Triton there, or anywhere while Triton
     interprets (TRITON_INTERPRET=1); every floating-point one in fp32, bf16 or fp16."""
@@ -17,7 +21,7 @@ def runs_on(*tensors: torch.Tensor) -> bool:
         return False
     if tensors[0].is_cuda:
         return find_spec("triton") is not None
-    return tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return tensors[0].device.type == "cpu" and interpreted()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -30,6 +34,8 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The input precision of a product, as PyTorch's own setting has it for fp32."""
+    """The input precision of a product (see products.py), fp32 as PyTorch's own setting has it."""
+    if dtype == torch.bfloat16 and interpreted():  # its products read bf16 as integers
+        return "wide"
     wanted = torch.get_float32_matmul_precision()
     return "ieee" if dtype == torch.float32 and wanted == "highest" else "tf32"

@@ -9,6 +9,8 @@ are loaded. Offsets are int64.
 import triton
 import triton.language as tl
 
+from ..products import dot, product
+from ..products import place as grid_place
 from .epilogues import act, act_slope
 
 
@@ -31,44 +33,11 @@ def tiles_kernel(
 
 
 @triton.jit
-def _place(columns, bound, GROUP: tl.constexpr):
-    """(tile, column) of this program: GROUP tiles go through all columns before the next do, so
-    that both the rows and the weights of a group stay in the cache."""
-    pid = tl.program_id(0)
-    group = pid // (GROUP * columns)
-    size = tl.minimum(bound - group * GROUP, GROUP)
-    within = pid - group * GROUP * columns
-    return group * GROUP + within % size, within // size
-
-
-@triton.jit
 def _tile(tiles, starts, offsets, tile, M: tl.constexpr):
     """(expert int64, rows (M,) in the plan's order, which of them there are)."""
     expert = tl.load(tiles + tile).to(tl.int64)
     rows = tl.load(starts + tile) + tl.arange(0, M)
     return expert, rows, rows < tl.load(offsets + expert + 1)
-
-
-@triton.jit
-def _product(
-    acc, a, w, there, inside, depth, w_stride,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + a w; a (M,) and w (N,): pointers to where each row and each column begin."""
-    k = tl.arange(0, BLOCK)
-    a_at, w_at = a[:, None] + k[None, :], w[None, :] + k[:, None] * w_stride
-    for start in range(0, depth, BLOCK):
-        if EVEN:
-            left = tl.load(a_at, there[:, None], 0.0)
-            right = tl.load(w_at, inside[None, :], 0.0)
-        else:
-            within = k < depth - start
-            left = tl.load(a_at, there[:, None] & within[None, :], 0.0)
-            right = tl.load(w_at, inside[None, :] & within[:, None], 0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        a_at += BLOCK
-        w_at += BLOCK * w_stride
-    return acc
 
 
 @triton.jit
@@ -80,7 +49,7 @@ def up_kernel(
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden (S, H) = act(gate x) * (up x), or act(up x); with SAVE what it is made of into pre."""
-    tile, column = _place(tl.cdiv(H, N), bound, GROUP)
+    tile, column = grid_place(tl.cdiv(H, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
     expert, rows, there = _tile(tiles, starts, offsets, tile, M)
@@ -101,9 +70,9 @@ def up_kernel(
             within = k < D - start
             left = tl.load(x_at, there[:, None] & within[None, :], 0.0)
             mask = inside[None, :] & within[:, None]
-        lifted = tl.dot(left, tl.load(up_at, mask, 0.0), lifted, input_precision=PRECISION)
+        lifted = dot(left, tl.load(up_at, mask, 0.0), lifted, PRECISION)
         if GATED:
-            gating = tl.dot(left, tl.load(gate_at, mask, 0.0), gating, input_precision=PRECISION)
+            gating = dot(left, tl.load(gate_at, mask, 0.0), gating, PRECISION)
             gate_at += BLOCK * gate_d
         x_at += BLOCK
         up_at += BLOCK * up_d
@@ -132,7 +101,7 @@ def rows_kernel(
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), w an expert (N, C) by strides."""
-    tile, column = _place(tl.cdiv(N_ALL, N), bound, GROUP)
+    tile, column = grid_place(tl.cdiv(N_ALL, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
     expert, rows, there = _tile(tiles, starts, offsets, tile, M)
@@ -140,10 +109,10 @@ def rows_kernel(
     inside = n < N_ALL
     own = w + expert * w_e + n.to(tl.int64) * w_n
     acc = tl.zeros((M, N), tl.float32)
-    acc = _product(acc, a + rows * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
+    acc = product(acc, a + rows * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
     if TWO:
         own = w2 + expert * w2_e + n.to(tl.int64) * w2_n
-        acc = _product(acc, a2 + rows * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION)
+        acc = product(acc, a2 + rows * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION)
     if BIAS:
         acc += tl.load(bias + expert * N_ALL + n, inside, 0.0).to(tl.float32)[None, :]
     mask = there[:, None] & inside[None, :]
@@ -160,7 +129,7 @@ def hidden_backward_kernel(
     """From dhidden = dy down: dpre (1 or 2, S, H), the hidden rows again, both times the gates, and
     parts (S, columns): each column's share of <dhidden, hidden>, which is the gates' gradient."""
     columns = tl.cdiv(H, N)
-    tile, column = _place(columns, bound, GROUP)
+    tile, column = grid_place(columns, bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
     expert, rows, there = _tile(tiles, starts, offsets, tile, M)
@@ -169,7 +138,7 @@ def hidden_backward_kernel(
     pair = tl.load(order + rows, there, 0)
     own = down + expert * down_e + n.to(tl.int64) * down_h
     grad = tl.zeros((M, N), tl.float32)
-    grad = _product(
+    grad = product(
         grad, dy + pair // K * dy_t, own, there, inside, D, down_d, BLOCK, EVEN, PRECISION
     )
     place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
@@ -220,7 +189,7 @@ def weights_kernel(
             right + right_rows[:, None] * right_s + j[None, :],
             there[:, None] & (j < J_ALL)[None, :], 0.0,
         )  # fmt: skip
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(a), b, acc, PRECISION)
     place = expert * I_ALL * J_ALL + i[:, None].to(tl.int64) * J_ALL + j[None, :]
     mask = (i < I_ALL)[:, None] & (j < J_ALL)[None, :]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask)
