@@ -24,6 +24,11 @@ def runs_on(*tensors: torch.Tensor) -> bool:
     return tensors[0].device.type == "cpu" and interpreted()
 
 
+def capability(x: torch.Tensor) -> int:
+    """The major compute capability of the device of x; 9 where there is none."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -90,7 +90,7 @@ def forward(
     hidden_width = up.shape[1]
     pre = x.new_empty(1 if gate is None else 2, S if save else 0, hidden_width)
     hidden = x.new_empty(S, hidden_width)
-    size = blocks.product(S / len(up), x.dtype, 1 if gate is None else 2)
+    size = blocks.product(x, S / len(up), 1 if gate is None else 2)
     tiles = Tiles.of(order, offsets, size.m)
     gating = up if gate is None else gate
     kernel.up_kernel[_grid(tiles, hidden_width, size)](
@@ -122,7 +122,7 @@ def backward(
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
-    size = blocks.product(S / len(up), x.dtype)
+    size = blocks.product(x, S / len(up), 2)  # what the epilogue reads needs as many registers
     tiles = Tiles.of(order, offsets, size.m)
     dpre, hidden = torch.empty_like(pre), x.new_empty(S, H)
     parts = x.new_zeros(S, ceil_div(H, size.n), dtype=torch.float32)  # dropped pairs have no tile
@@ -172,7 +172,7 @@ def _rows_product(
     """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias."""
     a2, w2 = second or (a, w_ENC)
     width, depth = w_ENC.shape[1:]
-    size = blocks.product(size.m, a.dtype)
+    size = blocks.product(a, size.m)
     out = a.new_empty(len(a), width)
     kernel.rows_kernel[_grid(tiles, width, size)](
         a, a2, *tiles.given(), w_ENC, w2, _or(bias, a), out, width, depth, len(tiles.expert),
@@ -192,7 +192,7 @@ def _weight_gradient(
     if not len(into):
         return
     order, offsets, gates = groups
-    size, experts = blocks.gradient(left.dtype), len(offsets) - 1
+    size, experts = blocks.gradient(left), len(offsets) - 1
     shape = experts, left.shape[1], right.shape[1]
     out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
     grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), experts
