@@ -1,14 +1,18 @@
 """Routed work on the CPU against dense work of the same FLOPs and against the peers.
 
-``python -m benchmarks.cpu [--quick]``: feed-forward experts (gated, fp32, 2 threads, warm medians,
-all forms in turn in every round) beside one dense feed-forward layer of as many FLOPs a token and
-transformers' own experts, eager and grouped_mm. The routing is the same for all and is made before.
+``python -m benchmarks.cpu [--quick] [--tokens N...] [--size NAME...] [--routing]``: feed-forward
+experts (gated, fp32, 2 threads, warm medians, all forms in turn in every round) beside one dense
+feed-forward layer of as many FLOPs a token and transformers' own experts, eager and grouped_mm. The
+routing is the same for all and is made before. Cells that are not asked for stay as they were.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,8 +21,9 @@ import torch.nn.functional as F
 
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import route, sort_plan
+from moe_rewrite.tables import table
 
-from .common import arguments, finish, save
+from .common import finish, save
 
 Forms = dict[str, Callable[[], torch.Tensor]]
 SIZES = {"E8 k2 hidden 1792": (8, 2, 1792), "E64 k8 hidden 512": (64, 8, 512)}
@@ -92,12 +97,16 @@ class Cell:
         for name, y in found.items():
             torch.testing.assert_close(y, found["stacked"], msg=name, rtol=1e-3, atol=1e-4)
 
-    def measure(self, repeats: int, backward: bool) -> dict[str, float]:
-        """Median milliseconds of each form."""
+    def measure(self, seconds: float, backward: bool) -> dict[str, float]:
+        """Median milliseconds of each form, over at least three rounds after the first, one of
+        forms that take over half of the seconds."""
         forms = self.forms()
         spent: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(repeats + 1):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(spent["dense"]) < 4:
             for name, run in forms.items():
+                if len(spent[name]) > 1 and sum(spent[name]) > 1e3 * seconds:
+                    continue  # a form this slow is no rival of the others
                 for leaf in self.leaves:
                     leaf.grad = None
                 start = time.perf_counter()
@@ -110,15 +119,15 @@ class Cell:
         return {name: median(times[1:]) for name, times in spent.items()}
 
 
-def ffn_cells(tokens: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+def ffn_cells(tokens: Sequence[int], sizes: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     cells = []
-    for size, (experts, k, hidden) in SIZES.items():
+    for size in sizes:
+        experts, k, hidden = SIZES[size]
         for rows in tokens:
             cell = Cell(rows, experts, k, hidden)
             cell.check()
             for backward in (False, True):
-                many = repeats * (1 if rows > 1000 else 3)
-                times = cell.measure(many, backward)
+                times = cell.measure(seconds, backward)
                 cells.append({
                     "size": size, "tokens": rows, "what": "both" if backward else "forward",
                     "ms": times, "of_dense": times["stacked"] / times["dense"],
@@ -128,6 +137,47 @@ def ffn_cells(tokens: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
                     "apart_of_eager": times["apart"] / times["eager"],
                 })  # fmt: skip
     return cells
+
+
+def routing_cells(tokens: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
+    """The share of a forward pass spent in routing, the plan made once or in every layer."""
+    cells = []
+    for size, (experts, k, hidden) in SIZES.items():
+        for rows in tokens:
+            cell = Cell(rows, experts, k, hidden)
+            router = torch.randn(experts, WIDTH) / WIDTH**0.5
+
+            def plan(cell: Cell = cell, router: torch.Tensor = router, k: int = k) -> Any:
+                gates, chosen = route(F.linear(cell.x, router), k)
+                return gates, chosen, sort_plan(chosen, len(router))
+
+            for layers in (1, 8, 32):
+                once, each = _run_layers(cell, plan, layers, seconds)
+                cells.append({
+                    "size": size, "tokens": rows, "layers": layers,
+                    "once": once, "in_each_layer": each,
+                })  # fmt: skip
+    return cells
+
+
+@torch.no_grad()
+def _run_layers(
+    cell: Cell, plan: Callable[[], Any], layers: int, seconds: float
+) -> tuple[float, float]:
+    """(share of routing made once, of routing made in each layer), medians of whole passes."""
+    shares: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(shares[0]) < 3:
+        for share, plans in zip(shares, (1, layers), strict=True):
+            routing, start = 0.0, time.perf_counter()
+            for layer in range(layers):
+                if layer < plans:
+                    before = time.perf_counter()
+                    made = plan()
+                    routing += time.perf_counter() - before
+                ffn_experts(cell.x, *made, *cell.stacks)
+            share.append(routing / (time.perf_counter() - start))
+    return median(shares[0][1:]), median(shares[1][1:])
 
 
 def draw(cells: list[dict[str, Any]]) -> Any:
@@ -144,19 +194,39 @@ def draw(cells: list[dict[str, Any]]) -> Any:
                 shares = [c["ms"][form] / c["ms"]["dense"] for c in of]
                 axis.plot([c["tokens"] for c in of], shares, marker="o", label=form)
             axis.axhline(1, color="grey", linewidth=1)
-            axis.set(xscale="log", yscale="log", title=f"{size}, {what}", xlabel="tokens")
+            if of:  # an empty axis has no logarithm
+                axis.set(xscale="log", yscale="log")
+            axis.set(title=f"{size}, {what}", xlabel="tokens")
             axis.set_ylabel("time / dense layer's")
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     return figure
 
 
+def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(feed-forward cells, routing cells) asked for, beside those of former runs that were not."""
+    if given.quick:
+        return ffn_cells((1, 8), tuple(SIZES), 0.1), routing_cells((8,), 0.1)
+    cells = ffn_cells(given.tokens, given.size, 6.0)
+    routing = routing_cells((64, 512), 1.0) if given.routing else []
+    path = Path(__file__).parent / "results" / "cpu_ffn.json"
+    old = json.loads(path.read_text()) if path.exists() else {"ffn": [], "routing": []}
+    again = {(c["size"], c["tokens"]) for c in cells}
+    cells += [c for c in old["ffn"] if (c["size"], c["tokens"]) not in again]
+    cells.sort(key=lambda c: (c["size"], c["tokens"], c["what"] != "forward"))
+    routing = routing or old["routing"]
+    save("cpu_ffn", {"ffn": cells, "routing": routing}, draw(cells))
+    return cells, routing
+
+
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few tokens, few repeats")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 64, 2048])
+    parser.add_argument("--size", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--routing", action="store_true", help="measure the share of routing")
     torch.set_num_threads(2)
-    cells = ffn_cells((1, 64) if quick else (1, 64, 2048), 2 if quick else 9)
-    if not quick:
-        save("cpu_ffn", {"ffn": cells}, draw(cells))
+    cells, routing = measured(parser.parse_args())
     rows = [
         (c["size"], c["tokens"], c["what"], f"{c['ms']['dense']:.2f} ms", f"{c['of_dense']:.3f}",
          f"{c['of_eager']:.3f}", f"{c['of_grouped_mm']:.3f}", f"{c['apart_of_dense']:.3f}",
@@ -165,7 +235,13 @@ def main() -> None:
     ]  # fmt: skip
     columns = ["experts", "tokens", "", "dense", "ours/dense", "ours/eager", "ours/grouped_mm",
                "apart/dense", "apart/eager"]  # fmt: skip
-    finish("cpu", columns, rows, ffn=cells)
+    print(table(columns, rows, "cpu: feed-forward experts"))
+    shares = [
+        (c["size"], c["tokens"], c["layers"], f"{c['once']:.2%}", f"{c['in_each_layer']:.2%}")
+        for c in routing
+    ]
+    columns = ["experts", "tokens", "layers", "routing, once", "routing, in each layer"]
+    finish("cpu", columns, shares, ffn=cells, routing=routing)
 
 
 if __name__ == "__main__":

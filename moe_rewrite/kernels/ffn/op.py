@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..plan.op import Plan, dense_plan
-from .cpu import Gradients, Rows, Weights, backward, forward
+from ..triton import runs_on
+from .cpu import backward, forward
 from .reference import ACTIVATIONS, Stack
+from .rows import Gradients, Rows, Weights
 
 __all__ = ["ffn_dense", "ffn_experts"]
 
@@ -85,15 +87,17 @@ def _run(
     save = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, gates, *(w for kind in lists for w in kind))
     )
-    y, _ = _ffn(flat, gates.reshape(-1, gates.shape[-1]), *plan, *lists, activation, dense, save)
+    gates = gates.reshape(-1, gates.shape[-1])
+    run: Any = (
+        _ffn if save or torch.compiler.is_compiling() or torch.compiler.is_exporting() else _plain
+    )
+    y, _ = run(flat, gates, *plan, *lists, activation, dense, save)
     return y.view(x.shape)
 
 
 def _weights(*given: Stack | None) -> list[list[torch.Tensor]]:
     """A list a kind: of one stack, of a tensor an expert, or empty."""
-    return [
-        [] if w is None else [w] if isinstance(w, torch.Tensor) else list(w) for w in given
-    ]
+    return [[] if w is None else [w] if isinstance(w, torch.Tensor) else list(w) for w in given]
 
 
 KINDS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
@@ -153,15 +157,18 @@ def _check_plan(plan: Plan, experts: torch.Tensor, count: int) -> None:
         )
 
 
-def _apart(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
+def _by_expert(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
+    """Each kind as something that an expert's number indexes: a stack stays one."""
     return Weights(*(
-        list(w[0].unbind(0)) if _stacked(kind, w) else list(w)
-        for kind, w in zip(KINDS, lists, strict=True)
+        w[0] if _stacked(kind, w) else list(w) for kind, w in zip(KINDS, lists, strict=True)
     ))  # fmt: skip
 
 
-@torch.library.custom_op("moe_rewrite::ffn_experts", mutates_args=())
-def _ffn(
+def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
+    return runs_on(x) and x.numel() > 0 and up[0].numel() > 0
+
+
+def _plain(
     x: torch.Tensor,
     gates: torch.Tensor,
     order: torch.Tensor,
@@ -179,8 +186,16 @@ def _ffn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
+    if _has_kernels(x, up):
+        from . import launch
+
+        return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
     rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
-    return forward(x, gates, rows, _apart(lists), activation, save)
+    return forward(x, gates, rows, _by_expert(lists), activation, save)
+
+
+# a few tokens at a time, an op's dispatch would show: `_run` goes around it where it can
+_ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _plain, mutates_args=())
 
 
 @_ffn.register_fake
@@ -226,10 +241,18 @@ def _ffn_backward(
     """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     into, made = _new_gradients(lists, needs[2:])
+    if _has_kernels(x, up):
+        from . import launch
+
+        made_first = launch.backward(
+            dy, x, gates, order, offsets, inverse, pre, lists, activation, needs[0], needs[1],
+            _gradients_by_expert(into),
+        )  # fmt: skip
+        return [g for g in made_first if g is not None] + made
     rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
     dx, dgates = backward(
-        dy.contiguous(), x, gates, pre, rows, _apart(lists), activation, needs[0], needs[1],
-        _gradients_apart(into),
+        dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],
+        _gradients_by_expert(into),
     )  # fmt: skip
     return [g for g in (dx, dgates) if g is not None] + made
 
@@ -264,19 +287,22 @@ def _new_gradients(
     """Unwritten gradients as `lists` has the weights, None where none is needed; and those made."""
     wanted = iter(needs)
     into = [
-        [torch.empty_like(w, memory_format=torch.contiguous_format) if next(wanted) else None for w in kind]
+        [
+            torch.empty_like(w, memory_format=torch.contiguous_format) if next(wanted) else None
+            for w in kind
+        ]
         for kind in lists
     ]
     return into, [g for kind in into for g in kind if g is not None]
 
 
-def _gradients_apart(into: list[list[torch.Tensor | None]]) -> Gradients:
-    apart: list[list[torch.Tensor | None]] = []
-    for kind, gradients in zip(KINDS, into, strict=True):
-        whole = gradients[0] if len(gradients) == 1 else None
+def _gradients_by_expert(into: list[list[torch.Tensor | None]]) -> Gradients:
+    kinds: list[Any] = []
+    for kind, made in zip(KINDS, into, strict=True):
+        whole = made[0] if len(made) == 1 else None
         stacked = whole is not None and _stacked(kind, [whole])
-        apart.append(list(whole.unbind(0)) if stacked and whole is not None else gradients)
-    return Gradients(*apart)
+        kinds.append(whole if stacked else made if any(g is not None for g in made) else [])
+    return Gradients(*kinds)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..plan.op import Plan
-from .cpu import Needs
+from .products import Needs
 from .reference import Stack
 
 __all__ = ["lora_grouped"]

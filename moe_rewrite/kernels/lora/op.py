@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .cpu import Needs, backward, forward
+from .products import Needs, backward, forward
 from .reference import Stack
 
 __all__ = ["lora_linear"]

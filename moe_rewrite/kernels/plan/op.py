@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..triton import runs_on
 from . import reference
 from .reference import Plan
 
@@ -89,6 +90,10 @@ def _choose(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 @torch.library.custom_op("moe_rewrite::route", mutates_args=())
 def _route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if runs_on(logits):
+        from . import launch
+
+        return launch.route(logits, k, normalize)
     experts = _choose(logits, k)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if normalize:
@@ -111,6 +116,10 @@ def _route_backward(
     experts: torch.Tensor,
     normalize: bool,
 ) -> torch.Tensor:
+    if runs_on(logits):
+        from . import launch
+
+        return launch.route_backward(grad, logits, gates, experts, normalize)
     weighed = grad * gates
     total = weighed.sum(-1, keepdim=True)
     if normalize:
@@ -150,12 +159,14 @@ _route.register_autograd(_backward_route, setup_context=_save_route)
 def _sort_plan(
     experts: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if runs_on(experts):
+        from . import launch
+
+        return launch.sort_plan(experts, num_experts)
     return tuple(reference.sort_plan(experts, num_experts))  # type: ignore[return-value]
 
 
 @_sort_plan.register_fake
-def _(
-    experts: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     offsets = experts.new_empty(num_experts + 1)
     return torch.empty_like(experts), offsets, torch.empty_like(experts)

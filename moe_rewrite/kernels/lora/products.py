@@ -1,4 +1,5 @@
-"""A linear map and its LoRA experts in the fewest passes that PyTorch's products allow.
+"""A linear map and its LoRA experts in the fewest passes: PyTorch's products, and where there are
+kernels the wide ones with their low-rank part in the epilogue.
 
 T rows (any leading dimensions), D input width, O output width, R the ranks of all experts.
 """
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from ..triton import runs_on
 
 
 class Needs(NamedTuple):
@@ -34,6 +37,14 @@ def forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, O), low (T, R) = x A^T; low has no element where it is not saved)."""
+    if runs_on(x) and x.numel() and weight.shape[0]:
+        from . import launch
+
+        flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        low = torch.mm(flat, _stack(a, 0).t())
+        wide = scales.expand(*lead, -1).reshape(low.shape).contiguous()
+        y = launch.low_rank(flat, weight, bias, low, wide, _stack(b, 1))
+        return y.view(*lead, -1), low.view(*lead, -1) if save else low.new_empty(0)
     y, low = F.linear(x, weight, bias), F.linear(x, _stack(a, 0))
     scaled = low * scales if save else low.mul_(scales)
     y.view(-1, y.shape[-1]).addmm_(_rows(scaled), _stack(b, 1).t())
@@ -60,7 +71,12 @@ def backward(
             dscales = [(low * dlow).sum_to_size(scales.shape)]
         dlow.mul_(scales)
     if needs.x:
-        dx = torch.mm(dy_TO, weight).addmm_(_rows(dlow), _stack(a, 0))
+        if runs_on(x) and dy.numel() and x.shape[-1]:
+            from . import launch
+
+            dx = launch.low_rank(dy_TO, weight.t(), None, _rows(dlow), None, _stack(a, 0).t())
+        else:
+            dx = torch.mm(dy_TO, weight).addmm_(_rows(dlow), _stack(a, 0))
         made.append(dx.view(x.shape))
     if needs.weight:
         made.append(torch.mm(dy_TO.t(), x_TD))

@@ -1,0 +1,55 @@
+"""Sizes of the blocks of the kernels' products: by few bucketed keys, not tuned to an input.
+
+benchmarks/kernels.py compiles what they give ahead of time, for sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .triton import capability
+
+
+class Blocks(NamedTuple):
+    """M x N: a program's part of the output; depth: what it multiplies at a time."""
+
+    m: int
+    n: int
+    depth: int
+    warps: int
+    stages: int
+
+
+ROWS = (16, 32, 64, 128)  # buckets of rows of a group
+
+
+def bucket(rows: float) -> int:
+    """The smallest of ROWS that holds so many rows, or the largest."""
+    return next((m for m in ROWS if rows <= m), ROWS[-1])
+
+
+def product(x: torch.Tensor, rows: float, accumulators: int = 1) -> Blocks:
+    """Blocks of a product with about so many rows a group and so many sums held at once."""
+    m = bucket(rows)
+    if x.dtype == torch.float32:  # no matrix units without loss of precision
+        return Blocks(min(m, 64), 64, 32, 4, 2)
+    if m < 128:
+        return Blocks(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
+    if capability(x) >= 9:  # a warp group multiplies from shared memory
+        return Blocks(128, 256 // accumulators, 64, 8, 3)
+    return Blocks(128, 128 // accumulators, 32, 4 if accumulators > 1 else 8, 3)
+
+
+def ranks(rank: int, dtype: torch.dtype) -> int:
+    """Ranks that the epilogue of a linear map takes at a time."""
+    most = 32 if dtype == torch.float32 else 64
+    return next((r for r in (16, 32) if rank <= r), most)
+
+
+def gradient(x: torch.Tensor) -> Blocks:
+    """Blocks of a weight's gradient: depth is over rows."""
+    if x.dtype == torch.float32:
+        return Blocks(64, 64, 32, 4, 2)
+    return Blocks(128, 128, 64 if capability(x) >= 9 else 32, 8, 3)

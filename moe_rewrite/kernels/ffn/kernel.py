@@ -1,0 +1,243 @@
+"""Feed-forward experts in Triton: products of groups of rows, a program a tile of one group.
+
+T rows, K experts a row takes, S = T * K pairs in the plan's order, E experts, D width, H hidden
+width. A tile is up to M pairs of one expert: `tiles_kernel` finds them for a number of programs
+that the host knows (ceil(S / M) + E), those too many have expert -1. Rows are gathered where they
+are loaded. Offsets are int64.
+"""
+
+import triton
+import triton.language as tl
+
+from ..products import dot, product
+from ..products import place as grid_place
+from .epilogues import act, act_slope
+
+
+@triton.jit
+def tiles_kernel(
+    offsets, tiles, starts, E, bound,
+    M: tl.constexpr, TILES: tl.constexpr, E2: tl.constexpr,
+):  # fmt: skip
+    """tiles: each tile's expert, int32; starts: its first place in the order, int64."""
+    at, of = tl.program_id(0) * TILES + tl.arange(0, TILES), tl.arange(0, E2)
+    first = tl.load(offsets + of, of < E, 0)
+    many = (tl.load(offsets + of + 1, of < E, 0) - first + M - 1) // M
+    ends = tl.cumsum(many, 0)
+    over = (ends[None, :] <= at[:, None]) & (of < E)[None, :]
+    expert = tl.sum(over.to(tl.int32), 1)
+    base = first - (ends - many) * M
+    own = tl.sum(tl.where(of[None, :] == expert[:, None], base[None, :], 0), 1)
+    tl.store(tiles + at, tl.where(expert < E, expert, -1), at < bound)
+    tl.store(starts + at, own + at.to(tl.int64) * M, at < bound)
+
+
+@triton.jit
+def _tile(tiles, starts, offsets, tile, M: tl.constexpr):
+    """(expert int64, rows (M,) in the plan's order, which of them there are)."""
+    expert = tl.load(tiles + tile).to(tl.int64)
+    rows = tl.load(starts + tile) + tl.arange(0, M)
+    return expert, rows, rows < tl.load(offsets + expert + 1)
+
+
+@triton.jit
+def up_kernel(
+    x, order, offsets, tiles, starts, up, gate, up_bias, gate_bias, pre, hidden,
+    S, K, D, H, bound, x_t, up_e, up_h, up_d, gate_e, gate_h, gate_d,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
+    SAVE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """hidden (S, H) = act(gate x) * (up x), or act(up x); with SAVE what it is made of into pre."""
+    tile, column = grid_place(tl.cdiv(H, N), bound, GROUP)
+    if tl.load(tiles + tile) < 0:
+        return
+    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
+    n = column * N + tl.arange(0, N)
+    inside = n < H
+    a = x + tl.load(order + rows, there, 0) // K * x_t
+    k = tl.arange(0, BLOCK)
+    x_at = a[:, None] + k[None, :]
+    up_at = (up + expert * up_e + n.to(tl.int64) * up_h)[None, :] + k[:, None] * up_d
+    gate_at = (gate + expert * gate_e + n.to(tl.int64) * gate_h)[None, :] + k[:, None] * gate_d
+    lifted = tl.zeros((M, N), tl.float32)
+    gating = tl.zeros((M, N), tl.float32)
+    for start in range(0, D, BLOCK):  # one load of x for both products
+        if EVEN:
+            left = tl.load(x_at, there[:, None], 0.0)
+            mask = inside[None, :]
+        else:
+            within = k < D - start
+            left = tl.load(x_at, there[:, None] & within[None, :], 0.0)
+            mask = inside[None, :] & within[:, None]
+        lifted = dot(left, tl.load(up_at, mask, 0.0), lifted, PRECISION)
+        if GATED:
+            gating = dot(left, tl.load(gate_at, mask, 0.0), gating, PRECISION)
+            gate_at += BLOCK * gate_d
+        x_at += BLOCK
+        up_at += BLOCK * up_d
+    if BIAS:
+        lifted += tl.load(up_bias + expert * H + n, inside, 0.0).to(tl.float32)[None, :]
+    if GATE_BIAS:
+        gating += tl.load(gate_bias + expert * H + n, inside, 0.0).to(tl.float32)[None, :]
+    place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
+    kind = pre.dtype.element_ty
+    if SAVE:
+        tl.store(pre + place, lifted.to(kind), mask)
+        if GATED:
+            tl.store(pre + tl.cast(S, tl.int64) * H + place, gating.to(kind), mask)
+    if GATED:
+        made = act(gating, ACT) * lifted
+    else:
+        made = act(lifted, ACT)
+    tl.store(hidden + place, made.to(kind), mask)
+
+
+@triton.jit
+def rows_kernel(
+    a, a2, offsets, tiles, starts, w, w2, bias, out, N_ALL, C, bound, w_e, w_n, w_c,
+    w2_e, w2_n, w2_c,
+    TWO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), w an expert (N, C) by strides."""
+    tile, column = grid_place(tl.cdiv(N_ALL, N), bound, GROUP)
+    if tl.load(tiles + tile) < 0:
+        return
+    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
+    n = column * N + tl.arange(0, N)
+    inside = n < N_ALL
+    own = w + expert * w_e + n.to(tl.int64) * w_n
+    acc = tl.zeros((M, N), tl.float32)
+    acc = product(acc, a + rows * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
+    if TWO:
+        own = w2 + expert * w2_e + n.to(tl.int64) * w2_n
+        acc = product(acc, a2 + rows * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION)
+    if BIAS:
+        acc += tl.load(bias + expert * N_ALL + n, inside, 0.0).to(tl.float32)[None, :]
+    mask = there[:, None] & inside[None, :]
+    tl.store(out + rows[:, None] * N_ALL + n[None, :], acc.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def hidden_backward_kernel(
+    dy, gates, order, offsets, tiles, starts, down, pre, dpre, hidden, parts,
+    S, K, D, H, bound, dy_t, down_e, down_d, down_h,
+    ACT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """From dhidden = dy down: dpre (1 or 2, S, H), the hidden rows again, both times the gates, and
+    parts (S, columns): each column's share of <dhidden, hidden>, which is the gates' gradient."""
+    columns = tl.cdiv(H, N)
+    tile, column = grid_place(columns, bound, GROUP)
+    if tl.load(tiles + tile) < 0:
+        return
+    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
+    n = column * N + tl.arange(0, N)
+    inside = n < H
+    pair = tl.load(order + rows, there, 0)
+    own = down + expert * down_e + n.to(tl.int64) * down_h
+    grad = tl.zeros((M, N), tl.float32)
+    grad = product(
+        grad, dy + pair // K * dy_t, own, there, inside, D, down_d, BLOCK, EVEN, PRECISION
+    )
+    place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
+    kind, other = pre.dtype.element_ty, tl.cast(S, tl.int64) * H
+    weight = tl.load(gates + pair, there, 0.0).to(tl.float32)[:, None]
+    lifted = tl.load(pre + place, mask, 0.0).to(tl.float32)
+    if GATED:
+        gating = tl.load(pre + other + place, mask, 0.0).to(tl.float32)
+        active = act(gating, ACT)
+        made = active * lifted
+        slope = grad * weight * lifted * act_slope(gating, ACT)
+        tl.store(dpre + other + place, slope.to(kind), mask)
+        tl.store(dpre + place, (grad * weight * active).to(kind), mask)
+    else:
+        made = act(lifted, ACT)
+        tl.store(dpre + place, (grad * weight * act_slope(lifted, ACT)).to(kind), mask)
+    tl.store(hidden + place, (made * weight).to(kind), mask)
+    tl.store(parts + rows * columns + column, tl.sum(grad * made, 1), there)
+
+
+@triton.jit
+def weights_kernel(
+    left, right, order, offsets, out, K, I_ALL, J_ALL, left_s, right_s,
+    GATHER_LEFT: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (E, I, J): left^T right over the pairs of an expert, one side gathered by rows; zero for
+    an expert with no pair."""
+    expert, pid = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    columns = tl.cdiv(J_ALL, N)
+    i = pid // columns * M + tl.arange(0, M)
+    j = pid % columns * N + tl.arange(0, N)
+    first, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(first, end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there = rows < end
+        tokens = tl.load(order + rows, there, 0) // K
+        if GATHER_LEFT:
+            left_rows, right_rows = tokens, rows
+        else:
+            left_rows, right_rows = rows, tokens
+        a = tl.load(
+            left + left_rows[:, None] * left_s + i[None, :],
+            there[:, None] & (i < I_ALL)[None, :], 0.0,
+        )  # fmt: skip
+        b = tl.load(
+            right + right_rows[:, None] * right_s + j[None, :],
+            there[:, None] & (j < J_ALL)[None, :], 0.0,
+        )  # fmt: skip
+        acc = dot(tl.trans(a), b, acc, PRECISION)
+    place = expert * I_ALL * J_ALL + i[:, None].to(tl.int64) * J_ALL + j[None, :]
+    mask = (i < I_ALL)[:, None] & (j < J_ALL)[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def bias_kernel(
+    values, gates, order, offsets, out, K, N_ALL, stride,
+    GATHER: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (E, N): the sum of an expert's rows; with GATHER those of its tokens times the gates."""
+    expert = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    end = tl.load(offsets + expert + 1)
+    acc = tl.zeros((N,), tl.float32)
+    for start in range(tl.load(offsets + expert), end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there = rows < end
+        at = rows
+        if GATHER:
+            at = tl.load(order + rows, there, 0)
+        mask = there[:, None] & (n < N_ALL)[None, :]
+        if GATHER:
+            weight = tl.load(gates + at, there, 0.0).to(tl.float32)
+            own = tl.load(values + (at // K * stride)[:, None] + n[None, :], mask, 0.0)
+            acc += tl.sum(own.to(tl.float32) * weight[:, None], 0)
+        else:
+            own = tl.load(values + (at * stride)[:, None] + n[None, :], mask, 0.0)
+            acc += tl.sum(own.to(tl.float32), 0)
+    tl.store(out + expert * N_ALL + n, acc.to(out.dtype.element_ty), n < N_ALL)
+
+
+@triton.jit
+def combine_kernel(
+    y, inverse, gates, offsets, out, T, K, D, E,
+    WEIGHED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out (T, D): each row's pairs added up in the order of its choices; dropped ones are not."""
+    rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    kept = tl.load(offsets + E)
+    acc = tl.zeros((M, N), tl.float32)
+    for k in range(K):
+        place = tl.load(inverse + rows * K + k, rows < T, kept)
+        mask = (place < kept)[:, None] & (n < D)[None, :]
+        own = tl.load(y + place[:, None] * D + n[None, :], mask, 0.0).to(tl.float32)
+        if WEIGHED:
+            own *= tl.load(gates + rows * K + k, rows < T, 0.0).to(tl.float32)[:, None]
+        acc += own
+    mask = (rows < T)[:, None] & (n < D)[None, :]
+    tl.store(out + rows[:, None] * D + n[None, :], acc.to(out.dtype.element_ty), mask)

@@ -1,0 +1,262 @@
+"""Launches of the feed-forward kernels: shapes, grids, blocks.
+
+T rows, K experts a row takes, S = T * K pairs, E experts, D width, H hidden width. Every size on
+the host comes from shapes alone, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import blocks
+from ..blocks import Blocks
+from ..triton import ceil_div, power_of_two, precision
+from . import kernel
+from .rows import Gradients
+
+GROUP = 8  # tiles that go through a weight's columns together
+TILES = 64  # tiles that a program finds
+
+
+class Tiles(NamedTuple):
+    """The plan with each tile's expert and first pair, for tiles of m pairs."""
+
+    order: torch.Tensor
+    offsets: torch.Tensor
+    expert: torch.Tensor
+    start: torch.Tensor
+
+    @classmethod
+    def of(cls, order: torch.Tensor, offsets: torch.Tensor, m: int) -> Tiles:
+        experts = len(offsets) - 1
+        bound = ceil_div(len(order), m) + experts
+        expert = offsets.new_empty(bound, dtype=torch.int32)
+        start = offsets.new_empty(bound)
+        kernel.tiles_kernel[(ceil_div(bound, TILES),)](
+            offsets, expert, start, experts, bound, M=m, TILES=TILES, E2=power_of_two(experts, 2)
+        )
+        return cls(order, offsets, expert, start)
+
+    def given(self) -> tuple[torch.Tensor, ...]:
+        return self.offsets, self.expert, self.start
+
+
+def stack(weights: Sequence[torch.Tensor], dims: int) -> torch.Tensor | None:
+    """One tensor of an expert a row: given as such, or views side by side of one, or copied."""
+    if not weights:
+        return None
+    first = weights[0]
+    if first.ndim == dims:
+        return first
+    step = weights[1].data_ptr() - first.data_ptr() if len(weights) > 1 else 0
+    even = all(
+        w.data_ptr() - first.data_ptr() == e * step and w.stride() == first.stride()
+        and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for e, w in enumerate(weights)
+    )  # fmt: skip
+    if even and step >= 0 and step % first.element_size() == 0:
+        size, strides = (
+            (len(weights), *first.shape),
+            (step // first.element_size(), *first.stride()),
+        )
+        return first.as_strided(size, strides)
+    return torch.stack(list(weights))
+
+
+def by_kind(lists: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor | None, ...]:
+    """up, down, gate (E, ...) and the biases (contiguous), None where there are none."""
+    stacks = [stack(w, 3) for w in lists[:3]]
+    biases = [stack(w, 2) for w in lists[3:]]
+    return (*stacks, *(b if b is None else b.contiguous() for b in biases))
+
+
+def forward(
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    lists: Sequence[Sequence[torch.Tensor]],
+    activation: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As of `cpu.forward`."""
+    up, down, gate, up_bias, gate_bias, down_bias = by_kind(lists)
+    assert up is not None and down is not None
+    x, gates, S = _rows(x), gates.contiguous(), len(order)
+    hidden_width = up.shape[1]
+    pre = x.new_empty(1 if gate is None else 2, S if save else 0, hidden_width)
+    hidden = x.new_empty(S, hidden_width)
+    size = blocks.product(x, S / len(up), 1 if gate is None else 2)
+    tiles = Tiles.of(order, offsets, size.m)
+    gating = up if gate is None else gate
+    kernel.up_kernel[_grid(tiles, hidden_width, size)](
+        x, order, *tiles.given(), up, gating, _or(up_bias, x), _or(gate_bias, x), pre, hidden,
+        S, gates.shape[1], x.shape[1], hidden_width, len(tiles.expert), x.stride(0),
+        *up.stride(), *gating.stride(),
+        ACT=activation, GATED=gate is not None, BIAS=up_bias is not None,
+        GATE_BIAS=gate_bias is not None, SAVE=save, **_options(size, x.shape[1], x.dtype),
+    )  # fmt: skip
+    y = _rows_product(tiles, size, hidden, down, bias=down_bias)
+    return combine(y, inverse, gates, offsets, weighed=True), pre
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    pre: torch.Tensor,
+    lists: Sequence[Sequence[torch.Tensor]],
+    activation: str,
+    need_x: bool,
+    need_gates: bool,
+    into: Gradients,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As of `cpu.backward`."""
+    up, down, gate, _, _, down_bias = by_kind(lists)
+    assert up is not None and down is not None
+    dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
+    size = blocks.product(x, S / len(up), 2)  # what the epilogue reads needs as many registers
+    tiles = Tiles.of(order, offsets, size.m)
+    dpre, hidden = torch.empty_like(pre), x.new_empty(S, H)
+    parts = x.new_zeros(S, ceil_div(H, size.n), dtype=torch.float32)  # dropped pairs have no tile
+    kernel.hidden_backward_kernel[_grid(tiles, H, size)](
+        dy, gates, order, *tiles.given(), down, pre, dpre, hidden, parts,
+        S, gates.shape[1], x.shape[1], H, len(tiles.expert), dy.stride(0), *down.stride(),
+        ACT=activation, GATED=gate is not None, **_options(size, x.shape[1], x.dtype),
+    )  # fmt: skip
+    groups = order, offsets, gates
+    _weight_gradient(into.down, dy, hidden, groups, gather_left=True)
+    _bias_gradient(into.down_bias, dy, groups, gather=True)
+    for weight, bias, part in zip((into.up, into.gate), (into.up_bias, into.gate_bias), dpre):  # noqa: B905
+        _weight_gradient(weight, part, x, groups, gather_left=False)
+        _bias_gradient(bias, part, groups, gather=False)
+    dgates = None
+    if need_gates:
+        dgates = _gates_gradient(parts, dy, down_bias, groups, inverse)
+    if not need_x:
+        return None, dgates
+    second = None if gate is None else (dpre[1], gate.transpose(1, 2))
+    dx = _rows_product(tiles, size, dpre[0], up.transpose(1, 2), second)
+    return combine(dx, inverse, gates, offsets, weighed=False), dgates
+
+
+def combine(
+    y: torch.Tensor, inverse: torch.Tensor, gates: torch.Tensor, offsets: torch.Tensor,
+    weighed: bool,
+) -> torch.Tensor:  # fmt: skip
+    rows, k = gates.shape
+    out = y.new_empty(rows, y.shape[1])
+    m, n = 4, min(power_of_two(y.shape[1]), 512)
+    kernel.combine_kernel[(ceil_div(rows, m), ceil_div(y.shape[1], n))](
+        y, inverse, gates, offsets, out, rows, k, y.shape[1], len(offsets) - 1,
+        WEIGHED=weighed, M=m, N=n,
+    )  # fmt: skip
+    return out
+
+
+def _rows_product(
+    tiles: Tiles,
+    size: Blocks,
+    a: torch.Tensor,
+    w_ENC: torch.Tensor,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias."""
+    a2, w2 = second or (a, w_ENC)
+    width, depth = w_ENC.shape[1:]
+    size = blocks.product(a, size.m)
+    out = a.new_empty(len(a), width)
+    kernel.rows_kernel[_grid(tiles, width, size)](
+        a, a2, *tiles.given(), w_ENC, w2, _or(bias, a), out, width, depth, len(tiles.expert),
+        *w_ENC.stride(), *w2.stride(), TWO=second is not None, BIAS=bias is not None,
+        **_options(size, depth, a.dtype),
+    )  # fmt: skip
+    return out
+
+
+Groups = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # order, offsets, gates
+
+
+def _weight_gradient(
+    into: Any, left: torch.Tensor, right: torch.Tensor, groups: Groups, gather_left: bool
+) -> None:
+    """left^T right of each expert into the stack, or the list, of gradients that are asked for."""
+    if not len(into):
+        return
+    order, offsets, gates = groups
+    size, experts = blocks.gradient(left), len(offsets) - 1
+    shape = experts, left.shape[1], right.shape[1]
+    out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
+    grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), experts
+    kernel.weights_kernel[grid](
+        left, right, order, offsets, out, gates.shape[1], shape[1], shape[2], left.stride(0),
+        right.stride(0), GATHER_LEFT=gather_left, PRECISION=precision(left.dtype), M=size.m,
+        N=size.n, BLOCK=size.depth, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    _hand_out(into, out)
+
+
+def _bias_gradient(into: Any, values: torch.Tensor, groups: Groups, gather: bool) -> None:
+    if not len(into):
+        return
+    order, offsets, gates = groups
+    experts, width = len(offsets) - 1, values.shape[1]
+    out = into if isinstance(into, torch.Tensor) else values.new_empty(experts, width)
+    kernel.bias_kernel[(ceil_div(width, 64), experts)](
+        values, gates, order, offsets, out, gates.shape[1], width, values.stride(0),
+        GATHER=gather, N=64, BLOCK=32,
+    )  # fmt: skip
+    _hand_out(into, out)
+
+
+def _hand_out(into: Any, made: torch.Tensor) -> None:
+    if into is not made:
+        for mine, own in zip(into, made, strict=True):
+            if mine is not None:
+                mine.copy_(own)
+
+
+def _gates_gradient(
+    parts: torch.Tensor,
+    dy: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    groups: Groups,
+    inverse: torch.Tensor,
+) -> torch.Tensor:
+    """dgates (T, K) = <dy, FFN_e(x)>, zero for dropped pairs."""
+    _, offsets, gates = groups
+    made = parts.sum(1).index_select(0, inverse).view_as(gates)
+    if down_bias is not None:
+        shares = dy.float() @ down_bias.float().t()  # (T, E)
+        expert = torch.searchsorted(offsets[1:], inverse, right=True).view_as(gates)
+        own = shares.gather(1, expert.clamp_max(shares.shape[1] - 1))
+        made = made + own.where(expert < shares.shape[1], 0.0)
+    return made.to(gates.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _or(given: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A pointer for a kernel that does not read it."""
+    return other if given is None else given
+
+
+def _grid(tiles: Tiles, columns: int, size: Blocks) -> tuple[int]:
+    return (len(tiles.expert) * ceil_div(columns, size.n),)
+
+
+def _options(size: Blocks, depth: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "EVEN": depth % size.depth == 0, "PRECISION": precision(dtype), "M": size.m, "N": size.n,
+        "BLOCK": size.depth, "GROUP": GROUP, "num_warps": size.warps, "num_stages": size.stages,
+    }  # fmt: skip

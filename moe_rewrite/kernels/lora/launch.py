@@ -1,0 +1,36 @@
+"""The launch of the low-rank kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import blocks
+from ..triton import ceil_div, precision
+from . import kernel
+
+GROUP = 8
+
+
+def low_rank(
+    x_TC: torch.Tensor,
+    w_NC: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    low_TR: torch.Tensor,
+    scales_TR: torch.Tensor | None,
+    b_NR: torch.Tensor,
+) -> torch.Tensor:
+    """(T, N) = x w^T + bias + (low * scales) b^T; w and b may be transposed views."""
+    x = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
+    (rows, depth), width, rank = x.shape, w_NC.shape[0], low_TR.shape[1]
+    size = blocks.product(x, rows)
+    ranks = blocks.ranks(rank, x.dtype)
+    y = x.new_empty(rows, width)
+    bound = ceil_div(rows, size.m)
+    kernel.low_rank_kernel[(bound * ceil_div(width, size.n),)](
+        x, w_NC, x if bias_N is None else bias_N, low_TR, low_TR if scales_TR is None else scales_TR,
+        b_NR, y, rows, width, depth, rank, bound, x.stride(0), *w_NC.stride(), *b_NR.stride(),
+        BIAS=bias_N is not None, SCALED=scales_TR is not None, EVEN=depth % size.depth == 0,
+        EVEN_R=rank % ranks == 0, PRECISION=precision(x.dtype), M=size.m, N=size.n,
+        BLOCK=size.depth, RANKS=ranks, GROUP=GROUP, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,69 @@
+"""The low-rank kernel through its op: against the float64 reference, forward and backward."""
+
+import pytest
+import torch
+from kernel_inputs import close, gradients
+from sentinels import guarded
+
+from moe_rewrite.kernels import blocks
+from moe_rewrite.kernels.lora.op import lora_linear
+from moe_rewrite.kernels.lora.reference import lora_linear as reference
+
+SHAPES = [
+    # leading dimensions of x, of the scales, D, O, R
+    ((37,), (37,), 20, 33, 6), ((2, 3), (2, 1), 8, 3, 4), ((4, 5), (), 48, 16, 40),
+    ((1,), (1,), 5, 70, 1), ((0,), (0,), 4, 3, 2), ((18,), (18,), 16, 16, 0),
+    ((20,), (20,), 17, 18, 256),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "product", lambda *_: blocks.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(blocks, "ranks", lambda *_: 16)
+
+
+def inputs(lead, given, D, O, R, dtype=torch.float32, bias=True):  # noqa: E741
+    torch.manual_seed(D + R)
+    found = {"x": torch.randn(*lead, D), "weight": torch.randn(O, D) / D**0.5}
+    found |= {"scales": torch.rand(*given, R), "a": torch.randn(R, D) / D**0.5}
+    found |= {"b": torch.randn(O, R) / max(R, 1) ** 0.5} | (
+        {"bias": torch.randn(O)} if bias else {}
+    )
+    return {k: v.to(dtype) for k, v in found.items()}
+
+
+def run(op):
+    return lambda g: op(g["x"], g["weight"], g.get("bias"), g["scales"], g["a"], g["b"])
+
+
+def compare(given, dtype):
+    first, second = (gradients(run(lora_linear), given) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    exact = {k: v.double() for k, v in given.items()}
+    close(first, gradients(run(reference), exact), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_reference(shape, bias):
+    compare(inputs(*shape, bias=bias), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    compare(inputs((19,), (19,), 24, 40, 20, dtype), dtype)
+
+
+def test_transposed_weight_and_strided_rows():
+    given = inputs((6, 7), (7, 1), 20, 24, 5) | {"scales": torch.rand(6, 1, 5)}
+    exact = gradients(run(reference), {k: v.double() for k, v in given.items()})
+    given["weight"] = given["weight"].t().contiguous().t()
+    given["x"] = given["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    close(gradients(run(lora_linear), given), exact)
+
+
+def test_nothing_is_written_beside_the_outputs():
+    with guarded():
+        gradients(run(lora_linear), inputs((21,), (21,), 17, 19, 7))
