@@ -82,13 +82,19 @@ class FeedForwardCall:
         if gates is None:
             y = self.body(rows, list(dense))
         else:
-            gates_TE, dispatch = gates.over(tuple(rows.shape[:-1]))
             weights = weights_by_expert(gates.base, dense, experts)
             flat = rows.reshape(-1, rows.shape[-1])
-            fused = self.form is not None and x.device.type == "cpu"  # where the op has kernels
-            run = self._fused if fused else self._looped
-            y = run(flat, gates_TE, dispatch, weights).view(rows.shape)
+            y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
+
+    def run(
+        self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
+    ) -> torch.Tensor:
+        """(T, D): the rows, of these leading dimensions before they were merged, by their experts."""
+        gates_TE, dispatch = gates.over(lead)
+        fused = self.form is not None and x_TD.device.type == "cpu"  # where the op has kernels
+        of_kind = self._fused if fused else self._looped
+        return of_kind(x_TD, gates_TE, dispatch, weights)
 
     def _looped(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
@@ -110,15 +116,20 @@ class FeedForwardCall:
         weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
         assert self.form is not None
-        up, up_bias = self._of(self.form.up, weights)
-        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
-        down = [matrix(self.body.down, w) for w in weights]
-        down_bias = _biases(self.body.down, weights)
-        given = (up, down, gate, up_bias, gate_bias, down_bias, self.form.activation)
+        given = (*self.parts(weights), self.form.activation)
         if dispatch.every:
             return ffn_dense(x_TD, gates_TE, *given)
         gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
         return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
+
+    def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of
+        every expert, or None."""
+        assert self.form is not None
+        up, up_bias = self._of(self.form.up, weights)
+        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
+        down = [matrix(self.body.down, w) for w in weights]
+        return up, down, gate, up_bias, gate_bias, _biases(self.body.down, weights)
 
     def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
         """Of each expert the matrix and bias of a product, or of a half of one."""

@@ -16,6 +16,8 @@ import torch
 
 from ..errors import CaptureError
 from ..program import CACHE
+from .lowerings.choose import Choice, Chosen
+from .lowerings.expand import expand
 from .plain import Plain
 
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
@@ -23,15 +25,18 @@ TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
 @dataclass
 class Skeleton:
-    """model: the graph; what `weights` names are initializers that it lacks. dims: names of the
-    open dimensions of each input."""
+    """model: the graph; what `weights` names are initializers that it lacks. chosen: the lowering of
+    each site of feed-forward experts. stand_ins: by name, what quantized weights stand for."""
 
     model: onnx.ModelProto
     weights: dict[str, torch.Tensor]
+    chosen: dict[str, Chosen]
+    stand_ins: dict[str, torch.Tensor]
 
 
-def translate(plain: Plain, opset: int) -> Skeleton:
-    """Raises CaptureError with the reason that torch.export or the exporter gave."""
+def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
+    """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
+    lowering that does not fit."""
     leaves, tensors, state, shapes = _example(plain)
     try:
         with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
@@ -52,7 +57,8 @@ def translate(plain: Plain, opset: int) -> Skeleton:
             f"{lines[0] if lines else ''}"
         ) from error
     assert program is not None
-    return _skeleton(program.model, plain)
+    with torch.no_grad(), quiet():
+        return _skeleton(program.model, plain, opset, choice)
 
 
 def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
@@ -88,7 +94,7 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _skeleton(model: ir.Model, plain: Plain) -> Skeleton:
+def _skeleton(model: ir.Model, plain: Plain, opset: int, choice: Choice) -> Skeleton:
     graph = model.graph
     given = list(graph.inputs)
     names = [*plain.inputs, *plain.tensors]
@@ -97,18 +103,20 @@ def _skeleton(model: ir.Model, plain: Plain) -> Skeleton:
     _free(model, {*names, *plain.outputs})
     for value, name in zip(given, names, strict=True):
         value.name = name
-    kept: set[str] = set()
-    for value in given:
-        if value.name in plain.tensors:
+    done = expand(model, plain.calls, plain.tensors, choice, opset)
+    tensors = plain.tensors | done.weights
+    weights = {}
+    for value in list(graph.inputs):
+        if value.name in tensors:
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
-                kept.add(value.name)
+                weights[value.name] = tensors[value.name]
     _name_outputs(graph, plain.outputs)
     _name_dimensions(model, plain)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
-    return Skeleton(ir.to_proto(model), {n: t for n, t in plain.tensors.items() if n in kept})
+    return Skeleton(ir.to_proto(model), weights, done.chosen, done.stand_ins)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
