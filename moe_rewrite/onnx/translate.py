@@ -38,9 +38,11 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
     """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
     lowering that does not fit."""
     leaves, tensors, state, shapes = _example(plain)
+    with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
+        plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+    chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
     try:
-        with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
-            plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+        with torch.enable_grad(), quiet():
             exported = torch.export.export(
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
             )
@@ -58,7 +60,7 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
         ) from error
     assert program is not None
     with torch.no_grad(), quiet():
-        return _skeleton(program.model, plain, opset, choice)
+        return _skeleton(program.model, plain, opset, chosen, choice.bits)
 
 
 def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
@@ -94,7 +96,9 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _skeleton(model: ir.Model, plain: Plain, opset: int, choice: Choice) -> Skeleton:
+def _skeleton(
+    model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
+) -> Skeleton:
     graph = model.graph
     given = list(graph.inputs)
     names = [*plain.inputs, *plain.tensors]
@@ -103,7 +107,7 @@ def _skeleton(model: ir.Model, plain: Plain, opset: int, choice: Choice) -> Skel
     _free(model, {*names, *plain.outputs})
     for value, name in zip(given, names, strict=True):
         value.name = name
-    done = expand(model, plain.calls, plain.tensors, choice, opset)
+    done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
     tensors = plain.tensors | done.weights
     weights = {}
     for value in list(graph.inputs):
@@ -116,7 +120,8 @@ def _skeleton(model: ir.Model, plain: Plain, opset: int, choice: Choice) -> Skel
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
-    return Skeleton(ir.to_proto(model), weights, done.chosen, done.stand_ins)
+    sites = {plain.calls[number].name: how for number, how in chosen.items()}
+    return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

@@ -13,7 +13,7 @@ from ...feedforward.call import Weights, matrix
 from ..feedforward import DOMAIN, OPERATOR, TracedFeedForward
 from .body import body_graph
 from .builder import Builder
-from .choose import Choice, Chosen
+from .choose import Chosen
 from .contrib import contrib, dequantized
 from .dense import dense
 from .site import Site
@@ -22,35 +22,33 @@ from .sparse import sparse
 
 @dataclass
 class Expansion:
-    """chosen: by site. weights: initializers that the graph takes instead of experts' own.
-    stand_ins: by name, what quantized weights stand for."""
+    """weights: initializers that the graph takes instead of experts' own. stand_ins: by name, what
+    quantized weights stand for."""
 
-    chosen: dict[str, Chosen] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def expand(
     model: ir.Model, calls: list[TracedFeedForward], tensors: dict[str, torch.Tensor],
-    choice: Choice, opset: int,
+    chosen: dict[int, Chosen], bits: int | None, opset: int,
 ) -> Expansion:  # fmt: skip
-    """tensors: the values of the graph's inputs that are weights, by name. New weights become inputs
-    of the graph. Raises ConfigError for a lowering that does not fit a site."""
+    """tensors: the values of the graph's inputs that are weights, by name. chosen: by the number of
+    a call. bits: of quantized weights. New weights become inputs of the graph."""
     done = Expansion()
     bodies: dict[Any, ir.Graph] = {}
     for node in [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OPERATOR)]:
         call = calls[node.attributes["number"].as_int()]
-        assert call.routing is not None
-        chosen = done.chosen[call.name] = choice.of(call, call.routing)
+        lowering = chosen[call.number].lowering
         site = _site(node, call, tensors, bodies, opset)
         build = Builder(f"moe_rewrite.experts.{call.name}")
-        if chosen.lowering == "contrib":
-            out = contrib(build, site, choice.bits)
+        if lowering == "contrib":
+            out = contrib(build, site, bits)
             model.opset_imports["com.microsoft"] = 1
-            if choice.bits is not None:
-                done.stand_ins |= _stand_ins(site, choice.bits)
+            if bits is not None:
+                done.stand_ins |= _stand_ins(site, bits)
         else:
-            out = {"dense": dense, "sparse": sparse}[chosen.lowering](build, site)
+            out = {"dense": dense, "sparse": sparse}[lowering](build, site)
         if set(build.weights) & set(done.weights):  # a region that runs twice
             for value in build.inputs:
                 value.name = f"{value.name}.{node.name}"
