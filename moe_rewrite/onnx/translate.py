@@ -47,7 +47,8 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
             )
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, optimize=True
+                exported, dynamo=True, opset_version=opset, verbose=False, optimize=True,
+                custom_translation_table={round: _round},
             )
     except Exception as error:  # both raise many kinds; all mean "not exported"
         cause: BaseException = error
@@ -61,6 +62,13 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
     assert program is not None
     with torch.no_grad(), quiet():
         return _skeleton(program.model, plain, opset, chosen, choice.bits)
+
+
+def _round(number: Any, digits: None = None) -> Any:
+    """Of a size: Python's, of halves to even ones, as ONNX has it."""
+    from onnxscript import opset20 as op
+
+    return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
 
 
 def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
