@@ -86,3 +86,23 @@ def export_experts(
     from .experts import export_experts
 
     return export_experts(moe, file, example_inputs)
+
+
+def export_adapter(
+    moe: MoEModel, name: str | int, file: str | os.PathLike, example_inputs: Any = None
+) -> None:
+    """See `moe_rewrite.onnx.experts.export_adapter`."""
+    require()
+    from .experts import export_adapter
+
+    export_adapter(moe, name, file, example_inputs)
+
+
+def generator(
+    path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any
+) -> Any:
+    """See `moe_rewrite.onnx.runtime.Generator`; a file exported with ``cache=True``."""
+    require()
+    from .runtime import Generator
+
+    return Generator(path, experts, **options)

@@ -18,6 +18,7 @@ import onnx
 import torch
 
 from ..errors import ConfigError
+from .cuda import without_kernel
 from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .metadata import FORMAT
 from .plain import Plain
@@ -161,6 +162,7 @@ def _report(
         left_out=[n for e, n in enumerate(moe.names) if e not in plain.active],
         open_experts=bool(plain.stacks),
         operators=dict(Counter(_operator(n) for n in graph.node).most_common()),
+        cpu_only=without_kernel(skeleton.model, skeleton.weights),
     )  # fmt: skip
 
 
@@ -201,7 +203,7 @@ def _describe(skeleton: Skeleton, moe: MoEModel, plain: Plain, report: OnnxRepor
                 "equivalence": str(conversion.equivalence or "not checked"),
             },
             "moe_rewrite.export": {
-                "lowering": report.lowering, "left_out": report.left_out,
+                "lowering": report.lowering, "cpu_only": report.cpu_only, "left_out": report.left_out,
                 "cache": any(n.startswith("past_key_values") for n in plain.inputs),
             },
         },

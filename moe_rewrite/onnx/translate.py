@@ -47,8 +47,12 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
             )
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, optimize=True,
-                custom_translation_table={round: _round},
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=True,
+                custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:  # both raise many kinds; all mean "not exported"
         cause: BaseException = error
@@ -69,6 +73,18 @@ def _round(number: Any, digits: None = None) -> Any:
     from onnxscript import opset20 as op
 
     return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
+
+
+def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX's TopK puts the first of equal values first, as a stable sort does."""
+    from onnxscript import opset20 as op
+
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, size, axis=dim, largest=int(descending))
+
+
+# what torch.onnx does not know
+TRANSLATIONS: Any = {round: _round, torch.ops.aten.sort.stable: _sort}
 
 
 def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
