@@ -11,6 +11,7 @@ import typer
 
 from .continual import commands
 from .errors import ConfigError, MoeRewriteError
+from .onnx.commands import export
 
 app = typer.Typer(
     help="Rewrite dense PyTorch models into mixture-of-experts models.",
@@ -208,6 +209,7 @@ def demo(
     language(model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed)
 
 
+app.command()(export)
 app.command()(commands.learn)
 app.command()(commands.compare)
 

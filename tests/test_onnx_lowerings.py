@@ -1,141 +1,131 @@
-"""Feed-forward experts in ONNX, each lowering against plain PyTorch, an idle expert among them."""
-
-import itertools
+"""Exported feed-forward experts, each lowering against the converted model, an idle expert among them."""
 
 import pytest
 import torch
-import torch.nn.functional as F
+from reference import randomize
+from test_feedforward import BODIES, Gated, Net, convert, inputs
+from torch import nn
+
+import moe_rewrite
+from moe_rewrite import FFNExperts, TokenRouter
+from moe_rewrite.errors import ConfigError
+from moe_rewrite.onnx.lowerings import choose
+from moe_rewrite.onnx.lowerings.contrib import dequantized, interleaved, quantized
 
 pytest.importorskip("onnx")
-
-from moe_rewrite.errors import ConfigError  # noqa: E402
-from moe_rewrite.onnx.lowerings.contrib import (  # noqa: E402
-    dequantized,
-    ffn_contrib,
-    ffn_quantized,
-    fits,
-    interleaved,
-    quantized,
-)
-from moe_rewrite.onnx.lowerings.dense import ffn_dense  # noqa: E402
-from moe_rewrite.onnx.lowerings.session import session_of  # noqa: E402
-from moe_rewrite.onnx.lowerings.sparse import ffn_sparse  # noqa: E402
-
-E, D, H, K = 4, 32, 64, 2
-ACTS = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "identity": lambda x: x,
-}
+D, H = 8, 12
 
 
-def reference(x, logits, w, activation):
-    """Row by row, expert by expert."""
-    out = torch.zeros_like(x)
-    for t in range(len(x)):
-        chosen = logits[t].softmax(-1).topk(K)
-        for gate, e in zip(chosen.values / chosen.values.sum(), chosen.indices, strict=True):
-            up = w["up"][e] @ x[t] + (w["up_bias"][e] if "up_bias" in w else 0)
-            h = ACTS[activation](up)
-            if "gate" in w:
-                h = ACTS[activation](w["gate"][e] @ x[t]) * up
-            out[t] += gate * (w["down"][e] @ h + (w["down_bias"][e] if "down_bias" in w else 0))
-    return out
+class Tanh(nn.Module):
+    """The GELU that ONNX Runtime's operator has, with biases."""
 
-
-def weights(gated, biased, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"up": (E, H, D), "down": (E, D, H)}
-    shapes |= {"gate": (E, H, D)} if gated else {}
-    shapes |= {"up_bias": (E, H), "down_bias": (E, D)} if biased else {}
-    return {k: torch.randn(s, generator=draw) * s[-1] ** -0.5 for k, s in shapes.items()}
-
-
-def rows(T, seed):
-    """Rows whose router never chooses expert 1."""
-    draw = torch.Generator().manual_seed(seed)
-    x, logits = torch.randn(T, D, generator=draw), torch.randn(T, E, generator=draw)
-    logits[:, 1] = -20.0
-    return x, logits
-
-
-class Routed(torch.nn.Module):
-    def __init__(self, w, lowering, activation):
+    def __init__(self):
         super().__init__()
-        self.w, self.lowering, self.activation = w, lowering, activation
-        for name, tensor in w.items():
-            self.register_buffer(name, tensor)
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
 
-    def forward(self, x, logits):
-        biases = {}
-        if "up_bias" in self.w:
-            biases = {"up_bias_EH": self.up_bias, "down_bias_ED": self.down_bias}
-        gate = self.gate if "gate" in self.w else None
-        if self.lowering is ffn_contrib:
-            return ffn_contrib(
-                x, logits, K, self.up, self.down, gate, **biases, activation=self.activation
-            )
-        top = logits.softmax(-1).topk(K)
-        gates = top.values / top.values.sum(-1, keepdim=True)
-        return self.lowering(
-            x, gates, top.indices, self.up, self.down, gate, **biases, activation=self.activation
-        )
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
 
 
-@pytest.mark.parametrize("lowering", [ffn_dense, ffn_sparse, ffn_contrib])
+TOP2 = {"router": TokenRouter(top_k=2, base=False, init=1.0), "num_experts": 4}
+RAW = {"router": TokenRouter(top_k=1, base=False, gate="all", init=1.0), "num_experts": 3}
+BASE = {
+    "router": TokenRouter(granularity="prefix", top_k=2), "mode": "pmoe", "num_experts": 3,
+    "experts": FFNExperts(),
+}  # fmt: skip
+CHOICE = {"router": TokenRouter(policy="expert", base=False, init=1.0), "num_experts": 3}
+
+
+def made(given, *bodies):
+    """A converted model whose expert 1 gets no row, unless experts choose."""
+    moe = convert(Net(*bodies).eval(), verify=False, **given)
+    randomize(moe)
+    if given is not CHOICE:
+        with torch.no_grad():
+            moe.router.rows[1][-1] = -50.0
+    return moe
+
+
 @pytest.mark.parametrize(
-    "gated,biased,activation",
+    "lowering,given,bodies",
     [
-        (True, False, "silu"),
-        (False, True, "gelu_tanh"),
-        (False, False, "relu"),
-        (False, True, "silu"),
+        ("sparse", TOP2, BODIES),
+        ("dense", TOP2, BODIES[1:3]),
+        ("contrib", TOP2, (Gated, Tanh)),
+        ("contrib", RAW, (Tanh,)),
+        ("contrib", BASE, (Gated, Tanh)),
+        ("sparse", BASE, (Tanh,)),
+        ("sparse", CHOICE, (Gated,)),
+        ("auto", RAW, (Tanh,)),
     ],
+    ids=["sparse", "dense", "contrib", "contrib-raw", "contrib-base", "base", "choice", "auto"],
 )
-def test_lowering_equals_a_loop_over_rows(lowering, gated, biased, activation):
-    w = weights(gated, biased)
-    module = Routed(w, lowering, activation)
-    session = session_of(module, rows(5, 0))
-    for T in (1, 7, 64):
-        x, logits = rows(T, T)
-        want = reference(x, logits, w, activation)
-        got = torch.from_numpy(session.run(None, {"x": x.numpy(), "logits": logits.numpy()})[0])
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if lowering is not ffn_contrib:
-            torch.testing.assert_close(module(x, logits), want, rtol=1e-4, atol=1e-5)
+def test_file_is_the_model(lowering, given, bodies, tmp_path):
+    moe = made(given, *bodies)
+    path = tmp_path / "m.onnx"
+    report = moe_rewrite.export_onnx(moe, path, lowering=lowering, example_inputs=inputs(2, 6))
+    assert report.max_error < 1e-5
+    loaded = moe_rewrite.onnx.load(path)
+    for batch, length in ((1, 1), (3, 11)):
+        x = inputs(batch, length, seed=length)
+        gates = moe.route(x).gates.detach()
+        if given is not CHOICE:
+            assert float(gates[..., 1 + (given is BASE)].abs().max()) == 0.0
+        torch.testing.assert_close(loaded(x=x)["output"], moe(x), rtol=1e-5, atol=1e-5)
+    assert ("com.microsoft::MoE" in report.operators) == (lowering == "contrib")
+    assert lowering in report.lowering or report.lowering.startswith("sparse (at most")
 
 
-@pytest.mark.parametrize("bits,swiglu", list(itertools.product((4, 8), (False, True))))
-def test_quantized_operator_computes_its_dequantized_weights(bits, swiglu):
-    w = weights(swiglu, False)
-    first = interleaved(w["gate"], w["up"]) if swiglu else w["up"]
-    (up, up_scales), (down, down_scales) = quantized(first, bits), quantized(w["down"], bits)
-    full = dequantized(up, up_scales, bits)
-    stored = {"down": dequantized(down, down_scales, bits)}
-    stored |= {"gate": full[:, 0::2], "up": full[:, 1::2]} if swiglu else {"up": full}
-
-    class Quantized(torch.nn.Module):
-        def forward(self, x, logits):
-            return ffn_quantized(x, logits, K, bits, up, up_scales, down, down_scales, swiglu)
-
-    session = session_of(Quantized(), rows(5, 0))
-    for T in (1, 7, 64):
-        x, logits = rows(T, T)
-        want = reference(x, logits, stored, "silu")
-        got = torch.from_numpy(session.run(None, {"x": x.numpy(), "logits": logits.numpy()})[0])
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    error = (full - first).abs().amax() / first.abs().amax()
-    assert error < 0.6 / (2 ** (bits - 1) - 1)  # half a step
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_proven_as_what_they_stand_for(bits, tmp_path):
+    moe = made(TOP2, Gated, Tanh)
+    path = tmp_path / "m.onnx"
+    report = moe_rewrite.export_onnx(moe, path, dtype=f"int{bits}", example_inputs=inputs(2, 6))
+    assert report.operators["com.microsoft::QMoE"] == 2 and report.max_error < 1e-5
+    x = inputs(3, 11, seed=2)
+    want, got = moe(x).detach(), moe_rewrite.onnx.load(path)(x=x)["output"]
+    error = float((got - want).abs().max() / want.abs().max())
+    assert 1e-5 < error < {8: 0.02, 4: 0.2}[bits]
 
 
-def test_what_does_not_fit_the_operator_is_refused():
-    assert "no top-k" in fits("silu", False, None)
-    assert "'gelu' is none" in fits("gelu", False, 2)  # its gelu is the tanh approximation
-    assert "SwiGLU" in fits("gelu", True, 2) and fits("silu", True, 2) == ""
-    x, logits = rows(3, 0)
-    w = weights(True, False)
-    with pytest.raises(ConfigError, match="SwiGLU"):
-        ffn_contrib(x, logits, K, w["up"], w["down"], w["gate"], activation="relu")
-    with pytest.raises(ConfigError, match="bits=3"):
-        quantized(w["up"], 3)
+def test_rounding_is_by_row_and_half_a_step_at_most():
+    weight = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        stored, scales = quantized(weight, bits)
+        if bits == 4:
+            stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)
+        back = (stored.float() - 2 ** (bits - 1)) * scales.unsqueeze(-1)
+        torch.testing.assert_close(back, dequantized(weight, bits))
+        assert float(((back - weight).abs() / scales.unsqueeze(-1)).max()) < 0.5001
+    with pytest.raises(ConfigError, match="even"):
+        quantized(weight[..., :7], 4)
+    both = interleaved(weight, weight + 1)
+    assert torch.equal(both[:, 0::2], weight) and torch.equal(both[:, 1::2], weight + 1)
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "m.onnx"
+    for given, bodies, options, words in (
+        (TOP2, BODIES[:1], {"lowering": "contrib"}, "'gelu' is none"),
+        (TOP2, BODIES[2:3], {"lowering": "contrib"}, "none of the fused forms"),
+        (CHOICE, (Gated,), {"lowering": "contrib"}, "experts choose"),
+        (TOP2, (Gated,), {"lowering": "sparse", "dtype": "int8"}, "QMoE"),
+        (TOP2, (Gated,), {"dtype": "int3"}, "int8"),
+    ):
+        moe = convert(Net(*bodies).eval(), verify=False, **given)
+        with pytest.raises(ConfigError, match=words):
+            moe_rewrite.export_onnx(moe, path, example_inputs=inputs(2, 6), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_the_measured_best():
+    moe = made(TOP2, Gated)
+    plain = moe_rewrite.onnx.plain.Plain(moe, inputs(2, 6))
+    plain(plain.example, plain.tensors, [])
+    (call,) = plain.calls
+    for cell in choose.table():
+        routing = choose.Routing(cell["experts"], cell["top_k"], False)
+        chosen = choose.Choice("auto").of(call, routing)
+        fastest = min(cell["milliseconds"].values())
+        assert cell["milliseconds"][chosen.lowering] <= 1.1 * fastest, (cell, chosen)
+    assert choose.Choice("auto").of(call, choose.Routing(4, 4, False)).lowering == "dense"

@@ -14,6 +14,7 @@ from ..analysis.feedforward import FeedForward, Linear
 from ..kernels import costs
 from ..kernels.costs import FormName
 from ..kernels.ffn.op import ffn_dense, ffn_experts
+from ..kernels.triton import runs_on
 from ..program import Code
 from ..routing.dispatch import Dispatch, RowGates
 from .form import Form, find_form
@@ -57,8 +58,8 @@ class FeedForwardCall:
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
-    fused: Form | None = None  # what the fused op that runs computes, once lowered
-    form: FormName | None = None  # the one to take, None for the cheaper
+    form: Form | None = None  # what the fused op that runs computes, once lowered
+    wanted: FormName | None = None  # how it goes about it, None for the cheaper way
 
     def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
         """widths: of the products of x. dims: dimensions of the output, which may have the rows
@@ -72,10 +73,10 @@ class FeedForwardCall:
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
 
-    def lowered(self, form: FormName | None) -> FeedForwardCall:
+    def lowered(self, wanted: FormName | None) -> FeedForwardCall:
         """The same by the fused op, where there is one for what the region computes."""
         call = copy.copy(self)
-        call.fused, call.form = find_form(self.body.middle, self.widths), form
+        call.form, call.wanted = find_form(self.body.middle, self.widths), wanted
         return call
 
     def __call__(
@@ -85,13 +86,19 @@ class FeedForwardCall:
         if gates is None:
             y = self.body(rows, list(dense))
         else:
-            gates_TE, dispatch = gates.over(tuple(rows.shape[:-1]))
             weights = weights_by_expert(gates.base, dense, experts)
             flat = rows.reshape(-1, rows.shape[-1])
-            fused = self.fused is not None and x.device.type == "cpu"  # where the op has kernels
-            run = self._fused if fused else self._looped
-            y = run(flat, gates_TE, dispatch, weights).view(rows.shape)
+            y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
+
+    def run(
+        self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
+    ) -> torch.Tensor:
+        """(T, D): the rows, of these leading dimensions before they were merged, by their experts."""
+        gates_TE, dispatch = gates.over(lead)
+        fused = self.form is not None and (x_TD.device.type == "cpu" or runs_on(x_TD))
+        of_kind = self._fused if fused else self._looped
+        return of_kind(x_TD, gates_TE, dispatch, weights)
 
     def _looped(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
@@ -112,26 +119,34 @@ class FeedForwardCall:
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
         weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
-        assert self.fused is not None
-        up, up_bias = self._of(self.fused.up, weights)
-        gate, gate_bias = self._of(self.fused.gate, weights) if self.fused.gate else (None, None)
-        down = [matrix(self.body.down, w) for w in weights]
-        down_bias = _biases(self.body.down, weights)
-        given = (up, down, gate, up_bias, gate_bias, down_bias, self.fused.activation)
-        if dispatch.every or self._form(x_TD, dispatch, up, 3 if self.fused.gate else 2) == "dense":
+        assert self.form is not None
+        parts = self.parts(weights)
+        given = (*parts, self.form.activation)
+        if dispatch.every or self._way(x_TD, dispatch, parts[0]) == "dense":
             return ffn_dense(x_TD, gates_TE, *given)
         gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
         return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
 
-    def _form(
-        self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor], products: int
-    ) -> FormName:
-        if self.form is not None:
-            return self.form
-        rows, width = x_TD.shape
-        taken = int(dispatch.plan.offsets[-1]) / max(rows, 1)
-        times = costs.ffn(costs.CPU, rows, width, up[0].shape[0], len(up), taken, products)
-        return costs.best(times)
+    def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> FormName:
+        if self.wanted is not None:
+            return self.wanted
+        if x_TD.device.type != "cpu":  # what is dropped is known to the device alone
+            return "grouped"
+        assert self.form is not None
+        taken = int(dispatch.plan.offsets[-1]) / max(len(x_TD), 1)
+        products = 3 if self.form.gate else 2
+        return costs.best(
+            costs.ffn(costs.CPU, *x_TD.shape, up[0].shape[0], len(up), taken, products)
+        )
+
+    def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of
+        every expert, or None."""
+        assert self.form is not None
+        up, up_bias = self._of(self.form.up, weights)
+        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
+        down = [matrix(self.body.down, w) for w in weights]
+        return up, down, gate, up_bias, gate_bias, _biases(self.body.down, weights)
 
     def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
         """Of each expert the matrix and bias of a product, or of a half of one."""

@@ -31,7 +31,7 @@ def export_onnx(
     moe: MoEModel,
     path: str | os.PathLike,
     lowering: Literal["auto", "dense", "sparse", "contrib"] = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     opset: int = 20,
     example_inputs: Any = None,
     cache: bool = False,
@@ -44,8 +44,12 @@ def export_onnx(
     Batch and sequence stay open. Inputs bear the names of the call's arguments, outputs those of
     the output's fields, initializers the state-dict names; experts that are off are left out.
 
-    lowering: how experts are written; ``"auto"`` chooses and says what in the report.
-    dtype: torch.float16 or torch.bfloat16 to export a cast copy. example_inputs: as for `convert`.
+    lowering: how feed-forward experts are written. ``"dense"``: every expert on every row;
+    ``"sparse"``: each on its rows, in standard operators; ``"contrib"``: ONNX Runtime's
+    com.microsoft.MoE; ``"auto"`` chooses from measured times. The report says what, and why.
+    dtype: float16 or bfloat16 (names or torch's) to export a cast copy; ``"int8"`` or ``"int4"``:
+    weights of feed-forward experts in com.microsoft.QMoE, of which the proof is against what these
+    stand for. example_inputs: as for `convert`.
     cache: also take and give the key-value cache (and a prefix router's running sums): one graph
     for a prompt and for each token behind it. external_data: weights in a file beside the model;
     None: where they exceed 1.5 GB. open_inputs: experts and router are inputs with a default.
@@ -82,3 +86,23 @@ def export_experts(
     from .experts import export_experts
 
     return export_experts(moe, file, example_inputs)
+
+
+def export_adapter(
+    moe: MoEModel, name: str | int, file: str | os.PathLike, example_inputs: Any = None
+) -> None:
+    """See `moe_rewrite.onnx.experts.export_adapter`."""
+    require()
+    from .experts import export_adapter
+
+    export_adapter(moe, name, file, example_inputs)
+
+
+def generator(
+    path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any
+) -> Any:
+    """See `moe_rewrite.onnx.runtime.Generator`; a file exported with ``cache=True``."""
+    require()
+    from .runtime import Generator
+
+    return Generator(path, experts, **options)

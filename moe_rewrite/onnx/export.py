@@ -18,6 +18,8 @@ import onnx
 import torch
 
 from ..errors import ConfigError
+from .cuda import without_kernel
+from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .metadata import FORMAT
 from .plain import Plain
 from .prove import check_file, prove
@@ -31,15 +33,20 @@ if TYPE_CHECKING:
 OPSETS = range(20, 24)
 MAPPED = 64_000_000  # bytes of weights from which proof is by mapped files
 CASTS = (torch.float32, torch.float16, torch.bfloat16)
-LOWERINGS = ("auto", "dense", "sparse", "contrib")
+BITS = {"int8": 8, "int4": 4}
+ONLY = {  # kinds of experts that have one form
+    "LoRAExperts": ("dense", "stacked low rank, no shape depends on data"),
+    "RegionExperts": ("sparse", "TopK, Gather and Scatter, groups of fixed size"),
+}
 
 
 def export(
-    moe: MoEModel, path: str | os.PathLike, lowering: str, dtype: torch.dtype | None, opset: int,
+    moe: MoEModel, path: str | os.PathLike, lowering: str, dtype: torch.dtype | str | None, opset: int,
     example_inputs: Any, cache: bool, external_data: bool | None, open_inputs: bool, verify: bool,
 ) -> OnnxReport:  # fmt: skip
     target, seconds = checked_path(path), {}
-    chosen = _lowering(moe, lowering)
+    cast, bits = _dtype(moe, dtype)
+    choice = _choice(moe, lowering, bits)
     if opset not in OPSETS:
         raise ConfigError(f"opset={opset!r}: expected {OPSETS[0]} to {OPSETS[-1]}")
     if any(p.is_meta for p in moe.parameters()):
@@ -51,23 +58,21 @@ def export(
         seconds[name] = time.perf_counter() - start
         return made
 
-    if dtype not in (None, moe.dtype, *CASTS):
-        raise ConfigError(f"dtype={dtype!r}: expected None, {' or '.join(map(str, CASTS))}")
-    if dtype not in (None, moe.dtype):
-        moe = copy.deepcopy(moe).to(dtype)
+    if cast is not None:
+        moe = copy.deepcopy(moe).to(cast)
     plain = timed("capture", Plain, moe, example_inputs, cache)
     external = needs_external(plain.tensors, external_data)
-    skeleton = timed("translate", translate, plain, opset)
+    skeleton = timed("translate", translate, plain, opset, choice)
     if open_inputs:
         _open_inputs(skeleton, plain)
-    report = _report(moe, plain, skeleton, target, chosen, opset)
+    report = _report(moe, plain, skeleton, target, bits, opset)
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
         timed("write", write_model, skeleton, fresh, external)
         with _mapped(skeleton, fresh, external) as proven:
             timed("check", check_file, proven)
             if verify:
-                report.checks = timed("prove", prove, moe, plain, proven)
+                report.checks = timed("prove", prove, moe, plain, proven, skeleton.stand_ins)
         files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
     return replace(report, files=files, seconds=seconds)
 
@@ -87,20 +92,44 @@ def _mapped(skeleton: Skeleton, path: Path, external: bool) -> Iterator[Path]:
         yield twin
 
 
-def _lowering(moe: MoEModel, asked: str) -> str:
+def _dtype(moe: MoEModel, asked: torch.dtype | str | None) -> tuple[torch.dtype | None, int | None]:
+    """(dtype to cast to, bits of quantized experts' weights), each None where it stays."""
+    name = str(asked).removeprefix("torch.")
+    names = [str(c).removeprefix("torch.") for c in CASTS]
+    if asked is None or name == str(moe.dtype).removeprefix("torch."):
+        return None, None
+    if name in BITS:
+        return None, BITS[name]
+    if name not in names:
+        raise ConfigError(f"dtype={asked!r}: expected None or one of {', '.join([*names, *BITS])}")
+    return getattr(torch, name), None
+
+
+def _choice(moe: MoEModel, asked: str, bits: int | None) -> Choice:
     if asked not in LOWERINGS:
         raise ConfigError(f"lowering={asked!r}: expected {' or '.join(map(repr, LOWERINGS))}")
     kind = type(moe.recipe.experts).__name__
-    fits = {
-        "LoRAExperts": ("dense", "stacked low rank, no shape depends on data"),
-        "RegionExperts": ("sparse", "TopK, Gather and Scatter, groups of fixed size"),
-    }
-    name, words = fits[kind]
-    if asked not in ("auto", name):
-        raise ConfigError(
-            f"lowering={asked!r}: {kind} are written as {name!r} ({words}); use that or 'auto'"
-        )
-    return f"{name}: {words}"
+    if kind in ONLY:
+        name, words = ONLY[kind]
+        if asked not in ("auto", name):
+            raise ConfigError(
+                f"lowering={asked!r}: {kind} are written as {name!r} ({words}); use that or 'auto'"
+            )
+        if bits is not None:
+            raise ConfigError(f"dtype='int{bits}': of FFNExperts only, this model has {kind}")
+    return Choice(asked, bits)
+
+
+def _words(moe: MoEModel, chosen: dict[str, Chosen]) -> str:
+    """What was chosen for which sites, and why."""
+    kind = type(moe.recipe.experts).__name__
+    if kind in ONLY:
+        return ": ".join(ONLY[kind])
+    sites: dict[Chosen, list[str]] = {}
+    for name, how in chosen.items():
+        sites.setdefault(how, []).append(name)
+    words = [f"{how.lowering} ({how.why}): {', '.join(n)}" for how, n in sites.items()]
+    return "; ".join(words) or "dense: no expert is on"
 
 
 def _open_inputs(skeleton: Skeleton, plain: Plain) -> None:
@@ -116,18 +145,24 @@ def _open_inputs(skeleton: Skeleton, plain: Plain) -> None:
 
 
 def _report(
-    moe: MoEModel, plain: Plain, skeleton: Skeleton, target: Path, lowering: str, opset: int
+    moe: MoEModel,
+    plain: Plain,
+    skeleton: Skeleton,
+    target: Path,
+    bits: int | None,
+    opset: int,
 ) -> OnnxReport:
     graph = skeleton.model.graph
     given = [i for i in graph.input if i.name not in plain.tensors]
     return OnnxReport(
-        path=target.name, files={}, opset=opset, dtype=str(moe.dtype).removeprefix("torch."),
-        lowering=lowering, inputs={i.name: _dims(i) for i in given},
+        path=target.name, files={}, opset=opset, dtype=str(moe.dtype).removeprefix("torch.") + f", experts int{bits}" * bool(bits),
+        lowering=_words(moe, skeleton.chosen), inputs={i.name: _dims(i) for i in given},
         outputs={o.name: _dims(o) for o in graph.output},
         experts=[moe.names[e] for e in plain.active],
         left_out=[n for e, n in enumerate(moe.names) if e not in plain.active],
         open_experts=bool(plain.stacks),
         operators=dict(Counter(_operator(n) for n in graph.node).most_common()),
+        cpu_only=without_kernel(skeleton.model, skeleton.weights),
     )  # fmt: skip
 
 
@@ -168,7 +203,7 @@ def _describe(skeleton: Skeleton, moe: MoEModel, plain: Plain, report: OnnxRepor
                 "equivalence": str(conversion.equivalence or "not checked"),
             },
             "moe_rewrite.export": {
-                "lowering": report.lowering, "left_out": report.left_out,
+                "lowering": report.lowering, "cpu_only": report.cpu_only, "left_out": report.left_out,
                 "cache": any(n.startswith("past_key_values") for n in plain.inputs),
             },
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,23 +52,35 @@ def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
             f"{path}: format {said['format']!r}, this version reads {FORMAT}: upgrade moe_rewrite"
         )
     facts = _facts(path, said, {t.name: t for t in model.graph.initializer})
-    for tensor in model.graph.initializer:
+    if model.functions or model.graph.sparse_initializer:
+        raise CheckpointError(f"{path}: holds functions or sparse weights, which no export writes")
+    for tensor in _tensors(model.graph):
         _require_inside(path, tensor)
     return facts, model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Everything that could be told to lie elsewhere, constants and subgraphs included."""
+    yield from graph.initializer
+    for attribute in (a for node in graph.node for a in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _facts(path: Path, said: dict[str, Any], tensors: dict[str, onnx.TensorProto]) -> Facts:
     base, experts, stacks = said.get("base"), said.get("experts"), said.get("stacks")
     exported = said.get("export")
     well_formed = (
-        isinstance(base, str) and isinstance(stacks, dict) and isinstance(exported, dict)
+        isinstance(base, str) and isinstance(stacks, dict)
+        and isinstance(exported, dict) and isinstance(exported.get("cache"), bool)
         and isinstance(experts, list) and all(isinstance(e, str) for e in experts)
         and all(n in tensors and _is_stack(s, tensors[n]) for n, s in stacks.items())
     )  # fmt: skip
     if not well_formed:
         raise CheckpointError(f"{path}: its metadata is malformed")
     assert isinstance(base, str) and isinstance(experts, list) and isinstance(stacks, dict)
-    return Facts(base, experts, {n: Stack(*s) for n, s in stacks.items()}, bool(exported["cache"]))  # type: ignore[index]
+    return Facts(base, experts, {n: Stack(*s) for n, s in stacks.items()}, exported["cache"])  # type: ignore[index]
 
 
 def _is_stack(said: Any, tensor: onnx.TensorProto) -> bool:
@@ -89,10 +102,12 @@ def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
             f"{path}: {tensor.name} lies in {name!r}: expected a file of the same folder"
         )
     try:
-        behind = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        offset, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
+        if min(offset, length) < 0:
+            raise ValueError(entry)
     except ValueError:
         raise CheckpointError(f"{path}: {tensor.name} has a malformed place in {name}") from None
-    if not file.is_file() or file.stat().st_size < behind:
+    if not file.is_file() or file.stat().st_size < offset + length:
         raise CheckpointError(f"{file}: missing or shorter than {path.name} says")
 
 

@@ -24,6 +24,7 @@ from ..routing.patches import PatchGate
 from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
 from ..verify import evaluating
+from .feedforward import TracedFeedForward, with_placeholders
 
 if TYPE_CHECKING:
     from ..model import MoEModel
@@ -47,7 +48,8 @@ class Plain(nn.Module):
     that hold all experts. state: [total (B, D), count (B,)] of a prefix router where the model is
     exported with its cache, else []; the state after the call is put behind the outputs then.
     outputs: names. example: leaves of sizes that a trace does not confuse. open: per leaf, the
-    dimensions that differ from call to call. mask: name of the input that says which rows count. biased: a router's row ends in a bias.
+    dimensions that differ from call to call. mask: name of the input that says which rows count.
+    biased: a router's row ends in a bias. calls: of feed-forward regions, placeholders in a trace.
     """
 
     def __init__(self, moe: MoEModel, example_inputs: Any = None, cache: bool = False) -> None:
@@ -64,6 +66,9 @@ class Plain(nn.Module):
             [d for d in range(t.ndim) if (i, d) not in closed] for i, t in enumerate(self.example)
         ]
         self.mask = self.graph.emitted.mask
+        self.calls: list[TracedFeedForward] = []
+        steps = (bound.step for _, bound in self.graph.steps)
+        self._steps = [(s, with_placeholders(s.code, s.owned, self.calls)) for s in steps]
         self.active = moe.router.active_indices()
         self._held = (moe.router,)  # in a tuple: its parameters are not this module's
         self.tensors, self.stacks, self._experts = _tensors(moe, self.graph, self.active)
@@ -79,15 +84,14 @@ class Plain(nn.Module):
         graph = self.graph
         values: dict[str, Any] = dict(zip(graph.leaves, leaves, strict=True))
         mask, after, planned = values.get(self.mask) if self.mask else None, None, False
-        for _, bound in graph.steps:
-            step = bound.step
+        for step, code in self._steps:
             if step.deep and not planned:
                 before = PrefixState(*state) if state else None
                 plan, after = self._plan(values[graph.emitted.cut], mask, tensors, before)
                 values |= {name: align(plan, layout) for name, layout in graph.emitted.layouts}
                 planned = True
             owned = [self._owned(kind, name, tensors) for kind, name in step.owned]
-            made = step.code.call(*owned, *(values[n] for n in step.takes))
+            made = code.call(*owned, *(values[n] for n in step.takes))
             values.update(zip(step.gives, made, strict=True))
         outputs = [values[name] for name in self.kept]
         return [*outputs, after.total, after.count] if after and state else outputs
@@ -127,7 +131,7 @@ class Plain(nn.Module):
         if isinstance(gate, PatchGate):  # ONNX's TopK takes the first of equals, as this gate does
             own["_best"] = lambda scores: scores.topk(gate.spec.per_expert, dim=-1).indices
         top_k = getattr(gate.spec, "top_k", None)
-        if not (isinstance(gate, TokenGate) and top_k and self.active):
+        if not (isinstance(gate, TokenGate) and top_k and self.stacks):
             return gate.forward(features, mask, before)
         logits_of = gate._logits
 

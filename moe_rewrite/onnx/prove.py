@@ -47,13 +47,17 @@ def check_file(path: Path) -> None:
         ) from error
 
 
-def prove(moe: MoEModel, plain: Plain, path: Path) -> list[Check]:
-    """Raises EquivalenceError where a result differs by more than the dtype's tolerance."""
+def prove(
+    moe: MoEModel, plain: Plain, path: Path, stand_ins: dict[str, torch.Tensor]
+) -> list[Check]:
+    """Raises EquivalenceError where a result differs by more than the dtype's tolerance. stand_ins:
+    what quantized weights stand for: PyTorch computes with these."""
     _require_plain(moe, plain)
     cases, wanted = list(_cases(moe, plain)), []
     with torch.no_grad():  # before a session takes its memory
         for case in cases:
-            wanted.append(plain(case.leaves, plain.tensors | case.replaced, case.state))
+            tensors = plain.tensors | stand_ins | case.replaced
+            wanted.append(plain(case.leaves, tensors, case.state))
     checks, session, opened = [], None, None
     for case, want in zip(cases, wanted, strict=True):
         if session is None or case.replaced is not opened:

@@ -24,7 +24,8 @@ class OnnxReport:
     files: sizes in bytes by name. inputs, outputs: dimensions by name, open ones as words.
     experts: names of those in the file; left_out: those that were off. lowering: what was chosen,
     and why. open_experts: whether the file runs with another number of experts. operators: how
-    often each is used. checks: ONNX Runtime against PyTorch, case by case.
+    often each is used; cpu_only: those that ONNX Runtime's CUDA provider has no kernel for, with the
+    type. checks: ONNX Runtime against PyTorch, case by case.
     """
 
     path: str
@@ -38,6 +39,7 @@ class OnnxReport:
     left_out: list[str]
     open_experts: bool
     operators: dict[str, int]
+    cpu_only: dict[str, int] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class OnnxReport:
             ("lowering", self.lowering),
             ("experts", f"{', '.join(self.experts) or 'none'} (number {number})"),
             ("left out", ", ".join(self.left_out) or "none"),
+            ("on CUDA", _cuda(self.cpu_only)),
             ("inputs", shape(self.inputs)), ("outputs", shape(self.outputs)),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),
@@ -71,3 +74,8 @@ class OnnxReport:
         rows = [(c.case, f"{c.max_error:.2e}", f"{c.rms_error:.2e}") for c in self.checks]
         columns = ["ONNX Runtime against PyTorch", "max error", "rms error"]
         return "\n".join([table(["export", self.path], facts), table(columns, rows)])
+
+
+def _cuda(cpu_only: dict[str, int]) -> str:
+    names = ", ".join(f"{n} ({c})" for n, c in cpu_only.items())
+    return f"left to the CPU: {names}" if names else "a kernel for every operator"

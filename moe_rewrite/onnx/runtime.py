@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ConfigError, InputError
+from ..errors import CheckpointError, ConfigError, InputError
 from .experts import read_experts
 from .metadata import read_facts
 from .session import open_session, run
@@ -28,7 +28,12 @@ class OnnxModel:
         if experts is not None:
             replaced, self.experts = read_experts(Path(experts), self.facts, model)
         del model
-        self.session = open_session(self.path, replaced, providers, options)
+        try:
+            self.session = open_session(self.path, replaced, providers, options)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise CheckpointError(
+                f"{self.path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})"
+            ) from None
         inputs = (i.name for i in self.session.get_inputs())
         self.inputs = [n for n in inputs if n not in self.facts.stacks]
         self.outputs = [o.name for o in self.session.get_outputs()]

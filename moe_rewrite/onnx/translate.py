@@ -16,6 +16,8 @@ import torch
 
 from ..errors import CaptureError
 from ..program import CACHE
+from .lowerings.choose import Choice, Chosen
+from .lowerings.expand import expand
 from .plain import Plain
 
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
@@ -23,24 +25,34 @@ TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
 @dataclass
 class Skeleton:
-    """model: the graph; what `weights` names are initializers that it lacks. dims: names of the
-    open dimensions of each input."""
+    """model: the graph; what `weights` names are initializers that it lacks. chosen: the lowering of
+    each site of feed-forward experts. stand_ins: by name, what quantized weights stand for."""
 
     model: onnx.ModelProto
     weights: dict[str, torch.Tensor]
+    chosen: dict[str, Chosen]
+    stand_ins: dict[str, torch.Tensor]
 
 
-def translate(plain: Plain, opset: int) -> Skeleton:
-    """Raises CaptureError with the reason that torch.export or the exporter gave."""
+def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
+    """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
+    lowering that does not fit."""
     leaves, tensors, state, shapes = _example(plain)
+    with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
+        plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+    chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
     try:
-        with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
-            plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+        with torch.enable_grad(), quiet():
             exported = torch.export.export(
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
             )
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, optimize=True
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=True,
+                custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:  # both raise many kinds; all mean "not exported"
         cause: BaseException = error
@@ -52,7 +64,27 @@ def translate(plain: Plain, opset: int) -> Skeleton:
             f"{lines[0] if lines else ''}"
         ) from error
     assert program is not None
-    return _skeleton(program.model, plain)
+    with torch.no_grad(), quiet():
+        return _skeleton(program.model, plain, opset, chosen, choice.bits)
+
+
+def _round(number: Any, digits: None = None) -> Any:
+    """Of a size: Python's, of halves to even ones, as ONNX has it."""
+    from onnxscript import opset20 as op
+
+    return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
+
+
+def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX's TopK puts the first of equal values first, as a stable sort does."""
+    from onnxscript import opset20 as op
+
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, size, axis=dim, largest=int(descending))
+
+
+# what torch.onnx does not know
+TRANSLATIONS: Any = {round: _round, torch.ops.aten.sort.stable: _sort}
 
 
 def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
@@ -88,7 +120,9 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _skeleton(model: ir.Model, plain: Plain) -> Skeleton:
+def _skeleton(
+    model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
+) -> Skeleton:
     graph = model.graph
     given = list(graph.inputs)
     names = [*plain.inputs, *plain.tensors]
@@ -97,18 +131,21 @@ def _skeleton(model: ir.Model, plain: Plain) -> Skeleton:
     _free(model, {*names, *plain.outputs})
     for value, name in zip(given, names, strict=True):
         value.name = name
-    kept: set[str] = set()
-    for value in given:
-        if value.name in plain.tensors:
+    done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
+    tensors = plain.tensors | done.weights
+    weights = {}
+    for value in list(graph.inputs):
+        if value.name in tensors:
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
-                kept.add(value.name)
+                weights[value.name] = tensors[value.name]
     _name_outputs(graph, plain.outputs)
     _name_dimensions(model, plain)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
-    return Skeleton(ir.to_proto(model), {n: t for n, t in plain.tensors.items() if n in kept})
+    sites = {plain.calls[number].name: how for number, how in chosen.items()}
+    return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

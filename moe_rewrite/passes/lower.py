@@ -103,7 +103,7 @@ class Lower:
         )
 
     def _feed_forward(self, site: FeedForwardSite, call: FeedForwardCall) -> str:
-        if call.fused is None:
+        if call.form is None:
             return "one expert after the other: no fused op computes what is between its products"
         if self._few is None:
             chosen = isinstance(self.router, TokenRouter) and self.router.policy == "expert"

@@ -1,66 +1,89 @@
-"""ONNX Runtime's own fused operators, com.microsoft.MoE and QMoE.
+"""ONNX Runtime's own fused operators, com.microsoft.MoE and QMoE (of int8 or int4 weights).
 
-They take router logits and do softmax and top-k themselves, so only a router of exactly that form
-fits: dense softmax, the k largest kept, divided by their sum or not.
+They take router logits and do softmax and top-k themselves. The logarithms of gates are such
+logits: their softmax is the gates over the gates' sum, and the k largest are those that are not
+zero. So any gates fit of which at most k a row are not zero, with their sum put back behind.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from ...errors import ConfigError
+from ..feedforward import Routing, TracedFeedForward
+from .builder import Builder
+from .site import Site
 
-FITTING = {
-    "relu": "relu",
-    "gelu_tanh": "gelu",
-    "silu": "silu",
-    "identity": "identity",
-}  # its gelu is the tanh one
+ACTIVATIONS = {
+    "relu": "relu", "gelu_tanh": "gelu", "silu": "silu", "identity": "identity",
+}  # fmt: skip  # its gelu is the tanh one
+SWIGLU: dict[str, Any] = {  # x * sigmoid(alpha x) * (y + beta), without a limit on either
+    "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}  # fmt: skip
+SMALL = 1e-38  # the least gate of which a logarithm is taken
 
 
-def fits(activation: str, gated: bool, top_k: int | None) -> str:
+def misfit(call: TracedFeedForward, routing: Routing, bits: int | None = None) -> str:
     """Why the operator cannot stand for these experts, or "" where it can."""
-    if top_k is None:
-        return "a gate over all experts is no top-k"
-    if gated and activation != "silu":
-        return f"of gated experts only SwiGLU fits, not {activation}"
-    if activation not in FITTING:
-        return f"activation {activation!r} is none of {', '.join(FITTING)}"
+    form = call.form
+    if routing.per_row is None:
+        return "experts choose their rows: a row has no largest number of them"
+    if form is None:
+        return "the region computes none of the fused forms"
+    if form.gate is not None and form.activation != "silu":
+        return f"of gated experts only SwiGLU fits, not {form.activation}"
+    if form.activation not in ACTIVATIONS:
+        return f"activation {form.activation!r} is none of {', '.join(ACTIVATIONS)}"
     return ""
 
 
-def ffn_contrib(
-    x_TD: torch.Tensor, logits_TE: torch.Tensor, top_k: int,
-    up_EHD: torch.Tensor, down_EDH: torch.Tensor, gate_EHD: torch.Tensor | None = None,
-    up_bias_EH: torch.Tensor | None = None, gate_bias_EH: torch.Tensor | None = None,
-    down_bias_ED: torch.Tensor | None = None, activation: str = "silu", normalize: bool = True,
-) -> torch.Tensor:  # fmt: skip
-    """(T, D). normalize: the k gates are divided by their sum. Raises ConfigError where the
-    operator does not fit."""
-    reason = fits(activation, gate_EHD is not None, top_k)
-    if reason:
-        raise ConfigError(f"com.microsoft.MoE: {reason}")
-    first, first_bias = up_EHD, up_bias_EH
-    attributes: dict[str, Any] = {
-        "k": top_k, "activation_type": FITTING[activation], "normalize_routing_weights": int(normalize),
-    }  # fmt: skip
-    if gate_EHD is not None:
-        first = interleaved(gate_EHD, up_EHD)
-        if up_bias_EH is not None and gate_bias_EH is not None:
-            first_bias = interleaved(gate_bias_EH, up_bias_EH)
-        # x * sigmoid(alpha x) * (y + beta), without a limit on either
-        attributes |= {
-            "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-        }  # fmt: skip
-    inputs = [x_TD, logits_TE, first, first_bias, down_EDH, down_bias_ED]
+def contrib(build: Builder, site: Site, bits: int | None = None) -> ir.Value:
+    """bits: 4 or 8 for QMoE. The stacks that the operator takes are put into `build.weights`."""
+    form, k = site.call.form, min(site.per_row or 0, len(site.weights))
+    assert form is not None and k
+    op = build.op
+    total = op("ReduceSum", site.gates, build.constant([1]), keepdims=1)
+    small = op("CastLike", build.constant(SMALL, "float32"), site.gates)
+    logits = op("Log", op("Max", op("Div", site.gates, total), small))
+    given = [[site.tensors[str(w.name)] for w in own] for own in site.weights]
+    stacks = {n: t for n, t in _stacks(site.call, given).items() if t is not None}
+    attributes: dict[str, Any] = {"k": k, "normalize_routing_weights": 1}
+    attributes |= SWIGLU if form.gate else {"activation_type": ACTIVATIONS[form.activation]}
+    names = ["first", "first_bias", "down", "down_bias"]
+    if bits is not None:
+        attributes["expert_weight_bits"] = bits
+        for name in ("first", "down"):
+            stacks[name], stacks[f"{name}_scales"] = quantized(stacks[name], bits)
+        names = ["first", "first_scales", "first_bias", "down", "down_scales", "down_bias"]
+    inputs = [build.weight(n, stacks[n]) if n in stacks else None for n in names]
     while inputs[-1] is None:
         inputs.pop()
-    return torch.onnx.ops.symbolic(
-        "com.microsoft::MoE", inputs, attributes, dtype=x_TD.dtype, shape=x_TD.shape, version=1
+    kind = "MoE" if bits is None else "QMoE"
+    y = op(kind, site.x, logits, *inputs, domain="com.microsoft", **attributes)
+    return op("Mul", y, total)
+
+
+def _stacks(
+    call: TracedFeedForward, weights: list[list[torch.Tensor]]
+) -> dict[str, torch.Tensor | None]:
+    """first: (E, H, D), or (E, 2 H, D) with rows of gate and up in turn; down: (E, D, H)."""
+    up, down, gate, up_bias, gate_bias, down_bias = (
+        p if p is None else torch.stack(list(p)) for p in call.parts(weights)
     )
+    assert up is not None
+    first, first_bias = up, up_bias
+    if gate is not None:
+        first = interleaved(gate, up)
+        if up_bias is not None or gate_bias is not None:
+            no = up.new_zeros(up.shape[:2])
+            first_bias = interleaved(
+                no if gate_bias is None else gate_bias, no if up_bias is None else up_bias
+            )
+    return {"first": first, "first_bias": first_bias, "down": down, "down_bias": down_bias}
 
 
 def interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -73,39 +96,25 @@ def quantized(weight_ENK: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
 
     Stored values are the signed ones plus 2^(bits-1), as QMoE reads them.
     """
-    if bits not in (4, 8):
-        raise ConfigError(f"bits={bits!r}: expected 4 or 8")
-    half = 2 ** (bits - 1)
-    scales = weight_ENK.abs().amax(-1) / (half - 1)
-    scales = scales.clamp_min(torch.finfo(weight_ENK.dtype).tiny)
-    stored = (weight_ENK / scales.unsqueeze(-1)).round().clamp(-half, half - 1) + half
-    stored = stored.to(torch.uint8)
+    if bits == 4 and weight_ENK.shape[-1] % 2:
+        raise ConfigError(
+            f"int4 weights of shape {tuple(weight_ENK.shape)}: expected an even last size; use int8"
+        )
+    stored, scales = _rounded(weight_ENK, bits)
+    stored = (stored + 2 ** (bits - 1)).to(torch.uint8)
     if bits == 4:
         stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
     return stored, scales
 
 
-def dequantized(stored: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """What `quantized` weights stand for."""
-    if bits == 4:
-        stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)
-    return (stored.to(scales.dtype) - 2 ** (bits - 1)) * scales.unsqueeze(-1)
+def _rounded(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    half = 2 ** (bits - 1)
+    scales = weight.abs().amax(-1) / (half - 1)
+    scales = scales.clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight / scales.unsqueeze(-1)).round().clamp(-half, half - 1), scales
 
 
-def ffn_quantized(
-    x_TD: torch.Tensor, logits_TE: torch.Tensor, top_k: int, bits: int,
-    first: torch.Tensor, first_scales: torch.Tensor, down: torch.Tensor,
-    down_scales: torch.Tensor, swiglu: bool = False, activation: str = "silu",
-    normalize: bool = True,
-) -> torch.Tensor:  # fmt: skip
-    """com.microsoft.QMoE on `quantized` weights. first: of up, or of gate and up `interleaved`."""
-    attributes: dict[str, Any] = {
-        "k": top_k, "activation_type": "swiglu" if swiglu else FITTING[activation],
-        "normalize_routing_weights": int(normalize), "expert_weight_bits": bits,
-    }  # fmt: skip
-    if swiglu:
-        attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-    inputs = [x_TD, logits_TE, first, first_scales, None, down, down_scales]
-    return torch.onnx.ops.symbolic(
-        "com.microsoft::QMoE", inputs, attributes, dtype=x_TD.dtype, shape=x_TD.shape, version=1
-    )
+def dequantized(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """What the `quantized` rows (the last dimension) of a weight stand for."""
+    stored, scales = _rounded(weight, bits)
+    return stored * scales.unsqueeze(-1)

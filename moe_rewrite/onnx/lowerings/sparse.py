@@ -1,36 +1,62 @@
-"""Sparse: one branch an expert that gathers its rows, runs them and adds them to their places.
+"""Sparse: rows sorted by expert once, split, each part run by its expert, and put back.
 
-NonZero, Gather, MatMul, ScatterND: an expert without a row runs products of no rows.
+All in standard operators: an expert without a row runs products of no rows.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import onnx_ir as ir
 
-from .activations import hidden
-from .dense import weights_of
+from .builder import Builder
+from .site import Site
 
 
-def ffn_sparse(
-    x_TD: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor,
-    up_EHD: torch.Tensor, down_EDH: torch.Tensor, gate_EHD: torch.Tensor | None = None,
-    up_bias_EH: torch.Tensor | None = None, gate_bias_EH: torch.Tensor | None = None,
-    down_bias_ED: torch.Tensor | None = None, activation: str = "silu",
-) -> torch.Tensor:  # fmt: skip
-    """(T, D); shapes as in `ffn_dense`. As many branches as there are experts."""
-    gates_TE = weights_of(gates_TK, experts_TK, up_EHD.shape[0])
-    out_TD = torch.zeros_like(x_TD)
+def sparse(build: Builder, site: Site) -> ir.Value:
+    return _unbounded(build, site) if site.per_row is None else _bounded(build, site, site.per_row)
 
-    def part(of: torch.Tensor | None, e: int) -> torch.Tensor | None:
-        return None if of is None else of[e]
 
-    for e in range(up_EHD.shape[0]):
-        rows = gates_TE[:, e].nonzero()[:, 0]
-        x = x_TD.index_select(0, rows)
-        up = F.linear(x, up_EHD[e], part(up_bias_EH, e))
-        gate = None if gate_EHD is None else F.linear(x, gate_EHD[e], part(gate_bias_EH, e))
-        y = F.linear(hidden(up, gate, activation), down_EDH[e], part(down_bias_ED, e))
-        y = y * gates_TE[:, e].index_select(0, rows).unsqueeze(1).to(y.dtype)
-        out_TD = out_TD.index_put((rows,), y, accumulate=True)
-    return out_TD
+def _bounded(build: Builder, site: Site, k: int) -> ir.Value:
+    """K experts a row: what they give is gathered and added up, in the same order each time."""
+    op, const = build.op, build.constant
+    gates_TK, experts_TK = op("TopK", site.gates, const([k]), outputs=2)
+    flat = op("Reshape", experts_TK, const([-1]))
+    count = op("Shape", flat)
+    _, order = op("TopK", flat, count, outputs=2, largest=0)
+    _, inverse = op("TopK", order, count, outputs=2, largest=0)
+    each = const(list(range(len(site.weights))))
+    hits = op("Equal", op("Unsqueeze", flat, const([1])), op("Unsqueeze", each, const([0])))
+    counts = op("ReduceSum", op("Cast", hits, to=ir.DataType.INT64), const([0]), keepdims=0)
+    x = op("Gather", site.x, op("Div", order, const(k)), axis=0)
+    y = op("Concat", *_by_expert(build, site, x, counts), axis=0)
+    y_TKD = op("Reshape", op("Gather", y, inverse, axis=0), const([-1, k, site.width]))
+    y_TKD = op("Mul", y_TKD, op("Unsqueeze", gates_TK, const([2])))
+    return op("ReduceSum", y_TKD, const([1]), keepdims=0)
+
+
+def _unbounded(build: Builder, site: Site) -> ir.Value:
+    """Any number of experts a row: each adds what it gives to its rows, one after the other."""
+    op, const = build.op, build.constant
+    gates_ET = op("Transpose", site.gates, perm=[1, 0])
+    places = op("Transpose", op("NonZero", gates_ET), perm=[1, 0])  # (n, 2): expert and row, sorted
+    counts = op("Cast", op("Cast", gates_ET, to=ir.DataType.BOOL), to=ir.DataType.INT64)
+    counts = op("ReduceSum", counts, const([1]), keepdims=0)
+    gates = op("Unsqueeze", op("GatherND", gates_ET, places), const([1]))
+    rows = op("Gather", places, const([1]), axis=1)
+    x = op("Gather", site.x, op("Squeeze", rows, const([1])), axis=0)
+    parts = _by_expert(build, site, x, counts)
+    total = op("Expand", op("CastLike", const(0), site.x), op("Shape", site.x))
+    if len(parts) == 1:
+        return op("ScatterND", total, rows, op("Mul", parts[0], gates), reduction="add")
+    rows_of = op("Split", rows, counts, outputs=len(parts))
+    gates_of = op("Split", gates, counts, outputs=len(parts))
+    for y, mine, gate in zip(parts, rows_of, gates_of, strict=True):
+        total = op("ScatterND", total, mine, op("Mul", y, gate), reduction="add")
+    return total
+
+
+def _by_expert(build: Builder, site: Site, x: ir.Value, counts: ir.Value) -> list[ir.Value]:
+    """What each expert gives of its part of the sorted rows."""
+    parts = (
+        [x] if len(site.weights) == 1 else build.op("Split", x, counts, outputs=len(site.weights))
+    )
+    return [build.inline(site.body, [p, *w]) for p, w in zip(parts, site.weights, strict=True)]

@@ -1,0 +1,1 @@
+"""Forms that feed-forward experts take in ONNX, chosen site by site."""

@@ -1,0 +1,82 @@
+"""Which lowering a site gets, and why; "auto" from a table that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..feedforward import Routing, TracedFeedForward
+from .contrib import misfit
+
+LOWERINGS = ("auto", "dense", "sparse", "contrib")
+TABLE = Path(__file__).with_name("measured.json")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    lowering: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """asked: one of LOWERINGS. bits: of quantized weights, 4 or 8, or None."""
+
+    asked: str
+    bits: int | None = None
+
+    def of(self, call: TracedFeedForward, routing: Routing) -> Chosen:
+        """Raises ConfigError where what was asked for does not fit, with the reason."""
+        reason = misfit(call, routing)
+        if self.bits is not None:
+            if reason or self.asked not in ("auto", "contrib"):
+                raise ConfigError(
+                    f"int{self.bits} weights of {call.name}: only com.microsoft.QMoE takes them"
+                    f" ({reason or f'lowering={self.asked!r} asked for'}); leave dtype at None"
+                )
+            return Chosen("contrib", f"int{self.bits} weights")
+        if self.asked == "auto":
+            return _measured(routing, reason)
+        if self.asked == "contrib" and reason:
+            raise ConfigError(
+                f"lowering='contrib' for {call.name}: {reason}; use 'sparse', 'dense' or 'auto'"
+            )
+        return Chosen(self.asked, "asked for")
+
+
+def _measured(routing: Routing, misfit: str) -> Chosen:
+    """The lowering whose worst ratio to the fastest, over the measured numbers of rows, is least,
+    for the share of the experts and the number of them nearest to those measured."""
+    experts, k = routing.experts, routing.per_row
+    if k is not None and k >= experts:
+        return Chosen("dense", "every row goes to all experts")
+    if k is None:
+        return Chosen("sparse", f"no table for experts that choose rows; contrib not: {misfit}")
+
+    def far(cell: dict[str, Any]) -> float:
+        return abs(math.log(cell["experts"] / experts)) + abs(math.log(cell["top_k"] / k))
+
+    nearest = min(far(c) for c in table())
+    cells = [c["milliseconds"] for c in table() if far(c) == nearest]
+    named = next(c for c in table() if far(c) == nearest)
+    able = [n for n in cells[0] if not (misfit and n == "contrib")]
+    worst = {n: max(c[n] / min(c[a] for a in able) for c in cells) for n in able}
+    best = min(worst, key=lambda n: worst[n])
+    ratios = ", ".join(f"{n} {r:.2f}" for n, r in worst.items())
+    rest = f"; contrib does not fit: {misfit}" if misfit else ""
+    return Chosen(
+        best,
+        f"at most so much of the fastest with {named['experts']} experts, {named['top_k']} a row, "
+        f"over the measured numbers of rows: {ratios}{rest}",
+    )
+
+
+@cache
+def table() -> list[dict[str, Any]]:
+    """Cells of experts, top_k, rows and milliseconds by lowering, as `benchmarks.onnx` wrote them."""
+    return json.loads(TABLE.read_text())["cells"]
