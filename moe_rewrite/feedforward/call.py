@@ -133,11 +133,10 @@ class FeedForwardCall:
         if x_TD.device.type != "cpu":  # what is dropped is known to the device alone
             return "grouped"
         assert self.form is not None
-        taken = int(dispatch.plan.offsets[-1]) / max(len(x_TD), 1)
-        products = 3 if self.form.gate else 2
-        return costs.best(
-            costs.ffn(costs.CPU, *x_TD.shape, up[0].shape[0], len(up), taken, products)
-        )
+        rows, width = x_TD.shape
+        taken, products = int(dispatch.plan.offsets[-1]) / max(rows, 1), 3 if self.form.gate else 2
+        hidden = up[0].shape[0]
+        return costs.best(costs.ffn(costs.CPU, rows, width, hidden, len(up), taken, products))
 
     def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
         """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of

@@ -79,7 +79,8 @@ def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False)
     """ONNX's TopK puts the first of equal values first, as a stable sort does."""
     from onnxscript import opset20 as op
 
-    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    axis: Any = op.Constant(value_ints=[dim])
+    size = op.Gather(op.Shape(x), axis)
     return op.TopK(x, size, axis=dim, largest=int(descending))
 
 
