@@ -28,8 +28,7 @@ def size(moe):
     return sum(kept.values()) - record, record
 
 
-@pytest.mark.parametrize("fit", ["analytic", "gradient"])
-@pytest.mark.parametrize("name", ["Llama", "ResNet"])
+@pytest.mark.parametrize(("name", "fit"), [("Llama", "analytic"), ("ResNet", "gradient")])
 def test_growth_is_linear_in_the_experts(name, fit):
     text = name == "Llama"
     model = architectures.build(name) if text else cnns.build(name)
@@ -41,19 +40,17 @@ def test_growth_is_linear_in_the_experts(name, fit):
     moe = moe_rewrite.convert(
         model, split=split, router=router, experts=LoRAExperts(4), verify=False
     )
-    grown = []
+    grown = {}
     for number in range(1, 21):
         if number > 1:
             moe.expand(1, classes=None if text else 2)
         if fit == "analytic":
             moe.fit_router(number - 1, [{k: v for k, v in call.items() if k != "use_cache"}])
         moe.activate(number - 1)
-        grown.append((*work(moe, call), *size(moe)))
-    forward, step, added, record = (
-        torch.tensor(x[1:], dtype=torch.float64) for x in zip(*grown, strict=True)
-    )
-    assert forward.diff().unique().numel() == 1 and forward.diff()[0] > 0
-    assert step.diff().unique().numel() == 1
-    assert added.diff().unique().numel() == 1
+        if number in (2, 3, 10, 20):
+            grown[number] = (*work(moe, call), *size(moe))
+    for two, three, ten, twenty in list(zip(*grown.values(), strict=True))[:3]:
+        slope = three - two
+        assert ten - two == 8 * slope >= 0 and twenty - two == 18 * slope
     # every expert's record holds the rows of the router as they were before it: fp32 and two flags
-    assert record[-1] == 190 * 4 * (moe.router.size + 2)
+    assert grown[20][3] == 190 * 4 * (moe.router.size + 2)
