@@ -169,6 +169,21 @@ def launch_lora(dtype: torch.dtype, T: int, D: int, O: int, R: int) -> None:  # 
     launch.low_rank(new(T, O), new(O, D).t(), None, new(T, R), None, new(R, D).t())
 
 
+def launch_patches(dtype: torch.dtype, B: int, C: int, E: int, L: int, P: int, Q: int) -> None:
+    from moe_rewrite.kernels.patches import launch
+
+    x, patches = (torch.empty(*s, dtype=dtype, device=META) for s in ((B, C, Q), (E, B * L, C, P)))
+    gates = torch.empty(B, E, L, device=META)
+    picks, positions = (
+        torch.empty(*s, dtype=torch.int64, device=META) for s in ((B, E, L), (Q // P + 1, P))
+    )
+    launch.gather(x, picks, positions)
+    launch.gather(x, picks, positions, gates)
+    launch.scatter(patches, gates, picks, positions, Q)
+    launch.scatter(patches, None, picks, positions, Q)
+    launch.gates_gradient(x, patches, picks, positions)
+
+
 def launch_plan(dtype: torch.dtype, T: int, E: int, K: int) -> None:
     from moe_rewrite.kernels.plan import launch
 
@@ -184,6 +199,7 @@ LAUNCHES: dict[str, list[Callable[[torch.dtype], None]]] = {
         lambda d: launch_ffn(d, 2048, True, False, 4096, 2048, 64),
         lambda d: launch_lora(d, 8192, 4096, 4096, 128),
         lambda d: launch_plan(d, 8192, 64, 4),
+        lambda d: launch_patches(d, 64, 128, 8, 4, 100, 3136),
     ],
     "all": [
         *(
@@ -193,14 +209,16 @@ LAUNCHES: dict[str, list[Callable[[torch.dtype], None]]] = {
         lambda d: launch_ffn(d, 2048, False, False, 4096, 2048, 64),
         lambda d: launch_lora(d, 16, 1000, 1496, 3), lambda d: launch_lora(d, 64, 512, 512, 256),
         lambda d: launch_plan(d, 8192, 256, 256), lambda d: launch_plan(d, 1, 1, 1),
+        lambda d: launch_patches(d, 3, 1, 1, 1, 1, 5),
+        lambda d: launch_ffn(d, 1, True, True, 24, 40, 1),
     ],
 }  # fmt: skip
 
 
 def builds(quick: bool, archs: tuple[int, ...] = (80, 90)) -> list[Build]:
-    """Every different build of the launches, in their order."""
+    """Every different build of the launches, in their order; quick: of the large sizes in bf16."""
     found: dict[Build, None] = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES[:1] if quick else DTYPES:
         for arch in archs:
             with recorded(arch) as made:
                 for launch in LAUNCHES["quick"] + ([] if quick else LAUNCHES["all"]):
@@ -249,7 +267,8 @@ def main() -> None:
         "faults",
     ]
     figures = [
-        {"kernel": b.label(), "dtype": b.dtype, "arch": b.arch} | m._asdict()
+        {"kernel": b.label(), "dtype": b.dtype, "arch": b.arch, "faults": faults(b, m)}
+        | m._asdict()
         for b, m in zip(todo, made, strict=True)
     ]
     finish("kernels", columns, rows, builds=figures)

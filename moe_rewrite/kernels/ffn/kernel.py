@@ -142,7 +142,8 @@ def hidden_backward_kernel(
         grad, dy + pair // K * dy_t, own, there, inside, D, down_d, BLOCK, EVEN, PRECISION
     )
     place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
-    kind, other = pre.dtype.element_ty, tl.cast(S, tl.int64) * H
+    kind = pre.dtype.element_ty
+    other = tl.cast(S, tl.int64) * H
     weight = tl.load(gates + pair, there, 0.0).to(tl.float32)[:, None]
     lifted = tl.load(pre + place, mask, 0.0).to(tl.float32)
     if GATED:

@@ -41,10 +41,10 @@ def scatter_patches(
     y = together.reshape(E, B, taken, C, h * w).permute(1, 3, 0, 2, 4)  # (B, C, E, l, P)
     gates = gates_BEl.to(y.dtype)[:, None, ..., None]
     if y.requires_grad or gates.requires_grad or torch.compiler.is_compiling():
-        source = (y * gates).reshape(B, C, -1)
+        source = (y * gates).reshape(B, C, E * taken * h * w)
     else:  # in one pass to the order that it is written in
-        source = torch.mul(y, gates, out=y.new_empty(y.shape)).view(B, C, -1)
-    index = positions_nP[picks_BEl].reshape(B, 1, -1).expand(-1, C, -1)
+        source = torch.mul(y, gates, out=y.new_empty(y.shape)).view(B, C, E * taken * h * w)
+    index = positions_nP[picks_BEl].reshape(B, 1, E * taken * h * w).expand(-1, C, -1)
     out = y.new_zeros(B, C, size[0] * size[1])
     if E == 1 and apart:  # cheaper than adding
         return out.scatter_(2, index, source).view(B, C, *size)
