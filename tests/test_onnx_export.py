@@ -1,14 +1,16 @@
 """Exported files: equal to PyTorch, whole or absent, named, with experts that come later."""
 
 import json
+from functools import partial
 
 import architectures
 import pytest
 import torch
 from reference import randomize
+from typer.testing import CliRunner
 
 import moe_rewrite
-from moe_rewrite import TokenRouter
+from moe_rewrite import TokenRouter, cli
 from moe_rewrite.errors import CheckpointError, ConfigError, EquivalenceError
 
 onnx = pytest.importorskip("onnx")
@@ -105,6 +107,29 @@ def test_one_expert_as_an_adapter_of_onnx_runtime(llama, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
 
 
+def tampered_constant(model):
+    """A constant inside a node that lies in another folder."""
+    tensor = onnx.TensorProto(data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../weights.data")
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=tensor))
+
+
+def negative_place(model):
+    tensor = model.graph.initializer[-1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "m.data"), ("offset", "-8"), ("length", "4")):
+        tensor.external_data.add(key=key, value=value)
+
+
+def function(model):
+    model.functions.add(name="f", domain="d")
+
+
+def newer(model):
+    model.ir_version = 99
+
+
 def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
     moe, path, _ = llama
     load = moe_rewrite.onnx.load
@@ -134,6 +159,13 @@ def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
         tensor.external_data.add(key="location", value=place)
         onnx.save_model(model, tmp_path / "changed.onnx")
         with pytest.raises(CheckpointError, match="same folder|missing"):
+            load(tmp_path / "changed.onnx")
+    for change, words in ((tampered_constant, "same folder"), (negative_place, "malformed"),
+                          (function, "functions"), (newer, "cannot open")):  # fmt: skip
+        model = onnx.load(path)
+        change(model)
+        onnx.save_model(model, tmp_path / "changed.onnx")
+        with pytest.raises(CheckpointError, match=words):
             load(tmp_path / "changed.onnx")
     other = converted(TokenRouter(top_k=2, granularity="token"), name="GPT2")
     moe_rewrite.onnx.export_experts(other, tmp_path / "other.safetensors")
@@ -187,3 +219,29 @@ def test_wrong_options_are_refused_before_any_work(llama, tmp_path):
         with pytest.raises(ConfigError, match=words):
             moe_rewrite.export_onnx(moe, tmp_path / path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_command_writes_what_the_saved_experts_compute(tmp_path, monkeypatch):
+    run = partial(CliRunner().invoke, cli.app)
+    spec = "test_onnx_export:llama_model"
+    moe = converted(TokenRouter(top_k=2, granularity="prefix"), off=None)
+    monkeypatch.setattr("test_onnx_export.llama_model", moe.to_dense, raising=False)
+    moe.save_pretrained(tmp_path / "experts")
+    saved = ["--experts", str(tmp_path / "experts")]
+    path = tmp_path / "m.onnx"
+    done = run(["export", spec, *saved, "--out", str(path), "--open-inputs", "--opset", "21"])
+    assert done.exit_code == 0, done.output
+    assert "left padding" in done.output and onnx.load(path).opset_import[0].version == 21
+    given = call(2, 5)
+    loaded = moe_rewrite.onnx.load(path)
+    want = moe(**given, use_cache=False).logits
+    torch.testing.assert_close(loaded(**given)["logits"], want, rtol=1e-4, atol=1e-4)
+    small = tmp_path / "experts.safetensors"
+    assert run(["export", spec, *saved, "--out", str(small), "--experts-only"]).exit_code == 0
+    again = moe_rewrite.onnx.load(path, experts=small)(**given)["logits"]
+    torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-4)
+    one = tmp_path / "one.onnx_adapter"
+    assert run(["export", spec, *saved, "--out", str(one), "--adapter", "expert1"]).exit_code == 0
+    assert one.stat().st_size > 1000 and small.stat().st_size < path.stat().st_size
+    wrong = run(["export", spec, *saved, "--out", str(tmp_path / "m.txt")])
+    assert isinstance(wrong.exception, ConfigError) and "ends in .onnx" in str(wrong.exception)
