@@ -39,7 +39,13 @@ def product(x: torch.Tensor, rows: float, accumulators: int = 1) -> Blocks:
         return Blocks(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
     if capability(x) >= 9:  # a warp group multiplies from shared memory
         return Blocks(128, 256 // accumulators, 64, 8, 3)
-    return Blocks(128, 128 // accumulators, 32, 4 if accumulators > 1 else 8, 3)
+    return Blocks(128, 128 // accumulators, 32, 8, 3)
+
+
+def epilogue(x: torch.Tensor, rows: float) -> Blocks:
+    """Blocks of a product whose epilogue holds several times what it sums."""
+    size = product(x, rows, 2)
+    return size._replace(n=min(size.n, 64 if size.m >= 64 else 128))
 
 
 def ranks(rank: int, dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ def small_blocks(monkeypatch):
     """Several blocks of every kind at sizes that the interpreter does in no time."""
     small = blocks.Blocks(16, 16, 16, 4, 2)
     monkeypatch.setattr(blocks, "product", lambda *_: small)
+    monkeypatch.setattr(blocks, "epilogue", lambda *_: small)
     monkeypatch.setattr(blocks, "gradient", lambda *_: small)
 
 

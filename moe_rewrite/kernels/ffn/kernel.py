@@ -34,10 +34,10 @@ def tiles_kernel(
 
 @triton.jit
 def _tile(tiles, starts, offsets, tile, M: tl.constexpr):
-    """(expert int64, rows (M,) in the plan's order, which of them there are)."""
+    """(expert int64, first place in the plan's order int64, which of M rows there are)."""
     expert = tl.load(tiles + tile).to(tl.int64)
-    rows = tl.load(starts + tile) + tl.arange(0, M)
-    return expert, rows, rows < tl.load(offsets + expert + 1)
+    start = tl.load(starts + tile)
+    return expert, start, tl.arange(0, M) < tl.load(offsets + expert + 1) - start
 
 
 @triton.jit
@@ -52,22 +52,24 @@ def up_kernel(
     tile, column = grid_place(tl.cdiv(H, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
-    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
-    n = column * N + tl.arange(0, N)
-    inside = n < H
-    a = x + tl.load(order + rows, there, 0) // K * x_t
+    expert, start, there = _tile(tiles, starts, offsets, tile, M)
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    skipped = tl.cast(column, tl.int64) * N
+    inside = n < H - skipped
+    a = x + tl.load(order + start + m, there, 0) // K * x_t
     k = tl.arange(0, BLOCK)
     x_at = a[:, None] + k[None, :]
-    up_at = (up + expert * up_e + n.to(tl.int64) * up_h)[None, :] + k[:, None] * up_d
-    gate_at = (gate + expert * gate_e + n.to(tl.int64) * gate_h)[None, :] + k[:, None] * gate_d
+    up_at = up + expert * up_e + skipped * up_h + (n[None, :] * up_h + k[:, None] * up_d)
+    gate_at = gate + expert * gate_e + skipped * gate_h
+    gate_at += n[None, :] * gate_h + k[:, None] * gate_d
     lifted = tl.zeros((M, N), tl.float32)
     gating = tl.zeros((M, N), tl.float32)
-    for start in range(0, D, BLOCK):  # one load of x for both products
+    for done in range(0, D, BLOCK):  # one load of x for both products
         if EVEN:
             left = tl.load(x_at, there[:, None], 0.0)
             mask = inside[None, :]
         else:
-            within = k < D - start
+            within = k < D - done
             left = tl.load(x_at, there[:, None] & within[None, :], 0.0)
             mask = inside[None, :] & within[:, None]
         lifted = dot(left, tl.load(up_at, mask, 0.0), lifted, PRECISION)
@@ -77,20 +79,21 @@ def up_kernel(
         x_at += BLOCK
         up_at += BLOCK * up_d
     if BIAS:
-        lifted += tl.load(up_bias + expert * H + n, inside, 0.0).to(tl.float32)[None, :]
+        lifted += tl.load(up_bias + expert * H + skipped + n, inside, 0.0).to(tl.float32)[None, :]
     if GATE_BIAS:
-        gating += tl.load(gate_bias + expert * H + n, inside, 0.0).to(tl.float32)[None, :]
-    place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
+        gating += tl.load(gate_bias + expert * H + skipped + n, inside, 0.0).to(tl.float32)[None, :]
+    first = start * H + skipped
+    place, mask = m[:, None] * H + n[None, :], there[:, None] & inside[None, :]
     kind = pre.dtype.element_ty
     if SAVE:
-        tl.store(pre + place, lifted.to(kind), mask)
+        tl.store(pre + first + place, lifted.to(kind), mask)
         if GATED:
-            tl.store(pre + tl.cast(S, tl.int64) * H + place, gating.to(kind), mask)
+            tl.store(pre + (tl.cast(S, tl.int64) * H + first) + place, gating.to(kind), mask)
     if GATED:
         made = act(gating, ACT) * lifted
     else:
         made = act(lifted, ACT)
-    tl.store(hidden + place, made.to(kind), mask)
+    tl.store(hidden + first + place, made.to(kind), mask)
 
 
 @triton.jit
@@ -104,19 +107,23 @@ def rows_kernel(
     tile, column = grid_place(tl.cdiv(N_ALL, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
-    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
-    n = column * N + tl.arange(0, N)
-    inside = n < N_ALL
-    own = w + expert * w_e + n.to(tl.int64) * w_n
+    expert, start, there = _tile(tiles, starts, offsets, tile, M)
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    skipped = tl.cast(column, tl.int64) * N
+    inside = n < N_ALL - skipped
+    own = w + (expert * w_e + skipped * w_n) + n * w_n
     acc = tl.zeros((M, N), tl.float32)
-    acc = product(acc, a + rows * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
+    acc = product(acc, a + start * C + m * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
     if TWO:
-        own = w2 + expert * w2_e + n.to(tl.int64) * w2_n
-        acc = product(acc, a2 + rows * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION)
+        own = w2 + (expert * w2_e + skipped * w2_n) + n * w2_n
+        acc = product(
+            acc, a2 + start * C + m * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION
+        )
     if BIAS:
-        acc += tl.load(bias + expert * N_ALL + n, inside, 0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + expert * N_ALL + skipped + n, inside, 0.0).to(tl.float32)[None, :]
     mask = there[:, None] & inside[None, :]
-    tl.store(out + rows[:, None] * N_ALL + n[None, :], acc.to(out.dtype.element_ty), mask)
+    first = start * N_ALL + skipped
+    tl.store(out + first + (m[:, None] * N_ALL + n[None, :]), acc.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -132,32 +139,34 @@ def hidden_backward_kernel(
     tile, column = grid_place(columns, bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
-    expert, rows, there = _tile(tiles, starts, offsets, tile, M)
-    n = column * N + tl.arange(0, N)
-    inside = n < H
-    pair = tl.load(order + rows, there, 0)
-    own = down + expert * down_e + n.to(tl.int64) * down_h
+    expert, start, there = _tile(tiles, starts, offsets, tile, M)
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    skipped = tl.cast(column, tl.int64) * N
+    inside = n < H - skipped
+    pair = tl.load(order + start + m, there, 0)
+    own = down + (expert * down_e + skipped * down_h) + n * down_h
     grad = tl.zeros((M, N), tl.float32)
     grad = product(
         grad, dy + pair // K * dy_t, own, there, inside, D, down_d, BLOCK, EVEN, PRECISION
     )
-    place, mask = rows[:, None] * H + n[None, :], there[:, None] & inside[None, :]
+    place, mask = m[:, None] * H + n[None, :], there[:, None] & inside[None, :]
     kind = pre.dtype.element_ty
-    other = tl.cast(S, tl.int64) * H
+    first = start * H + skipped
+    other = first + tl.cast(S, tl.int64) * H
     weight = tl.load(gates + pair, there, 0.0).to(tl.float32)[:, None]
-    lifted = tl.load(pre + place, mask, 0.0).to(tl.float32)
+    lifted = tl.load(pre + first + place, mask, 0.0).to(tl.float32)
     if GATED:
         gating = tl.load(pre + other + place, mask, 0.0).to(tl.float32)
         active = act(gating, ACT)
         made = active * lifted
         slope = grad * weight * lifted * act_slope(gating, ACT)
         tl.store(dpre + other + place, slope.to(kind), mask)
-        tl.store(dpre + place, (grad * weight * active).to(kind), mask)
+        tl.store(dpre + first + place, (grad * weight * active).to(kind), mask)
     else:
         made = act(lifted, ACT)
-        tl.store(dpre + place, (grad * weight * act_slope(lifted, ACT)).to(kind), mask)
-    tl.store(hidden + place, (made * weight).to(kind), mask)
-    tl.store(parts + rows * columns + column, tl.sum(grad * made, 1), there)
+        tl.store(dpre + first + place, (grad * weight * act_slope(lifted, ACT)).to(kind), mask)
+    tl.store(hidden + first + place, (made * weight).to(kind), mask)
+    tl.store(parts + (start * columns + column) + m * columns, tl.sum(grad * made, 1), there)
 
 
 @triton.jit
@@ -170,8 +179,8 @@ def weights_kernel(
     an expert with no pair."""
     expert, pid = tl.program_id(1).to(tl.int64), tl.program_id(0)
     columns = tl.cdiv(J_ALL, N)
-    i = pid // columns * M + tl.arange(0, M)
-    j = pid % columns * N + tl.arange(0, N)
+    i_first, j_first = pid // columns * M, pid % columns * N
+    i, j = i_first + tl.arange(0, M), j_first + tl.arange(0, N)
     first, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     acc = tl.zeros((M, N), tl.float32)
     for start in range(first, end, BLOCK):
@@ -191,7 +200,8 @@ def weights_kernel(
             there[:, None] & (j < J_ALL)[None, :], 0.0,
         )  # fmt: skip
         acc = dot(tl.trans(a), b, acc, PRECISION)
-    place = expert * I_ALL * J_ALL + i[:, None].to(tl.int64) * J_ALL + j[None, :]
+    out += (expert * I_ALL + i_first) * J_ALL + j_first
+    place = tl.arange(0, M)[:, None] * J_ALL + tl.arange(0, N)[None, :]
     mask = (i < I_ALL)[:, None] & (j < J_ALL)[None, :]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask)
 

@@ -122,7 +122,7 @@ def backward(
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
-    size = blocks.product(x, S / len(up), 2)  # what the epilogue reads needs as many registers
+    size = blocks.epilogue(x, S / len(up))
     tiles = Tiles.of(order, offsets, size.m)
     dpre, hidden = torch.empty_like(pre), x.new_empty(S, H)
     parts = x.new_zeros(S, ceil_div(H, size.n), dtype=torch.float32)  # dropped pairs have no tile
