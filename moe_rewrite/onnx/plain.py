@@ -152,7 +152,11 @@ def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any
         from ..hf import without_cache
 
         arguments = without_cache(host, arguments) | ({"use_cache": True} if cache else {})
-    return moe._arguments((), arguments)[0]
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(moe.dtype) if t.is_floating_point() else t
+
+    return moe._arguments((), pytree.tree_map_only(torch.Tensor, cast, arguments))[0]
 
 
 def _input_names(traced: dict[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ def prove(
         if session is None or case.replaced is not opened:
             session = None  # one at a time in memory
             release_memory()
-            session = open_session(path, case.replaced, options=frugal_options())
+            session = _opened(path, case.replaced)
             opened = case.replaced
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
@@ -88,6 +88,16 @@ def prove(
         release_memory()
         checks.append(Check(case.name, report.max_error, report.rms_error))
     return checks
+
+
+def _opened(path: Path, replaced: dict[str, torch.Tensor]) -> Any:
+    try:
+        return open_session(path, replaced, options=frugal_options())
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise EquivalenceError(
+            f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
+            "export with verify=False, and compare where its kernels are"
+        ) from error
 
 
 def _mask(plain: Plain, leaves: list[torch.Tensor]) -> Any:

@@ -77,10 +77,10 @@ def _round(number: Any, digits: None = None) -> Any:
 
 def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
     """ONNX's TopK puts the first of equal values first, as a stable sort does."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
 
-    axis: Any = op.Constant(value_ints=[dim])
-    size = op.Gather(op.Shape(x), axis)
+    op: Any = opset20
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
     return op.TopK(x, size, axis=dim, largest=int(descending))
 
 

@@ -50,30 +50,30 @@ class Choice:
 
 
 def _measured(routing: Routing, misfit: str) -> Chosen:
-    """The lowering whose worst ratio to the fastest, over the measured numbers of rows, is least,
-    for the share of the experts and the number of them nearest to those measured."""
-    experts, k = routing.experts, routing.per_row
-    if k is not None and k >= experts:
-        return Chosen("dense", "every row goes to all experts")
-    if k is None:
+    if routing.per_row is None:
         return Chosen("sparse", f"no table for experts that choose rows; contrib not: {misfit}")
-
-    def far(cell: dict[str, Any]) -> float:
-        return abs(math.log(cell["experts"] / experts)) + abs(math.log(cell["top_k"] / k))
-
-    nearest = min(far(c) for c in table())
-    cells = [c["milliseconds"] for c in table() if far(c) == nearest]
-    named = next(c for c in table() if far(c) == nearest)
-    able = [n for n in cells[0] if not (misfit and n == "contrib")]
-    worst = {n: max(c[n] / min(c[a] for a in able) for c in cells) for n in able}
-    best = min(worst, key=lambda n: worst[n])
+    if routing.per_row >= routing.experts:
+        return Chosen("dense", "every row goes to all experts")
+    able = tuple(n for n in LOWERINGS[1:] if not (misfit and n == "contrib"))
+    best, worst = fastest(table(), routing.experts, routing.per_row, able)
     ratios = ", ".join(f"{n} {r:.2f}" for n, r in worst.items())
     rest = f"; contrib does not fit: {misfit}" if misfit else ""
-    return Chosen(
-        best,
-        f"at most so much of the fastest with {named['experts']} experts, {named['top_k']} a row, "
-        f"over the measured numbers of rows: {ratios}{rest}",
-    )
+    return Chosen(best, f"at most so many times the fastest where measured: {ratios}{rest}")
+
+
+def fastest(
+    cells: list[dict[str, Any]], experts: int, top_k: int, able: tuple[str, ...]
+) -> tuple[str, dict[str, float]]:
+    """Of the cells nearest in numbers of experts and choices, each lowering's worst ratio to the
+    fastest over numbers of rows and shapes; and the lowering of which it is least."""
+
+    def far(cell: dict[str, Any]) -> float:
+        return abs(math.log(cell["experts"] / experts)) + abs(math.log(cell["top_k"] / top_k))
+
+    nearest = min(far(c) for c in cells)
+    times = [c["milliseconds"] for c in cells if far(c) == nearest]
+    worst = {n: max(c[n] / min(c[a] for a in able) for c in times) for n in able}
+    return min(worst, key=lambda n: worst[n]), worst
 
 
 @cache
