@@ -1,6 +1,6 @@
 """Every Triton kernel compiles ahead of time for sm_80 and sm_90 as its launches configure it:
-matrix units, no spills, shared memory within the chip's. `python -m benchmarks.kernels` has all
-configurations; here are those of the large sizes in bf16, and with --runslow the rest."""
+matrix units, no spills, shared memory within the chip's. Here in bf16 at the large sizes; `python -m
+benchmarks.kernels` without --quick has every dtype and bucket of sizes."""
 
 import json
 import subprocess
