@@ -18,7 +18,7 @@ from ..program import CACHE
 from ..verify import compare, evaluating
 from .plain import ROWS, Plain
 from .report import Check
-from .session import frugal_options, open_session, release_memory, run
+from .session import FRUGAL, frugal_options, open_session, release_memory, run
 
 if TYPE_CHECKING:
     from ..model import MoEModel
@@ -92,7 +92,7 @@ def prove(
 
 def _opened(path: Path, replaced: dict[str, torch.Tensor]) -> Any:
     try:
-        return open_session(path, replaced, options=frugal_options())
+        return open_session(path, replaced, options=frugal_options(), **FRUGAL)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise EquivalenceError(
             f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "

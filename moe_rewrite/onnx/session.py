@@ -16,9 +16,10 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 
 def open_session(
     path: Path, replaced: dict[str, torch.Tensor] | None = None,
-    providers: list[Any] | None = None, options: Any = None,
+    providers: list[Any] | None = None, options: Any = None, **given: Any,
 ) -> Any:  # fmt: skip
-    """A session on a file. replaced: other values, of other sizes too, for some initializers."""
+    """A session on a file. replaced: other values, of other sizes too, for some initializers. given:
+    further arguments of InferenceSession."""
     import onnxruntime as ort
 
     options = options or ort.SessionOptions()
@@ -33,12 +34,15 @@ def open_session(
         options.add_session_config_entry(FOLDER, str(path.parent.resolve()))
         source = model.SerializeToString()
         del model
-    return ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"])
+    return ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"], **given)
+
+
+FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
 
 
 def frugal_options() -> Any:
-    """For a session that computes as any other in little memory: weights stay where the file is
-    mapped, in one copy."""
+    """For a session that computes as any other in little memory, with FRUGAL: weights stay where
+    the file is mapped, in one copy."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
