@@ -13,6 +13,7 @@ from . import trace
 from .common import arguments, finish, save
 from .streams import facts, losses, runs, spread
 
+SEEDS = (0, 1, 2)
 SIZES = {"items": 48, "tested": 12, "tasks": 3, "epochs": 2, "part": "eval"}
 FEW = {"items": 16, "tested": 4, "tasks": 2, "epochs": 1, "part": "eval"}
 # a causal model cannot read the whole sequence, so a gate reads the prefix or the token
@@ -75,7 +76,7 @@ def draw(results: dict[str, dict[str, Any]]) -> Any:
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    seeds = (0,) if quick else (0, 1, 2)
+    seeds = SEEDS[:1] if quick else SEEDS
     asked = variants(quick)
     flat = {f"{m} {n}": options for m, named in asked.items() for n, options in named.items()}
     found = runs(trace.job, flat, seeds)

@@ -24,11 +24,12 @@ def forward(
     pairs, hidden = len(rows.order_S), w.up[0].shape[0]
     kinds = 2 if len(w.gate) else 1
     y = x.new_empty(pairs, x.shape[1])
-    y[rows.bounds[-1] :] = 0  # dropped pairs
+    y[rows.bounds[-1] :] = 0  # dropped pairs, here and below
     pre = x.new_empty(kinds, pairs if save else 0, hidden)
-    largest = rows.largest()
+    pre[:, rows.bounds[-1] :] = 0
+    largest = rows.largest
     buffers = x.new_empty(1 if save else kinds, largest, hidden)
-    for e, lo, hi in rows.groups():
+    for e, lo, hi in rows.groups:
         given, n = rows.gather(x, lo, hi), hi - lo
         act = buffers[-1, :n]
         up = _linear(given, w.up[e], w.up_bias, e, pre[0, lo:hi] if save else buffers[0, :n])
@@ -67,8 +68,8 @@ def backward(
     if dx is not None:
         dx[rows.bounds[-1] :] = 0
     trained = into.some()
-    buffers = x.new_empty(3, rows.largest(), pre.shape[-1])
-    for e, lo, hi in rows.groups():
+    buffers = x.new_empty(3, rows.largest, pre.shape[-1])
+    for e, lo, hi in rows.groups:
         grad, gate = rows.gather(dy, lo, hi), gates_S[lo:hi, None].to(x.dtype)
         dhidden, act, spare = buffers[:, : hi - lo]
         torch.mm(grad, w.down[e], out=dhidden)
@@ -94,7 +95,7 @@ def backward(
             torch.mm(dup, w.up[e], out=dx[lo:hi])
             if dgating is not None:
                 dx[lo:hi].addmm_(dgating, w.gate[e])
-    idle = set(range(len(rows.bounds) - 1)) - {e for e, _, _ in rows.groups()}
+    idle = set(range(len(rows.bounds) - 1)) - {e for e, _, _ in rows.groups}
     for kind in into:
         for e in idle if len(kind) else ():
             if kind[e] is not None:

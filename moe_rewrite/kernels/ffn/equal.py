@@ -28,7 +28,7 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> Groups:
-        ends, size = torch.tensor(rows.bounds), rows.largest()
+        ends, size = torch.tensor(rows.bounds), rows.largest
         within = torch.arange(size)
         taken = (within < ends.diff()[:, None]).view(-1)
         pair = (ends[:-1, None] + within).clamp_(max=len(rows.order_S) - 1).view(-1)

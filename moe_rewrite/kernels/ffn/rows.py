@@ -5,6 +5,7 @@ T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H h
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class Rows(NamedTuple):
     """
 
     bounds: list[int]
+    groups: list[tuple[int, int, int]]  # (expert, first, end) of the experts that have rows
+    largest: int
     tokens_S: torch.Tensor
     order_S: torch.Tensor
     inverse_TK: torch.Tensor
@@ -58,21 +61,15 @@ class Rows(NamedTuple):
     def of(
         cls, order: torch.Tensor, offsets: torch.Tensor, inverse: torch.Tensor, k: int, dense: bool
     ) -> Rows:
-        return cls(offsets.tolist(), order // k, order, inverse.view(-1, k), dense)
-
-    def largest(self) -> int:
-        return max((hi - lo for _, lo, hi in self.groups()), default=0)
-
-    def groups(self) -> list[tuple[int, int, int]]:
-        """(expert, first, end) of the experts that have rows."""
-        pairs = zip(self.bounds, self.bounds[1:], strict=False)
-        return [(e, lo, hi) for e, (lo, hi) in enumerate(pairs) if hi > lo]
+        bounds = offsets.tolist()
+        groups = [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(bounds)) if hi > lo]
+        largest = max((hi - lo for _, lo, hi in groups), default=0)
+        return cls(bounds, groups, largest, order // k, order, inverse.view(-1, k), dense)
 
     def even(self) -> bool:
         """Whether small groups filled up to the largest's size are fewer than twice the rows."""
-        largest = self.largest()
-        few = (len(self.bounds) - 1) * largest <= 2 * self.bounds[-1]
-        return not self.dense and 0 < largest <= SMALL and few
+        few = (len(self.bounds) - 1) * self.largest <= 2 * self.bounds[-1]
+        return not self.dense and 0 < self.largest <= SMALL and few
 
     def gather(self, x_TD: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
         if self.dense or len(x_TD) == 1:
