@@ -181,8 +181,8 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
 
     real = export.translate
 
-    def wrong(plain, opset):
-        skeleton = real(plain, opset)
+    def wrong(*given):
+        skeleton = real(*given)
         name = "model.norm.weight"
         skeleton.weights[name] = skeleton.weights[name] * 1.5
         return skeleton
