@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 
 IDS = {"T5": "decoder.block.1", "Bart": "model.decoder.layers.1"}
 TEXT = [*architectures.ALL, "Albert", "LlamaClassifier", *IDS]
-FEW = {"GPT2", "Bert", "ViT", "ResNet"}
+FEW = {"GPT2", "ResNet"}
 every = pytest.mark.skipif(
     not os.environ.get("MOE_REWRITE_ALL"), reason="set MOE_REWRITE_ALL=1 for every architecture"
 )
