@@ -1,8 +1,9 @@
 """Every Triton kernel compiles ahead of time for sm_80 and sm_90 as its launches configure it:
-matrix units, no spills, shared memory within the chip's. Here in bf16 at the large sizes; `python -m
-benchmarks.kernels` without --quick has every dtype and bucket of sizes."""
+matrix units, no spills, shared memory within the chip's. Here, with
+MOE_REWRITE_ALL=1, in bf16 at the large sizes; `python -m benchmarks.kernels` has every one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
