@@ -174,8 +174,8 @@ def test_a_run_is_scored_by_what_is_said(llama):
     llama.generation_config.eos_token_id = 2
     setup = Setup(split=1, rank=4, training=QUICK)
     result = run("pmoe", llama, problem, words.stream()[:2], setup, None, "task")
-    assert result.before == [0.0, 0.0] and result.R[0][0] == 1.0 and result.R[0][1] < 0.5
-    assert min(result.R[1]) > 0.8 and result.figures()["score"] == "task"
+    assert result.before == [0.0, 0.0] and result.R[0][0] > 0.7 > 0.3 > result.R[0][1]
+    assert min(result.R[1]) > 0.3 and result.figures()["score"] == "task"
 
 
 def test_early_stop_goes_back_to_the_best_epoch(llama):
