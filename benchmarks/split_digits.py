@@ -22,7 +22,7 @@ METHODS = (
     "pmoe", "pmoe-gradient", "full", "lora", "replay", "ewc", "lwf", "olora", "ranpac", "oracle",
     "joint",
 )  # fmt: skip
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 FULL = {"train": 150, "tested": 600, "base_tested": 500, "tasks": 5}
 QUICK = {"train": 64, "tested": 100, "base_tested": 50, "tasks": 2}
 TITLES = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
