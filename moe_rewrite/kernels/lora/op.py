@@ -49,7 +49,7 @@ def unchecked(
     b: Stack,
 ) -> torch.Tensor:
     """`lora_linear` for a graph, whose tensors fit: a token at a time, the checks would show."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
     save = torch.is_grad_enabled() and any(
