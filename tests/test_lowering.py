@@ -130,6 +130,28 @@ def _by_rows(moe, x):
         return torch.cat([moe(row[None]) for row in x])
 
 
+@pytest.mark.parametrize("experts", [FFNExperts(), LoRAExperts(rank=4)], ids=["ffn", "lora"])
+def test_forms_train_under_autocast(experts):
+    """Every form gives what the reference gives there, within bf16's rounding."""
+    model = networks.Network(["Mlp", "Mlp"]).eval()
+    x, found = model.input(2, 11, seed=3), {}
+    for backend in ("reference", "dense", "grouped"):
+        moe = moe_rewrite.convert(
+            model, split=1, router=TokenRouter(top_k=2, base=False, init=1.0), experts=experts,
+            num_experts=5, backend=backend, verify=False, example_inputs=model.input(2, 9),
+        )  # fmt: skip
+        randomize(moe)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = moe(x)
+            y.float().square().sum().backward()
+        grads = {n: p.grad for n, p in moe.named_parameters() if p.grad is not None}
+        found[backend] = {"y": y.detach()} | grads
+    reference = found.pop("reference")
+    assert len(reference) > 5
+    for tensors in found.values():
+        close(tensors, reference, torch.bfloat16)
+
+
 def test_the_report_says_what_is_chosen_and_why():
     model = networks.Network(["Mlp", "Mlp"])
     report = moe_rewrite.convert(
