@@ -103,6 +103,17 @@ def test_a_compiled_step_gives_the_same():
         torch.testing.assert_close(got, expected)
 
 
+def test_what_follows_may_change_the_output_in_place():
+    """As a graph's in-place activations do; a product with a bias alone would be a view."""
+    for lead in [(1, 5), (2, 5), (5,)]:
+        grads = []
+        for op in (lora_linear, reference):
+            found = leaves(inputs(lead, lead, 4, 6, [2]), "ab")
+            run(op)(found).mul_(0.5).square().sum().backward()
+            grads.append((found["a"][-1].grad, found["b"][-1].grad))
+        torch.testing.assert_close(*grads)
+
+
 def test_an_export_sees_plain_products():
     class Site(torch.nn.Module):
         def forward(self, x, weight, scales, a, b):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..outputs import changeable
 from ..plan.op import Plan
 from .products import Needs
 from .reference import Stack
@@ -137,7 +138,8 @@ def _grouped(
     rank: int,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(x, weight, bias, scales, order, offsets, a, b, rank, save)
+    y, low = _forward(x, weight, bias, scales, order, offsets, a, b, rank, save)
+    return changeable(y), low
 
 
 @_grouped.register_fake

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..outputs import changeable
 from . import reference
 from .products import Needs, backward, forward
 from .reference import Stack
@@ -49,7 +50,7 @@ def unchecked(
     b: Stack,
 ) -> torch.Tensor:
     """`lora_linear` for a graph, whose tensors fit: a token at a time, the checks would show."""
-    if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_exporting() or _autocasts(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
     save = torch.is_grad_enabled() and any(
@@ -58,6 +59,10 @@ def unchecked(
     if not save and not torch.compiler.is_compiling():  # so would the dispatch
         return forward(x, weight, bias, scales, a, b, save)[0]
     return _lora(x, weight, bias, scales, a, b, save)[0]
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check(
@@ -111,7 +116,8 @@ def _lora(
     b: list[torch.Tensor],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(x, weight, bias, scales, a, b, save)
+    y, low = forward(x, weight, bias, scales, a, b, save)
+    return changeable(y), low
 
 
 @_lora.register_fake

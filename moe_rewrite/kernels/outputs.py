@@ -1,0 +1,11 @@
+"""What an op hands back to autograd."""
+
+from __future__ import annotations
+
+import torch
+
+
+def changeable(out: torch.Tensor) -> torch.Tensor:
+    """An op's output that a graph may change in place: autograd forbids it for views, and a
+    product with a bias is one."""
+    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
