@@ -101,8 +101,9 @@ class Compiler:
         program = self.timed("depth", find_depth, program, name, at)
         return self.timed("split", split, program, at)
 
-    def decide(self, arguments: dict[str, Any]) -> Program:
-        """Capture in both modes, take every decision, and hand back the routed eval program."""
+    def decide(self, arguments: dict[str, Any]) -> list[Program]:
+        """Capture in both modes, take every decision, and hand back the routed programs: that of
+        evaluation, and that of training where no decision changes how it is to be captured."""
         evaluated = self.cut(self.dense(arguments, "eval"), self.recipe.split)
         assert evaluated.cut is not None and evaluated.depth is not None
         named = isinstance(self.recipe.split, str) and self.recipe.split != "auto"
@@ -118,9 +119,8 @@ class Compiler:
         if isinstance(self.recipe.experts, RegionExperts):
             return self._decide_region(evaluated, arguments)
         eval_sites, rejected = self.find(evaluated)
-        in_training = self.cut(self.train_capture(arguments), self.at)
-        self.shallow |= self._shallow(in_training)  # a dropout shows in the training graph only
-        train_sites, _ = self.find(self._frozen(in_training))
+        in_training, holds = self._in_training(arguments)
+        train_sites, _ = self.find(in_training)
         trained = {s.name for s in train_sites}
         lost = [
             Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained
@@ -134,15 +134,22 @@ class Compiler:
                 f"{reasons}\nSplit earlier, choose other sites (LoRAExperts(sites='all+head') takes "
                 "the head in), or another router granularity."
             )
-        return self.insert(evaluated, eval_sites)
+        trained = self.insert(in_training, train_sites)
+        return [self.insert(evaluated, eval_sites), *([trained] if holds else [])]
 
-    def _decide_region(self, evaluated: Program, arguments: dict[str, Any]) -> Program:
+    def _decide_region(self, evaluated: Program, arguments: dict[str, Any]) -> list[Program]:
         program = self.insert(evaluated)
         self.sites = frozenset(s.name for s in program.sites if isinstance(s, RegionSite))
-        in_training = self.cut(self.train_capture(arguments), self.at)
-        self.shallow |= self._shallow(in_training)
-        self.insert(in_training)  # raises where training cannot run on patches
-        return program
+        in_training, holds = self._in_training(arguments)
+        trained = self.insert(in_training)  # raises where training cannot run on patches
+        return [program, *([trained] if holds else [])]
+
+    def _in_training(self, arguments: dict[str, Any]) -> tuple[Program, bool]:
+        """The training graph, cut; and whether the shallow modules are those it was captured with:
+        a dropout shows in the training graph only."""
+        program, known = self.cut(self.train_capture(arguments), self.at), self.shallow
+        self.shallow = known | self._shallow(program)
+        return program, self.shallow == known
 
     def _fit_router(self, program: Program, arguments: dict[str, Any]) -> RouterSpec:
         assert program.cut is not None

@@ -81,14 +81,15 @@ def _convert(
     _require_dense(model)
     arguments = _arguments(model, example_inputs)
     compiler = Compiler(make_host(model), recipe)
-    program = compiler.decide(arguments)
-    report = Report.of(program, compiler)
+    programs = compiler.decide(arguments)
+    report = Report.of(programs[0], compiler)
     report.warn_of_costs()
     if dry_run:
         return report
-    emitted = compiler.timed("emit", emit, program)
-    moe = MoEModel(model, compiler, program, emitted, report, checked=verify)
-    moe.adopt(arguments, program, emitted)
+    emitted = [compiler.timed("emit", emit, program) for program in programs]
+    moe = MoEModel(model, compiler, programs[0], emitted[0], report, checked=verify)
+    for program, code in zip(programs, emitted, strict=True):
+        moe.adopt(arguments, program, code)
     if verify:
         report.equivalence = compiler.timed("verify", verify_conversion, model, moe, arguments)
     return moe

@@ -4,12 +4,14 @@ import architectures
 import pytest
 import torch
 from reference import assert_gradients_equal, copied, hooked, randomize, site_names
+from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.examples import example_inputs, random_arguments
 
 SCALE = LoRAExperts().scale
+FEW = ("Llama", "GPT2", "Gemma3", "Falcon", "Bert", "DebertaV2", "ViT", "ConvNext")
 IDS = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(1))
 PROMPT = {  # left-padded
     "input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_put_(
@@ -33,7 +35,7 @@ def call(model, arguments):
     return getattr(output, "logits", output[0])
 
 
-@pytest.mark.parametrize("name", architectures.ALL)
+@pytest.mark.parametrize("name", some(architectures.ALL, FEW))
 def test_converted_is_the_dense_model_and_with_experts_what_hooks_do(name):
     """One conversion, which is what takes the time: in evaluation, in generation, in training, and
     with experts that do something."""

@@ -1,9 +1,8 @@
 """Every Triton kernel compiles ahead of time for sm_80 and sm_90 as its launches configure it:
-matrix units, no spills, shared memory within the chip's. Here, with
-MOE_REWRITE_ALL=1, in bf16 at the large sizes; `python -m benchmarks.kernels` has every one."""
+matrix units, no spills, shared memory within the chip's. Here, with ``-m sweep``, in bf16 at the
+large sizes; `python -m benchmarks.kernels` has every one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("MOE_REWRITE_ALL"), reason="set MOE_REWRITE_ALL=1 to compile every kernel"
-)
+pytestmark = pytest.mark.sweep
 
 
 def build(*options):

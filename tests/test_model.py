@@ -18,10 +18,16 @@ def llama():
     return architectures.build("Llama")
 
 
+@pytest.fixture(scope="module")
+def converted(llama):
+    """Two layers deep; converted once, which is what takes the time."""
+    return moe_rewrite.convert(llama, split=1)
+
+
 @pytest.fixture
-def moe(llama):
-    """Two layers deep, one expert that does something."""
-    moe = moe_rewrite.convert(llama, split=1, verify=False)
+def moe(converted):
+    """A copy whose one expert does something."""
+    moe = copy.deepcopy(converted)
     randomize(moe)
     return moe
 
@@ -307,9 +313,8 @@ def test_storage_is_shared_and_tied_weights_have_one_owner():
     assert not {id(p) for p in moe.parameters()} & {id(p) for p in model.parameters()}
 
 
-def test_state_dict_round_trip(llama, moe):
-    other = moe_rewrite.convert(llama, split=1, verify=False)
-    other = copy.deepcopy(other)  # weights of its own
+def test_state_dict_round_trip(converted, moe):
+    other = copy.deepcopy(converted)
     state = moe.state_dict()
     assert other.load_state_dict(state, strict=True).missing_keys == []
     assert torch.equal(logits(other), logits(moe))
@@ -373,10 +378,8 @@ def test_parts_and_habits(moe, capsys):
         {"use_cache": True},
     ],
 )
-def test_every_argument_is_honoured(llama, extra):
+def test_every_argument_is_honoured(llama, moe, extra):
     """Routed too: the result is that of hooks on the original, for every argument."""
-    moe = moe_rewrite.convert(llama, split=1)
-    randomize(moe)
     given = {"input_ids": ids()} | extra
     with torch.no_grad(), hooked(llama, "model.layers.0", copied(moe), 2.0, "prefix"):
         want = llama(**given)

@@ -1,15 +1,14 @@
 """Exports of many architectures: each proven on other sizes and experts, saved again, and loaded.
 
-All of them with MOE_REWRITE_ALL=1; without, a few.
+All of them with ``-m sweep``; without, a few.
 """
-
-import os
 
 import architectures
 import cnns
 import pytest
 import torch
 from reference import randomize
+from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, PatchRouter, RegionExperts
@@ -21,13 +20,6 @@ onnx = pytest.importorskip("onnx")
 IDS = {"T5": "decoder.block.1", "Bart": "model.decoder.layers.1"}
 TEXT = [*architectures.ALL, "Albert", "LlamaClassifier", *IDS]
 FEW = {"GPT2", "ResNet"}
-every = pytest.mark.skipif(
-    not os.environ.get("MOE_REWRITE_ALL"), reason="set MOE_REWRITE_ALL=1 for every architecture"
-)
-
-
-def some(names):
-    return [name if name in FEW else pytest.param(name, marks=every) for name in names]
 
 
 def saved_again(moe, example, folder):
@@ -48,7 +40,7 @@ def saved_again(moe, example, folder):
     assert set(got) & set(want)
 
 
-@pytest.mark.parametrize("name", some(TEXT))
+@pytest.mark.parametrize("name", some(TEXT, FEW))
 def test_transformer(name, tmp_path):
     other = name in ("Albert", "LlamaClassifier", *IDS)
     model = (architectures.build_other if other else architectures.build)(name)
@@ -83,7 +75,7 @@ def hf_cnn(name):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", some([*cnns.CNNS, "HfResNet", "HfRegNet", "PatchCNN"]))
+@pytest.mark.parametrize("name", some([*cnns.CNNS, "HfResNet", "HfRegNet", "PatchCNN"], FEW))
 def test_cnn(name, tmp_path):
     router = PatchRouter(grid=4, per_expert=5)
     split = 0.5
@@ -115,7 +107,7 @@ def test_region_experts_on_their_patches(tmp_path):
     saved_again(moe.eval(), {"x": x}, tmp_path)
 
 
-@every
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT", "ConvNext", "T5"])
 def test_upcycled(name, tmp_path):
     model = (architectures.build_other if name == "T5" else architectures.build)(name)

@@ -1,7 +1,5 @@
 """Greedy text from ONNX Runtime: token for token PyTorch's, with one graph for prompt and decoding."""
 
-import os
-
 import architectures
 import pytest
 import torch
@@ -18,13 +16,8 @@ def greedy(moe, ids, new, **given):
     return moe.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **given)  # fmt: skip
 
 
-every = pytest.mark.skipif(
-    not os.environ.get("MOE_REWRITE_ALL"), reason="set MOE_REWRITE_ALL=1 for every model"
-)
-
-
 @pytest.mark.parametrize(
-    "experts", [None, pytest.param(FFNExperts(), marks=every)], ids=["lora", "ffn"]
+    "experts", [None, pytest.param(FFNExperts(), marks=pytest.mark.sweep)], ids=["lora", "ffn"]
 )
 def test_real_llama_writes_the_same_200_tokens(stories, experts, tmp_path):
     router = TokenRouter(granularity="prefix", top_k=2)
@@ -42,7 +35,7 @@ def test_real_llama_writes_the_same_200_tokens(stories, experts, tmp_path):
         first(input_ids=ids)
 
 
-@every
+@pytest.mark.sweep
 def test_small_llama_writes_the_same_200_tokens_of_a_padded_batch(tmp_path):
     model = architectures.build("Llama")
     model.config.max_position_embeddings = 256

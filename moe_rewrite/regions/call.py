@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..errors import InvariantError
-from ..kernels.patches.reference import gather_patches, scatter_patches
+from ..kernels.patches.op import gather_patches, scatter_patches
 from ..program import Code
 from ..routing.plan import RoutingPlan
 from .code import PatchCode

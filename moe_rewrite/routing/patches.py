@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import grid as grids
 from ..config import PatchRouter
-from ..kernels.patches.reference import gather_patches
+from ..kernels.patches.op import gather_patches
 from .plan import RoutingPlan
 from .router import Router
 

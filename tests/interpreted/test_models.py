@@ -1,0 +1,52 @@
+"""Converted models on the kernels: what they give without, forward and backward."""
+
+import cnns
+import networks
+import pytest
+import torch
+from reference import randomize
+
+import moe_rewrite
+from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
+from moe_rewrite.kernels import triton
+
+
+def converted(kind):
+    if kind == "regions":
+        model, x = cnns.build("ResNet"), torch.randn(2, 3, 16, 16)
+        router, experts = PatchRouter(4, 3, init=1.0), RegionExperts(halo=False)
+        return x, moe_rewrite.convert(
+            model, split="layer3", router=router, experts=experts, num_experts=2,
+            example_inputs=x, verify=False,
+        )  # fmt: skip
+    model = networks.Network(["Mlp", "Mlp"]).eval()
+    experts = FFNExperts() if kind == "feed-forward" else LoRAExperts(rank=4)
+    return model.input(2, 5), moe_rewrite.convert(
+        model, split=1, router=TokenRouter(top_k=2, base=False, init=1.0), experts=experts,
+        num_experts=3, backend="dense" if kind == "lora" else "grouped",
+        example_inputs=model.input(2, 6), verify=False,
+    )  # fmt: skip
+
+
+def results(moe, x):
+    moe.zero_grad()
+    y = moe(x)
+    y.square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in moe.named_parameters() if p.grad is not None}
+    return {"y": y.detach()} | grads
+
+
+@pytest.mark.parametrize("kind", ["lora", "feed-forward", "regions"])
+def test_a_model_gives_the_same_on_the_kernels(kind, monkeypatch):
+    torch.manual_seed(0)
+    x, moe = converted(kind)
+    if kind != "regions":
+        randomize(moe)
+    moe.eval()
+    on = results(moe, x)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    off = results(moe, x)
+    assert len(off) > 4 and on.keys() == off.keys()
+    for name, expected in off.items():
+        torch.testing.assert_close(on[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+    assert any(not torch.equal(on[n], off[n]) for n in off)  # the kernels did run
