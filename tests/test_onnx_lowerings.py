@@ -13,6 +13,7 @@ from moe_rewrite.onnx.lowerings import choose
 from moe_rewrite.onnx.lowerings.contrib import dequantized, interleaved, quantized
 
 pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
 D, H = 8, 12
 
 
@@ -76,6 +77,32 @@ def test_file_is_the_model(lowering, given, bodies, tmp_path):
     assert lowering in report.lowering or report.lowering.startswith("sparse (at most")
 
 
+@pytest.mark.parametrize("given", [TOP2, BASE], ids=["top2", "base"])
+def test_open_experts_are_replaced_by_more_of_them(given, tmp_path):
+    """A file of experts alone, and one expert as an adapter, for a model that is deployed."""
+    moe, path = made(given, Gated), tmp_path / "m.onnx"
+    report = moe_rewrite.export_onnx(
+        moe, path, open_experts=True, open_inputs=True, example_inputs=inputs(2, 6)
+    )
+    assert "one more than exported" in str(report) and report.lowering.startswith("open")
+    more = convert(moe.to_dense(), verify=False, **given | {"num_experts": 6})
+    randomize(more, seed=5)
+    file, x = tmp_path / "more.safetensors", inputs(3, 9, seed=4)
+    shapes = moe_rewrite.onnx.export_experts(more, file, inputs(2, 6))
+    assert shapes["moe_rewrite.experts.layers.2.layers.2.up.weight"] == (6, H, D)
+    loaded = moe_rewrite.onnx.load(path, experts=file)
+    torch.testing.assert_close(loaded(x=x)["output"], more(x), rtol=1e-5, atol=1e-5)
+    assert (more(x) - moe(x)).abs().max() > 0.01
+    one = tmp_path / "one.onnx_adapter"
+    moe_rewrite.onnx.export_adapter(more, "expert4", one, inputs(2, 6))
+    adapter, options = ort.LoraAdapter(), ort.RunOptions()
+    adapter.Load(str(one))
+    options.add_active_adapter(adapter)
+    got = moe_rewrite.onnx.load(path).session.run(None, {"x": x.numpy()}, options)[0]
+    with more.use_expert("expert4"):
+        torch.testing.assert_close(torch.from_numpy(got), more(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_weights_are_proven_as_what_they_stand_for(bits, tmp_path):
     moe = made(TOP2, Gated, Tanh)
@@ -111,6 +138,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
         (CHOICE, (Gated,), {"lowering": "contrib"}, "experts choose"),
         (TOP2, (Gated,), {"lowering": "sparse", "dtype": "int8"}, "QMoE"),
         (TOP2, (Gated,), {"dtype": "int3"}, "int8"),
+        (TOP2, (Gated,), {"lowering": "sparse", "open_experts": True}, "one form"),
     ):
         moe = convert(Net(*bodies).eval(), verify=False, **given)
         with pytest.raises(ConfigError, match=words):

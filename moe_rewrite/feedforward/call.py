@@ -86,10 +86,17 @@ class FeedForwardCall:
         if gates is None:
             y = self.body(rows, list(dense))
         else:
-            weights = weights_by_expert(gates.base, dense, experts)
+            weights = self.by_expert(gates.base, dense, experts)
             flat = rows.reshape(-1, rows.shape[-1])
             y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
+
+    def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
+        """The region's tensors of each expert of a dispatch."""
+        count = len(next(own for own in experts if own is not None))
+        both = list(zip(dense, experts, strict=True))
+        copies = [[d if own is None else own[e] for d, own in both] for e in range(count)]
+        return [list(dense), *copies] if base else copies
 
     def run(
         self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
@@ -159,11 +166,3 @@ class FeedForwardCall:
 
 def _biases(product: Linear, weights: list[Weights]) -> list[torch.Tensor] | None:
     return None if product.bias is None else [w[product.bias] for w in weights]
-
-
-def weights_by_expert(base: bool, dense: tuple, experts: tuple) -> list[Weights]:
-    """The region's tensors of each expert of a dispatch."""
-    count = len(next(own for own in experts if own is not None))
-    both = list(zip(dense, experts, strict=True))
-    copies = [[d if own is None else own[e] for d, own in both] for e in range(count)]
-    return [list(dense), *copies] if base else copies

@@ -36,6 +36,7 @@ def export_onnx(
     example_inputs: Any = None,
     cache: bool = False,
     external_data: bool | None = None,
+    open_experts: bool = False,
     open_inputs: bool = False,
     verify: bool = True,
 ) -> OnnxReport:
@@ -52,7 +53,9 @@ def export_onnx(
     stand for. example_inputs: as for `convert`.
     cache: also take and give the key-value cache (and a prefix router's running sums): one graph
     for a prompt and for each token behind it. external_data: weights in a file beside the model;
-    None: where they exceed 1.5 GB. open_inputs: experts and router are inputs with a default.
+    None: where they exceed 1.5 GB. open_experts: feed-forward experts in stacks, one after the
+    other, so that a file of `export_experts` may bring others, and more of them, as it may for LoRA
+    experts anyway. open_inputs: experts and router are inputs with a default.
     verify: run the file in ONNX Runtime against PyTorch, on other inputs, sizes and routes.
 
     Nothing is left at `path` unless all of that succeeds, and what was there stays. Raises
@@ -66,8 +69,9 @@ def export_onnx(
     if not isinstance(moe, MoEModel):
         raise ConfigError(f"moe={type(moe).__name__}: expected a converted model; call convert()")
     return export(
-        moe, path, lowering, dtype, opset, example_inputs, cache, external_data, open_inputs, verify
-    )
+        moe, path, lowering, dtype, opset, example_inputs, cache, external_data, open_experts,
+        open_inputs, verify,
+    )  # fmt: skip
 
 
 def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:

@@ -40,6 +40,9 @@ def export(
     external_data: Annotated[
         bool | None, typer.Option(help="Weights in a file beside; default: above 1.5 GB")
     ] = None,
+    open_experts: Annotated[
+        bool, typer.Option("--open-experts", help="Feed-forward experts whose number may change")
+    ] = False,
     open_inputs: Annotated[
         bool, typer.Option("--open-inputs", help="Experts and router are inputs with a default")
     ] = False,
@@ -82,6 +85,7 @@ def export(
         return
     report = moe_rewrite.export_onnx(
         moe, out, lowering=lowering, dtype=dtype, opset=opset, cache=cache,  # type: ignore[arg-type]
-        external_data=external_data, open_inputs=open_inputs, verify=verify,
+        external_data=external_data, open_experts=open_experts, open_inputs=open_inputs,
+        verify=verify,
     )  # fmt: skip
     typer.echo(str(report))

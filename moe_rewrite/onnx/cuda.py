@@ -8,6 +8,7 @@ copies to and from it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import onnx
 import torch
@@ -22,7 +23,7 @@ HALVES = f"{FLOATS} bfloat16"
 WORDS = "int32 int64 uint32 uint64"
 GROUPS = {  # types of a node's first input that is not a condition
     EVERY: "Cast Compress Concat ConstantOfShape Expand Flatten Gather GatherElements Identity "
-    "Reshape ScatterElements ScatterND Shape Size Slice Split Squeeze Transpose Trilu Unsqueeze "
+    "Reshape Scan ScatterElements ScatterND Shape Size Slice Split Squeeze Transpose Trilu Unsqueeze "
     "ReverseSequence",
     WIDE: "Abs Add Div Mul Sub Sign",
     HALVES: "Dropout Erf Exp Gelu Gemm IsInf IsNaN LayerNormalization MatMul Relu Sigmoid Softmax "
@@ -61,7 +62,7 @@ def without_kernel(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> 
     """
     types = _types(model, weights)
     found: Counter[str] = Counter()
-    for node in model.graph.node:
+    for node in _nodes(model.graph):
         name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         if name in NO_KERNEL_NEEDED:
             continue
@@ -71,6 +72,15 @@ def without_kernel(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> 
         if allowed is None or (kind and kind not in allowed):
             found[f"{name} {kind}".strip()] += 1
     return dict(found)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those of subgraphs too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
 
 
 def _types(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import replace_file
 from ..routing.tokens import TokenGate
 from .metadata import FORMAT, Facts, require_stack
-from .plain import ROWS, Plain
+from .plain import ROWS, Plain, tensors_of
 
 if TYPE_CHECKING:
     from ..model import MoEModel
@@ -27,16 +27,17 @@ def export_experts(
 ) -> dict[str, tuple[int, ...]]:
     """Write the active experts and the router as safetensors; returns shapes by name.
 
-    Any file that `export_onnx` wrote of this model, with however many experts, runs with them:
-    `moe_rewrite.onnx.load(path, experts=file)`. Raises ConfigError where experts are not stacked
-    (regions, widened heads): export the model anew.
+    Any file that `export_onnx` wrote of this model, with however many experts, runs with them
+    (of feed-forward experts one with ``open_experts=True``): `moe_rewrite.onnx.load(path,
+    experts=file)`. Raises ConfigError where experts are not stacked (regions, widened heads):
+    export the model anew.
     """
     from safetensors.torch import save
 
     from .export import base_of
 
-    plain = Plain(moe, example_inputs)
-    _require_open(plain)
+    plain = Plain(moe, example_inputs, open_experts=True)
+    plain.require_open()
     tensors = {n: plain.tensors[n].cpu().contiguous() for n in plain.stacks}
     facts = {
         "format": FORMAT, "base": base_of(plain), "experts": [moe.names[e] for e in plain.active],
@@ -45,14 +46,6 @@ def export_experts(
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, save(tensors, {"moe_rewrite": json.dumps(facts)}))
     return {n: tuple(t.shape) for n, t in tensors.items()}
-
-
-def _require_open(plain: Plain) -> None:
-    if not plain.stacks:
-        raise ConfigError(
-            "the number of these experts is fixed in the graph (none is on, or they are of a "
-            "region or widen a head): write the whole model with export_onnx()"
-        )
 
 
 def read_experts(
@@ -101,19 +94,13 @@ def export_adapter(
     index, router = moe._index(name), moe.router
     if not isinstance(router, TokenGate):
         raise ConfigError("export_adapter: a PatchRouter's experts choose patches")
-    plain = Plain(moe, example_inputs)
-    _require_open(plain)
-    sites = {s.site.name: s for s in moe.expert_sites()}
-    parameters = {}
-    for key in plain.stacks:
-        if key == ROWS:
-            tensor = torch.zeros(1, router.size)
-            tensor[0, -1] = ALONE
-        else:
-            site, _, part = key.removeprefix("moe_rewrite.experts.").rpartition(".")
-            tensor = dict(zip("ab", sites[site].stacked((index,)), strict=True))[part]
-        array = tensor.detach().cpu().contiguous().numpy()
-        parameters[key] = ort.OrtValue.ortvalue_from_numpy(array)
+    plain = Plain(moe, example_inputs, open_experts=True)
+    plain.require_open()
+    alone = torch.zeros(1, router.size)
+    alone[0, -1] = ALONE
+    tensors = tensors_of(moe, plain.graph, (index,), open_experts=True)[0] | {ROWS: alone}
+    arrays = {key: tensors[key].cpu().contiguous().numpy() for key in plain.stacks}
+    parameters = {key: ort.OrtValue.ortvalue_from_numpy(a) for key, a in arrays.items()}
     made = ort.AdapterFormat()
     made.set_adapter_version(1)
     made.set_model_version(FORMAT)

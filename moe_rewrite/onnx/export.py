@@ -42,11 +42,12 @@ ONLY = {  # kinds of experts that have one form
 
 def export(
     moe: MoEModel, path: str | os.PathLike, lowering: str, dtype: torch.dtype | str | None, opset: int,
-    example_inputs: Any, cache: bool, external_data: bool | None, open_inputs: bool, verify: bool,
+    example_inputs: Any, cache: bool, external_data: bool | None, open_experts: bool,
+    open_inputs: bool, verify: bool,
 ) -> OnnxReport:  # fmt: skip
     target, seconds = checked_path(path), {}
     cast, bits = _dtype(moe, dtype)
-    choice = _choice(moe, lowering, bits)
+    choice = _choice(moe, lowering, bits, open_experts)
     if opset not in OPSETS:
         raise ConfigError(f"opset={opset!r}: expected {OPSETS[0]} to {OPSETS[-1]}")
     if any(p.is_meta for p in moe.parameters()):
@@ -60,7 +61,9 @@ def export(
 
     if cast is not None:
         moe = copy.deepcopy(moe).to(cast)
-    plain = timed("capture", Plain, moe, example_inputs, cache)
+    plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
+    if open_experts:
+        plain.require_open()
     external = needs_external(plain.tensors, external_data)
     skeleton = timed("translate", translate, plain, opset, choice)
     if open_inputs:
@@ -106,7 +109,7 @@ def _dtype(moe: MoEModel, asked: torch.dtype | str | None) -> tuple[torch.dtype 
     return getattr(torch, name), None
 
 
-def _choice(moe: MoEModel, asked: str, bits: int | None) -> Choice:
+def _choice(moe: MoEModel, asked: str, bits: int | None, open_experts: bool) -> Choice:
     if asked not in LOWERINGS:
         raise ConfigError(f"lowering={asked!r}: expected {' or '.join(map(repr, LOWERINGS))}")
     kind = type(moe.recipe.experts).__name__
@@ -118,7 +121,12 @@ def _choice(moe: MoEModel, asked: str, bits: int | None) -> Choice:
             )
         if bits is not None:
             raise ConfigError(f"dtype='int{bits}': of FFNExperts only, this model has {kind}")
-    return Choice(asked, bits)
+    elif open_experts and (asked != "auto" or bits is not None):
+        raise ConfigError(
+            f"open_experts=True with lowering={asked!r} or int8 or int4: feed-forward experts whose "
+            "number may change have one form, of whole weights; leave both out"
+        )
+    return Choice(asked, bits, open_experts)
 
 
 def _words(moe: MoEModel, chosen: dict[str, Chosen]) -> str:

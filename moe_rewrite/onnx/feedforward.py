@@ -29,10 +29,20 @@ class TracedFeedForward(FeedForwardCall):
     trace, and elsewhere computes what the call does."""
 
     routing: Routing | None = None  # of the last call
+    open: tuple[bool, ...] = ()  # of the last call: the region's tensors that are stacks
 
     def __init__(self, call: FeedForwardCall, number: int, name: str) -> None:
         self.__dict__.update(call.__dict__)
         self.number, self.name = number, name
+
+    def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
+        """Where experts come in stacks, a trace takes these for one expert, whose number is open."""
+        self.open = tuple(isinstance(own, torch.Tensor) for own in experts)
+        if any(self.open) and torch.compiler.is_exporting():
+            stacks = [d if own is None else own for d, own in zip(dense, experts, strict=True)]
+            return [list(dense), stacks] if base else [stacks]
+        lists = tuple(own if own is None else list(own) for own in experts)
+        return super().by_expert(base, dense, lists)
 
     def run(
         self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
@@ -40,7 +50,7 @@ class TracedFeedForward(FeedForwardCall):
         self.routing = Routing(len(weights), gates.per_row, gates.base)
         if not torch.compiler.is_exporting():
             return super().run(x_TD, gates, lead, weights)
-        gates_TE = gates.gates.expand(*lead, -1).reshape(-1, len(weights)).to(x_TD.dtype)
+        gates_TE = gates.gates.expand(*lead, -1).reshape(-1, gates.gates.shape[-1]).to(x_TD.dtype)
         inputs = [x_TD, gates_TE, *(w for own in weights for w in own)]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OPERATOR}", inputs, {"number": self.number}, dtype=x_TD.dtype,

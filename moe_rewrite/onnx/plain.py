@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..capture import example_like, is_hf, split_static
+from ..errors import ConfigError
 from ..examples import as_arguments
 from ..experts import ExpertSite, HeadColumns, LoRASite
 from ..graphs import Graph
 from ..ownership import ADDED
-from ..program import CACHE
+from ..program import CACHE, FeedForwardSite
 from ..routing.patches import PatchGate
 from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
@@ -52,7 +53,10 @@ class Plain(nn.Module):
     biased: a router's row ends in a bias. calls: of feed-forward regions, placeholders in a trace.
     """
 
-    def __init__(self, moe: MoEModel, example_inputs: Any = None, cache: bool = False) -> None:
+    def __init__(
+        self, moe: MoEModel, example_inputs: Any = None, cache: bool = False,
+        open_experts: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         with evaluating(moe):
             self.arguments = _arguments(moe, example_inputs, cache)
@@ -71,11 +75,21 @@ class Plain(nn.Module):
         self._steps = [(s, with_placeholders(s.code, s.owned, self.calls)) for s in steps]
         self.active = moe.router.active_indices()
         self._held = (moe.router,)  # in a tuple: its parameters are not this module's
-        self.tensors, self.stacks, self._experts = _tensors(moe, self.graph, self.active)
+        self.tensors, self.stacks, self._experts = tensors_of(
+            moe, self.graph, self.active, open_experts
+        )
         self.biased = isinstance(moe.router, TokenGate)
         self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
         if self.with_state:
             self.outputs += [f"present_{STATE}.total", f"present_{STATE}.count"]
+
+    def require_open(self) -> None:
+        """Raises ConfigError where the number of experts is fixed in the graph."""
+        if not self.stacks:
+            raise ConfigError(
+                "the number of these experts is fixed in the graph (none is on, or they are of a "
+                "region or widen a head): write the whole model with export_onnx()"
+            )
 
     def forward(
         self, leaves: list[torch.Tensor], tensors: dict[str, torch.Tensor],
@@ -208,11 +222,11 @@ def _with_path(value: Any) -> list[tuple[tuple[str, ...], Any]]:
     return [((key, *path), leaf) for key, v in items for path, leaf in _with_path(v)]
 
 
-def _tensors(
-    moe: MoEModel, graph: Graph, active: tuple[int, ...]
+def tensors_of(
+    moe: MoEModel, graph: Graph, active: tuple[int, ...], open_experts: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, Stack], dict[str, Any]]:
     """All tensors by name; the stacks among them; per expert input of the graph, what it takes,
-    with names in the place of tensors."""
+    with names in the place of tensors. open_experts: copies of a feed-forward are stacked too."""
     tensors: dict[str, torch.Tensor] = {}
     stacks: dict[str, Stack] = {}
     for _, bound in graph.steps:
@@ -224,6 +238,9 @@ def _tensors(
         with torch.no_grad():
             stacked = site.stacked(active)
         for part, stack in zip(site.parts, stacked, strict=True):
+            if open_experts and active and isinstance(site.site, FeedForwardSite):
+                stack = torch.stack(list(stack))
+                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(0, 1)
             experts[f"{site.site.name}:{part}"] = _named(site, part, stack, active, tensors)
             if isinstance(site, LoRASite) and active:
                 stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(

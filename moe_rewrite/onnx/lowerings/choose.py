@@ -25,13 +25,17 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Choice:
-    """asked: one of LOWERINGS. bits: of quantized weights, 4 or 8, or None."""
+    """asked: one of LOWERINGS. bits: of quantized weights, 4 or 8, or None. open: the number of
+    experts may change."""
 
     asked: str
     bits: int | None = None
+    open: bool = False
 
     def of(self, call: TracedFeedForward, routing: Routing) -> Chosen:
         """Raises ConfigError where what was asked for does not fit, with the reason."""
+        if self.open:
+            return Chosen("open", "their number may change: one after the other, on its rows")
         reason = misfit(call, routing)
         if self.bits is not None:
             if reason or self.asked not in ("auto", "contrib"):

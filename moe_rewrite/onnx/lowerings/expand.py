@@ -16,6 +16,7 @@ from .builder import Builder
 from .choose import Chosen
 from .contrib import contrib, dequantized
 from .dense import dense
+from .scan import scan
 from .site import Site
 from .sparse import sparse
 
@@ -48,7 +49,7 @@ def expand(
             if bits is not None:
                 done.stand_ins |= _stand_ins(site, bits)
         else:
-            out = {"dense": dense, "sparse": sparse}[lowering](build, site)
+            out = {"dense": dense, "sparse": sparse, "open": scan}[lowering](build, site)
         if set(build.weights) & set(done.weights):  # a region that runs twice
             for value in build.inputs:
                 value.name = f"{value.name}.{node.name}"
@@ -75,7 +76,9 @@ def _site(
     odd = [w.name for own in weights for w in own if w.name not in tensors]
     if odd:
         raise CaptureError(f"{call.name}: {odd[0]} is computed from a weight and is none itself")
-    first = [tensors[w.name] for w in weights[0]]
+    first = [tensors[str(w.name)] for w in weights[-1]]
+    if any(call.open):
+        first = [w[0] if stacked else w for w, stacked in zip(first, call.open, strict=True)]
     width = int(x.shape[-1])  # type: ignore[index, arg-type]
     key = (
         call.body.middle.module.code, call.body.ups, call.body.down, call.body.extra,
