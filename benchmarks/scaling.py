@@ -23,7 +23,7 @@ from .features import llama
 WIDTH, BASE = 256, {"tokens": 512, "experts": 8, "rank": 8, "layers": 4}
 SIZES = {
     "tokens": (32, 128, 512, 2048), "experts": (2, 8, 32), "rank": (2, 8, 32),
-    "layers": (1, 4, 12),
+    "layers": (1, 4, 8),
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def slope(sizes: list[int], values: list[float]) -> float:
 def main() -> None:
     quick = arguments(__doc__ or "").quick
     torch.set_num_threads(2)
-    repeats = 2 if quick else 7
+    repeats = 1 if quick else 4
     found: dict[str, dict[str, dict[int, dict[str, float]]]] = {"lora": {}, "upcycle": {}}
     rows = []
     for kind, by_axis in found.items():

@@ -6,7 +6,7 @@ TEXT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attent
 PLAIN = {**TEXT, "intermediate_size": 48, "max_position_embeddings": 64}
 
 
-def build(name):
+def build(name, layers=3):
     import transformers as tf
 
     torch.manual_seed(0)
@@ -25,7 +25,8 @@ def build(name):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name in causal:
         prefix = "Gemma3Text" if name == "Gemma3" else name
-        config = getattr(tf, f"{prefix}Config")(**causal[name], **ids)
+        sizes = causal[name] | ({"num_hidden_layers": layers} if layers != 3 else {})
+        config = getattr(tf, f"{prefix}Config")(**sizes, **ids)
         head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
         return getattr(tf, f"{name}{head}")(config).eval()
     if name == "ConvNext":

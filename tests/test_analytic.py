@@ -1,14 +1,13 @@
 """The token gate in closed form: ridge regression on sums, whatever the order of tasks."""
 
-import copy
 import dataclasses
 import json
-from functools import cache
 
 import architectures
 import numpy as np
 import pytest
 import torch
+from conversions import fresh
 from reference import added, randomize
 
 import moe_rewrite
@@ -19,7 +18,7 @@ PREFIX = TokenRouter(fit="analytic", granularity="prefix", projection=64)
 
 @pytest.fixture(scope="module")
 def llama():
-    return architectures.build("Llama")
+    return architectures.build("Llama", layers=2)
 
 
 def batches(low, high, seed, count=3):
@@ -31,18 +30,12 @@ def batches(low, high, seed, count=3):
 TASKS = {None: batches(3, 30, 1), 0: batches(30, 60, 2), 1: batches(60, 90, 3)}
 
 
-@cache
-def converted(llama, spec):
-    return moe_rewrite.convert(llama, split=1, router=spec, num_experts=2, verify=False)
-
-
-def fresh(llama, spec=PREFIX):
-    """A copy of one conversion, which is what takes the time."""
-    return copy.deepcopy(converted(llama, spec))
+def routed(llama, spec=PREFIX):
+    return fresh(llama, split=1, router=spec, num_experts=2, verify=False)
 
 
 def fitted(llama, order=(None, 0, 1), spec=PREFIX):
-    moe = fresh(llama, spec)
+    moe = routed(llama, spec)
     for expert in order:
         moe.fit_router(expert, [{"input_ids": b} for b in TASKS[expert]])
     return moe
@@ -77,7 +70,7 @@ def test_rows_solve_the_ridge_regression(llama):
 
 def test_the_gate_knows_the_tasks_that_it_never_trained_on(llama):
     spec = TokenRouter(fit="analytic", granularity="prefix", projection=256)
-    moe = fresh(llama, spec)
+    moe = routed(llama, spec)
     spans = {None: (3, 30), 0: (30, 60), 1: (60, 90)}
     for expert, (low, high) in spans.items():
         moe.fit_router(expert, [(b,) for b in batches(low, high, low, 40)])
@@ -94,7 +87,7 @@ def test_the_order_of_tasks_does_not_matter(llama):
     for a, b in zip(one.router.rows, other.router.rows, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     # nor does what a task is cut into
-    moe = fresh(llama)
+    moe = routed(llama)
     for expert, ids in TASKS.items():
         for batch in ids:
             moe.fit_router(expert, [(batch[:2],), (batch[2:],)])
@@ -126,7 +119,7 @@ def test_a_short_prefix_is_the_frozen_models(llama):
 
 
 def test_padding_does_not_count(llama):
-    moe = fresh(llama)
+    moe = routed(llama)
     for expert, ids in TASKS.items():
         for batch in ids:
             padded = torch.cat([torch.zeros(4, 3, dtype=torch.long), batch], 1)

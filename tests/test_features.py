@@ -7,6 +7,7 @@ import cnns
 import pytest
 import torch
 import words
+from conversions import fresh
 from reference import randomize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,11 +21,11 @@ PROBLEM = TextProblem(words.Letters(), 32)
 
 @pytest.fixture(scope="module")
 def llama():
-    return architectures.build("Llama")
+    return architectures.build("Llama", layers=2)
 
 
 def routed(model, **options):
-    moe = moe_rewrite.convert(model, split=1, verify=False, **options)
+    moe = fresh(model, split=1, verify=False, **options)
     randomize(moe)
     return moe
 

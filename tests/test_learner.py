@@ -4,6 +4,7 @@ import architectures
 import pytest
 import torch
 import words
+from conversions import fresh
 from reference import added
 
 import moe_rewrite
@@ -21,7 +22,7 @@ QUICK = Training(epochs=25, lr=5e-2, batch_size=8)
 
 @pytest.fixture(scope="module")
 def llama():
-    model = architectures.build("Llama")
+    model = architectures.build("Llama", layers=2)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # as decided as a trained one
     return model
@@ -29,7 +30,7 @@ def llama():
 
 def learner(llama, fit="analytic", training=QUICK, **options):
     router = TokenRouter(fit=fit, granularity="prefix", projection=128)
-    moe = moe_rewrite.convert(llama, split=1, router=router, experts=LoRAExperts(4), verify=False)
+    moe = fresh(llama, split=1, router=router, experts=LoRAExperts(4), verify=False)
     return Learner(moe, TextProblem(words.Letters(), 32), training, **options)
 
 

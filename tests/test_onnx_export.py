@@ -17,12 +17,7 @@ onnx = pytest.importorskip("onnx")
 
 
 def converted(router="auto", experts=3, name="Llama", off=1):
-    architectures_layers = architectures.PLAIN["num_hidden_layers"]
-    architectures.PLAIN["num_hidden_layers"] = 2
-    try:
-        model = architectures.build(name)
-    finally:
-        architectures.PLAIN["num_hidden_layers"] = architectures_layers
+    model = architectures.build(name, layers=2)
     moe = moe_rewrite.convert(model, split=1, num_experts=experts, router=router, verify=False)
     randomize(moe)
     if off is not None:

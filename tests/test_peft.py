@@ -6,6 +6,7 @@ import architectures
 import cnns
 import pytest
 import torch
+from conversions import fresh
 from reference import added, randomize
 
 import moe_rewrite
@@ -19,9 +20,8 @@ def converted(name, rank=4):
     router = TokenRouter(granularity="sequence") if name == "ResNet" else "token"
     split = "layer3" if name == "ResNet" else 1
     experts = LoRAExperts(rank=rank, alpha=8)
-    return model, moe_rewrite.convert(
-        model, split=split, router=router, experts=experts, verify=False
-    )
+    moe = fresh(model, split=split, router=router, experts=experts, verify=False)
+    return model, moe
 
 
 def inputs(name):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conversions import fresh
 from reference import added, assert_gradients_equal, copied, hooked, randomize
 
 import moe_rewrite
@@ -26,20 +27,20 @@ def ids_and_mask(batch, length, pad=False, seed=0):
 
 @pytest.fixture(scope="module")
 def moe(stories):
-    return moe_rewrite.convert(stories, split=3)
+    return fresh(stories, split=3)
 
 
 @pytest.fixture(scope="module")
 def three(stories):
     """Three experts and a router of random values."""
-    moe = moe_rewrite.convert(stories, split=3, num_experts=3)
+    moe = fresh(stories, split=3, num_experts=3)
     randomize(moe)
     return moe
 
 
 @pytest.mark.parametrize("expanded", [False, True])
 def test_logits_are_the_dense_models_bitwise(stories, expanded):
-    moe = moe_rewrite.convert(stories, split=3)
+    moe = fresh(stories, split=3)
     if expanded:
         moe.expand(3)
     for batch in (1, 3, 5):
@@ -126,7 +127,7 @@ def test_a_second_expert_learns_a_task_and_nothing_else_changes(stories, data):
     ids = torch.tensor([t for t in texts if len(t) == 96])
     assert len(ids) > 8
 
-    moe = moe_rewrite.convert(stories, split=3)
+    moe = fresh(stories, split=3)
     randomize(moe)
     original = copy.deepcopy(stories.state_dict())
     before = {k: v.clone() for k, v in moe.state_dict().items()}

@@ -199,22 +199,8 @@ _ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _plain, mutates_args=
 
 
 @_ffn.register_fake
-def _(
-    x: torch.Tensor,
-    gates: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    inverse: torch.Tensor,
-    up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    gate: list[torch.Tensor],
-    up_bias: list[torch.Tensor],
-    gate_bias: list[torch.Tensor],
-    down_bias: list[torch.Tensor],
-    activation: str,
-    dense: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, _, order, _, _, up, _, gate, *_, save = given
     rows = order.shape[0] if save else 0
     return torch.empty_like(x), x.new_empty(2 if gate else 1, rows, up[0].shape[-2])
 
@@ -258,25 +244,8 @@ def _ffn_backward(
 
 
 @_ffn_backward.register_fake
-def _(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    gates: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    inverse: torch.Tensor,
-    pre: torch.Tensor,
-    up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    gate: list[torch.Tensor],
-    up_bias: list[torch.Tensor],
-    gate_bias: list[torch.Tensor],
-    down_bias: list[torch.Tensor],
-    activation: str,
-    dense: bool,
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    lists = (up, down, gate, up_bias, gate_bias, down_bias)
+def _(*given: Any) -> list[torch.Tensor]:
+    _, x, gates, _, _, _, _, *lists, _, _, needs = given
     first = [torch.empty_like(t) for t, need in zip((x, gates), needs[:2], strict=True) if need]
     return first + _new_gradients(lists, needs[2:])[1]
 

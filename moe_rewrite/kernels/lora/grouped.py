@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..outputs import changeable
+from ..outputs import changeable, empty_gradients
 from ..plan.op import Plan
 from .products import Needs
 from .reference import Stack
@@ -143,18 +143,8 @@ def _grouped(
 
 
 @_grouped.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scales: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    rank: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, _, _, order, _, _, _, rank, save = given
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty(order.shape[0] if save else 0, rank)
 
@@ -179,21 +169,9 @@ def _grouped_backward(
 
 
 @_grouped_backward.register_fake
-def _(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    low: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    rank: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    given = [x, weight, dy.new_empty(weight.shape[:1]), scales, *a, *b]
-    return [t.new_empty(t.shape) for t, need in zip(given, needs, strict=True) if need]
+def _(*given: Any) -> list[torch.Tensor]:
+    dy, x, weight, scales, _, _, _, a, b, _, needs = given
+    return empty_gradients([x, weight, dy.new_empty(weight.shape[:1]), scales, *a, *b], needs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

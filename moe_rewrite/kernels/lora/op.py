@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..outputs import changeable
+from ..outputs import changeable, empty_gradients
 from . import reference
 from .products import Needs, backward, forward
 from .reference import Stack
@@ -121,18 +121,10 @@ def _lora(
 
 
 @_lora.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scales: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lead = x.shape[:-1]
-    low = x.new_empty((*lead, scales.shape[-1]) if save else (0,))
-    return x.new_empty((*lead, weight.shape[0])), low
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, _, scales, _, _, save = given
+    low = x.new_empty((*x.shape[:-1], scales.shape[-1]) if save else (0,))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), low
 
 
 @torch.library.custom_op("moe_rewrite::lora_linear_backward", mutates_args=())
@@ -153,19 +145,9 @@ def _lora_backward(
 
 
 @_lora_backward.register_fake
-def _(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    low: torch.Tensor,
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    bias = dy.new_empty(weight.shape[:1])
-    given = [x, weight, bias, scales, *a, *b]
-    return [t.new_empty(t.shape) for t, need in zip(given, needs, strict=True) if need]
+def _(*given: Any) -> list[torch.Tensor]:
+    dy, x, weight, scales, _, a, b, needs = given
+    return empty_gradients([x, weight, dy.new_empty(weight.shape[:1]), scales, *a, *b], needs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

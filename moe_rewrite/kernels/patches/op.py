@@ -84,13 +84,8 @@ def _scatter(
 
 
 @_scatter.register_fake
-def _(
-    patches: torch.Tensor,
-    gates: torch.Tensor | None,
-    picks: torch.Tensor,
-    positions: torch.Tensor,
-    places: int,
-) -> torch.Tensor:
+def _(*given: Any) -> torch.Tensor:
+    patches, _, picks, _, places = given
     return patches.new_empty(picks.shape[0], patches.shape[2], places)
 
 
@@ -117,13 +112,8 @@ def _scatter_backward(
 
 
 @_scatter_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    patches: torch.Tensor,
-    gates: torch.Tensor,
-    picks: torch.Tensor,
-    positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, patches, gates, *_ = given
     return patches.new_empty(patches.shape), gates.new_empty(gates.shape)
 
 
