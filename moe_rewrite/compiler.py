@@ -121,11 +121,11 @@ class Compiler:
         eval_sites, rejected = self.find(evaluated)
         in_training, holds = self._in_training(arguments)
         train_sites, _ = self.find(in_training)
-        trained = {s.name for s in train_sites}
+        in_both = {s.name for s in train_sites}
         lost = [
-            Rejection(s.name, "absent in training") for s in eval_sites if s.name not in trained
+            Rejection(s.name, "absent in training") for s in eval_sites if s.name not in in_both
         ]
-        self.sites = frozenset(s.name for s in eval_sites if s.name in trained)
+        self.sites = frozenset(s.name for s in eval_sites if s.name in in_both)
         self.rejected = (*rejected, *lost)
         if not self.sites:
             reasons = "\n".join(f"  {r.name}: {r.reason}" for r in self.rejected) or "  none found"

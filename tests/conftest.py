@@ -7,6 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0"
+)  # costs more than it gives at our sizes
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers, two cores
 DATA = Path(os.environ.get("MOE_REWRITE_DATA", "../shared"))
 
