@@ -18,11 +18,10 @@ from .compiler import Compiler, device_and_dtype
 from .config import Recipe
 from .errors import CheckpointError, ConfigError, InputError
 from .examples import as_arguments
-from .experts import ExpertSite, HeadColumns, LoRASite
 from .graphs import Graph, Graphs, Planner
+from .growing import Growing
 from .ownership import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .passes.emit import Emitted
-from .planning import Planning
 from .program import CACHE, Program, value
 from .report import Report
 from .routing.analytic import AnalyticGate
@@ -43,7 +42,7 @@ class Original:
         return self
 
 
-class MoEModel(Planning):
+class MoEModel(Growing):
     """What `convert` returns. `shallow`, `router`, `deep` are its parts; `report` says what was
     done. Calls take the original's arguments and give its outputs."""
 
@@ -64,7 +63,7 @@ class MoEModel(Planning):
         self._checkpointing = False
         self._cache_format: Any = None
         self.names: list[str] = []
-        self._expansions: list[int] = []  # of each expert, which expansion it came with
+        self._expansions: list[int] = []
         self.shallow, self.deep = self._owned.shallow, self._owned.deep
         self.rest = self._owned.rest
         features = value(program.node(program.cut.node))
@@ -209,127 +208,11 @@ class MoEModel(Planning):
             router_state(cache).store(after, leaves[0].shape[2])
         fill_cache(cache, leaves)
 
-    # -- experts --------------------------------------------------------------------------------
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.router)
-
-    def _add(
-        self, names: list[str | None], active: bool, classes: int | None = None
-    ) -> list[nn.Parameter]:
-        new = self.router.add(len(names), active)
-        for site in self._owned.sites.values():
-            dense = {w: self._owned.refs[w].get() for w in site.site.weights}
-            for _ in names:
-                new += site.add(dense)
-        number = self._expansions[-1] + 1 if self._expansions else 0
-        for name in names:
-            self.names.append(name or self._free_name())
-            self._expansions.append(number)
-        if classes is not None and self._head is not None:
-            new += self._head.widen(self.num_experts - 1, classes)
-        self._train_newest()
-        return new
-
-    @property
-    def _head(self) -> HeadColumns | None:
-        """The columns of the classification head, if the model has one."""
-        return next((s for s in self._owned.sites.values() if isinstance(s, HeadColumns)), None)
-
-    def _train_newest(self) -> None:
-        """Only the experts of the last expansion are trained; the older ones are frozen."""
-        trained = [number == self._expansions[-1] for number in self._expansions]
-        for site in self._owned.sites.values():
-            site.set_trained(trained)
-
-    def _free_name(self) -> str:
-        number = len(self.names)
-        while f"expert{number}" in self.names:
-            number += 1
-        return f"expert{number}"
-
-    def expand(
-        self, n: int = 1, name: str | None = None, classes: int | None = None
-    ) -> list[nn.Parameter]:
-        """Add n experts, freeze the older ones, and return the new parameters.
-
-        The new ones are off, so no output changes, until `activate(name)` or the first forward
-        in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
-        ``name.0``, ``name.1``, ... classes: columns that the expert (of the last, if several)
-        brings to a classification head, behind the present ones, which stay as they are; while it
-        is off they are minus infinity, or absent where none behind is on. Raises ConfigError.
-        """
-        if getattr(self._compiler.recipe.experts, "combine", "sum") == "concat":
-            raise ConfigError(
-                "combine='concat': the experts share the region's output channels out among them, "
-                "none is left for another; convert with combine='sum' to expand"
-            )
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ConfigError(f"n={n!r}: expected an int >= 1")
-        if name is not None and not (isinstance(name, str) and name):
-            raise ConfigError(f"name={name!r}: expected a name or None")
-        names: list[str | None] = [name] if n == 1 else [name and f"{name}.{i}" for i in range(n)]
-        taken = [x for x in names if x in self.names]
-        if taken:
-            raise ConfigError(f"name={taken[0]!r}: there is an expert of this name; choose another")
-        if classes is not None:
-            if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
-                raise ConfigError(f"classes={classes!r}: expected None or an int >= 1")
-            if self._head is None:
-                raise ConfigError(
-                    f"classes={classes}: this model ends in no classification head, a linear map "
-                    "to (batch, classes) behind the cut"
-                )
-        return self._add(names, active=False, classes=classes)
-
-    def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
-        """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
-        activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
-        read = peft_format.read_adapter(self, from_peft)
-        self.expand(1, name=name)
-        sites = peft_format.lora_sites(self)
-        with torch.no_grad():
-            for site, (a, b) in read.items():
-                sites[site].a[-1].copy_(a)
-                sites[site].b[-1].copy_(b)
-
-    def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
-        """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
-        to a head are not in it."""
-        peft_format.write_adapter(self, self._index(name), folder)
-
-    def _index(self, name: str | int) -> int:
-        if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names):
-            return name
-        if name not in self.names:
-            raise ConfigError(f"expert {name!r}: expected one of {self.names}")
-        return self.names.index(str(name))
-
-    def activate(self, name: str | int) -> None:
-        """Let an expert, by name or index, take part in routing."""
-        self.router.set_active(self._index(name), True)
-
-    def deactivate(self, name: str | int) -> None:
-        """Take an expert out of routing; its parameters stay."""
-        self.router.set_active(self._index(name), False)
-
-    def remove_last(self) -> None:
-        """Remove the newest expert; the router is bitwise what it was before it came."""
-        if self.num_experts <= 1:
-            raise ConfigError("the only expert cannot be removed: use to_dense()")
-        self.router.remove_last()
-        self.names.pop()
-        self._expansions.pop()
-        for site in self._owned.sites.values():
-            site.remove_last()
-        self._train_newest()
+    # -- what people expect ---------------------------------------------------------------------
 
     def to_dense(self) -> nn.Module:
         """The original model, which conversion never touched."""
         return self._original.model
-
-    # -- what people expect ---------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -348,15 +231,6 @@ class MoEModel(Planning):
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing = False
-
-    @property
-    def sites(self) -> list[str]:
-        """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
-        return [s.site.name for s in self.expert_sites() if isinstance(s, LoRASite)]
-
-    def expert_sites(self) -> list[ExpertSite]:
-        """Where experts work, each with the parameters of all of them."""
-        return list(self._owned.sites.values())
 
     @property
     def recipe(self) -> Recipe:
@@ -400,6 +274,22 @@ class MoEModel(Planning):
             "classes": [] if self._head is None else [len(b) for b in self._head.bias],
         }
         checkpoint.write(folder, self._saved(), facts, self.to_dense())
+
+    def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
+        """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
+        activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
+        read = peft_format.read_adapter(self, from_peft)
+        self.expand(1, name=name)
+        sites = peft_format.lora_sites(self)
+        with torch.no_grad():
+            for site, (a, b) in read.items():
+                sites[site].a[-1].copy_(a)
+                sites[site].b[-1].copy_(b)
+
+    def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
+        """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
+        to a head are not in it."""
+        peft_format.write_adapter(self, self._index(name), folder)
 
     def _saved(self) -> dict[str, torch.Tensor]:
         trained = {DENSE + n: t for n, t in self._owned.own_tensors().items()}
