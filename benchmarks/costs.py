@@ -96,9 +96,11 @@ def measure(what: str, size: tuple[int, ...], repeats: int) -> dict[str, Any]:
 
 
 def cells(quick: bool) -> list[tuple[str, tuple[int, ...]]]:
-    rows = (64,) if quick else (1, 16, 64, 512, 2048)
-    lora = product(rows, (4, 16, 64), (4, 16), (1, 2))
-    ffn = product(rows, (4, 16), (128, 1024), (1, 2, 3))
+    """Other sizes than those by which TURN was fitted (rows 1, 16, 64, 512, 2048; experts 4, 16, 64;
+    rank 4, 16; hidden 128, 1024)."""
+    rows = (32,) if quick else (1, 32, 256, 1024)
+    lora = product(rows, (8, 32), (8, 32), (1, 2))
+    ffn = product(rows, (8, 32), (256, 768), (1, 2))
     every = [("lora", s) for s in lora] + [("ffn", s) for s in ffn]
     return every[::5] if quick else every
 
