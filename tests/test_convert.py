@@ -175,6 +175,7 @@ def test_no_weight_is_copied():
     assert figures["share"] < 0.2, figures
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 def test_seven_billion_parameters_on_the_meta_device():
     figures = measured("meta", "7B")

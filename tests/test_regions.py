@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
 
 SPLITS = {  # where regions start, early and late
     "ResNet": ("layer3", "layer2", -1), "WideResNet": ("layer3", "layer2"),
-    "VGG": ("features.14", "features.7"), "DenseNet": (-1, 4), "MobileNetV2": ("layers.5", -1, 1),
+    "VGG": ("features.14", "features.7"), "DenseNet": (-1, 4), "MobileNetV2": ("layers.5", 1),
     "ConvNeXt": ("stages.2", "stages.1", -1),
 }  # fmt: skip
 
