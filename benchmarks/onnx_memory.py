@@ -29,6 +29,13 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def held_mb(moe: MoEModel) -> float:
+    """Of the converted model, and of what the dense one behind it does not share with it."""
+    parameters = [*moe.parameters(), *moe.to_dense().parameters()]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
+    return sum(s.nbytes() for s in storages.values()) / 1e6
+
+
 def measured(kind: str, size: str) -> dict[str, Any]:
     conversion, options = KINDS[kind]
 
@@ -40,7 +47,7 @@ def measured(kind: str, size: str) -> dict[str, Any]:
         moe_rewrite.export_onnx(converted(small_llama(2, 32)), path, **options)
         before = memory_mb("VmRSS")
         moe = converted(llama(size))
-        weights = sum(p.numel() * p.element_size() for p in moe.parameters()) / 1e6
+        weights = held_mb(moe)
         forget_peak()
         report = moe_rewrite.export_onnx(moe, path, **options)
         peak = memory_mb("VmHWM") - before

@@ -78,6 +78,8 @@ class Plain(nn.Module):
         self.tensors, self.stacks, self._experts = tensors_of(
             moe, self.graph, self.active, open_experts
         )
+        taken = {*self.inputs, *self.tensors}  # a weight may be called as an output is
+        self.outputs = [f"{name}.out" if name in taken else name for name in self.outputs]
         self.biased = isinstance(moe.router, TokenGate)
         self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
         if self.with_state:
