@@ -11,6 +11,7 @@ from moe_rewrite import FFNExperts, TokenRouter
 from moe_rewrite.errors import ConfigError
 from moe_rewrite.onnx.lowerings import choose
 from moe_rewrite.onnx.lowerings.contrib import dequantized, interleaved, quantized
+from moe_rewrite.onnx.plain import Plain
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -148,7 +149,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
 
 def test_auto_takes_the_measured_best():
     moe = made(TOP2, Gated)
-    plain = moe_rewrite.onnx.plain.Plain(moe, inputs(2, 6))
+    plain = Plain(moe, inputs(2, 6))
     plain(plain.example, plain.tensors, [])
     (call,) = plain.calls
     for cell in choose.table():
