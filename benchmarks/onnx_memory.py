@@ -1,4 +1,5 @@
-"""Peak memory of export_onnx() as a multiple of the weights, the model itself counted.
+"""Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
+model, and those of the dense one behind it that are not shared.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each kind, in which a tiny model
 was exported before, so that what the libraries take at first use is not the export's. The proof in
