@@ -67,6 +67,15 @@ def losses(found: Sequence[Figures]) -> Figures:
     }  # fmt: skip
 
 
+def others(found: Sequence[Figures], kind: str) -> Figures:
+    """Of another score after the last task: its mean over the tasks, and on what was there before."""
+    after = [r["other"][f"{kind} after"] for r in found]
+    return {
+        kind: spread([mean(a[:-1]) for a in after]),
+        f"base {kind}": spread([a[-1] for a in after]),
+    }
+
+
 def accuracies(found: Sequence[Figures]) -> Figures:
     """Of runs scored by accuracy: higher is better."""
     return {

@@ -63,7 +63,7 @@ def _run(
     epochs: Epochs = None, max_samples: MaxSamples = None, seed: Seed = 0, out: Out = None,
     json_file: Json = None, score: ScoreName = "accuracy", rank: Rank = 8, alpha: Alpha = 16.0,
     lr: Rate = 3e-3, batch_size: BatchSize = None, max_length: MaxLength = 512,
-    replay: Replay = 0.05, granularity: Granularity = None, top_k: TopK = None, base: Base = None,
+    replay: Replay = 0.2, granularity: Granularity = None, top_k: TopK = None, base: Base = None,
     per_task: PerTask = 2, mean: Mean = "0", std: Std = "1", cache: Cache = False,
     mixed_precision: Precision = "no", patience: Patience = None,
 ) -> None:  # fmt: skip

@@ -44,7 +44,7 @@ class Learner(Method):
 
     def __init__(
         self, moe: MoEModel, problem: Problem, training: Training | None = None,
-        gates: Literal["own", "router", "auto"] = "auto", replay: float = 0.05,
+        gates: Literal["own", "router", "auto"] = "auto", replay: float = 0.2,
         balanced: bool = True, router_rate: float = 1.0, router_loss: float = 1.0,
         balance: float = 0.0, cache: FeatureCache | None = None,
     ) -> None:  # fmt: skip

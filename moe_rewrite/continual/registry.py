@@ -41,7 +41,7 @@ class Setup:
     alpha: float = 16.0
     granularity: str | None = None
     top_k: int | None = None
-    replay: float = 0.05
+    replay: float = 0.2
     balanced: bool = True
     training: Training = field(default_factory=Training)
     router: dict[str, Any] = field(default_factory=dict)

@@ -18,7 +18,8 @@ class Result:
 
     R[i][j]: on task j after learning task i; before: of all tasks before the first; base: on what
     the model could do, before the first task and after each; router_use[j]: mean gates on task j of
-    the frozen model and every expert.
+    the frozen model and every expert; other["accuracy after"]: by a score that `score` is not, before
+    the first task or after the last, of every task and of what the model could do.
     """
 
     tasks: list[str]
@@ -31,6 +32,7 @@ class Result:
     total: int = 0
     keeps_data: bool = False
     router_use: list[list[float]] | None = None
+    other: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def matrix(self) -> ScoreMatrix:
@@ -46,6 +48,7 @@ class Result:
             "base_after": self.base[-1], "trainable": self.trainable, "total": self.total,
             "seconds": self.seconds, "score": self.score, "keeps_data": self.keeps_data,
             "before": self.before, "base": self.base, "router_use": self.router_use,
+            "other": self.other,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

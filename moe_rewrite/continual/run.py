@@ -55,10 +55,10 @@ def run(
     method = make_method(name, dense, problem, setup, saved)
     method.begin(own)
     if result is None:
-        scores = _Scores(method, tasks, own, score)
+        scores = _Scores(method, tasks, own)
         result = Result(
-            [t.name for t in tasks], score, scores.of_tasks(), [scores.of_own()],
-            keeps_data=method.keeps_data,
+            [t.name for t in tasks], score, scores.of_tasks(score), [scores.of_own(score)],
+            keeps_data=method.keeps_data, other=scores.others(score, "before"),
         )  # fmt: skip
     elif saved is not None:
         method.restore(_load(saved / STATE), tasks, learnt)
@@ -67,9 +67,11 @@ def run(
         start = time.perf_counter()
         method.learn(tasks, number)
         result.seconds += time.perf_counter() - start
-        scores = _Scores(method, tasks, own, score)
-        result.R.append(scores.of_tasks())
-        result.base.append(scores.of_own())
+        scores = _Scores(method, tasks, own)
+        result.R.append(scores.of_tasks(score))
+        result.base.append(scores.of_own(score))
+        if number + 1 == len(tasks):
+            result.other |= scores.others(score, "after")
         result.trainable, result.total = method.trainable(), method.total()
         if isinstance(method, Learner):
             everything = list(tasks) if own is None else [*tasks, own]
@@ -85,17 +87,25 @@ def _seed(setup: Setup, name: str, number: int) -> None:
 
 
 class _Scores:
-    def __init__(self, method: Method, tasks: Sequence[Task], own: Task | None, score: str) -> None:
-        self.method, self.tasks, self.own, self.score = method, tasks, own, score
+    """Of a method as it is now."""
 
-    def of_tasks(self) -> list[float]:
-        return [self._score(i, task) for i, task in enumerate(self.tasks)]
+    def __init__(self, method: Method, tasks: Sequence[Task], own: Task | None) -> None:
+        self.method, self.tasks, self.own = method, tasks, own
 
-    def of_own(self) -> float | None:
-        return None if self.own is None else self._score(None, self.own)
+    def of_tasks(self, kind: str) -> list[float]:
+        return [self._score(i, task, kind) for i, task in enumerate(self.tasks)]
 
-    def _score(self, number: int | None, task: Task) -> float:
-        kind = "accuracy" if number is None and self.score == "task" else self.score
+    def of_own(self, kind: str) -> float | None:
+        if self.own is None:
+            return None
+        return self._score(None, self.own, "accuracy" if kind == "task" else kind)
+
+    def others(self, kind: str, when: str) -> dict[str, list[float | None]]:
+        """Every other score that one forward pass of an item gives: of the tasks, then its own."""
+        kinds = [k for k in ("accuracy", "loss") if k != kind]
+        return {f"{k} {when}": [*self.of_tasks(k), self.of_own(k)] for k in kinds}
+
+    def _score(self, number: int | None, task: Task, kind: str) -> float:
         model = self.method.model_for(number)
         return self.method.problem.score(model, task, kind, self.method.device)
 

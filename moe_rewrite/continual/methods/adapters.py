@@ -36,7 +36,7 @@ class Adapters(Method):
 
     def __init__(
         self, dense: nn.Module, problem: Problem, training: Training, sites: Sequence[str],
-        rank: int = 8, alpha: float = 16.0, replay: float = 0.05, balanced: bool = True,
+        rank: int = 8, alpha: float = 16.0, replay: float = 0.2, balanced: bool = True,
         **_: Any,
     ) -> None:  # fmt: skip
         super().__init__(problem, training)
