@@ -9,6 +9,7 @@ isolated patches, a quarter of the hidden channels each; all weights are trained
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean, pstdev
 from typing import Any
 
@@ -96,7 +97,7 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int) -> dict[str, Any]:
                     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[
                         :size
                     ]
-                    tick = lambda n: progress.advance(bar, n)  # noqa: E731
+                    tick = partial(progress.advance, bar)
                     model = train(method, x[chosen], y[chosen], epochs, seed, tick)
                     found.append(accuracy(model, test_x, test_y))
                 table[size] = {"accuracy": found, "mean": mean(found), "spread": pstdev(found)}

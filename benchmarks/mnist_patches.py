@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, pstdev
 from typing import Any
 
@@ -148,7 +149,7 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int, tests: int) -> dict
     results: dict[str, Any] = {}
     with Progress() as progress:
         bar = progress.add_task("mnist_patches", total=runs * epochs)
-        tick = lambda: progress.advance(bar)  # noqa: E731
+        tick = partial(progress.advance, bar)
         for method in METHODS:
             choose = compose(train_digits, sizes[len(sizes) // 3], seed=3000)
             scores = {

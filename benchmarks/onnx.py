@@ -9,6 +9,7 @@ torch.onnx.export writes it. A full run writes the table that ``lowering="auto"`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -31,6 +32,7 @@ from moe_rewrite.onnx.lowerings.choose import LOWERINGS, TABLE
 from .common import finish, machine, save
 
 ROWS, EXPERTS, TOP_K = (1, 64, 512), (8, 32), 2
+OPENINGS = 3
 SHORT = 100.0  # milliseconds
 FORMS = (*LOWERINGS, "open")  # "auto" among them, as the table of the run before has it
 SHAPES = {"gated 512x1024": (512, 1024, True), "plain 384x1536": (384, 1536, False)}
@@ -92,30 +94,41 @@ def turns(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float
 
 
 def experts(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """Cells of shape, experts, top_k, rows and milliseconds by lowering."""
+    """Cells of shape, experts, top_k, rows and milliseconds by lowering: medians over sessions that
+    are opened anew, since where the weights come to lie can cost more than a tenth."""
     cells = []
+    rows, seconds, openings = ((1, 16), 0.5, 1) if quick else (ROWS, 4.0, OPENINGS)
     shapes = ["plain 384x1536"] if quick else list(SHAPES)
-    for shape in shapes:
-        for count in (4,) if quick else EXPERTS:
-            moe = layer(shape, count)
-            sessions = {}
-            for name in FORMS:
-                target = folder / f"{name}-{count}-{SHAPES[shape][0]}.onnx"
-                if not target.exists():
-                    asked: Any = {"open_experts": True} if name == "open" else {"lowering": name}
-                    report = moe_rewrite.export_onnx(
-                        moe, target, verify=quick,
-                        example_inputs=torch.randn(2, 3, SHAPES[shape][0]), **asked,
-                    )  # fmt: skip
-                    assert name == "auto" or report.lowering.startswith(name)
-                sessions[name] = session(target)
-            for rows in (1, 16) if quick else ROWS:
-                x = np.random.default_rng(rows).standard_normal((1, rows, SHAPES[shape][0]))
+    for shape, count in itertools.product(shapes, (4,) if quick else EXPERTS):
+        paths = written(folder, shape, count, quick)
+        found: dict[int, list[dict[str, float]]] = {n: [] for n in rows}
+        for number in range(openings):
+            names = FORMS[number:] + FORMS[:number]  # none always comes to lie first
+            sessions = {name: session(paths[name]) for name in names}
+            for n in rows:
+                x = np.random.default_rng(n).standard_normal((1, n, SHAPES[shape][0]))
                 feeds = {"x": x.astype(np.float32)}
-                runs = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
-                found = turns(runs, 0.5 if quick else 11.0)
-                cells.append({"shape": shape, "experts": count, "top_k": TOP_K, "rows": rows, "milliseconds": found})  # fmt: skip
+                runs = {name: partial(s.run, None, feeds) for name, s in sessions.items()}
+                found[n].append(turns(runs, seconds))
+            del sessions, runs
+        for n, times in found.items():
+            taken = {name: median(t[name] for t in times) for name in FORMS}
+            cells.append({"shape": shape, "experts": count, "top_k": TOP_K, "rows": n, "milliseconds": taken})  # fmt: skip
     return cells
+
+
+def written(folder: Path, shape: str, count: int, quick: bool) -> dict[str, Path]:
+    """The file of each form; what lies in the folder is taken as it is."""
+    width = SHAPES[shape][0]
+    paths = {name: folder / f"{name}-{count}-{width}.onnx" for name in FORMS}
+    moe = layer(shape, count)
+    for name, path in paths.items():
+        if not path.exists():
+            asked: Any = {"open_experts": True} if name == "open" else {"lowering": name}
+            x = torch.randn(2, 3, width)
+            report = moe_rewrite.export_onnx(moe, path, verify=quick, example_inputs=x, **asked)
+            assert name == "auto" or report.lowering.startswith(name)
+    return paths
 
 
 def llama_pair(folder: Path, quick: bool) -> tuple[Path, Path]:

@@ -23,6 +23,7 @@ METHODS = (
     "joint",
 )  # fmt: skip
 SEEDS = (0, 1, 2)
+REPLAY = 0.05  # the default is 20%
 FULL = {"train": 150, "tested": 600, "base_tested": 500, "tasks": 5}
 QUICK = {"train": 64, "tested": 100, "base_tested": 50, "tasks": 2}
 TITLES = {"last": "accuracy on all ten digits after all tasks", "base": "CIFAR-10 accuracy"}
@@ -83,7 +84,7 @@ def job(
     base = drawn("cifar-10-batches-py", (10 * train, base_tested), seed, part)
     own = Task("CIFAR-10", *(items_of(images, {c: c for c in range(10)}) for images in base))
     training = Training(epochs=epochs, lr=lr, batch_size=32, seed=seed)
-    setup = Setup(split="layer3", training=training, **options)
+    setup = Setup(split="layer3", training=training, replay=REPLAY, **options)
     problem = ImageProblem(32)
     return run(method, pretrained(), problem, stream, setup, own, "accuracy", folder).figures()
 

@@ -23,7 +23,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "token gate": {"granularity": "token"}, "top_k=1": {"top_k": 1}, "top_k=2": {"top_k": 2},
     },
     "pmoe-gradient": {
-        "replay=0": {"replay": 0.0}, "replay=0.2": {"replay": 0.2},
+        "replay=0": {"replay": 0.0}, "replay=0.05": {"replay": 0.05},
         "router_loss=0": {"learner": {"router_loss": 0.0}},
         "router_loss=10": {"learner": {"router_loss": 10.0}},
     },

@@ -14,6 +14,7 @@ from moe_rewrite import TokenRouter, cli
 from moe_rewrite.errors import CheckpointError, ConfigError, EquivalenceError
 
 onnx = pytest.importorskip("onnx")
+from moe_rewrite.onnx import export, prove  # noqa: E402  (where onnx is there)
 
 
 def converted(router="auto", experts=3, name="Llama", off=1):
@@ -172,8 +173,6 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
     moe = llama[0]
     target = tmp_path / "m.onnx"
     target.write_bytes(b"before")
-    from moe_rewrite.onnx import export
-
     real = export.translate
 
     def wrong(*given):
@@ -186,6 +185,43 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
     with pytest.raises(EquivalenceError, match="logits"):
         moe_rewrite.export_onnx(moe, target)
     assert target.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("external,dtype", [(False, "float16"), (True, None)])
+def test_many_weights_are_proven_where_they_are(external, dtype, llama, tmp_path, monkeypatch):
+    """Beyond some size ONNX Runtime reads the model's own memory, and the file is held against it."""
+    taken, real = [], prove.open_session
+
+    def watched(path, replaced, shared, **given):
+        taken.append(set(shared))
+        return real(path, replaced, shared=shared, **given)
+
+    monkeypatch.setattr(prove, "open_session", watched)
+    monkeypatch.setattr(export, "SHARED", 0)
+    target = tmp_path / "m.onnx"
+    moe_rewrite.export_onnx(llama[0], target, external_data=external, dtype=dtype)
+    assert len(list(tmp_path.iterdir())) == 1 + external
+    stacks = {n for n in taken[0] if n.startswith("moe_rewrite.experts.")}
+    assert "model.embed_tokens.weight" in taken[0] and taken[0] - taken[1] == stacks
+    moe_rewrite.onnx.load(target)
+
+
+def test_a_file_that_lost_a_byte_is_no_success(llama, tmp_path, monkeypatch):
+    real = export.write_model
+
+    def spoilt(skeleton, path, external):
+        places = real(skeleton, path, external)
+        place = places["model.embed_tokens.weight"]
+        content = bytearray((path.parent / place.file).read_bytes())
+        content[place.offset + place.length // 2] ^= 1
+        (path.parent / place.file).write_bytes(content)
+        return places
+
+    monkeypatch.setattr(export, "SHARED", 0)
+    monkeypatch.setattr(export, "write_model", spoilt)
+    with pytest.raises(EquivalenceError, match="does not hold the weights"):
+        moe_rewrite.export_onnx(llama[0], tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_external_weights_are_replaced_with_their_model(tmp_path):

@@ -235,8 +235,8 @@ class _Reader:
             args[at:] = [-1, *args[at + 1 :]]
             kwargs.pop("dim", None)
         self.worked |= target not in CASTS | NORMS | set(SPLITS) | {operator.getitem}
-        map_ = lambda a: pytree.tree_map_only(fx.Node, self._copy, a)  # noqa: E731
-        return self.graph.call_function(target, tuple(map_(args)), map_(kwargs))  # type: ignore[arg-type]
+        args, kwargs = pytree.tree_map_only(fx.Node, self._copy, (args, kwargs))
+        return self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
 
     def _check(self, node: fx.Node) -> None:
         """Raise _Foreign unless the operation works on each row of features by itself."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EquivalenceError
 from .cuda import without_kernel
 from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .metadata import FORMAT
@@ -25,13 +24,24 @@ from .plain import Plain
 from .prove import check_file, prove
 from .report import OnnxReport
 from .translate import Skeleton, translate
-from .write import checked_path, digest, in_place, needs_external, set_metadata, write_model
+from .write import (
+    Place,
+    checked_path,
+    digest,
+    in_place,
+    large,
+    needs_external,
+    set_metadata,
+    write_model,
+    write_twin,
+    written,
+)
 
 if TYPE_CHECKING:
     from ..model import MoEModel
 
 OPSETS = range(20, 24)
-MAPPED = 64_000_000  # bytes of weights from which proof is by mapped files
+SHARED = 64_000_000  # bytes of weights from which a proof shares the model's own
 CASTS = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {"int8": 8, "int4": 4}
 ONLY = {  # kinds of experts that have one form
@@ -71,29 +81,38 @@ def export(
     report = _report(moe, plain, skeleton, target, bits, opset)
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
-        timed("write", write_model, skeleton, fresh, external)
-        with _mapped(skeleton, fresh, external) as proven:
-            skeleton.weights.clear()  # stacks of the contrib operator are a second copy
+        places = timed("write", write_model, skeleton, fresh, external)
+        with _provable(skeleton, fresh, places) as (proven, shared):
             timed("check", check_file, proven)
             if verify:
-                report.checks = timed("prove", prove, moe, plain, proven, skeleton.stand_ins)
+                stand_ins = skeleton.stand_ins
+                report.checks = timed("prove", prove, moe, plain, proven, stand_ins, shared)
         files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
     return replace(report, files=files, seconds=seconds)
 
 
 @contextmanager
-def _mapped(skeleton: Skeleton, path: Path, external: bool) -> Iterator[Path]:
-    """The file to prove: of many weights in one file, the same graph with its weights beside it,
-    which are mapped into memory and not read and copied."""
-    size = sum(t.numel() * t.element_size() for t in skeleton.weights.values())
-    if external or size < MAPPED:
-        yield path
+def _provable(
+    skeleton: Skeleton, path: Path, places: dict[str, Place]
+) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
+    """The file to prove, and the weights that ONNX Runtime is to take from memory. Of many weights
+    it takes all large ones so, without a copy; that the file holds them is seen byte by byte, and
+    the same graph without them is what is opened."""
+    weights = skeleton.weights
+    if sum(p.length for p in places.values()) < SHARED:
+        yield path, {}
         return
-    with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=path.parent.parent) as folder:
-        gc.collect()  # graphs of the trace, in cycles: worth a second for so many weights
-        twin = Path(folder) / path.name
-        write_model(skeleton, twin, external=True)
-        yield twin
+    gc.collect()  # graphs of the trace, in cycles: worth a second for so many weights
+    if not written(weights, places, path.parent):
+        raise EquivalenceError(
+            f"{path.name} does not hold the weights that were written to it: is the disk in order?"
+        )
+    twin = path.with_name(f"twin-{path.name}")
+    write_twin(skeleton, twin, places)
+    try:
+        yield twin, large(weights)
+    finally:
+        twin.unlink()
 
 
 def _dtype(moe: MoEModel, asked: torch.dtype | str | None) -> tuple[torch.dtype | None, int | None]:

@@ -48,10 +48,12 @@ def check_file(path: Path) -> None:
 
 
 def prove(
-    moe: MoEModel, plain: Plain, path: Path, stand_ins: dict[str, torch.Tensor]
-) -> list[Check]:
+    moe: MoEModel, plain: Plain, path: Path, stand_ins: dict[str, torch.Tensor],
+    shared: dict[str, torch.Tensor],
+) -> list[Check]:  # fmt: skip
     """Raises EquivalenceError where a result differs by more than the dtype's tolerance. stand_ins:
-    what quantized weights stand for: PyTorch computes with these."""
+    what quantized weights stand for: PyTorch computes with these. shared: weights of the file that
+    are taken from memory."""
     _require_plain(moe, plain)
     cases, wanted = list(_cases(moe, plain)), []
     with torch.no_grad():  # before a session takes its memory
@@ -63,7 +65,7 @@ def prove(
         if session is None or case.replaced is not opened:
             session = None  # one at a time in memory
             release_memory()
-            session = _opened(path, case.replaced)
+            session = _opened(path, case.replaced, shared)
             opened = case.replaced
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
@@ -90,9 +92,10 @@ def prove(
     return checks
 
 
-def _opened(path: Path, replaced: dict[str, torch.Tensor]) -> Any:
+def _opened(path: Path, replaced: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> Any:
+    shared = {n: t for n, t in shared.items() if n not in replaced}
     try:
-        return open_session(path, replaced, options=frugal_options(), **FRUGAL)
+        return open_session(path, replaced, options=frugal_options(), shared=shared, **FRUGAL)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise EquivalenceError(
             f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "

@@ -16,10 +16,12 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 
 def open_session(
     path: Path, replaced: dict[str, torch.Tensor] | None = None,
-    providers: list[Any] | None = None, options: Any = None, **given: Any,
+    providers: list[Any] | None = None, options: Any = None,
+    shared: dict[str, torch.Tensor] | None = None, **given: Any,
 ) -> Any:  # fmt: skip
-    """A session on a file. replaced: other values, of other sizes too, for some initializers. given:
-    further arguments of InferenceSession."""
+    """A session on a file. replaced: other values, of other sizes too, for some initializers. shared:
+    values of initializers that are to be read where they are, and not in the file. given: further
+    arguments of InferenceSession."""
     import onnxruntime as ort
 
     options = options or ort.SessionOptions()
@@ -27,6 +29,9 @@ def open_session(
     if not options.intra_op_num_threads:
         options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work too
+    values = {name: _value(tensor) for name, tensor in (shared or {}).items()}
+    for name, value in values.items():
+        options.add_initializer(name, value)
     source: Any = str(path)
     if replaced:
         model = onnx.load(path, load_external_data=False)
@@ -34,7 +39,22 @@ def open_session(
         options.add_session_config_entry(FOLDER, str(path.parent.resolve()))
         source = model.SerializeToString()
         del model
-    return ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"], **given)
+    session = ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"], **given)
+    session.shared_values = values  # they must live as long as it does
+    return session
+
+
+def _value(tensor: torch.Tensor) -> Any:
+    """An OrtValue on the memory of a tensor."""
+    import onnxruntime as ort
+
+    from .write import KINDS
+
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype != torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy(plain.numpy())
+    kind = KINDS[plain.dtype]
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), kind)
 
 
 FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
@@ -42,7 +62,7 @@ FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weight
 
 def frugal_options() -> Any:
     """For a session that computes as any other in little memory, with FRUGAL: weights stay where
-    the file is mapped, in one copy."""
+    they are, in one copy."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import onnx
 import torch
@@ -25,6 +25,7 @@ from .translate import Skeleton
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto, TensorProto
 PAGE = 4096  # offsets that every system can map
+PIECE = 1 << 20
 PROTOBUF_LIMIT = 2**31
 EMBEDDED = 1_500_000_000  # bytes of weights that stay in the .onnx file unless told otherwise
 KINDS = {
@@ -34,6 +35,14 @@ KINDS = {
     torch.int16: onnx.TensorProto.INT16, torch.int8: onnx.TensorProto.INT8,
     torch.uint8: onnx.TensorProto.UINT8, torch.bool: onnx.TensorProto.BOOL,
 }  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where the bytes of a weight lie: the name of a file, and offset and length in bytes."""
+
+    file: str
+    offset: int
+    length: int
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
@@ -51,39 +60,73 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
+def write_model(skeleton: Skeleton, path: Path, external: bool) -> dict[str, Place]:
     """Write the .onnx file at `path` and, if `external`, one file of weights beside it, whose name
-    holds their hash: so a file in place always finds the weights that it was written with."""
-    data, entries = None, {}
+    holds their hash: so a file in place always finds the weights that it was written with. Returns
+    where each weight lies."""
+    places: dict[str, Place] = {}
     if external:
         data = path.with_name(f"{path.stem}-{digest(skeleton.weights)[:16]}.data")
-        entries = _write_data(skeleton.weights, data)
+        places = _write_data(skeleton.weights, data)
+    return places | _write_graph(skeleton, path, places)
+
+
+def write_twin(skeleton: Skeleton, path: Path, places: dict[str, Place]) -> None:
+    """The same graph beside the file, of whose large weights it says where in that file they lie."""
+    _write_graph(skeleton, path, {n: p for n, p in places.items() if p.length >= PAGE})
+
+
+def large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in weights.items() if t.numel() * t.element_size() >= PAGE}
+
+
+def written(weights: dict[str, torch.Tensor], places: dict[str, Place], folder: Path) -> bool:
+    """Whether the files hold these weights, byte for byte, read in pieces."""
+    for name, tensor in weights.items():
+        content, place = raw(tensor), places[name]
+        with open(folder / place.file, "rb") as file:
+            file.seek(place.offset)
+            for start in range(0, place.length, PIECE):
+                wanted = content[start : start + PIECE]
+                if file.read(len(wanted)) != wanted:
+                    return False
+    return True
+
+
+def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) -> dict[str, Place]:
+    """The graph with the weights that are not elsewhere; returns where those lie."""
+    within = {}
     with open(path, "wb") as file:
         file.write(skeleton.model.SerializeToString())
         for name, tensor in skeleton.weights.items():
             header = onnx.TensorProto(name=name, dims=tensor.shape, data_type=KINDS[tensor.dtype])
-            if data is None:
-                _piece(file, header, raw(tensor))
+            place = elsewhere.get(name)
+            if place is None:
+                content = raw(tensor)
+                _piece(file, header, content)
+                start = file.tell() - content.nbytes
+                within[name] = Place(path.name, start, content.nbytes)
                 continue
             header.data_location = onnx.TensorProto.EXTERNAL
-            offset, length = entries[name]
-            for key, value in (("location", data.name), ("offset", offset), ("length", length)):
+            facts = (("location", place.file), ("offset", place.offset), ("length", place.length))
+            for key, value in facts:
                 header.external_data.add(key=key, value=str(value))
             _piece(file, header, None)
         _flush(file)
+    return within
 
 
-def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, tuple[int, int]]:
-    entries = {}
+def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
+    places = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
             content = raw(tensor)
             if content.nbytes >= PAGE:
                 file.write(bytes(-file.tell() % PAGE))
-            entries[name] = (file.tell(), content.nbytes)
+            places[name] = Place(path.name, file.tell(), content.nbytes)
             file.write(content)
         _flush(file)
-    return entries
+    return places
 
 
 def _piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | None) -> None:
