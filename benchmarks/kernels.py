@@ -272,6 +272,8 @@ def main() -> None:
         for b, m in zip(todo, made, strict=True)
     ]
     finish("kernels", columns, rows, builds=figures)
+    if wrong := [figure["kernel"] for figure in figures if figure["faults"]]:
+        raise SystemExit(f"faults: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def facts(found: Sequence[Figures]) -> Figures:
     first = found[0]
     return {
         "trainable": first["trainable"], "keeps_data": first["keeps_data"],
-        "seconds": mean(r["seconds"] for r in found), "R": [r["R"] for r in found],
+        "seconds": median(r["seconds"] for r in found), "R": [r["R"] for r in found],
         "router_use": first["router_use"],
     }  # fmt: skip
 
