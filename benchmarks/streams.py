@@ -69,7 +69,7 @@ def losses(found: Sequence[Figures]) -> Figures:
 
 def others(found: Sequence[Figures], kind: str) -> Figures:
     """Of another score after the last task: its mean over the tasks, and on what was there before."""
-    after = [r["other"][f"{kind} after"] for r in found]
+    after = [r["other"][kind] for r in found]
     return {
         kind: spread([mean(a[:-1]) for a in after]),
         f"base {kind}": spread([a[-1] for a in after]),

@@ -80,7 +80,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 def by_task(found: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Loss and accuracy on each task after the last, over the seeds."""
     lost = [mean(-r["R"][-1][j] for r in found) for j in range(len(found[0]["tasks"]))]
-    right = [mean(r["other"]["accuracy after"][j] for r in found) for j in range(len(lost))]
+    right = [mean(r["other"]["accuracy"][j] for r in found) for j in range(len(lost))]
     return [{"loss": x, "accuracy": y} for x, y in zip(lost, right, strict=True)]
 
 

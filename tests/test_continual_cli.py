@@ -77,6 +77,7 @@ def test_compare_writes_tables_pictures_and_figures(data, tmp_path):
         assert f["op"] == pytest.approx(sum(f["R"][1]) / 2)
         assert f["bwt"] == pytest.approx(f["R"][1][0] - f["R"][0][0])
         assert f["seconds"] > 0 and f["trainable"] > 0 and name in out
+        assert len(f["other"]["accuracy"]) == 3  # two tasks and its own
     assert figures["oracle"]["base_after"] == figures["oracle"]["base_before"]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"results.json", "matrices.png", "curves.png", "router-pmoe.png", "features"} <= names

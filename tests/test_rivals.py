@@ -54,7 +54,8 @@ def problem(stop_in=None):
 
 
 def figures(result):
-    return result.R, result.base, result.before, result.router_use, result.trainable
+    scores = result.R, result.base, result.before, result.other
+    return *scores, result.router_use, result.trainable
 
 
 @pytest.mark.parametrize("method", TEXT)
@@ -178,6 +179,7 @@ def test_heads_grow_for_every_method_stopped_or_not(resnet, method, tmp_path):
         assert figures(run(method, resnet, ImageProblem(8), *given)) == figures(result)
     assert max(row[number] for number, row in enumerate(result.R)) >= 0.8
     assert result.before == [0.0] * 3  # columns that are not there yet
+    assert len(result.other["loss"]) == 4
     if method in ("pmoe", "ranpac", "joint"):
         assert sum(result.R[-1]) / 3 > 0.8
 
@@ -189,3 +191,13 @@ def test_a_text_model_has_no_ridge_head(llama):
         make_method("dreams", llama, problem(), SETUP)
     with pytest.raises(MoeRewriteError, match="score="):
         run("lora", llama, problem(), words.stream(), SETUP, None, "beauty")
+    with pytest.raises(MoeRewriteError, match="add classes"):
+        run(
+            "lora",
+            llama,
+            problem(),
+            [replace(words.task("a", "b", "c"), classes=2)],
+            SETUP,
+            None,
+            "loss",
+        )

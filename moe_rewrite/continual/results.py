@@ -18,8 +18,8 @@ class Result:
 
     R[i][j]: on task j after learning task i; before: of all tasks before the first; base: on what
     the model could do, before the first task and after each; router_use[j]: mean gates on task j of
-    the frozen model and every expert; other["accuracy after"]: by a score that `score` is not, before
-    the first task or after the last, of every task and of what the model could do.
+    the frozen model and every expert; other["accuracy"]: by a score that `score` is not, after the last
+    task, of every task and of what the model could do.
     """
 
     tasks: list[str]

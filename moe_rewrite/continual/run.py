@@ -45,6 +45,11 @@ def run(
     """
     if score not in problem.scores:
         raise ConfigError(f"score={score!r}: expected one of {', '.join(problem.scores)}")
+    if score == "loss" and any(task.classes for task in tasks):
+        raise ConfigError(
+            "score='loss': these tasks add classes, and the loss of a class that a head does not "
+            "have yet is infinite; use 'accuracy'"
+        )
     identity = _identity(name, tasks, setup, own, score)
     kept = None if out is None else _Kept(out, identity)
     learnt, result = (0, None) if kept is None else kept.read()
@@ -58,7 +63,7 @@ def run(
         scores = _Scores(method, tasks, own)
         result = Result(
             [t.name for t in tasks], score, scores.of_tasks(score), [scores.of_own(score)],
-            keeps_data=method.keeps_data, other=scores.others(score, "before"),
+            keeps_data=method.keeps_data,
         )  # fmt: skip
     elif saved is not None:
         method.restore(_load(saved / STATE), tasks, learnt)
@@ -71,7 +76,7 @@ def run(
         result.R.append(scores.of_tasks(score))
         result.base.append(scores.of_own(score))
         if number + 1 == len(tasks):
-            result.other |= scores.others(score, "after")
+            result.other = scores.others(score)
         result.trainable, result.total = method.trainable(), method.total()
         if isinstance(method, Learner):
             everything = list(tasks) if own is None else [*tasks, own]
@@ -100,10 +105,10 @@ class _Scores:
             return None
         return self._score(None, self.own, "accuracy" if kind == "task" else kind)
 
-    def others(self, kind: str, when: str) -> dict[str, list[float | None]]:
+    def others(self, kind: str) -> dict[str, list[float | None]]:
         """Every other score that one forward pass of an item gives: of the tasks, then its own."""
         kinds = [k for k in ("accuracy", "loss") if k != kind]
-        return {f"{k} {when}": [*self.of_tasks(k), self.of_own(k)] for k in kinds}
+        return {k: [*self.of_tasks(k), self.of_own(k)] for k in kinds}
 
     def _score(self, number: int | None, task: Task, kind: str) -> float:
         model = self.method.model_for(number)
