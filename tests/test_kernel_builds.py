@@ -1,6 +1,6 @@
 """Every Triton kernel compiles ahead of time for sm_80 and sm_90 as its launches configure it:
-matrix units, no spills, shared memory within the chip's. Here, with ``-m sweep``, in bf16 at the
-large sizes; `python -m benchmarks.kernels` has every one."""
+matrix units, no spills, shared memory within the chip's. Here, with ``-m sweep``, in bf16 and
+fp16 at the large sizes; `python -m benchmarks.kernels` has every one."""
 
 import json
 import subprocess
