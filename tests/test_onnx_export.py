@@ -203,7 +203,13 @@ def test_many_weights_are_proven_where_they_are(external, dtype, llama, tmp_path
     assert len(list(tmp_path.iterdir())) == 1 + external
     stacks = {n for n in taken[0] if n.startswith("moe_rewrite.experts.")}
     assert "model.embed_tokens.weight" in taken[0] and taken[0] - taken[1] == stacks
-    moe_rewrite.onnx.load(target)
+    given = call(2, 9)
+    want, got = (
+        llama[0](**given, use_cache=False).logits,
+        moe_rewrite.onnx.load(target)(**given)["logits"],
+    )
+    tolerance = 1e-4 if dtype is None else 2e-2
+    torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_a_file_that_lost_a_byte_is_no_success(llama, tmp_path, monkeypatch):
