@@ -11,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,34 +193,37 @@ def launch_plan(dtype: torch.dtype, T: int, E: int, K: int) -> None:
     launch.sort_plan(experts.flatten(), E)
 
 
-LAUNCHES: dict[str, list[Callable[[torch.dtype], None]]] = {
-    "quick": [
-        lambda d: launch_ffn(d, 2048, True, False, 4096, 2048, 64),
-        lambda d: launch_lora(d, 8192, 4096, 4096, 128),
-        lambda d: launch_plan(d, 8192, 64, 4),
-        lambda d: launch_patches(d, 64, 128, 8, 4, 100, 3136),
-    ],
-    "all": [
-        *(
-            (lambda d, r=rows, g=gated: launch_ffn(d, r, g, True, 1000, 1496, 256))
-            for rows in (16, 32, 64, 128) for gated in (True, False)
-        ),
-        lambda d: launch_ffn(d, 2048, False, False, 4096, 2048, 64),
-        lambda d: launch_lora(d, 16, 1000, 1496, 3), lambda d: launch_lora(d, 64, 512, 512, 256),
-        lambda d: launch_plan(d, 8192, 256, 256), lambda d: launch_plan(d, 1, 1, 1),
-        lambda d: launch_patches(d, 3, 1, 1, 1, 1, 5),
-        lambda d: launch_ffn(d, 1, True, True, 24, 40, 1),
-    ],
-}  # fmt: skip
+Launch = Callable[[torch.dtype], None]
+LARGE: list[Launch] = [
+    lambda d: launch_ffn(d, 2048, True, False, 4096, 2048, 64),
+    lambda d: launch_lora(d, 8192, 4096, 4096, 128),
+    lambda d: launch_plan(d, 8192, 64, 4),
+    lambda d: launch_patches(d, 64, 128, 8, 4, 100, 3136),
+]
+OTHERS: list[Launch] = [
+    *(
+        (lambda d, r=rows, g=gated, D=D, H=H: launch_ffn(d, r, g, True, D, H, 256))
+        # widths that no block divides, where rows begin at 16 values and where they do not
+        for D, H in ((1008, 1456), (1000, 1496))
+        for rows in (16, 32, 64, 128) for gated in (True, False)
+    ),
+    lambda d: launch_ffn(d, 2048, False, False, 4096, 2048, 64),
+    lambda d: launch_ffn(d, 2048, True, True, 4096, 2048, 64),
+    lambda d: launch_lora(d, 16, 1000, 1496, 3), lambda d: launch_lora(d, 64, 512, 512, 256),
+    lambda d: launch_lora(d, 8192, 1008, 1456, 8), lambda d: launch_lora(d, 8192, 1000, 1496, 8),
+    lambda d: launch_plan(d, 8192, 256, 256), lambda d: launch_plan(d, 1, 1, 1),
+    lambda d: launch_patches(d, 3, 1, 1, 1, 1, 5),
+    lambda d: launch_ffn(d, 1, True, True, 24, 40, 1),
+]  # fmt: skip
 
 
 def builds(quick: bool, archs: tuple[int, ...] = (80, 90)) -> list[Build]:
-    """Every different build of the launches, in their order; quick: of the large sizes in bf16 and fp16."""
+    """Every different build of the launches, in their order; quick: all in bf16, large sizes else."""
     found: dict[Build, None] = {}
-    for dtype in DTYPES[:2] if quick else DTYPES:
+    for dtype in DTYPES:
         for arch in archs:
             with recorded(arch) as made:
-                for launch in LAUNCHES["quick"] + ([] if quick else LAUNCHES["all"]):
+                for launch in LARGE + ([] if quick and dtype != torch.bfloat16 else OTHERS):
                     launch(dtype)
             found |= dict.fromkeys(made)
     return list(found)
@@ -239,33 +241,35 @@ def faults(build: Build, made: Made) -> list[str]:
     return wrong
 
 
-def compile_all(todo: list[Build], processes: int = 2) -> list[Made]:
-    import multiprocessing
+def left_out(todo: list[Build]) -> set[str]:
+    """Kernels of the package that no build is of."""
+    import importlib
 
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return list(pool.map(compile_build, todo))
+    made: dict[str, set[str]] = {}
+    for build in todo:
+        made.setdefault(build.module, set()).add(build.kernel)
+    every = {
+        name
+        for module in made
+        for name in vars(importlib.import_module(module))
+        if name.endswith("_kernel")
+    }
+    return every - set().union(*made.values())
 
 
 def main() -> None:
+    from rich.progress import track
+
     assert not shared.interpreted(), "TRITON_INTERPRET is set: nothing would be compiled"
     todo = builds(arguments(__doc__ or "").quick)
-    made = compile_all(todo)
+    assert not left_out(todo), f"no launch of {left_out(todo)}"
+    made = [compile_build(build) for build in track(todo, "builds")]
     rows = [
         (f"sm_{b.arch}", b.dtype, b.label(), m.registers, m.spilled, m.shared,
          "yes" if m.matrix_units else "", ", ".join(faults(b, m)))
         for b, m in zip(todo, made, strict=True)
     ]  # fmt: skip
-    columns = [
-        "chip",
-        "dtype",
-        "kernel",
-        "registers",
-        "spilled",
-        "shared",
-        "matrix units",
-        "faults",
-    ]
+    columns = "chip", "dtype", "kernel", "registers", "spilled", "shared", "matrix units", "faults"
     figures = [
         {"kernel": b.label(), "dtype": b.dtype, "arch": b.arch, "faults": faults(b, m)}
         | m._asdict()

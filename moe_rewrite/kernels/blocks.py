@@ -30,11 +30,22 @@ def bucket(rows: float) -> int:
     return next((m for m in ROWS if rows <= m), ROWS[-1])
 
 
-def product(x: torch.Tensor, rows: float, accumulators: int = 1) -> Blocks:
-    """Blocks of a product with about so many rows a group and so many sums held at once."""
+def aligned(*sizes: int) -> bool:
+    """Whether rows of these widths and strides begin where the chip loads 16 values at once.
+
+    Others are loaded value by value, which takes registers: their blocks are smaller.
+    """
+    return all(n % 16 == 0 for n in sizes)
+
+
+def product(x: torch.Tensor, rows: float, wide: bool, accumulators: int = 1) -> Blocks:
+    """Blocks of a product with about so many rows a group and so many sums held at once; wide:
+    whether what it reads and writes is `aligned`."""
     m = bucket(rows)
     if x.dtype == torch.float32:  # no matrix units without loss of precision
-        return Blocks(min(m, 64), 64, 32, 4, 2)
+        return Blocks(min(m, 32), 64, 16, 4, 2)
+    if not wide:
+        return Blocks(min(m, 64), 64, 32, 8 if m >= 64 else 4, 2)
     if m < 128:
         return Blocks(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
     if capability(x) >= 9:  # a warp group multiplies from shared memory
@@ -42,20 +53,28 @@ def product(x: torch.Tensor, rows: float, accumulators: int = 1) -> Blocks:
     return Blocks(128, 128 // accumulators, 32, 8, 3)
 
 
-def epilogue(x: torch.Tensor, rows: float) -> Blocks:
+def activated(x: torch.Tensor, rows: float, wide: bool, gated: bool, biased: bool) -> Blocks:
+    """Blocks of a product, or two, whose epilogue adds biases and applies the activation."""
+    size = product(x, rows, wide, 2 if gated else 1)
+    most = 64 if gated and biased else 128
+    return size._replace(n=min(size.n, most)) if size.m == 128 else size
+
+
+def epilogue(x: torch.Tensor, rows: float, wide: bool) -> Blocks:
     """Blocks of a product whose epilogue holds several times what it sums."""
-    size = product(x, rows, 2)
+    size = product(x, rows, wide, 2)
     return size._replace(n=min(size.n, 64 if size.m >= 64 else 128))
 
 
-def ranks(rank: int, dtype: torch.dtype) -> int:
+def ranks(rank: int) -> int:
     """Ranks that the epilogue of a linear map takes at a time."""
-    most = 32 if dtype == torch.float32 else 64
-    return next((r for r in (16, 32) if rank <= r), most)
+    return 16 if rank <= 16 else 32
 
 
-def gradient(x: torch.Tensor) -> Blocks:
+def gradient(x: torch.Tensor, wide: bool) -> Blocks:
     """Blocks of a weight's gradient: depth is over rows."""
     if x.dtype == torch.float32:
-        return Blocks(64, 64, 32, 4, 2)
+        return Blocks(32, 64, 16, 4, 2)
+    if not wide:
+        return Blocks(64, 64, 32, 8, 2)
     return Blocks(128, 128, 64 if capability(x) >= 9 else 32, 8, 3)

@@ -27,9 +27,8 @@ KINDS = {
 def small_blocks(monkeypatch):
     """Several blocks of every kind at sizes that the interpreter does in no time."""
     small = blocks.Blocks(16, 16, 16, 4, 2)
-    monkeypatch.setattr(blocks, "product", lambda *_: small)
-    monkeypatch.setattr(blocks, "epilogue", lambda *_: small)
-    monkeypatch.setattr(blocks, "gradient", lambda *_: small)
+    for kind in ("product", "activated", "epilogue", "gradient"):
+        monkeypatch.setattr(blocks, kind, lambda *_: small)
 
 
 def run(op, activation, plan=None):

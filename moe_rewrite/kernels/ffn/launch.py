@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import blocks
-from ..blocks import Blocks
+from ..blocks import Blocks, aligned
 from ..triton import ceil_div, power_of_two, precision
 from . import kernel
 from .rows import Gradients
@@ -90,7 +90,8 @@ def forward(
     hidden_width = up.shape[1]
     pre = x.new_empty(1 if gate is None else 2, S if save else 0, hidden_width)
     hidden = x.new_empty(S, hidden_width)
-    size = blocks.product(x, S / len(up), 1 if gate is None else 2)
+    wide, biased = aligned(*up.shape[1:], x.stride(0)), up_bias is not None or gate_bias is not None
+    size = blocks.activated(x, S / len(up), wide, gate is not None, biased)
     tiles = Tiles.of(order, offsets, size.m)
     gating = up if gate is None else gate
     kernel.up_kernel[_grid(tiles, hidden_width, size)](
@@ -122,7 +123,7 @@ def backward(
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
-    size = blocks.epilogue(x, S / len(up))
+    size = blocks.epilogue(x, S / len(up), aligned(x.shape[1], H, dy.stride(0)))
     tiles = Tiles.of(order, offsets, size.m)
     dpre, hidden = torch.empty_like(pre), x.new_empty(S, H)
     parts = x.new_zeros(S, ceil_div(H, size.n), dtype=torch.float32)  # dropped pairs have no tile
@@ -172,7 +173,7 @@ def _rows_product(
     """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias."""
     a2, w2 = second or (a, w_ENC)
     width, depth = w_ENC.shape[1:]
-    size = blocks.product(a, size.m)
+    size = blocks.product(a, size.m, aligned(width, depth))
     out = a.new_empty(len(a), width)
     kernel.rows_kernel[_grid(tiles, width, size)](
         a, a2, *tiles.given(), w_ENC, w2, _or(bias, a), out, width, depth, len(tiles.expert),
@@ -192,7 +193,8 @@ def _weight_gradient(
     if not len(into):
         return
     order, offsets, gates = groups
-    size, experts = blocks.gradient(left), len(offsets) - 1
+    wide = aligned(left.shape[1], right.shape[1], left.stride(0), right.stride(0))
+    size, experts = blocks.gradient(left, wide), len(offsets) - 1
     shape = experts, left.shape[1], right.shape[1]
     out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
     grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), experts

@@ -22,8 +22,8 @@ def low_rank(
     """(T, N) = x w^T + bias + (low * scales) b^T; w and b may be transposed views."""
     x = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
     (rows, depth), width, rank = x.shape, w_NC.shape[0], low_TR.shape[1]
-    size = blocks.product(x, rows)
-    ranks = blocks.ranks(rank, x.dtype)
+    size = blocks.product(x, rows, blocks.aligned(depth, width, x.stride(0)))
+    ranks = blocks.ranks(rank)
     y = x.new_empty(rows, width)
     bound = ceil_div(rows, size.m)
     kernel.low_rank_kernel[(bound * ceil_div(width, size.n),)](
