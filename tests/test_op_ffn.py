@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_inputs import close, ffn_inputs, gradients
 
+from moe_rewrite.kernels.ffn import rows
 from moe_rewrite.kernels.ffn.op import _ffn, ffn_experts
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
 from moe_rewrite.kernels.plan.op import sort_plan
@@ -20,6 +21,12 @@ def run(given, activation):
     return {names[k]: v for k, v in weights.items()} | {"activation": activation}
 
 
+@pytest.fixture(params=[24, rows.FEW], ids=["many batches", "few batches"])
+def batches(request, monkeypatch):
+    monkeypatch.setattr(rows, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("batches")
 @pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
 @pytest.mark.parametrize("shape", [
     # T, D, H, E, K
@@ -78,6 +85,7 @@ def test_a_compiled_step_gives_the_same():
         torch.testing.assert_close(got, gradients(step, given)[name], msg=name)
 
 
+@pytest.mark.usefixtures("batches")
 @pytest.mark.parametrize("spread", ["random", "one", "some"])
 @pytest.mark.parametrize("T", [12, 90, 400])
 def test_few_and_many_rows_of_stacks_and_dropped_pairs(T, spread):
@@ -98,3 +106,13 @@ def test_few_and_many_rows_of_stacks_and_dropped_pairs(T, spread):
     close(first, expected)
     with torch.no_grad():
         torch.testing.assert_close(step(small), first["y"])
+
+
+def test_a_row_that_takes_an_expert_twice():
+    given = ffn_inputs(1, 6, 10, 4, 3, ALL, seed=0)
+    given["experts"][:] = torch.tensor([2, 0, 2])
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    close(
+        gradients(lambda g: ffn_experts(g["x"], g["gates"], g["experts"], None, **run(g, "relu")), small),
+        gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu")), given),
+    )  # fmt: skip

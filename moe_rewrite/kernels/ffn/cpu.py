@@ -1,18 +1,20 @@
-"""Feed-forward experts on the CPU: a slice per expert of rows sorted once.
+"""Feed-forward experts on the CPU: products of each expert's rows, sorted once.
 
 T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H hidden width.
-Buffers of the largest group are used again for every expert, so that what lies between the
-products stays in the cache. Gates are folded into arrays of width D, never into ones of width H.
+Buffers of one batch of groups are used again for all, so that what lies between the products stays
+in the cache. Gates are folded into arrays of width D, never into ones of width H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ..memory import reused
 from . import equal
 from .activations import activate, activation_backward
-from .reference import Stack
-from .rows import Gradients, Rows, Weights, combine, dot
+from .rows import Batch, Gradients, Maps, Rows, Weights, combine, dot
 
 
 def forward(
@@ -21,25 +23,32 @@ def forward(
     """(y (T, D), pre (1 or 2, S, H): up's and, where there is one, the gate's products)."""
     if w.stacked() and rows.even():
         return equal.forward(x, gates, rows, w, activation, save)
-    pairs, hidden = len(rows.order_S), w.up[0].shape[0]
-    kinds = 2 if len(w.gate) else 1
-    y = x.new_empty(pairs, x.shape[1])
-    y[rows.bounds[-1] :] = 0  # dropped pairs, here and below
-    pre = x.new_empty(kinds, pairs if save else 0, hidden)
-    pre[:, rows.bounds[-1] :] = 0
-    largest = rows.largest
-    buffers = x.new_empty(1 if save else kinds, largest, hidden)
-    for e, lo, hi in rows.groups:
-        given, n = rows.gather(x, lo, hi), hi - lo
-        act = buffers[-1, :n]
-        up = _linear(given, w.up[e], w.up_bias, e, pre[0, lo:hi] if save else buffers[0, :n])
-        if len(w.gate):
-            into = pre[1, lo:hi] if save else act
-            activate(activation, _linear(given, w.gate[e], w.gate_bias, e, into), act)
-            act.mul_(up)
+    ups, gatings, downs = (
+        rows.maps(*k) for k in ((w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias))
+    )
+    kinds, pairs, hidden = 2 if len(w.gate) else 1, rows.order_S.shape[0], w.up[0].shape[0]
+    pre = x.new_empty(kinds, 0, hidden)
+    if save:
+        pre = reused(x, kinds, pairs, hidden, owner=w.owner(), use="products")
+        pre[:, rows.bounds[-1] :] = 0  # dropped pairs
+        saved = rows.parts(pre[0]), rows.parts(pre[-1])
+    y = _pairs(rows, x)
+    taken, buffers = x.new_empty(rows.longest, x.shape[1]), x.new_empty(2, rows.longest, hidden)
+    for i, (b, tokens, made) in enumerate(
+        zip(rows.batches, rows.parts(rows.tokens_S), rows.parts(y), strict=True)
+    ):
+        given = rows.gather(x, tokens, taken[: b.rows])
+        lifted, act = buffers[:, : b.rows]
+        gating = act
+        if save:
+            lifted, gating = saved[0][i], saved[1][i]
+        _products(b, given, ups, lifted)
+        if gatings:
+            _products(b, given, gatings, gating)
+            activate(activation, gating, act).mul_(lifted)
         else:
-            activate(activation, up, act)
-        _linear(act, w.down[e], w.down_bias, e, y[lo:hi])
+            activate(activation, lifted, act)
+        _products(b, act, downs, made)
     return combine(y, rows.inverse_TK, gates), pre
 
 
@@ -57,84 +66,118 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dx, dgates); the gradients of the weights go into the tensors of `into`, where there is one.
 
-    Per expert, with ungated products throughout: ``dhidden = dy down``, ``dgate = <dhidden,
-    hidden>``; the gates weigh the rows of dy, x and dx instead of those of width H.
+    With ungated products throughout: ``dhidden = dy down``, ``dgate = <dhidden, hidden>``; the
+    gates weigh the rows of dy, x and dx instead of those of width H.
     """
     if w.stacked() and rows.even():
         return equal.backward(dy, x, gates, pre, rows, w, activation, need_x, need_gates, into)
-    gates_S = gates.reshape(-1).index_select(0, rows.order_S)
-    dx = x.new_empty(len(gates_S), x.shape[1]) if need_x else None
-    dgates = gates.new_zeros(gates.numel()) if need_gates else None
-    if dx is not None:
-        dx[rows.bounds[-1] :] = 0
-    trained = into.some()
-    buffers = x.new_empty(3, rows.largest, pre.shape[-1])
-    for e, lo, hi in rows.groups:
-        grad, gate = rows.gather(dy, lo, hi), gates_S[lo:hi, None].to(x.dtype)
-        dhidden, act, spare = buffers[:, : hi - lo]
-        torch.mm(grad, w.down[e], out=dhidden)
-        up = pre[0, lo:hi]
-        activate(activation, pre[1, lo:hi] if len(w.gate) else up, act)
-        hidden = torch.mul(act, up, out=spare) if len(w.gate) else act
-        if dgates is not None:
-            dgate = dot(dhidden, hidden)
-            if len(w.down_bias):
-                dgate += torch.mv(grad, w.down_bias[e])
-            dgates[rows.order_S[lo:hi]] = dgate.to(gates.dtype)
-        if trained:
-            _down_gradients(grad * gate, hidden, e, into)
-        if len(w.gate):
-            dgating = torch.mul(dhidden, up, out=spare)
-            activation_backward(activation, dgating, pre[1, lo:hi], dgating)
+    up, down, gate, _, _, down_bias = map(rows.each, w)
+    grads = Gradients(*map(rows.each, into))
+    weights_S1 = gates.reshape(-1, 1).index_select(0, rows.order_S).to(x.dtype)
+    dgates_S = x.new_zeros(gates.numel(), dtype=gates.dtype)
+    dx = _pairs(rows, x) if need_x else None
+    owns = rows.parts(dx) if dx is not None else [None] * len(rows.batches)
+    taken, weighed = x.new_empty(2, rows.longest, x.shape[1])
+    buffers = x.new_empty(3, rows.longest, pre.shape[-1])
+    of_pairs = rows.tokens_S, weights_S1, pre[0], pre[-1], dgates_S
+    for b, own, tokens, weights, lifted, gating, dgates in zip(
+        rows.batches, owns, *map(rows.parts, of_pairs), strict=True
+    ):
+        dhidden, act, spare = buffers[:, : b.rows]
+        grad, scaled = rows.gather(dy, tokens, taken[: b.rows]), weighed[: b.rows]
+        _products_back(b, grad, down, dhidden)
+        activate(activation, gating, act)
+        hidden = torch.mul(act, lifted, out=spare) if gate else act
+        if need_gates:
+            dgates.copy_(dot(dhidden, hidden))
+            for bias, part, values in b.zip(down_bias, dgates, grad):
+                part += torch.mv(values, bias)
+        if into.some():
+            _down_gradients(b, torch.mul(grad, weights, out=scaled), hidden, grads)
+        dgating = None
+        if gate:
+            dgating = torch.mul(dhidden, lifted, out=spare)
+            activation_backward(activation, dgating, gating, dgating)
             dup = act.mul_(dhidden)
         else:
-            dgating, dup = None, activation_backward(activation, dhidden, up, dhidden)
-        if trained:
-            _up_gradients(dup, dgating, rows.gather(x, lo, hi) * gate, gate, e, into)
-        if dx is not None:
-            torch.mm(dup, w.up[e], out=dx[lo:hi])
+            dup = activation_backward(activation, dhidden, lifted, dhidden)
+        if into.some():
+            torch.mul(rows.gather(x, tokens, taken[: b.rows]), weights, out=scaled)
+            _up_gradients(b, dup, scaled, weights, grads.up, grads.up_bias)
             if dgating is not None:
-                dx[lo:hi].addmm_(dgating, w.gate[e])
-    idle = set(range(len(rows.bounds) - 1)) - {e for e, _, _ in rows.groups}
+                _up_gradients(b, dgating, scaled, weights, grads.gate, grads.gate_bias)
+        if own is not None:
+            _products_back(b, dup, up, own)
+            if dgating is not None:
+                for weight, part, left in b.zip(gate, own, dgating):
+                    part.addmm_(left, weight)
+    _clear_idle(rows, into)
+    flat = rows.inverse_TK.flatten()
+    return (
+        None if dx is None else combine(dx, rows.inverse_TK, gates),
+        dgates_S.index_select(0, flat).view_as(gates) if need_gates else None,
+    )
+
+
+def _pairs(rows: Rows, x: torch.Tensor) -> torch.Tensor:
+    """(S, D), zero for dropped pairs, unwritten for others."""
+    made = reused(x, rows.order_S.shape[0], x.shape[1], owner=None, use="pairs")
+    made[rows.bounds[-1] :] = 0
+    return made
+
+
+def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> None:
+    """Each group's rows through its expert's linear map."""
+    if b.rows == len(b.sizes):  # a row each: fewer views, which take a good part of the time here
+        for (weight, bias), own, made in zip(b.of(maps), given.unbind(), out.unbind(), strict=True):
+            if bias is None:
+                torch.mv(weight, own, out=made)
+            else:
+                torch.addmv(bias, weight, own, out=made)
+        return
+    for (weight, bias), own, made in b.zip(maps, given, out):
+        if bias is None:
+            torch.mm(own, weight.t(), out=made)
+        else:
+            torch.addmm(bias, own, weight.t(), out=made)
+
+
+def _products_back(b: Batch, grad: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor
+) -> None:
+    """Each group's gradient back through its expert's linear map."""
+    for weight, own, made in b.zip(weights, grad, out):
+        torch.mm(own, weight, out=made)
+
+
+def _down_gradients(b: Batch, scaled: torch.Tensor, hidden: torch.Tensor, into: Gradients) -> None:
+    for weight, left, right in b.zip(into.down, scaled, hidden):
+        if weight is not None:
+            torch.mm(left.t(), right, out=weight)
+    for bias, left in b.zip(into.down_bias, scaled):
+        if bias is not None:
+            torch.sum(left, 0, out=bias)
+
+
+def _up_gradients(
+    b: Batch,
+    grad: torch.Tensor,
+    scaled_x: torch.Tensor,
+    gates: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+) -> None:
+    for weight, left, right in b.zip(weights, grad, scaled_x):
+        if weight is not None:
+            torch.mm(left.t(), right, out=weight)
+    for bias, left, gate in b.zip(biases, grad, gates):
+        if bias is not None:
+            torch.mv(left.t(), gate[:, 0], out=bias)
+
+
+def _clear_idle(rows: Rows, into: Gradients) -> None:
+    """Gradients of experts without rows."""
+    idle = set(range(len(rows.bounds) - 1)) - set(rows.experts)
     for kind in into:
         for e in idle if len(kind) else ():
             if kind[e] is not None:
                 kind[e].zero_()
-    if dx is not None:
-        dx = combine(dx, rows.inverse_TK, gates)
-    return dx, None if dgates is None else dgates.view_as(gates)
-
-
-def _down_gradients(weighed: torch.Tensor, hidden: torch.Tensor, e: int, into: Gradients) -> None:
-    if len(into.down) and (down := into.down[e]) is not None:
-        torch.mm(weighed.t(), hidden, out=down)
-    if len(into.down_bias) and (bias := into.down_bias[e]) is not None:
-        torch.sum(weighed, 0, out=bias)
-
-
-def _up_gradients(
-    dup: torch.Tensor,
-    dgating: torch.Tensor | None,
-    weighed_x: torch.Tensor,
-    gate: torch.Tensor,
-    e: int,
-    into: Gradients,
-) -> None:
-    for grad, weights, biases in (
-        (dup, into.up, into.up_bias),
-        (dgating, into.gate, into.gate_bias),
-    ):
-        if grad is None:
-            continue
-        if len(weights) and (weight := weights[e]) is not None:
-            torch.mm(grad.t(), weighed_x, out=weight)
-        if len(biases) and (bias := biases[e]) is not None:
-            torch.mv(grad.t(), gate[:, 0], out=bias)
-
-
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, biases: Stack, e: int, out: torch.Tensor
-) -> torch.Tensor:
-    if len(biases):
-        return torch.addmm(biases[e], x, weight.t(), out=out)
-    return torch.mm(x, weight.t(), out=out)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..memory import reused
 from .activations import activate, activation_backward
 from .reference import Stack
 from .rows import Gradients, Rows, Weights, combine, dot
@@ -54,7 +55,8 @@ def forward(
     made = [_linear(given, w.up, w.up_bias)]
     if len(w.gate):
         made.append(_linear(given, w.gate, w.gate_bias))
-    pre = x.new_empty(len(made), pairs if save else 0, made[0].shape[-1])
+    size = len(made), pairs if save else 0, made[0].shape[-1]
+    pre = reused(x, *size, owner=w.owner(), use="products")
     if save:
         torch.stack([groups.sorted(m, pairs) for m in made], out=pre)
     act = activate(activation, made[-1], made[-1])

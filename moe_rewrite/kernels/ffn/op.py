@@ -6,11 +6,12 @@ what was given and the products before the activation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..memory import reused
 from ..plan.op import Plan, dense_plan
 from ..triton import runs_on
 from .cpu import backward, forward
@@ -190,7 +191,7 @@ def _plain(
         from . import launch
 
         return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
-    rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], up[0].shape[-2], dense)
     return forward(x, gates, rows, _by_expert(lists), activation, save)
 
 
@@ -226,7 +227,7 @@ def _ffn_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
-    into, made = _new_gradients(lists, needs[2:])
+    into, made = _new_gradients(lists, needs[2:], _gradient_memory)
     if _has_kernels(x, up):
         from . import launch
 
@@ -235,7 +236,7 @@ def _ffn_backward(
             _gradients_by_expert(into),
         )  # fmt: skip
         return [g for g in made_first if g is not None] + made
-    rows = Rows.of(order, offsets, inverse, gates.shape[1], dense)
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], up[0].shape[-2], dense)
     dx, dgates = backward(
         dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],
         _gradients_by_expert(into),
@@ -247,17 +248,23 @@ def _ffn_backward(
 def _(*given: Any) -> list[torch.Tensor]:
     _, x, gates, _, _, _, _, *lists, _, _, needs = given
     first = [torch.empty_like(t) for t, need in zip((x, gates), needs[:2], strict=True) if need]
-    return first + _new_gradients(lists, needs[2:])[1]
+    return first + _new_gradients(lists, needs[2:], lambda w: w.new_empty(w.shape))[1]
+
+
+def _gradient_memory(weight: torch.Tensor) -> torch.Tensor:
+    return reused(weight, *weight.shape, owner=weight, use="gradient")
 
 
 def _new_gradients(
-    lists: Sequence[Sequence[torch.Tensor]], needs: Sequence[bool]
+    lists: Sequence[Sequence[torch.Tensor]],
+    needs: Sequence[bool],
+    empty: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[list[list[torch.Tensor | None]], list[torch.Tensor]]:
     """Unwritten gradients as `lists` has the weights, None where none is needed; and those made."""
     wanted = iter(needs)
     into = [
         [
-            torch.empty_like(w, memory_format=torch.contiguous_format) if next(wanted) else None
+            empty(w) if next(wanted) else None
             for w in kind
         ]
         for kind in lists
@@ -277,6 +284,7 @@ def _gradients_by_expert(into: list[list[torch.Tensor | None]]) -> Gradients:
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, gates, order, offsets, inverse, *lists, ctx.activation, ctx.dense, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as output[1]
     ctx.sizes = [len(kind) for kind in lists]
     flat = [w for kind in lists for w in kind]
     ctx.save_for_backward(x, gates, order, offsets, inverse, output[1], *flat)

@@ -5,6 +5,7 @@ T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H h
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from .reference import Stack
 
+FEW = 1 << 16  # values that a core's cache holds beside what they are made of
 SMALL = 64  # rows of a group from which a product alone fills the cores (measured on 2)
 
 
@@ -28,6 +30,10 @@ class Weights(NamedTuple):
     def stacked(self) -> bool:
         return all(isinstance(w, torch.Tensor) or not len(w) for w in self)
 
+    def owner(self) -> torch.Tensor:
+        """The tensor that other large results of the call go with (see memory.py)."""
+        return self.up if isinstance(self.up, torch.Tensor) else self.up[0]
+
 
 class Gradients(NamedTuple):
     """As `Weights`; empty for a kind without gradients, None in a list for a tensor without."""
@@ -43,6 +49,31 @@ class Gradients(NamedTuple):
         return any(isinstance(k, torch.Tensor) or any(t is not None for t in k) for k in self)
 
 
+class Batch(NamedTuple):
+    """Groups that are taken together: one, or several of few rows, next to each other."""
+
+    first: int  # of the groups
+    sizes: list[int]  # rows of each
+    rows: int
+
+    def of(self, by_expert: Sequence[Any]) -> Sequence[Any]:
+        """What the experts of these groups have; empty where experts have no such thing."""
+        return by_expert[self.first : self.first + len(self.sizes)]
+
+    def zip(self, by_expert: Sequence[Any], *values: torch.Tensor) -> Iterable[tuple[Any, ...]]:
+        """For each group what its expert has, and its rows."""
+        if not by_expert:
+            return ()
+        if len(self.sizes) == 1:
+            return ((by_expert[self.first], *values),)
+        return zip(
+            self.of(by_expert), *(v.split_with_sizes(self.sizes) for v in values), strict=True
+        )
+
+
+Maps = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+
+
 class Rows(NamedTuple):
     """The plan at hand: bounds of the experts' groups on the host, and each pair's row.
 
@@ -50,8 +81,10 @@ class Rows(NamedTuple):
     """
 
     bounds: list[int]
-    groups: list[tuple[int, int, int]]  # (expert, first, end) of the experts that have rows
-    largest: int
+    experts: list[int]  # that have rows: a group each, in the plan's order
+    batches: list[Batch]
+    largest: int  # rows of a group
+    longest: int  # rows of a batch
     tokens_S: torch.Tensor
     order_S: torch.Tensor
     inverse_TK: torch.Tensor
@@ -59,22 +92,67 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(
-        cls, order: torch.Tensor, offsets: torch.Tensor, inverse: torch.Tensor, k: int, dense: bool
+        cls,
+        order: torch.Tensor,
+        offsets: torch.Tensor,
+        inverse: torch.Tensor,
+        k: int,
+        hidden: int,
+        dense: bool,
     ) -> Rows:
         bounds = offsets.tolist()
-        groups = [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(bounds)) if hi > lo]
-        largest = max((hi - lo for _, lo, hi in groups), default=0)
-        return cls(bounds, groups, largest, order // k, order, inverse.view(-1, k), dense)
+        sizes = [hi - lo for lo, hi in pairwise(bounds)]
+        experts = [e for e, n in enumerate(sizes) if n]
+        batches = _batches([n for n in sizes if n], hidden)
+        return cls(
+            bounds, experts, batches, max(sizes, default=0),
+            max((b.rows for b in batches), default=0), order // k, order, inverse.view(-1, k), dense,
+        )  # fmt: skip
 
     def even(self) -> bool:
         """Whether small groups filled up to the largest's size are fewer than twice the rows."""
         few = (len(self.bounds) - 1) * self.largest <= 2 * self.bounds[-1]
         return not self.dense and 0 < self.largest <= SMALL and few
 
-    def gather(self, x_TD: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
-        if self.dense or len(x_TD) == 1:
+    def parts(self, of_S: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each batch's pairs, as views: made at once they cost a fifth of as many slices."""
+        if len(self.batches) == 1 and self.bounds[-1] == of_S.shape[0]:
+            return (of_S,)
+        kept = of_S[: self.bounds[-1]]
+        return kept.split_with_sizes([b.rows for b in self.batches]) if self.batches else ()
+
+    def each(self, weights: Stack) -> Sequence[torch.Tensor]:
+        """The tensor of each group's expert; none where the experts have no such tensor."""
+        if not isinstance(weights, torch.Tensor):
+            return [weights[e] for e in self.experts] if weights else ()
+        if weights.shape[0] <= 4 * len(self.experts):
+            every = weights.unbind()
+            return [every[e] for e in self.experts]
+        return [weights[e] for e in self.experts]
+
+    def maps(self, weights: Stack, biases: Stack) -> Maps:
+        """The linear map of each group's expert; none where the experts have none."""
+        own = self.each(weights)
+        added: Sequence[Any] = self.each(biases)
+        return list(zip(own, added or [None] * len(own), strict=True))
+
+    def gather(self, x_TD: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The rows of a batch's tokens: in `out`, or as they are where they are all in order."""
+        if self.dense and tokens.shape[0] == x_TD.shape[0]:
             return x_TD
-        return x_TD.index_select(0, self.tokens_S[lo:hi])
+        return torch.index_select(x_TD, 0, tokens, out=out)
+
+
+def _batches(sizes: list[int], hidden: int) -> list[Batch]:
+    """Neighbours together as long as their hidden values are few."""
+    batches: list[Batch] = []
+    for i, n in enumerate(sizes):
+        if batches and (batches[-1].rows + n) * hidden <= FEW:
+            first, together, rows = batches[-1]
+            batches[-1] = Batch(first, [*together, n], rows + n)
+        else:
+            batches.append(Batch(i, [n], n))
+    return batches
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -86,7 +164,10 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def combine(y_SD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
     """``sum_k gates[t, k] * y[inverse[t, k]]``, in the order of k, accumulated in fp32 or more."""
-    if y_SD.dtype in (torch.float32, torch.float64) and len(y_SD):
+    wide = y_SD.dtype in (torch.float32, torch.float64) and y_SD.shape[0] > 0
+    if wide and inverse_TK.shape[0] == 1:
+        return torch.mm(gates_TK.to(y_SD.dtype), y_SD.index_select(0, inverse_TK[0]))
+    if wide:
         weights = gates_TK.to(y_SD.dtype)
         offsets = torch.arange(0, inverse_TK.numel(), inverse_TK.shape[1])
         flat = inverse_TK.reshape(-1)
