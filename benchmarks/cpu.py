@@ -1,17 +1,19 @@
 """Routed work on the CPU against dense work of the same FLOPs and against the peers.
 
 ``python -m benchmarks.cpu [--quick] [--tokens N...] [--size NAME...] [--routing]``: feed-forward
-experts (gated, fp32, 2 threads, warm medians, all forms in turn in every round) beside one dense
-feed-forward layer of as many FLOPs a token and transformers' own experts, eager and grouped_mm. The
-routing is the same for all and is made before. Cells that are not asked for stay as they were.
+experts (gated, fp32, 2 threads, warm medians, all forms in turn in every round, five fresh processes)
+beside one dense feed-forward layer of as many FLOPs a token and transformers' own experts, eager and
+grouped_mm. The routing is the same for all and is made before. Cells that are not asked for stay as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +25,7 @@ from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import route, sort_plan
 from moe_rewrite.tables import table
 
-from .common import finish, save
+from .common import finish, in_fresh_process, save
 
 Forms = dict[str, Callable[[], torch.Tensor]]
 SIZES = {"E8 k2 hidden 1792": (8, 2, 1792), "E64 k8 hidden 512": (64, 8, 512)}
@@ -92,6 +94,31 @@ class Cell:
             "eager": peer("eager"), "grouped_mm": peer("grouped_mm"),
         }  # fmt: skip
 
+    def products(self, backward: bool) -> Callable[[], None]:
+        """Nothing but the experts' products, of rows that lie as they are wanted, into memory that
+        is at hand: what no form can be faster than."""
+        up, down, gate = (w.detach() for w in self.stacks)
+        grads = [torch.empty_like(w) for w in (up, down, gate)]
+        ends = self.plan.offsets.tolist()
+        sizes = [hi - lo for lo, hi in pairwise(ends)]
+        rows, hidden = torch.randn(2, max(sizes), WIDTH), torch.randn(3, max(sizes), up.shape[1])
+
+        def run() -> None:
+            for e, n in enumerate(sizes):
+                (x, y), (a, b, c) = rows[:, :n], hidden[:, :n]
+                torch.mm(x, up[e].t(), out=a)
+                torch.mm(x, gate[e].t(), out=b)
+                torch.mm(c, down[e].t(), out=y)
+            for e, n in enumerate(sizes if backward else ()):
+                (x, y), (a, b, c) = rows[:, :n], hidden[:, :n]
+                torch.mm(x, down[e], out=c)
+                torch.mm(x.t(), a, out=grads[1][e])
+                torch.mm(a.t(), x, out=grads[0][e])
+                torch.mm(b.t(), x, out=grads[2][e])
+                torch.mm(a, up[e], out=y).addmm_(b, gate[e])
+
+        return run
+
     def check(self) -> None:
         """All routed forms agree."""
         with torch.no_grad():
@@ -102,7 +129,7 @@ class Cell:
     def measure(self, seconds: float, backward: bool) -> dict[str, float]:
         """Median milliseconds of each form, none of which finds its weights in the cache, over at
         least three rounds after the first, one of forms that take over half of the seconds."""
-        forms = self.forms()
+        forms: dict[str, Callable[[], Any]] = {**self.forms(), "products": self.products(backward)}
         spent: dict[str, list[float]] = {name: [] for name in forms}
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(spent["dense"]) < 4:
@@ -113,7 +140,7 @@ class Cell:
                     leaf.grad = None
                 self.others.sum()
                 start = time.perf_counter()
-                if backward:
+                if backward and name != "products":
                     run().backward(self.direction)
                 else:
                     with torch.no_grad():
@@ -122,22 +149,37 @@ class Cell:
         return {name: median(times[1:]) for name, times in spent.items()}
 
 
-def ffn_cells(tokens: Sequence[int], sizes: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+def one_process(size: str, rows: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of every form, forward and with backward, once they are seen to agree."""
+    cell = Cell(rows, *SIZES[size])
+    cell.check()
+    return {what: cell.measure(seconds, what == "both") for what in ("forward", "both")}
+
+
+def ffn_cells(
+    tokens: Sequence[int], sizes: Sequence[str], seconds: float, processes: int
+) -> list[dict[str, Any]]:
+    """Medians of fresh processes: where memory comes to lie, and whether it is had again, moves a
+    whole process, the dense layer's too."""
     cells = []
     for size in sizes:
-        experts, k, hidden = SIZES[size]
         for rows in tokens:
-            cell = Cell(rows, experts, k, hidden)
-            cell.check()
-            for backward in (False, True):
-                times = cell.measure(seconds, backward)
+            given = ("benchmarks.cpu", "cell", size, str(rows), str(seconds))
+            found = [in_fresh_process(*given) for _ in range(processes)]
+            for what in ("forward", "both"):
+                times = [f[what] for f in found]
+
+                def of(other: str, form: str = "stacked", times: Any = times) -> float:
+                    return median(t[form] / t[other] for t in times)
+
                 cells.append({
-                    "size": size, "tokens": rows, "what": "both" if backward else "forward",
-                    "ms": times, "of_dense": times["stacked"] / times["dense"],
-                    "of_eager": times["stacked"] / times["eager"],
-                    "of_grouped_mm": times["stacked"] / times["grouped_mm"],
-                    "apart_of_dense": times["apart"] / times["dense"],
-                    "apart_of_eager": times["apart"] / times["eager"],
+                    "size": size, "tokens": rows, "what": what,
+                    "ms": {form: median(t[form] for t in times) for form in times[0]},
+                    "of_dense": of("dense"), "of_eager": of("eager"),
+                    "of_grouped_mm": of("grouped_mm"), "apart_of_dense": of("dense", "apart"),
+                    "apart_of_eager": of("eager", "apart"),
+                    "products_of_dense": of("dense", "products"),
+                    "of_dense_each": [t["stacked"] / t["dense"] for t in times],
                 })  # fmt: skip
     return cells
 
@@ -209,8 +251,8 @@ def draw(cells: list[dict[str, Any]]) -> Any:
 def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(feed-forward cells, routing cells) asked for, beside those of former runs that were not."""
     if given.quick:
-        return ffn_cells((1, 8), tuple(SIZES), 0.1), routing_cells((8,), 0.1)
-    cells = ffn_cells(given.tokens, given.size, 6.0)
+        return ffn_cells((1, 8), tuple(SIZES), 0.1, 1), routing_cells((8,), 0.1)
+    cells = ffn_cells(given.tokens, given.size, 6.0, 5)
     routing = routing_cells((64, 512), 1.0) if given.routing else []
     path = Path(__file__).parent / "results" / "cpu_ffn.json"
     old = json.loads(path.read_text()) if path.exists() else {"ffn": [], "routing": []}
@@ -223,21 +265,25 @@ def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
 
 
 def main() -> None:
+    torch.set_num_threads(2)
+    if "--task" in sys.argv:
+        size, rows, seconds = sys.argv[sys.argv.index("cell") + 1 :]
+        print(json.dumps(one_process(size, int(rows), float(seconds))))
+        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, few repeats")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 64, 2048])
     parser.add_argument("--size", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--routing", action="store_true", help="measure the share of routing")
-    torch.set_num_threads(2)
     cells, routing = measured(parser.parse_args())
     rows = [
         (c["size"], c["tokens"], c["what"], f"{c['ms']['dense']:.2f} ms", f"{c['of_dense']:.3f}",
          f"{c['of_eager']:.3f}", f"{c['of_grouped_mm']:.3f}", f"{c['apart_of_dense']:.3f}",
-         f"{c['apart_of_eager']:.3f}")
+         f"{c['apart_of_eager']:.3f}", f"{c['products_of_dense']:.3f}")
         for c in cells
     ]  # fmt: skip
     columns = ["experts", "tokens", "", "dense", "ours/dense", "ours/eager", "ours/grouped_mm",
-               "apart/dense", "apart/eager"]  # fmt: skip
+               "apart/dense", "apart/eager", "products/dense"]  # fmt: skip
     print(table(columns, rows, "cpu: feed-forward experts"))
     shares = [
         (c["size"], c["tokens"], c["layers"], f"{c['once']:.2%}", f"{c['in_each_layer']:.2%}")
