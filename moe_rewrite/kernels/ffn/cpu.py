@@ -30,7 +30,7 @@ def forward(
     pre = x.new_empty(kinds, 0, hidden)
     if save:
         pre = reused(x, kinds, pairs, hidden, owner=w.owner(), use="products")
-        pre[:, rows.bounds[-1] :] = 0  # dropped pairs
+        rows.clear_dropped(pre.transpose(0, 1))
         saved = rows.parts(pre[0]), rows.parts(pre[-1])
     y = _pairs(rows, x)
     taken, buffers = x.new_empty(rows.longest, x.shape[1]), x.new_empty(2, rows.longest, hidden)
@@ -121,9 +121,9 @@ def backward(
 
 def _pairs(rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """(S, D), zero for dropped pairs, unwritten for others."""
-    made = reused(x, rows.order_S.shape[0], x.shape[1], owner=None, use="pairs")
-    made[rows.bounds[-1] :] = 0
-    return made
+    return rows.clear_dropped(
+        reused(x, rows.order_S.shape[0], x.shape[1], owner=None, use="pairs")
+    )
 
 
 def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> None:

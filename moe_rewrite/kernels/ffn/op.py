@@ -131,16 +131,19 @@ def _check(
         )
     if not lists[0] or lists[4] and not lists[2]:
         raise ValueError("expected at least one expert, and no gate bias without a gate")
-    count, width = _count(lists[0]), x.shape[-1]
-    hidden = lists[0][0].shape[-2]
-    sizes = [(hidden, width), (width, hidden), (hidden, width), (hidden,), (hidden,), (width,)]
+    count, width, hidden = _count(lists[0]), x.shape[-1], lists[0][0].shape[-2]
+    matrix, turned, row, column = (hidden, width), (width, hidden), (hidden,), (width,)
+    sizes = matrix, turned, matrix, row, row, column
     for kind, weights, size in zip(KINDS, lists, sizes, strict=True):
-        shape = (count, *size) if _stacked(kind, weights) else size
-        many = len(weights) if not _stacked(kind, weights) else count
-        if weights and many != count:
+        if not weights:
+            continue
+        shape, many = size, len(weights)
+        if _stacked(kind, weights):
+            shape, many = (count, *size), count
+        if many != count:
             raise ValueError(f"{kind} of {many} experts: expected {count}, as many as up has")
         for w in weights:
-            if tuple(w.shape) != shape or w.dtype != x.dtype or w.device != x.device:
+            if w.shape != shape or w.dtype != x.dtype or w.device != x.device:
                 raise ValueError(
                     f"{kind} is {tuple(w.shape)} {w.dtype} on {w.device}: expected {shape} "
                     f"{x.dtype} on {x.device}, for x {tuple(x.shape)} and up's first "

@@ -114,6 +114,12 @@ class Rows(NamedTuple):
         few = (len(self.bounds) - 1) * self.largest <= 2 * self.bounds[-1]
         return not self.dense and 0 < self.largest <= SMALL and few
 
+    def clear_dropped(self, of_S: torch.Tensor) -> torch.Tensor:
+        """The values given, those of dropped pairs zero."""
+        if self.bounds[-1] < of_S.shape[0]:
+            of_S[self.bounds[-1] :] = 0
+        return of_S
+
     def parts(self, of_S: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each batch's pairs, as views: made at once they cost a fifth of as many slices."""
         if len(self.batches) == 1 and self.bounds[-1] == of_S.shape[0]:
@@ -138,6 +144,8 @@ class Rows(NamedTuple):
 
     def gather(self, x_TD: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The rows of a batch's tokens: in `out`, or as they are where they are all in order."""
+        if x_TD.shape[0] == 1:
+            return x_TD.expand(tokens.shape[0], -1)
         if self.dense and tokens.shape[0] == x_TD.shape[0]:
             return x_TD
         return torch.index_select(x_TD, 0, tokens, out=out)
