@@ -267,8 +267,8 @@ def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
 def main() -> None:
     torch.set_num_threads(2)
     if "--task" in sys.argv:
-        size, rows, seconds = sys.argv[sys.argv.index("cell") + 1 :]
-        print(json.dumps(one_process(size, int(rows), float(seconds))))
+        size, tokens, seconds = sys.argv[sys.argv.index("cell") + 1 :]
+        print(json.dumps(one_process(size, int(tokens), float(seconds))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, few repeats")

@@ -91,3 +91,23 @@ def test_steps_equal_those_in_new_memory(monkeypatch):
     monkeypatch.setattr(memory, "LARGE", 1 << 40)
     for got, expected in zip(reusing, steps(), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_inference_mode_and_training_in_turn():
+    given = ffn_inputs(30, 6, 10, 4, 2, ["up", "down", "gate"], seed=1)
+    weights = {k + n: given[k].float().requires_grad_() for k, n in
+               (("up", "_EHD"), ("down", "_EDH"), ("gate", "_EHD"))}  # fmt: skip
+
+    def run():
+        return ffn_experts(
+            given["x"].float(), given["gates"].float(), given["experts"], None, **weights
+        )
+
+    with torch.inference_mode():
+        first = run().clone()
+    for _ in range(2):
+        y = run()
+        y.sum().backward()
+        assert torch.equal(y, first)
+        with torch.inference_mode():
+            assert torch.equal(run(), first)
