@@ -113,7 +113,7 @@ def _macs(model: torch.nn.Module) -> int:
     options = {"experts": RegionExperts(halo=False), "router": PatchRouter(4, 1), "split": "layer3"}
     report: Any = moe_rewrite.convert(
         model, **options, dry_run=True, example_inputs=torch.zeros(2, 3, 32, 32)
-    )  # type: ignore[arg-type]
+    )
     return report.macs.dense
 
 

@@ -158,14 +158,14 @@ def launch_ffn(
     launch.backward(x, x, gates, *plan, pre, lists, "silu", True, True, into)
 
 
-def launch_lora(dtype: torch.dtype, T: int, D: int, O: int, R: int) -> None:  # noqa: E741
+def launch_lora(dtype: torch.dtype, T: int, D: int, N: int, R: int) -> None:
     from moe_rewrite.kernels.lora import launch
 
     def new(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=META)
 
-    launch.low_rank(new(T, D), new(O, D), new(O), new(T, R), new(T, R), new(O, R))
-    launch.low_rank(new(T, O), new(O, D).t(), None, new(T, R), None, new(R, D).t())
+    launch.low_rank(new(T, D), new(N, D), new(N), new(T, R), new(T, R), new(N, R))
+    launch.low_rank(new(T, N), new(N, D).t(), None, new(T, R), None, new(R, D).t())
 
 
 def launch_patches(dtype: torch.dtype, B: int, C: int, E: int, L: int, P: int, Q: int) -> None:

@@ -45,7 +45,7 @@ def measured(
     moe: MoEModel, dtype: str, lowering: str, provider: str, folder: Path, tokens: int
 ) -> dict[str, Any]:
     path = folder / f"{dtype}-{lowering}.onnx"
-    report = moe_rewrite.export_onnx(moe, path, lowering=lowering, dtype=dtype, verify=False)  # type: ignore[arg-type]
+    report = moe_rewrite.export_onnx(moe, path, lowering=lowering, dtype=dtype, verify=False)
     loaded = moe_rewrite.onnx.load(path, providers=[PROVIDERS[provider]])
     used = loaded.session.get_providers()
     if PROVIDERS[provider] not in used:

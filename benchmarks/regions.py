@@ -137,7 +137,7 @@ def over_processes(size: int, repeats: int, processes: int) -> list[dict[str, An
     given = json.dumps([size, [1, 4, 16], repeats])
     runs = [in_fresh_process("benchmarks.regions", "maps", given) for _ in range(processes)]
     rows: list[dict[str, Any]] = []
-    for same in zip(*runs, strict=True):  # type: ignore[call-overload]
+    for same in zip(*runs, strict=True):
         row = {
             k: v if isinstance(v, (str, int)) else median(r[k] for r in same)
             for k, v in same[0].items()

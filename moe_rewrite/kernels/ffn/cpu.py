@@ -72,7 +72,7 @@ def backward(
     if w.stacked() and rows.even():
         return equal.backward(dy, x, gates, pre, rows, w, activation, need_x, need_gates, into)
     up, down, gate, _, _, down_bias = map(rows.each, w)
-    grads = Gradients(*map(rows.each, into))
+    grads, trained = Gradients(*map(rows.each, into)), into.some()
     weights_S1 = gates.reshape(-1, 1).index_select(0, rows.order_S).to(x.dtype)
     dgates_S = x.new_zeros(gates.numel(), dtype=gates.dtype)
     dx = _pairs(rows, x) if need_x else None
@@ -92,7 +92,7 @@ def backward(
             dgates.copy_(dot(dhidden, hidden))
             for bias, part, values in b.zip(down_bias, dgates, grad):
                 part += torch.mv(values, bias)
-        if into.some():
+        if trained:
             _down_gradients(b, torch.mul(grad, weights, out=scaled), hidden, grads)
         dgating = None
         if gate:
@@ -101,7 +101,7 @@ def backward(
             dup = act.mul_(dhidden)
         else:
             dup = activation_backward(activation, dhidden, lifted, dhidden)
-        if into.some():
+        if trained:
             torch.mul(rows.gather(x, tokens, taken[: b.rows]), weights, out=scaled)
             _up_gradients(b, dup, scaled, weights, grads.up, grads.up_bias)
             if dgating is not None:
