@@ -1,19 +1,24 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
-model, and those of the dense one behind it that are not shared.
+model, and those of the dense one behind it that are not shared. Beside it PyTorch's own exporter on
+the dense model, without any proof: what a trace takes does not shrink with the weights.
 
-``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each kind, in which a tiny model
-was exported before, so that what the libraries take at first use is not the export's. The proof in
-ONNX Runtime is part of it.
+``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
+exported before, so that what the libraries take at first use is not the export's. The proof in
+ONNX Runtime is part of export_onnx().
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
@@ -22,6 +27,8 @@ from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 from .conversion import llama
 from .features import llama as small_llama
 
+SMALL = "30MB"
+PYTORCH = "dense, torch.onnx.export"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
     "LoRA, weights beside": ({"num_experts": 4}, {"external_data": True}),
@@ -37,34 +44,54 @@ def held_mb(moe: MoEModel) -> float:
     return sum(s.nbytes() for s in storages.values()) / 1e6
 
 
-def measured(kind: str, size: str) -> dict[str, Any]:
-    conversion, options = KINDS[kind]
-
-    def converted(model: Any) -> MoEModel:
-        return cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
-
+def measured(kind: str, size: str) -> dict[str, float]:
+    """Weights, and the peak of a process in MB (1e6 bytes)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.onnx"
-        moe_rewrite.export_onnx(converted(small_llama(2, 32)), path, **options)
+        _prepared(kind, small_llama(2, 32))[1](path)
         before = memory_mb("VmRSS")
-        moe = converted(llama(size))
-        weights = held_mb(moe)
+        weights, export = _prepared(kind, llama(size))
         forget_peak()
-        report = moe_rewrite.export_onnx(moe, path, **options)
+        export(path)
         peak = memory_mb("VmHWM") - before
-    return {"weights_mb": weights, "peak_mb": peak, "ratio": peak / weights, "seconds": report.seconds}  # fmt: skip
+    return {"weights_mb": weights, "peak_mb": peak, "ratio": peak / weights}
+
+
+def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
+    """(MB of the weights, what exports them)."""
+    if kind == PYTORCH:
+        return sum(p.nbytes for p in model.parameters()) / 1e6, partial(_by_pytorch, model)
+    conversion, options = KINDS[kind]
+    moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
+    return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
+
+
+def _by_pytorch(model: Any, path: Path) -> None:
+    from moe_rewrite.onnx.translate import quiet
+
+    model.config.use_cache = False
+    ids = torch.randint(0, 100, (2, 8))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    free = dict.fromkeys(range(2), torch.export.Dim.AUTO)
+    with quiet():
+        program = torch.onnx.export(
+            model, (), kwargs=given, dynamic_shapes=dict.fromkeys(given, free), dynamo=True,
+            opset_version=20, verbose=False,
+        )  # fmt: skip
+        assert program is not None
+        program.save(path)
 
 
 def main() -> None:
     if "--task" in sys.argv:
-        import json
-
         torch.set_num_threads(2)
-        kind, size = sys.argv[-2:]
-        print(json.dumps(measured(kind, size)))
+        print(json.dumps(measured(*sys.argv[-2:])))
         return
-    size = "100MB" if arguments(__doc__ or "").quick else "400MB"
-    found = {k: in_fresh_process("benchmarks.onnx_memory", k, size) for k in KINDS}
+    quick = arguments(__doc__ or "").quick
+    cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
+    if not quick:
+        cells += [(k, s) for s in ("100MB", "400MB") for k in (*KINDS, PYTORCH)]
+    found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
     rows = [
         (k, f"{f['weights_mb']:.0f} MB", f"{f['peak_mb']:.0f} MB", f"{f['ratio']:.2f}")
         for k, f in found.items()

@@ -188,8 +188,8 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
 
 
 @pytest.mark.parametrize("external,dtype", [(False, "float16"), (True, None)])
-def test_many_weights_are_proven_where_they_are(external, dtype, llama, tmp_path, monkeypatch):
-    """Beyond some size ONNX Runtime reads the model's own memory, and the file is held against it."""
+def test_weights_are_proven_where_they_are(external, dtype, llama, tmp_path, monkeypatch):
+    """ONNX Runtime reads the model's own memory, and the file is held against it."""
     taken, real = [], prove.open_session
 
     def watched(path, replaced, shared, **given):
@@ -197,7 +197,6 @@ def test_many_weights_are_proven_where_they_are(external, dtype, llama, tmp_path
         return real(path, replaced, shared=shared, **given)
 
     monkeypatch.setattr(prove, "open_session", watched)
-    monkeypatch.setattr(export, "SHARED", 0)
     target = tmp_path / "m.onnx"
     moe_rewrite.export_onnx(llama[0], target, external_data=external, dtype=dtype)
     assert len(list(tmp_path.iterdir())) == 1 + external
@@ -223,7 +222,6 @@ def test_a_file_that_lost_a_byte_is_no_success(llama, tmp_path, monkeypatch):
         (path.parent / place.file).write_bytes(content)
         return places
 
-    monkeypatch.setattr(export, "SHARED", 0)
     monkeypatch.setattr(export, "write_model", spoilt)
     with pytest.raises(EquivalenceError, match="does not hold the weights"):
         moe_rewrite.export_onnx(llama[0], tmp_path / "m.onnx")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import time
 from collections import Counter
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from ..model import MoEModel
 
 OPSETS = range(20, 24)
-SHARED = 64_000_000  # bytes of weights from which a proof shares the model's own
 CASTS = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {"int8": 8, "int4": 4}
 ONLY = {  # kinds of experts that have one form
@@ -95,14 +93,10 @@ def export(
 def _provable(
     skeleton: Skeleton, path: Path, places: dict[str, Place]
 ) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-    """The file to prove, and the weights that ONNX Runtime is to take from memory. Of many weights
-    it takes all large ones so, without a copy; that the file holds them is seen byte by byte, and
-    the same graph without them is what is opened."""
+    """The file to prove, and the weights that ONNX Runtime is to take from memory: all large ones,
+    without a copy. That the file holds them is seen byte by byte, and the same graph without them
+    is what is opened."""
     weights = skeleton.weights
-    if sum(p.length for p in places.values()) < SHARED:
-        yield path, {}
-        return
-    gc.collect()  # graphs of the trace, in cycles: worth a second for so many weights
     if not written(weights, places, path.parent):
         raise EquivalenceError(
             f"{path.name} does not hold the weights that were written to it: is the disk in order?"
