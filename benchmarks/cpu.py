@@ -127,27 +127,31 @@ class Cell:
             torch.testing.assert_close(y, found["stacked"], msg=name, rtol=1e-3, atol=1e-4)
 
     def measure(self, seconds: float, backward: bool) -> dict[str, float]:
-        """Median milliseconds of each form, none of which finds its weights in the cache, over at
-        least three rounds after the first, one of forms that take over half of the seconds."""
+        """Median milliseconds of each form, none of which finds its weights in the cache. A form
+        that takes over half of the seconds in two calls is no rival of the others and drops out;
+        these go in turn for as many seconds, and for at least eight rounds after the first."""
         forms: dict[str, Callable[[], Any]] = {**self.forms(), "products": self.products(backward)}
         spent: dict[str, list[float]] = {name: [] for name in forms}
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(spent["dense"]) < 4:
-            for name, run in forms.items():
-                slow = len(spent[name]) > 1 and sum(spent[name]) > 1e3 * seconds
+        while len(spent["dense"]) < 9 or sum(spent["dense"]) * len(forms) < 1e3 * seconds:
+            for name in list(forms):
+                spent[name].append(self._timed(forms[name], backward and name != "products"))
+                slow = len(spent[name]) == 2 and sum(spent[name]) > 500 * seconds
                 if slow and name != "dense":  # which counts the rounds
-                    continue  # a form this slow is no rival of the others
-                for leaf in self.leaves:
-                    leaf.grad = None
-                self.others.sum()
-                start = time.perf_counter()
-                if backward and name != "products":
-                    run().backward(self.direction)
-                else:
-                    with torch.no_grad():
-                        run()
-                spent[name].append(1e3 * (time.perf_counter() - start))
+                    del forms[name]
         return {name: median(times[1:]) for name, times in spent.items()}
+
+    def _timed(self, run: Callable[[], Any], backward: bool) -> float:
+        """Milliseconds of one call."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        self.others.sum()
+        start = time.perf_counter()
+        if backward:
+            run().backward(self.direction)
+        else:
+            with torch.no_grad():
+                run()
+        return 1e3 * (time.perf_counter() - start)
 
 
 def one_process(size: str, rows: int, seconds: float) -> dict[str, dict[str, float]]:

@@ -108,6 +108,55 @@ def test_few_and_many_rows_of_stacks_and_dropped_pairs(T, spread):
         torch.testing.assert_close(step(small), first["y"])
 
 
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spread", ["random", "some"])
+@pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
+def test_groups_multiplied_at_once(kinds, spread, threads, monkeypatch):
+    """Neighbours filled up to one size, some left over, dropped pairs, experts without a row: the
+    same as the reference, twice the same bits."""
+    monkeypatch.setattr(rows, "ROOM", 4)
+    given = ffn_inputs(600, 6, 10, 7, 3, kinds, seed=threads, spread=spread)
+    given["experts"][::7, 0] = -1
+    plan = sort_plan(given["experts"], 7)
+    parts = rows._parts(plan.offsets.diff().tolist(), threads, 1 << 20)
+    assert threads in {p.experts for p in parts}
+    assert spread == "some" or 1 in {p.experts for p in parts}
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+
+    def step(g):
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, "relu2"))
+
+    first, second = gradients(step, small), gradients(step, small)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    close(
+        first,
+        gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu2")), given),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(step(small), first["y"])
+
+
+def test_a_row_that_is_no_number_stays_with_its_expert(threads):
+    given = ffn_inputs(70 * threads, 6, 10, threads, 1, ALL, seed=0)
+    given["experts"] = torch.arange(70 * threads)[:, None] % threads
+    given["x"][0] = float("nan")
+    given["experts"][-1] = 0  # expert 0 has more rows than its neighbours: they are filled up
+    given["experts"][-2] = 0
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    got = gradients(
+        lambda g: ffn_experts(g["x"], g["gates"], g["experts"], None, **run(g, "silu")), small
+    )
+    assert got["up"][0].isnan().any()
+    assert all(got[k][1:].isfinite().all() for k in ALL)
+
+
 def test_a_row_that_takes_an_expert_twice():
     given = ffn_inputs(1, 6, 10, 4, 3, ALL, seed=0)
     given["experts"][:] = torch.tensor([2, 0, 2])

@@ -1,6 +1,7 @@
 """Feed-forward experts on the CPU: products of each expert's rows, sorted once.
 
-T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H hidden width.
+T rows, K experts a row takes, S pairs as in rows.py, D width, H hidden width. Where a product takes
+the groups of several experts at once its arguments have a dimension in front, that of the experts.
 Buffers of one batch of groups are used again for all, so that what lies between the products stays
 in the cache. Gates are folded into arrays of width D, never into ones of width H.
 """
@@ -8,13 +9,14 @@ in the cache. Gates are folded into arrays of width D, never into ones of width 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 from ..memory import reused
 from . import equal
 from .activations import activate, activation_backward
-from .rows import Batch, Gradients, Maps, Rows, Weights, combine, dot
+from .rows import Batch, Gradients, Maps, Rows, Weights, combine, dot, saved_rows
 
 
 def forward(
@@ -26,16 +28,18 @@ def forward(
     ups, gatings, downs = (
         rows.maps(*k) for k in ((w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias))
     )
-    kinds, pairs, hidden = 2 if len(w.gate) else 1, rows.order_S.shape[0], w.up[0].shape[0]
+    kinds, hidden = 2 if len(w.gate) else 1, w.up[0].shape[0]
     pre = x.new_empty(kinds, 0, hidden)
     if save:
-        pre = reused(x, kinds, pairs, hidden, owner=w.owner(), use="products")
+        places = saved_rows(x, gates.numel(), w.up)
+        pre = reused(x, kinds, places, hidden, owner=w.owner(), use="products")
         rows.clear_dropped(pre.transpose(0, 1))
-        saved = rows.parts(pre[0]), rows.parts(pre[-1])
+        saved = rows.split(pre[0]), rows.split(pre[-1])
     y = _pairs(rows, x)
-    taken, buffers = x.new_empty(rows.longest, x.shape[1]), x.new_empty(2, rows.longest, hidden)
+    taken = _buffer(x, "rows", 1, rows.longest, x.shape[1])[0]
+    buffers = _buffer(x, "hidden", 2, rows.longest, hidden)
     for i, (b, tokens, made) in enumerate(
-        zip(rows.batches, rows.parts(rows.tokens_S), rows.parts(y), strict=True)
+        zip(rows.batches, rows.split(rows.tokens_S), rows.split(y), strict=True)
     ):
         given = rows.gather(x, tokens, taken[: b.rows])
         lifted, act = buffers[:, : b.rows]
@@ -74,14 +78,16 @@ def backward(
     up, down, gate, _, _, down_bias = map(rows.each, w)
     grads, trained = Gradients(*map(rows.each, into)), into.some()
     weights_S1 = gates.reshape(-1, 1).index_select(0, rows.order_S).to(x.dtype)
-    dgates_S = x.new_zeros(gates.numel(), dtype=gates.dtype)
+    if rows.filling is not None:
+        weights_S1[rows.filling] = 0
+    dgates_S = x.new_zeros(len(rows.order_S), dtype=gates.dtype)
     dx = _pairs(rows, x) if need_x else None
-    owns = rows.parts(dx) if dx is not None else [None] * len(rows.batches)
-    taken, weighed = x.new_empty(2, rows.longest, x.shape[1])
-    buffers = x.new_empty(3, rows.longest, pre.shape[-1])
+    owns = rows.split(dx) if dx is not None else [None] * len(rows.batches)
+    taken, weighed = _buffer(x, "rows", 2, rows.longest, x.shape[1])
+    buffers = _buffer(x, "hidden", 3, rows.longest, pre.shape[-1])
     of_pairs = rows.tokens_S, weights_S1, pre[0], pre[-1], dgates_S
     for b, own, tokens, weights, lifted, gating, dgates in zip(
-        rows.batches, owns, *map(rows.parts, of_pairs), strict=True
+        rows.batches, owns, *map(rows.split, of_pairs), strict=True
     ):
         dhidden, act, spare = buffers[:, : b.rows]
         grad, scaled = rows.gather(dy, tokens, taken[: b.rows]), weighed[: b.rows]
@@ -91,7 +97,7 @@ def backward(
         if need_gates:
             dgates.copy_(dot(dhidden, hidden))
             for bias, part, values in b.zip(down_bias, dgates, grad):
-                part += torch.mv(values, bias)
+                part += torch.matmul(values, bias[..., None])[..., 0]
         if trained:
             _down_gradients(b, torch.mul(grad, weights, out=scaled), hidden, grads)
         dgating = None
@@ -110,7 +116,7 @@ def backward(
             _products_back(b, dup, up, own)
             if dgating is not None:
                 for weight, part, left in b.zip(gate, own, dgating):
-                    part.addmm_(left, weight)
+                    _add_product(part, left, weight)
     _clear_idle(rows, into)
     flat = rows.inverse_TK.flatten()
     return (
@@ -121,9 +127,12 @@ def backward(
 
 def _pairs(rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """(S, D), zero for dropped pairs, unwritten for others."""
-    return rows.clear_dropped(
-        reused(x, rows.order_S.shape[0], x.shape[1], owner=None, use="pairs")
-    )
+    return rows.clear_dropped(_buffer(x, "pairs", len(rows.order_S), x.shape[1]))
+
+
+def _buffer(x: torch.Tensor, use: str, *size: int) -> torch.Tensor:
+    """Unwritten, for this call alone."""
+    return reused(x, *size, owner=None, use=use)
 
 
 def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> None:
@@ -137,7 +146,9 @@ def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> N
         return
     for (weight, bias), own, made in b.zip(maps, given, out):
         if bias is None:
-            torch.mm(own, weight.t(), out=made)
+            _product(own, weight.mT, made)
+        elif own.ndim == 3:
+            torch.baddbmm(bias[:, None], own, weight.mT, out=made)
         else:
             torch.addmm(bias, own, weight.t(), out=made)
 
@@ -146,16 +157,24 @@ def _products_back(b: Batch, grad: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> None:
     """Each group's gradient back through its expert's linear map."""
     for weight, own, made in b.zip(weights, grad, out):
-        torch.mm(own, weight, out=made)
+        _product(own, weight, made)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    (torch.bmm if left.ndim == 3 else torch.mm)(left, right, out=out)
+
+
+def _add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    (to.baddbmm_ if left.ndim == 3 else to.addmm_)(left, right)
 
 
 def _down_gradients(b: Batch, scaled: torch.Tensor, hidden: torch.Tensor, into: Gradients) -> None:
     for weight, left, right in b.zip(into.down, scaled, hidden):
         if weight is not None:
-            torch.mm(left.t(), right, out=weight)
+            _product(left.mT, right, weight)
     for bias, left in b.zip(into.down_bias, scaled):
         if bias is not None:
-            torch.sum(left, 0, out=bias)
+            torch.sum(left, -2, out=bias)
 
 
 def _up_gradients(
@@ -168,15 +187,15 @@ def _up_gradients(
 ) -> None:
     for weight, left, right in b.zip(weights, grad, scaled_x):
         if weight is not None:
-            torch.mm(left.t(), right, out=weight)
+            _product(left.mT, right, weight)
     for bias, left, gate in b.zip(biases, grad, gates):
         if bias is not None:
-            torch.mv(left.t(), gate[:, 0], out=bias)
+            torch.matmul(left.mT, gate, out=bias[..., None])
 
 
 def _clear_idle(rows: Rows, into: Gradients) -> None:
     """Gradients of experts without rows."""
-    idle = set(range(len(rows.bounds) - 1)) - set(rows.experts)
+    idle = [e for e, (lo, hi) in enumerate(pairwise(rows.bounds)) if lo == hi]
     for kind in into:
         for e in idle if len(kind) else ():
             if kind[e] is not None:
