@@ -1,7 +1,7 @@
 """Routed work on the CPU against dense work of the same FLOPs and against the peers.
 
 ``python -m benchmarks.cpu [--quick] [--tokens N...] [--size NAME...] [--routing]``: feed-forward
-experts (gated, fp32, 2 threads, warm medians, all forms in turn in every round, five fresh processes)
+experts (gated, fp32, 2 threads, warm, all forms in turn in every round, five fresh processes, medians)
 beside one dense feed-forward layer of as many FLOPs a token and transformers' own experts, eager and
 grouped_mm. The routing is the same for all and is made before. Cells that are not asked for stay as they were.
 """
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -126,19 +127,19 @@ class Cell:
         for name, y in found.items():
             torch.testing.assert_close(y, found["stacked"], msg=name, rtol=1e-3, atol=1e-4)
 
-    def measure(self, seconds: float, backward: bool) -> dict[str, float]:
-        """Median milliseconds of each form, none of which finds its weights in the cache. A form
-        that takes over half of the seconds in two calls is no rival of the others and drops out;
-        these go in turn for as many seconds, and for at least eight rounds after the first."""
+    def measure(self, seconds: float, rounds: int, backward: bool) -> dict[str, list[float]]:
+        """Milliseconds of each form in every round but the first; none finds its weights in the
+        cache. A form that takes over half of the seconds in two calls is no rival of the others and
+        drops out; these go in turn for as many seconds, and for at least so many rounds."""
         forms: dict[str, Callable[[], Any]] = {**self.forms(), "products": self.products(backward)}
         spent: dict[str, list[float]] = {name: [] for name in forms}
-        while len(spent["dense"]) < 9 or sum(spent["dense"]) * len(forms) < 1e3 * seconds:
+        while len(spent["dense"]) <= rounds or sum(spent["dense"]) * len(forms) < 1e3 * seconds:
             for name in list(forms):
                 spent[name].append(self._timed(forms[name], backward and name != "products"))
                 slow = len(spent[name]) == 2 and sum(spent[name]) > 500 * seconds
                 if slow and name != "dense":  # which counts the rounds
                     del forms[name]
-        return {name: median(times[1:]) for name, times in spent.items()}
+        return {name: times[1:] for name, times in spent.items()}
 
     def _timed(self, run: Callable[[], Any], backward: bool) -> float:
         """Milliseconds of one call."""
@@ -154,37 +155,43 @@ class Cell:
         return 1e3 * (time.perf_counter() - start)
 
 
-def one_process(size: str, rows: int, seconds: float) -> dict[str, dict[str, float]]:
+def one_process(
+    size: str, rows: int, seconds: float, rounds: int
+) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every form, forward and with backward, once they are seen to agree."""
     cell = Cell(rows, *SIZES[size])
     cell.check()
-    return {what: cell.measure(seconds, what == "both") for what in ("forward", "both")}
+    return {what: cell.measure(seconds, rounds, what == "both") for what in ("forward", "both")}
 
 
 def ffn_cells(
-    tokens: Sequence[int], sizes: Sequence[str], seconds: float, processes: int
+    tokens: Sequence[int], sizes: Sequence[str], seconds: float, rounds: int, processes: int
 ) -> list[dict[str, Any]]:
     """Medians of fresh processes: where memory comes to lie, and whether it is had again, moves a
-    whole process, the dense layer's too."""
+    whole process, the dense layer's too. In each the median of the rounds' ratios: a machine that
+    others use as well is fast and slow by turns of seconds."""
     cells = []
     for size in sizes:
         for rows in tokens:
-            given = ("benchmarks.cpu", "cell", size, str(rows), str(seconds))
+            given = ("benchmarks.cpu", "cell", size, str(rows), str(seconds), str(rounds))
             found = [in_fresh_process(*given) for _ in range(processes)]
             for what in ("forward", "both"):
                 times = [f[what] for f in found]
 
-                def of(other: str, form: str = "stacked", times: Any = times) -> float:
-                    return median(t[form] / t[other] for t in times)
+                def each(other: str, form: str = "stacked", times: Any = times) -> list[float]:
+                    return [median(map(truediv, t[form], t[other])) for t in times]
+
+                def of(*forms: str, each: Any = each) -> float:
+                    return median(each(*forms))
 
                 cells.append({
                     "size": size, "tokens": rows, "what": what,
-                    "ms": {form: median(t[form] for t in times) for form in times[0]},
+                    "ms": {form: median(median(t[form]) for t in times) for form in times[0]},
                     "of_dense": of("dense"), "of_eager": of("eager"),
                     "of_grouped_mm": of("grouped_mm"), "apart_of_dense": of("dense", "apart"),
                     "apart_of_eager": of("eager", "apart"),
                     "products_of_dense": of("dense", "products"),
-                    "of_dense_each": [t["stacked"] / t["dense"] for t in times],
+                    "of_dense_each": each("dense"),
                 })  # fmt: skip
     return cells
 
@@ -256,8 +263,8 @@ def draw(cells: list[dict[str, Any]]) -> Any:
 def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(feed-forward cells, routing cells) asked for, beside those of former runs that were not."""
     if given.quick:
-        return ffn_cells((1, 8), tuple(SIZES), 0.1, 1), routing_cells((8,), 0.1)
-    cells = ffn_cells(given.tokens, given.size, 6.0, 5)
+        return ffn_cells((1, 8), tuple(SIZES), 0.1, 3, 1), routing_cells((8,), 0.1)
+    cells = ffn_cells(given.tokens, given.size, 6.0, 16, 5)
     routing = routing_cells((64, 512), 1.0) if given.routing else []
     path = Path(__file__).parent / "results" / "cpu_ffn.json"
     old = json.loads(path.read_text()) if path.exists() else {"ffn": [], "routing": []}
@@ -272,8 +279,8 @@ def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
 def main() -> None:
     torch.set_num_threads(2)
     if "--task" in sys.argv:
-        size, tokens, seconds = sys.argv[sys.argv.index("cell") + 1 :]
-        print(json.dumps(one_process(size, int(tokens), float(seconds))))
+        size, tokens, seconds, rounds = sys.argv[sys.argv.index("cell") + 1 :]
+        print(json.dumps(one_process(size, int(tokens), float(seconds), int(rounds))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, few repeats")
