@@ -42,7 +42,7 @@ class Groups(NamedTuple):
 
     def sorted(self, y_EGD: torch.Tensor, pairs: int) -> torch.Tensor:
         """(S, D); zero for dropped pairs."""
-        y = y_EGD.reshape(-1, y_EGD.shape[-1]).index_select(0, self.slot_S)
+        y = y_EGD.flatten(0, 1).index_select(0, self.slot_S)
         return F.pad(y, (0, 0, 0, pairs - len(y)))
 
 
@@ -81,7 +81,7 @@ def backward(
     """As of `cpu.backward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
     up, *gating = (
-        p.index_select(0, groups.pair_EG).view(-1, groups.size, p.shape[-1]) for p in pre
+        p.index_select(0, groups.pair_EG).unflatten(0, (-1, groups.size)) for p in pre
     )
     weights = gates.reshape(-1).index_select(0, rows.order_S[groups.pair_EG])
     gate = weights.view(-1, groups.size, 1).to(x.dtype)

@@ -121,7 +121,7 @@ class Rows(NamedTuple):
         bounds = offsets.tolist()
         sizes = [hi - lo for lo, hi in pairwise(bounds)]
         at_once = torch.get_num_threads() if stacked and not dense else 1
-        parts = _parts(sizes, at_once, EACH // hidden)
+        parts = _parts(sizes, at_once, hidden)
         batches, filling = _batches(parts, hidden), None
         if sum(p.experts * p.rows for p in parts) > bounds[-1]:
             order, inverse, filling = _filled(order, inverse, bounds, parts)
@@ -184,16 +184,16 @@ def saved_rows(x: torch.Tensor, pairs: int, up: Any) -> int:
     return pairs + pairs // ROOM if room else pairs
 
 
-def _parts(sizes: list[int], at_once: int, most: int) -> list[Part]:
+def _parts(sizes: list[int], at_once: int, hidden: int) -> list[Part]:
     """Groups of as many neighbours as there are cores are one product, an expert a core, which
     takes less than a product at a time that is spread over the cores; of groups that differ too
-    much, of small ones and of those of more rows than `most` each is a product of its own."""
+    much, of small ones and of those too large for a core's cache each is a product of its own."""
     parts: list[Part] = []
     e = 0
     while e < len(sizes):
         near = sizes[e : e + at_once]
         filled = len(near) * max(near)
-        several = len(near) == at_once > 1 and min(near) > SMALL and max(near) <= most
+        several = len(near) == at_once > 1 and min(near) > SMALL and max(near) * hidden <= EACH
         if several and filled <= sum(near) + sum(near) // ROOM:
             parts.append(Part(e, len(near), max(near)))
             e += len(near)
