@@ -4,10 +4,11 @@ import pytest
 import torch
 from kernel_inputs import close, ffn_inputs, gradients
 
-from moe_rewrite.kernels.ffn import rows
-from moe_rewrite.kernels.ffn.op import _ffn, ffn_experts
+from moe_rewrite.kernels.ffn import cpu, rows
+from moe_rewrite.kernels.ffn.op import _ffn, ffn_dense, ffn_experts
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
 from moe_rewrite.kernels.plan.op import sort_plan
+from moe_rewrite.kernels.workers import spread
 
 GATED = ["up", "down", "gate"]
 ALL = ["up", "down", "gate", "up_bias", "gate_bias", "down_bias"]
@@ -116,45 +117,55 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("spread", ["random", "some"])
+@pytest.mark.parametrize("form", ["stacked", "apart", "dense"])
 @pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
-def test_groups_multiplied_at_once(kinds, spread, threads, monkeypatch):
-    """Neighbours filled up to one size, some left over, dropped pairs, experts without a row: the
-    same as the reference, twice the same bits."""
-    monkeypatch.setattr(rows, "ROOM", 4)
-    given = ffn_inputs(600, 6, 10, 7, 3, kinds, seed=threads, spread=spread)
+def test_shares_of_several_cores(kinds, form, threads, monkeypatch):
+    """Dropped pairs and an expert without a row: the same as the reference and, but for rounding,
+    as one share; twice the same bits."""
+    for name, value in {"SPREAD": 1, "FEW": 1000, "UNEVEN": 1}.items():
+        monkeypatch.setattr(rows, name, value)
+    given = ffn_inputs(600, 6, 10, 7, 3, kinds, seed=threads)
     given["experts"][::7, 0] = -1
+    given["experts"][given["experts"] == 4] = 6
     plan = sort_plan(given["experts"], 7)
-    parts = rows._parts(plan.offsets.diff().tolist(), threads, 10)
-    assert threads in {p.experts for p in parts}
-    assert spread == "some" or 1 in {p.experts for p in parts}
+    if form == "dense":
+        given["gates"] = torch.rand(600, 7).double()
+        given["experts"] = torch.arange(7).expand(600, 7)
     small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    if form == "apart":
+        small = {k: list(v) if k in kinds else v for k, v in small.items()}
 
     def step(g):
+        if form == "dense":
+            return ffn_dense(g["x"], g["gates"], **run(g, "relu2"))
         return ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, "relu2"))
 
+    used = []
+    monkeypatch.setattr(cpu, "spread", lambda work, n: used.append(n) or spread(work, n))
     first, second = gradients(step, small), gradients(step, small)
+    assert set(used) == {threads}
     assert all(torch.equal(first[name], second[name]) for name in first)
     close(
         first,
         gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu2")), given),
     )
-    with torch.no_grad():
+    with torch.inference_mode():
         torch.testing.assert_close(step(small), first["y"])
+    monkeypatch.setattr(rows, "SPREAD", 1 << 60)
+    close(gradients(step, small), {k: v.double() for k, v in first.items()})
+    assert used[-1] == 1
 
 
-def test_a_row_that_is_no_number_stays_with_its_expert(threads):
-    given = ffn_inputs(70 * threads, 6, 10, threads, 1, ALL, seed=0)
-    given["experts"] = torch.arange(70 * threads)[:, None] % threads
-    given["x"][0] = float("nan")
-    given["experts"][-1] = 0  # expert 0 has more rows than its neighbours: they are filled up
-    given["experts"][-2] = 0
-    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
-    got = gradients(
-        lambda g: ffn_experts(g["x"], g["gates"], g["experts"], None, **run(g, "silu")), small
-    )
-    assert got["up"][0].isnan().any()
-    assert all(got[k][1:].isfinite().all() for k in ALL)
+@pytest.mark.parametrize("sizes, shares", [
+    ([100, 100, 100, 100], [[0, 2], [1, 3]]),
+    ([300, 100, 100, 100], [[0], [1, 2, 3]]),
+    ([301, 100, 50, 50], [[0, 1, 2, 3]]),  # uneven
+    ([10, 10], [[0, 1]]),  # few
+    ([], [[]]),
+])  # fmt: skip
+def test_shares_are_even_and_worth_it(sizes, shares, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert rows._shares(sizes, 1 << 18) == shares
 
 
 def test_a_row_that_takes_an_expert_twice():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..memory import reused
 from .activations import activate, activation_backward
 from .reference import Stack
-from .rows import Gradients, Rows, Weights, combine, dot, saved_rows
+from .rows import Gradients, Rows, Weights, combine, dot
 
 
 class Groups(NamedTuple):
@@ -55,10 +55,10 @@ def forward(
     made = [_linear(given, w.up, w.up_bias)]
     if len(w.gate):
         made.append(_linear(given, w.gate, w.gate_bias))
-    places = saved_rows(x, pairs, w.up) if save else 0
-    pre = reused(x, len(made), places, made[0].shape[-1], owner=w.owner(), use="products")
+    size = len(made), pairs if save else 0, made[0].shape[-1]
+    pre = reused(x, *size, owner=w.owner(), use="products")
     if save:
-        torch.stack([groups.sorted(m, places) for m in made], out=pre)
+        torch.stack([groups.sorted(m, pairs) for m in made], out=pre)
     act = activate(activation, made[-1], made[-1])
     if len(w.gate):
         act.mul_(made[0])

@@ -16,7 +16,7 @@ from ..plan.op import Plan, dense_plan
 from ..triton import runs_on
 from .cpu import backward, forward
 from .reference import ACTIVATIONS, Stack
-from .rows import Gradients, Rows, Weights, saved_rows
+from .rows import Gradients, Rows, Weights
 
 __all__ = ["ffn_dense", "ffn_experts"]
 
@@ -168,15 +168,6 @@ def _by_expert(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
     ))  # fmt: skip
 
 
-def _rows(
-    gates: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, inverse: torch.Tensor,
-    lists: Sequence[Sequence[torch.Tensor]], dense: bool,
-) -> tuple[Rows, Weights]:  # fmt: skip
-    weights = _by_expert(lists)
-    k, hidden = gates.shape[1], weights.up[0].shape[-2]
-    return Rows.of(order, offsets, inverse, k, hidden, dense, weights.stacked()), weights
-
-
 def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
     return runs_on(x) and x.numel() > 0 and up[0].numel() > 0
 
@@ -197,14 +188,15 @@ def _plain(
     dense: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, D), pre (1 or 2, S, H); pre has no rows where it is not saved)."""
+    """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     if _has_kernels(x, up):
         from . import launch
 
         return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
-    rows, weights = _rows(gates, order, offsets, inverse, lists, dense)
-    return forward(x, gates, rows, weights, activation, save)
+    hidden, width = up[0].shape[-2:]
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
+    return forward(x, gates, rows, _by_expert(lists), activation, save)
 
 
 # a few tokens at a time, an op's dispatch would show: `_run` goes around it where it can
@@ -214,7 +206,7 @@ _ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _plain, mutates_args=
 @_ffn.register_fake
 def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, _, order, _, _, up, _, gate, *_, save = given
-    rows = saved_rows(x, order.shape[0], up[0] if _stacked("up", up) else up) if save else 0
+    rows = order.shape[0] if save else 0
     return torch.empty_like(x), x.new_empty(2 if gate else 1, rows, up[0].shape[-2])
 
 
@@ -248,9 +240,10 @@ def _ffn_backward(
             _gradients_by_expert(into),
         )  # fmt: skip
         return [g for g in made_first if g is not None] + made
-    rows, weights = _rows(gates, order, offsets, inverse, lists, dense)
+    hidden, width = up[0].shape[-2:]
+    rows = Rows.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
     dx, dgates = backward(
-        dy.contiguous(), x, gates, pre, rows, weights, activation, needs[0], needs[1],
+        dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],
         _gradients_by_expert(into),
     )  # fmt: skip
     return [g for g in (dx, dgates) if g is not None] + made

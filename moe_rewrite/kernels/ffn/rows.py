@@ -1,7 +1,6 @@
 """What the CPU's forms of feed-forward experts share: weights by expert, the plan at hand, sums.
 
-T rows, K experts a row takes, S = T * K pairs in the plan's order, groups that are multiplied at
-once filled up to one size; D width, H hidden width.
+T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H hidden width.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton import runs_on
 from .reference import Stack
 
 FEW = 1 << 16  # values that a core's cache holds beside what they are made of
-SMALL = 64  # rows of a group from which a product alone fills the cores (measured on 2)
-EACH = 1 << 18  # hidden values of a group up to which one core is to take a group
-ROOM = 16  # groups are filled up by at most one in so many rows
+SPREAD = 1 << 25  # multiplications from which cores take shares (measured on 2 cores)
+UNEVEN = 16  # the largest share exceeds the mean by at most one in so many rows
+SMALL = 32  # rows of a group up to which all groups are one product (measured on 2 cores)
 
 
 class Weights(NamedTuple):
@@ -53,36 +51,25 @@ class Gradients(NamedTuple):
         return any(isinstance(k, torch.Tensor) or any(t is not None for t in k) for k in self)
 
 
-class Part(NamedTuple):
-    """What one product takes: an expert's group, or those of neighbours, filled up to one size."""
-
-    first: int  # of the experts
-    experts: int
-    rows: int  # of each
-
-
 class Batch(NamedTuple):
-    """Parts that are taken together: one, or several of few rows, next to each other."""
+    """Groups that are taken together: one, or several of few rows, next to each other."""
 
-    first: int  # of the parts
-    experts: int  # of a part, one where there are several parts
+    first: int  # of the groups
     sizes: list[int]  # rows of each
     rows: int
 
-    def of(self, by_part: Sequence[Any]) -> Sequence[Any]:
-        """What these parts have; empty where experts have no such thing."""
-        return by_part[self.first : self.first + len(self.sizes)]
+    def of(self, by_expert: Sequence[Any]) -> Sequence[Any]:
+        """What the experts of these groups have; empty where experts have no such thing."""
+        return by_expert[self.first : self.first + len(self.sizes)]
 
-    def zip(self, by_part: Sequence[Any], *values: torch.Tensor) -> Iterable[tuple[Any, ...]]:
-        """For each part what it has, and its rows: (rows, ...), or (experts, rows, ...)."""
-        if not by_part:
+    def zip(self, by_expert: Sequence[Any], *values: torch.Tensor) -> Iterable[tuple[Any, ...]]:
+        """For each group what its expert has, and its rows."""
+        if not by_expert:
             return ()
-        if self.experts > 1:
-            values = tuple(v.unflatten(0, (self.experts, -1)) for v in values)
         if len(self.sizes) == 1:
-            return ((by_part[self.first], *values),)
+            return ((by_expert[self.first], *values),)
         return zip(
-            self.of(by_part), *(v.split_with_sizes(self.sizes) for v in values), strict=True
+            self.of(by_expert), *(v.split_with_sizes(self.sizes) for v in values), strict=True
         )
 
 
@@ -92,19 +79,18 @@ Maps = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 class Rows(NamedTuple):
     """The plan at hand: bounds of the experts' groups on the host, and each pair's row.
 
-    filling: places in S that repeat another pair, to fill a group up. dense: every expert takes all
-    rows in their order, so that nothing is gathered.
+    dense: every expert takes all rows in their order, so that nothing is gathered.
     """
 
-    bounds: list[int]  # before groups are filled up
-    parts: list[Part]
+    bounds: list[int]
+    experts: list[int]  # that have rows: a group each, in the plan's order
     batches: list[Batch]
+    shares: list[list[int]]  # numbers of the batches that a core takes
     largest: int  # rows of a group
     longest: int  # rows of a batch
     tokens_S: torch.Tensor
     order_S: torch.Tensor
     inverse_TK: torch.Tensor
-    filling: torch.Tensor | None
     dense: bool
 
     @classmethod
@@ -115,24 +101,18 @@ class Rows(NamedTuple):
         inverse: torch.Tensor,
         k: int,
         hidden: int,
+        width: int,
         dense: bool,
-        stacked: bool,
     ) -> Rows:
         bounds = offsets.tolist()
         sizes = [hi - lo for lo, hi in pairwise(bounds)]
-        at_once = torch.get_num_threads() if stacked and not dense else 1
-        parts = _parts(sizes, at_once, hidden)
-        batches, filling = _batches(parts, hidden), None
-        if sum(p.experts * p.rows for p in parts) > bounds[-1]:
-            order, inverse, filling = _filled(order, inverse, bounds, parts)
+        experts = [e for e, n in enumerate(sizes) if n]
+        batches = _batches([n for n in sizes if n], hidden)
+        shares = _shares([b.rows for b in batches], hidden * width)
         return cls(
-            bounds, parts, batches, max(sizes, default=0), max((b.rows for b in batches), default=0),
-            order // k, order, inverse.view(-1, k), filling, dense,
+            bounds, experts, batches, shares, max(sizes, default=0),
+            max((b.rows for b in batches), default=0), order // k, order, inverse.view(-1, k), dense,
         )  # fmt: skip
-
-    def kept(self) -> int:
-        """Places in S before those of dropped pairs."""
-        return self.bounds[-1] + (0 if self.filling is None else len(self.filling))
 
     def even(self) -> bool:
         """Whether small groups filled up to the largest's size are fewer than twice the rows."""
@@ -141,30 +121,28 @@ class Rows(NamedTuple):
 
     def clear_dropped(self, of_S: torch.Tensor) -> torch.Tensor:
         """The values given, those of dropped pairs zero."""
-        if self.kept() < of_S.shape[0]:
-            of_S[self.kept() :] = 0
+        if self.bounds[-1] < of_S.shape[0]:
+            of_S[self.bounds[-1] :] = 0
         return of_S
 
-    def split(self, of_S: torch.Tensor) -> Sequence[torch.Tensor]:
+    def parts(self, of_S: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each batch's pairs, as views: made at once they cost a fifth of as many slices."""
-        if len(self.batches) == 1 and self.kept() == of_S.shape[0]:
+        if len(self.batches) == 1 and self.bounds[-1] == of_S.shape[0]:
             return (of_S,)
-        kept = of_S[: self.kept()]
+        kept = of_S[: self.bounds[-1]]
         return kept.split_with_sizes([b.rows for b in self.batches]) if self.batches else ()
 
     def each(self, weights: Stack) -> Sequence[torch.Tensor]:
-        """The tensor of each part's expert, a stack where it has several; none where the experts
-        have no such tensor."""
+        """The tensor of each group's expert; none where the experts have no such tensor."""
         if not isinstance(weights, torch.Tensor):
-            return [weights[p.first] for p in self.parts] if weights else ()
-        single = weights.unbind() if weights.shape[0] <= 4 * len(self.parts) else weights
-        return [
-            single[p.first] if p.experts == 1 else weights[p.first : p.first + p.experts]
-            for p in self.parts
-        ]
+            return [weights[e] for e in self.experts] if weights else ()
+        if weights.shape[0] <= 4 * len(self.experts):
+            every = weights.unbind()
+            return [every[e] for e in self.experts]
+        return [weights[e] for e in self.experts]
 
     def maps(self, weights: Stack, biases: Stack) -> Maps:
-        """The linear map of each part; none where the experts have none."""
+        """The linear map of each group's expert; none where the experts have none."""
         own = self.each(weights)
         added: Sequence[Any] = self.each(biases)
         return list(zip(own, added or [None] * len(own), strict=True))
@@ -178,62 +156,32 @@ class Rows(NamedTuple):
         return torch.index_select(x_TD, 0, tokens, out=out)
 
 
-def saved_rows(x: torch.Tensor, pairs: int, up: Any) -> int:
-    """Rows of what is saved for a backward pass, a size that does not depend on the plan."""
-    room = isinstance(up, torch.Tensor) and not runs_on(x)
-    return pairs + pairs // ROOM if room else pairs
-
-
-def _parts(sizes: list[int], at_once: int, hidden: int) -> list[Part]:
-    """Groups of as many neighbours as there are cores are one product, an expert a core, which
-    takes less than a product at a time that is spread over the cores; of groups that differ too
-    much, of small ones and of those too large for a core's cache each is a product of its own."""
-    parts: list[Part] = []
-    e = 0
-    while e < len(sizes):
-        near = sizes[e : e + at_once]
-        filled = len(near) * max(near)
-        several = len(near) == at_once > 1 and min(near) > SMALL and max(near) * hidden <= EACH
-        if several and filled <= sum(near) + sum(near) // ROOM:
-            parts.append(Part(e, len(near), max(near)))
-            e += len(near)
-            continue
-        if sizes[e]:
-            parts.append(Part(e, 1, sizes[e]))
-        e += 1
-    return parts
-
-
-def _filled(
-    order: torch.Tensor, inverse: torch.Tensor, bounds: list[int], parts: list[Part]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(order, inverse, filling) of groups of the parts' sizes, which repeat their last pair."""
-    ends = torch.tensor(bounds)
-    first, sizes = ends[:-1], ends.diff()
-    wanted = sizes.clone()
-    for p in parts:
-        wanted[p.first : p.first + p.experts] = p.rows
-    starts = wanted.cumsum(0) - wanted
-    within = torch.arange(int(wanted.sum())) - starts.repeat_interleave(wanted)
-    own = sizes.repeat_interleave(wanted)
-    pairs = first.repeat_interleave(wanted) + torch.minimum(within, own - 1)
-    place = torch.arange(len(order))
-    place[: bounds[-1]] += (starts - first).repeat_interleave(sizes)
-    place[bounds[-1] :] += len(within) - bounds[-1]
-    filling = (within >= own).nonzero()[:, 0]
-    return torch.cat([order[pairs], order[bounds[-1] :]]), place[inverse], filling
-
-
-def _batches(parts: list[Part], hidden: int) -> list[Batch]:
+def _batches(sizes: list[int], hidden: int) -> list[Batch]:
     """Neighbours together as long as their hidden values are few."""
     batches: list[Batch] = []
-    for i, (_, experts, rows) in enumerate(parts):
-        last = batches[-1] if batches else None
-        if last and last.experts == experts == 1 and (last.rows + rows) * hidden <= FEW:
-            batches[-1] = Batch(last.first, 1, [*last.sizes, rows], last.rows + rows)
+    for i, n in enumerate(sizes):
+        if batches and (batches[-1].rows + n) * hidden <= FEW:
+            first, together, rows = batches[-1]
+            batches[-1] = Batch(first, [*together, n], rows + n)
         else:
-            batches.append(Batch(i, experts, [experts * rows], experts * rows))
+            batches.append(Batch(i, [n], n))
     return batches
+
+
+def _shares(rows: list[int], products: int) -> list[list[int]]:
+    """Batches by core: one share, of all of them, where that many would be small or uneven. The
+    largest first, each to whom has the fewest rows; products: of a row."""
+    count, every = torch.get_num_threads(), list(range(len(rows)))
+    if count == 1 or sum(rows) * products < SPREAD:
+        return [every]
+    shares: list[list[int]] = [[] for _ in range(count)]
+    taken = [0] * count
+    for i in sorted(every, key=rows.__getitem__, reverse=True):
+        least = taken.index(min(taken))
+        shares[least].append(i)
+        taken[least] += rows[i]
+    even = max(taken) * count * UNEVEN <= sum(rows) * (UNEVEN + 1)
+    return [sorted(s) for s in shares] if even else [every]
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
