@@ -15,7 +15,9 @@ import torch
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 
 SIZES = {  # width, hidden, layers, heads, vocabulary
+    "4MB": (96, 264, 8, 8, 1024),
     "30MB": (256, 704, 8, 8, 1024),
+    "60MB": (384, 1056, 8, 8, 1024),
     "100MB": (512, 1408, 6, 8, 8000),
     "400MB": (1024, 2816, 6, 16, 16000),
     "1B": (2048, 5504, 16, 16, 32000),

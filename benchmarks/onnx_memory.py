@@ -1,6 +1,6 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
-model, and those of the dense one behind it that are not shared. Beside it PyTorch's own exporter on
-the dense model, without any proof: what a trace takes does not shrink with the weights.
+model, and those of the dense one behind it that are not shared. Beside it PyTorch's own exporter and its trace
+alone, on the dense model and without any proof: what a trace takes does not shrink with the weights.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
 exported before, so that what the libraries take at first use is not the export's. The proof in
@@ -22,6 +22,7 @@ from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
+from moe_rewrite.onnx.translate import quiet
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 from .conversion import llama
@@ -29,6 +30,7 @@ from .features import llama as small_llama
 
 SMALL = "30MB"
 PYTORCH = "dense, torch.onnx.export"
+TRACE = "dense, torch.export alone"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
     "LoRA, weights beside": ({"num_experts": 4}, {"external_data": True}),
@@ -59,27 +61,35 @@ def measured(kind: str, size: str) -> dict[str, float]:
 
 def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
     """(MB of the weights, what exports them)."""
-    if kind == PYTORCH:
-        return sum(p.nbytes for p in model.parameters()) / 1e6, partial(_by_pytorch, model)
+    if kind in (PYTORCH, TRACE):
+        weights = sum(p.nbytes for p in model.parameters()) / 1e6
+        return weights, partial(_by_pytorch if kind == PYTORCH else _traced, model)
     conversion, options = KINDS[kind]
     moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
     return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
 
 
-def _by_pytorch(model: Any, path: Path) -> None:
-    from moe_rewrite.onnx.translate import quiet
-
+def _call(model: Any) -> dict[str, Any]:
+    """An example call without a cache, batch and length open."""
     model.config.use_cache = False
     ids = torch.randint(0, 100, (2, 8))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     free = dict.fromkeys(range(2), torch.export.Dim.AUTO)
+    return {"kwargs": given, "dynamic_shapes": dict.fromkeys(given, free)}
+
+
+def _by_pytorch(model: Any, path: Path) -> None:
     with quiet():
         program = torch.onnx.export(
-            model, (), kwargs=given, dynamic_shapes=dict.fromkeys(given, free), dynamo=True,
-            opset_version=20, verbose=False,
-        )  # fmt: skip
+            model, (), dynamo=True, opset_version=20, verbose=False, **_call(model)
+        )
         assert program is not None
         program.save(path)
+
+
+def _traced(model: Any, _: Path) -> None:
+    with quiet():
+        torch.export.export(model, (), **_call(model))
 
 
 def main() -> None:
@@ -90,6 +100,7 @@ def main() -> None:
     quick = arguments(__doc__ or "").quick
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
     if not quick:
+        cells += [(TRACE, "4MB"), (TRACE, SMALL), ("LoRA", "60MB"), (PYTORCH, "60MB")]
         cells += [(k, s) for s in ("100MB", "400MB") for k in (*KINDS, PYTORCH)]
     found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
     rows = [

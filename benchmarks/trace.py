@@ -86,7 +86,7 @@ def by_task(found: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    methods = ("pmoe", "pmoe-gradient", "lora", "oracle") if quick else tuple(RATES)
+    methods = ("pmoe", "lora") if quick else tuple(RATES)
     sizes = QUICK if quick else FULL
     seeds = (0,) if quick else (0, 1, 2)
     asked = {m: {"method": m, "lr": RATES[m]} for m in methods} | ({} if quick else SPARING)

@@ -48,8 +48,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_result(data, tmp_path):
     while kills < 40:
         process = start(data, tmp_path / "cut", "--json", tmp_path / "cut.json", method=method)
         try:
-            # the first kills come anywhere in a run; then it is let live a little longer each time
-            process.wait(draw.uniform(0.5, 1.0) * whole * (0.6 + 0.3 * kills))
+            # the first kills come anywhere in a run; then it is let live longer each time
+            process.wait(draw.uniform(0.5, 1.0) * whole * (0.6 + 0.5 * kills))
             break
         except subprocess.TimeoutExpired:
             process.kill()

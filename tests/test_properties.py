@@ -11,7 +11,7 @@ import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
 
 SOME = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
+    max_examples=25, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate),
 )  # fmt: skip
 layers = st.lists(

@@ -23,8 +23,8 @@ from .plain import Plain
 from .prove import check_file, prove
 from .report import OnnxReport
 from .translate import Skeleton, translate
+from .twin import hold, write_twin
 from .write import (
-    Place,
     checked_path,
     digest,
     in_place,
@@ -32,8 +32,6 @@ from .write import (
     needs_external,
     set_metadata,
     write_model,
-    write_twin,
-    written,
 )
 
 if TYPE_CHECKING:
@@ -79,8 +77,8 @@ def export(
     report = _report(moe, plain, skeleton, target, bits, opset)
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
-        places = timed("write", write_model, skeleton, fresh, external)
-        with _provable(skeleton, fresh, places) as (proven, shared):
+        timed("write", write_model, skeleton, fresh, external)
+        with _provable(skeleton.weights, fresh) as (proven, shared):
             timed("check", check_file, proven)
             if verify:
                 stand_ins = skeleton.stand_ins
@@ -91,22 +89,22 @@ def export(
 
 @contextmanager
 def _provable(
-    skeleton: Skeleton, path: Path, places: dict[str, Place]
+    weights: dict[str, torch.Tensor], path: Path
 ) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-    """The file to prove, and the weights that ONNX Runtime is to take from memory: all large ones,
-    without a copy. That the file holds them is seen byte by byte, and the same graph without them
-    is what is opened."""
-    weights = skeleton.weights
-    if not written(weights, places, path.parent):
-        raise EquivalenceError(
-            f"{path.name} does not hold the weights that were written to it: is the disk in order?"
-        )
+    """What to prove of a file, and the weights that ONNX Runtime is to take from memory: all large
+    ones, without a copy. What is opened is the file as read back, but for their bytes; that these
+    are the file's too is seen first."""
     twin = path.with_name(f"twin-{path.name}")
-    write_twin(skeleton, twin, places)
     try:
-        yield twin, large(weights)
+        places = write_twin(path, twin)
+        if not hold(places, weights, path.parent):
+            raise EquivalenceError(
+                f"{path.name} does not hold the weights that were written to it: is the disk in "
+                "order?"
+            )
+        yield twin, {n: weights[n] for n, p in places.items() if large(p.length)}
     finally:
-        twin.unlink()
+        twin.unlink(missing_ok=True)
 
 
 def _dtype(moe: MoEModel, asked: torch.dtype | str | None) -> tuple[torch.dtype | None, int | None]:

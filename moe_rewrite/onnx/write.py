@@ -24,8 +24,7 @@ from ..errors import ConfigError
 from .translate import Skeleton
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto, TensorProto
-PAGE = 4096  # offsets that every system can map
-PIECE = 1 << 20
+PAGE = 4096  # bytes from which a weight is large: it begins at an offset that can be mapped
 PROTOBUF_LIMIT = 2**31
 EMBEDDED = 1_500_000_000  # bytes of weights that stay in the .onnx file unless told otherwise
 KINDS = {
@@ -51,6 +50,10 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")  # type: ignore[arg-type]
 
 
+def large(length: int) -> bool:
+    return length >= PAGE
+
+
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     """sha256 over names, shapes, dtypes and contents."""
     total = hashlib.sha256()
@@ -60,60 +63,24 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def write_model(skeleton: Skeleton, path: Path, external: bool) -> dict[str, Place]:
+def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
     """Write the .onnx file at `path` and, if `external`, one file of weights beside it, whose name
-    holds their hash: so a file in place always finds the weights that it was written with. Returns
-    where each weight lies."""
+    holds their hash: so a file in place always finds the weights that it was written with."""
     places: dict[str, Place] = {}
     if external:
         data = path.with_name(f"{path.stem}-{digest(skeleton.weights)[:16]}.data")
         places = _write_data(skeleton.weights, data)
-    return places | _write_graph(skeleton, path, places)
+    _write_graph(skeleton, path, places)
 
 
-def write_twin(skeleton: Skeleton, path: Path, places: dict[str, Place]) -> None:
-    """The same graph beside the file, of whose large weights it says where in that file they lie."""
-    _write_graph(skeleton, path, {n: p for n, p in places.items() if p.length >= PAGE})
-
-
-def large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in weights.items() if t.numel() * t.element_size() >= PAGE}
-
-
-def written(weights: dict[str, torch.Tensor], places: dict[str, Place], folder: Path) -> bool:
-    """Whether the files hold these weights, byte for byte, read in pieces."""
-    for name, tensor in weights.items():
-        content, place = raw(tensor), places[name]
-        with open(folder / place.file, "rb") as file:
-            file.seek(place.offset)
-            for start in range(0, place.length, PIECE):
-                wanted = content[start : start + PIECE]
-                if file.read(len(wanted)) != wanted:
-                    return False
-    return True
-
-
-def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) -> dict[str, Place]:
-    """The graph with the weights that are not elsewhere; returns where those lie."""
-    within = {}
+def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) -> None:
+    """The graph with the weights that are not elsewhere."""
     with open(path, "wb") as file:
         file.write(skeleton.model.SerializeToString())
         for name, tensor in skeleton.weights.items():
             header = onnx.TensorProto(name=name, dims=tensor.shape, data_type=KINDS[tensor.dtype])
-            place = elsewhere.get(name)
-            if place is None:
-                content = raw(tensor)
-                _piece(file, header, content)
-                start = file.tell() - content.nbytes
-                within[name] = Place(path.name, start, content.nbytes)
-                continue
-            header.data_location = onnx.TensorProto.EXTERNAL
-            facts = (("location", place.file), ("offset", place.offset), ("length", place.length))
-            for key, value in facts:
-                header.external_data.add(key=key, value=str(value))
-            _piece(file, header, None)
+            piece(file, header, elsewhere.get(name) or raw(tensor))
         _flush(file)
-    return within
 
 
 def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
@@ -121,7 +88,7 @@ def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
             content = raw(tensor)
-            if content.nbytes >= PAGE:
+            if large(content.nbytes):
                 file.write(bytes(-file.tell() % PAGE))
             places[name] = Place(path.name, file.tell(), content.nbytes)
             file.write(content)
@@ -129,16 +96,21 @@ def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place
     return places
 
 
-def _piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | None) -> None:
-    """A ModelProto that holds nothing but one initializer."""
-    head = tensor.SerializeToString()
-    if content is not None:
-        head += _tag(RAW_DATA, content.nbytes)
-    size = len(head) + (0 if content is None else content.nbytes)
+def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | Place) -> None:
+    """A ModelProto that holds nothing but one initializer, of these bytes or of those that lie
+    elsewhere; bytes come last."""
+    behind = memoryview(b"")
+    if isinstance(content, Place):
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in zip(("location", "offset", "length"), content, strict=True):
+            tensor.external_data.add(key=key, value=str(value))
+        head = tensor.SerializeToString()
+    else:
+        head, behind = tensor.SerializeToString() + _tag(RAW_DATA, content.nbytes), content
+    size = len(head) + behind.nbytes
     within = _tag(INITIALIZER, size) + head
     file.write(_tag(GRAPH, size + len(within) - len(head)) + within)
-    if content is not None:
-        file.write(content)
+    file.write(behind)
 
 
 def _tag(field: int, size: int) -> bytes:
