@@ -263,7 +263,7 @@ def draw(cells: list[dict[str, Any]]) -> Any:
 def measured(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(feed-forward cells, routing cells) asked for, beside those of former runs that were not."""
     if given.quick:
-        return ffn_cells((1, 8), tuple(SIZES), 0.1, 3, 1), routing_cells((8,), 0.1)
+        return ffn_cells((8,), tuple(SIZES), 0.1, 3, 1), routing_cells((8,), 0.1)
     cells = ffn_cells(given.tokens, given.size, 6.0, 16, 5)
     routing = routing_cells((64, 512), 1.0) if given.routing else []
     path = Path(__file__).parent / "results" / "cpu_ffn.json"

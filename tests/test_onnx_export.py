@@ -234,7 +234,7 @@ def test_external_weights_are_replaced_with_their_model(tmp_path):
     for change in (0.0, 0.5):
         with torch.no_grad():
             moe.router.rows[0].add_(change)
-        moe_rewrite.export_onnx(moe, target, external_data=True, verify=not change)
+        moe_rewrite.export_onnx(moe, target, external_data=True, verify=False)
         assert len(list(tmp_path.iterdir())) == 2
         want = moe(**given, use_cache=False).logits
         got = moe_rewrite.onnx.load(target)(**given)["logits"]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import added, assert_gradients_equal, copied
+from sweeps import some
 from torch import nn
 
 import moe_rewrite
@@ -28,7 +29,7 @@ def image(batch=3, size=32, seed=1, channels=3):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", cnns.CNNS)
+@pytest.mark.parametrize("name", some(cnns.CNNS, {*cnns.CNNS} - {"MobileNetV2"}))
 def test_one_expert_that_takes_every_patch_is_the_dense_network(name):
     model = cnns.build(name)
     for split in SPLITS[name]:

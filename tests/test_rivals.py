@@ -7,6 +7,7 @@ import cnns
 import pytest
 import torch
 import words
+from sweeps import some
 
 from moe_rewrite import MoeRewriteError
 from moe_rewrite.continual.images import ImageProblem
@@ -19,6 +20,7 @@ from moe_rewrite.continual.training import Training
 
 pytestmark = pytest.mark.timeout(900)
 TEXT = [m for m in METHODS if m != "ranpac"]
+QUICK = {*TEXT} - {"pmoe-gradient"}  # which test_continual_cli kills and resumes in every run
 SETUP = Setup(split=1, rank=4, replay=0.25, training=Training(epochs=6, lr=5e-2))
 
 
@@ -58,7 +60,7 @@ def figures(result):
     return *scores, result.router_use, result.trainable
 
 
-@pytest.mark.parametrize("method", TEXT)
+@pytest.mark.parametrize("method", some(TEXT, QUICK))
 def test_it_learns_and_a_run_that_was_stopped_ends_in_the_same_result(llama, method, tmp_path):
     tasks, own = words.stream(), words.task("own", "klmnop", "ok")
     before = {k: v.clone() for k, v in llama.state_dict().items()}
@@ -161,7 +163,7 @@ def resnet():
     return cnns.build("ResNet")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", some(METHODS, {*QUICK, "ranpac"}))
 def test_heads_grow_for_every_method_stopped_or_not(resnet, method, tmp_path):
     draw = torch.Generator().manual_seed(1)
     own = Task("own", *(
