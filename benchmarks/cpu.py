@@ -1,7 +1,7 @@
 """Routed work on the CPU against dense work of the same FLOPs and against the peers.
 
 ``python -m benchmarks.cpu [--quick] [--tokens N...] [--size NAME...] [--routing]``: feed-forward
-experts (gated, fp32, 2 threads, warm, all forms in turn in every round, five fresh processes, medians)
+experts (gated, fp32, 2 threads, warm, all forms in every round in an order of its own, five fresh processes, medians)
 beside one dense feed-forward layer of as many FLOPs a token and transformers' own experts, eager and
 grouped_mm. The routing is the same for all and is made before. Cells that are not asked for stay as they were.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -130,11 +131,13 @@ class Cell:
     def measure(self, seconds: float, rounds: int, backward: bool) -> dict[str, list[float]]:
         """Milliseconds of each form in every round but the first; none finds its weights in the
         cache. A form that takes over half of the seconds in two calls is no rival of the others and
-        drops out; these go in turn for as many seconds, and for at least so many rounds."""
+        drops out; these go for as many seconds, and for at least so many rounds, in each in another
+        order: what a form comes behind shows in calls of a few milliseconds."""
+        draw = random.Random(0)
         forms: dict[str, Callable[[], Any]] = {**self.forms(), "products": self.products(backward)}
         spent: dict[str, list[float]] = {name: [] for name in forms}
         while len(spent["dense"]) <= rounds or sum(spent["dense"]) * len(forms) < 1e3 * seconds:
-            for name in list(forms):
+            for name in draw.sample(list(forms), len(forms)):
                 spent[name].append(self._timed(forms[name], backward and name != "products"))
                 slow = len(spent[name]) == 2 and sum(spent[name]) > 500 * seconds
                 if slow and name != "dense":  # which counts the rounds
