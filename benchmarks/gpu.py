@@ -1,8 +1,10 @@
 """Routed work on a GPU against dense work and the peers: ``python -m benchmarks.gpu [--quick]``.
 
 bf16, medians of warm calls, all forms in turn. TFLOP/s count the products alone; the share is of
-the rate of one dense product measured in the same run. Peers: transformers' grouped_mm, a plain
-pipeline over F.grouped_mm, PEFT, and ScatterMoE's and Liger's kernels where they are installed.
+the rate of one dense product, which has its turn in every round too: a chip that is hot does less,
+for all of them. Peers: transformers' grouped_mm, a plain
+pipeline over F.grouped_mm, PEFT, and ScatterMoE's and Liger's kernels where they are installed
+(Liger tunes itself for minutes at every shape, but not with LIGER_FUSED_MOE_AUTOTUNE=0).
 Without a GPU the kernels run in Triton's interpreter, in fp32 at tiny sizes: that shows that the
 script runs to its end, its times say nothing.
 """
@@ -10,6 +12,7 @@ script runs to its end, its times say nothing.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -84,11 +87,18 @@ def _once(step: Step, place: Place) -> float:
     return start.elapsed_time(end)
 
 
-def dense_rate(place: Place) -> float:
-    """TFLOP/s of one square product."""
-    n = 8192 if place.device == "cuda" else 64
-    a, b = place.randn(n, n, grad=False), place.randn(n, n, grad=False)
-    return 2 * n**3 / milliseconds({"": lambda: a @ b}, place)[""] / 1e9
+class Dense:
+    """One square product."""
+
+    def __init__(self, place: Place) -> None:
+        self.n = 8192 if place.device == "cuda" else 64
+        self.a, self.b = (place.randn(self.n, self.n, grad=False) for _ in range(2))
+
+    def run(self) -> torch.Tensor:
+        return self.a @ self.b
+
+    def tflops(self, milliseconds: float) -> float:
+        return 2 * self.n**3 / milliseconds / 1e9
 
 
 class Experts:
@@ -135,7 +145,9 @@ class Experts:
             try:
                 run = make()
                 if run is not None:
-                    run()
+                    far = (run() - self.ours()).norm() / self.ours().norm()
+                    if not far < 0.05:
+                        raise RuntimeError(f"its result is {far:.3g} off")
                     found[name] = run
             except (ImportError, RuntimeError, TypeError, AttributeError) as error:
                 print(f"{self.shape}: {name} left out: {str(error).splitlines()[0]}")
@@ -174,17 +186,18 @@ class Experts:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
         both = torch.cat([self.gate, self.up], 1).detach().requires_grad_()
-        run = LigerFusedMoEFunction.apply
-        return lambda: run(self.x, both, self.down, self.chosen, self.gates.to(self.x.dtype))
+        run, chosen = LigerFusedMoEFunction.apply, self.chosen.int()
+        return lambda: run(self.x, both, self.down, chosen, self.gates.to(self.x.dtype))
 
-    def measure(self) -> dict[str, dict[str, float]]:
-        """Milliseconds of each form: forward alone, and forward with backward."""
+    def measure(self, dense: Dense) -> dict[str, dict[str, float]]:
+        """Milliseconds of each form and of the dense product beside it: forward alone, and forward
+        with backward."""
         forms = self.forms()
         with torch.no_grad():
-            ahead = milliseconds(forms, self.place)
+            ahead = milliseconds(forms | {"dense": dense.run}, self.place)
         steps = {name: _trained(run, self.direction, self.leaves()) for name, run in forms.items()}
-        both = milliseconds(steps, self.place)
-        return {n: {"forward": ahead[n], "both": both[n]} for n in forms}
+        both = milliseconds(steps | {"dense": dense.run}, self.place)
+        return {n: {"forward": ahead[n], "both": both[n]} for n in ahead}
 
 
 def _trained(run: Step, direction: torch.Tensor, leaves: list[torch.Tensor]) -> Step:
@@ -198,17 +211,26 @@ def _trained(run: Step, direction: torch.Tensor, leaves: list[torch.Tensor]) -> 
     return step
 
 
-def expert_cells(shapes: dict[Shape, Any], place: Place, rate: float) -> list[dict[str, Any]]:
-    cells = []
+def expert_cells(shapes: dict[Shape, Any], place: Place) -> list[dict[str, Any]]:
+    cells, dense = [], Dense(place)
     for shape, goal in shapes.items():
-        for form, ms in Experts(shape, place).measure().items():
+        found = Experts(shape, place).measure(dense)
+        print(f"{shape}: {found}", file=sys.stderr, flush=True)
+        whole = {n: dense.tflops(found["dense"][n]) for n in ("forward", "both")}
+        for form, ms in found.items():
+            if form == "dense":
+                continue
             rates = {
                 "forward": shape.flops() / ms["forward"] / 1e9,
                 "backward": 2 * shape.flops() / max(ms["both"] - ms["forward"], 1e-9) / 1e9,
             }
+            shares = {
+                "forward": rates["forward"] / whole["forward"],
+                "backward": rates["backward"] / whole["both"],
+            }
             cells.append({
                 "shape": str(shape), "form": form, "ms": ms, "tflops": rates, "goal": goal,
-                "share": {what: r / rate for what, r in rates.items()},
+                "share": shares, "dense_tflops": whole,
             })  # fmt: skip
     return cells
 
@@ -284,24 +306,25 @@ def main() -> None:
     place = (
         Place("cuda", torch.bfloat16, 5 if quick else 20) if gpu else Place("cpu", torch.float32, 1)
     )
-    rate = dense_rate(place)
     shapes = TINY if not gpu else dict(list(GOALS.items())[: 1 if quick else None])
-    cells = expert_cells(shapes, place, rate)
+    cells = expert_cells(shapes, place)
     lora = lora_cells(place, *((32768, 4096, 8, 16) if gpu else (20, 16, 4, 4)))
     device = torch.cuda.get_device_name() if gpu else "interpreter on the CPU"
-    figures = {"device": device, "dense_tflops": rate, "ffn": cells, "lora_ms": lora}
+    figures = {"device": device, "ffn": cells, "lora_ms": lora}
+    figures["liger_autotuned"] = os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1"
     if gpu and not quick:
         save("gpu", figures, draw(cells))
     rows = [
         (c["shape"], c["form"], *(f"{c['ms'][w]:.2f}" for w in ("forward", "both")),
          *(f"{c['tflops'][w]:.3g}" for w in ("forward", "backward")),
+         *(f"{c['dense_tflops'][w]:.3g}" for w in ("forward", "both")),
          *(f"{c['share'][w]:.1%}" for w in ("forward", "backward")),
          "" if c["goal"] is None else "{:.0%}, {:.0%}".format(*c["goal"]))
         for c in cells
     ]  # fmt: skip
-    columns = ["experts", "form", "forward ms", "both ms", "TFLOP/s", "backward", "of dense",
-               "backward", "goals"]  # fmt: skip
-    print(table(columns, rows, f"gpu: {device}, one dense product {rate:.4g} TFLOP/s"))
+    columns = ["experts", "form", "forward ms", "both ms", "TFLOP/s", "backward", "dense TFLOP/s",
+               "both", "of dense", "backward", "goals"]  # fmt: skip
+    print(table(columns, rows, f"gpu: {device}"))
     rows = [(form, f"{ms:.3f}", f"{ms / lora['base']:.3f}") for form, ms in lora.items()]
     finish("gpu", ["linear map, forward and backward", "ms", "of base"], rows, **figures)
 

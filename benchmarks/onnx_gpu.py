@@ -9,6 +9,7 @@ of calls in turn. ``--provider cpu`` runs the same in fp32 where there is no GPU
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -42,22 +43,36 @@ def models(quick: bool) -> dict[str, MoEModel]:
 
 
 def measured(
-    moe: MoEModel, dtype: str, lowering: str, provider: str, folder: Path, tokens: int
-) -> dict[str, Any]:
+    moe: MoEModel, dtype: str, lowering: str, provider: str, folder: Path, tokens: tuple[int, ...]
+) -> dict[int, dict[str, Any]]:
+    """One file, with inputs of each length; what the provider cannot run says why."""
     path = folder / f"{dtype}-{lowering}.onnx"
     report = moe_rewrite.export_onnx(moe, path, lowering=lowering, dtype=dtype, verify=False)
-    loaded = moe_rewrite.onnx.load(path, providers=[PROVIDERS[provider]])
+    try:
+        loaded = moe_rewrite.onnx.load(path, providers=[PROVIDERS[provider]])
+    except Exception as error:  # ONNX Runtime's own classes have no base but this one
+        return dict.fromkeys(tokens, {"refused": str(error).splitlines()[0]})
     used = loaded.session.get_providers()
     if PROVIDERS[provider] not in used:
         raise SystemExit(f"ONNX Runtime has {used} and no {PROVIDERS[provider]}")
-    ids = torch.randint(1, 1024, (1, tokens), generator=torch.Generator().manual_seed(0))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        want = moe.eval()(**given, use_cache=False).logits
-    got = loaded(**given)["logits"].float()
-    time = turns({"run": partial(loaded, **given)}, 3.0)["run"]
-    error = float((got - want).abs().max() / want.abs().max())
-    return {"cpu_only": report.cpu_only, "error": error, "milliseconds": time}
+    found = {}
+    for count in tokens:
+        ids = torch.randint(1, 1024, (1, count), generator=torch.Generator().manual_seed(0))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            want = moe.eval()(**given, use_cache=False).logits
+        got = loaded(**given)["logits"].float()
+        time = turns({"run": partial(loaded, **given)}, 3.0)["run"]
+        error = float((got - want).abs().max() / want.abs().max())
+        found[count] = {"cpu_only": report.cpu_only, "error": error, "milliseconds": time}
+    return found
+
+
+def row(name: str, cell: dict[str, Any]) -> tuple[str, ...]:
+    if "refused" in cell:
+        return name, "refused", cell["refused"], ""
+    left = ", ".join(cell["cpu_only"]) or "none"
+    return name, f"{cell['milliseconds']:.2f} ms", f"{cell['error']:.1e}", left
 
 
 def main() -> None:
@@ -72,15 +87,11 @@ def main() -> None:
         for name, moe in models(given.quick).items():
             for lowering in ("auto", "contrib") if name == "upcycled" else ("auto",):
                 for dtype in dtypes:
-                    for count in tokens:
-                        where = f"{name}, {lowering}, {dtype}, {count} tokens"
-                        found[where] = measured(
-                            moe, dtype, lowering, given.provider, Path(folder), count
-                        )
-    rows = [
-        (n, f"{c['milliseconds']:.2f} ms", f"{c['error']:.1e}", ", ".join(c["cpu_only"]) or "none")
-        for n, c in found.items()
-    ]
+                    of = measured(moe, dtype, lowering, given.provider, Path(folder), tokens)
+                    print(f"{name}, {lowering}, {dtype}: {of}", file=sys.stderr, flush=True)
+                    for count, cell in of.items():
+                        found[f"{name}, {lowering}, {dtype}, {count} tokens"] = cell
+    rows = [row(name, cell) for name, cell in found.items()]
     finish("onnx_gpu", ["", "time", "error", "left to the CPU"], rows, cells=found)
 
 

@@ -32,8 +32,8 @@ def gradients(run, given):
             leaf = value.detach().clone()
             leaves[name] = leaf.requires_grad_() if leaf.is_floating_point() else leaf
     y = run(leaves)
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(y.device).manual_seed(1)
+    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64, device=y.device)
     y.backward(weight.to(y))
     found = {"y": y.detach()}
     for name, leaf in leaves.items():

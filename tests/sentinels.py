@@ -25,7 +25,7 @@ class _Guards(TorchDispatchMode):
         ):  # fmt: skip
             return made
         n = made.untyped_storage().nbytes() // made.element_size()
-        whole = torch.full((n + 2 * AROUND,), 77, dtype=made.dtype)
+        whole = torch.full((n + 2 * AROUND,), 77, dtype=made.dtype, device=made.device)
         inner = whole[AROUND : AROUND + n]
         inner.fill_(0 if "zeros" in str(name) else 55)
         self.whole.append(whole)

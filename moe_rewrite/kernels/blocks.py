@@ -49,7 +49,7 @@ def product(x: torch.Tensor, rows: float, wide: bool, accumulators: int = 1) -> 
     if m < 128:
         return Blocks(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
     if capability(x) >= 9:  # a warp group multiplies from shared memory
-        return Blocks(128, 256 // accumulators, 64, 8, 3)
+        return Blocks(128, 256 // accumulators, 64, 8, 4)
     return Blocks(128, 128 // accumulators, 32, 8, 3)
 
 
@@ -60,12 +60,6 @@ def activated(x: torch.Tensor, rows: float, wide: bool, gated: bool, biased: boo
     return size._replace(n=min(size.n, most)) if size.m == 128 else size
 
 
-def epilogue(x: torch.Tensor, rows: float, wide: bool) -> Blocks:
-    """Blocks of a product whose epilogue holds several times what it sums."""
-    size = product(x, rows, wide, 2)
-    return size._replace(n=min(size.n, 64 if size.m >= 64 else 128))
-
-
 def ranks(rank: int) -> int:
     """Ranks that the epilogue of a linear map takes at a time."""
     return 16 if rank <= 16 else 32
@@ -74,7 +68,7 @@ def ranks(rank: int) -> int:
 def gradient(x: torch.Tensor, wide: bool) -> Blocks:
     """Blocks of a weight's gradient: depth is over rows."""
     if x.dtype == torch.float32:
-        return Blocks(32, 64, 16, 4, 2)
+        return Blocks(64, 64, 16, 8, 2)
     if not wide:
         return Blocks(64, 64, 32, 8, 2)
-    return Blocks(128, 128, 64 if capability(x) >= 9 else 32, 8, 3)
+    return Blocks(128, 256, 64, 8, 4) if capability(x) >= 9 else Blocks(128, 128, 32, 8, 3)

@@ -2,8 +2,9 @@
 
 T rows, K experts a row takes, S = T * K pairs in the plan's order, E experts, D width, H hidden
 width. A tile is up to M pairs of one expert: `tiles_kernel` finds them for a number of programs
-that the host knows (ceil(S / M) + E), those too many have expert -1. Rows are gathered where they
-are loaded. Offsets are int64.
+that the host knows (ceil(S / M) + E), those too many have expert -1. Products gather rows where they
+load them, but not those of the weights' gradients: they sum over rows, and rows that lie apart take
+them twice the time and more (benchmarks/results/gpu.json). Offsets are int64.
 """
 
 import triton
@@ -98,12 +99,14 @@ def up_kernel(
 
 @triton.jit
 def rows_kernel(
-    a, a2, offsets, tiles, starts, w, w2, bias, out, N_ALL, C, bound, w_e, w_n, w_c,
-    w2_e, w2_n, w2_c,
-    TWO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    a, a2, order, offsets, tiles, starts, w, w2, bias, out, K, N_ALL, C, bound, a_s,
+    w_e, w_n, w_c, w2_e, w2_n, w2_c,
+    GATHER: tl.constexpr, TWO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), w an expert (N, C) by strides."""
+    """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), with GATHER a (T, C); w an expert
+    (N, C) by strides."""
     tile, column = grid_place(tl.cdiv(N_ALL, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
@@ -113,11 +116,15 @@ def rows_kernel(
     inside = n < N_ALL - skipped
     own = w + (expert * w_e + skipped * w_n) + n * w_n
     acc = tl.zeros((M, N), tl.float32)
-    acc = product(acc, a + start * C + m * C, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
+    if GATHER:
+        rows = tl.load(order + start + m, there, 0) // K
+    else:
+        rows = start + m
+    acc = product(acc, a + rows * a_s, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
     if TWO:
         own = w2 + (expert * w2_e + skipped * w2_n) + n * w2_n
         acc = product(
-            acc, a2 + start * C + m * C, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION
+            acc, a2 + rows * a_s, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION
         )
     if BIAS:
         acc += tl.load(bias + expert * N_ALL + skipped + n, inside, 0.0).to(tl.float32)[None, :]
@@ -128,77 +135,68 @@ def rows_kernel(
 
 @triton.jit
 def hidden_backward_kernel(
-    dy, gates, order, offsets, tiles, starts, down, pre, dpre, hidden, parts,
-    S, K, D, H, bound, dy_t, down_e, down_d, down_h,
-    ACT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    hidden, gates, order, offsets, pre, dpre, shares, S, E, H,
+    ACT: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """From dhidden = dy down: dpre (1 or 2, S, H), the hidden rows again, both times the gates, and
-    parts (S, columns): each column's share of <dhidden, hidden>, which is the gates' gradient."""
-    columns = tl.cdiv(H, N)
-    tile, column = grid_place(columns, bound, GROUP)
-    if tl.load(tiles + tile) < 0:
-        return
-    expert, start, there = _tile(tiles, starts, offsets, tile, M)
-    m, n = tl.arange(0, M), tl.arange(0, N)
-    skipped = tl.cast(column, tl.int64) * N
-    inside = n < H - skipped
-    pair = tl.load(order + start + m, there, 0)
-    own = down + (expert * down_e + skipped * down_h) + n * down_h
-    grad = tl.zeros((M, N), tl.float32)
-    grad = product(
-        grad, dy + pair // K * dy_t, own, there, inside, D, down_d, BLOCK, EVEN, PRECISION
-    )
-    place, mask = m[:, None] * H + n[None, :], there[:, None] & inside[None, :]
-    kind = pre.dtype.element_ty
-    first = start * H + skipped
-    other = first + tl.cast(S, tl.int64) * H
+    """hidden holds dhidden = dy down and gets the hidden rows again, times the gates as dpre (1 or 2,
+    S, H) is; shares (S,): <dhidden, hidden>, which is the gates' gradient, zero for dropped pairs."""
+    rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    there = rows < tl.load(offsets + E)
+    pair = tl.load(order + rows, there, 0)
     weight = tl.load(gates + pair, there, 0.0).to(tl.float32)[:, None]
-    lifted = tl.load(pre + first + place, mask, 0.0).to(tl.float32)
-    if GATED:
-        gating = tl.load(pre + other + place, mask, 0.0).to(tl.float32)
-        active = act(gating, ACT)
-        made = active * lifted
-        slope = grad * weight * lifted * act_slope(gating, ACT)
-        tl.store(dpre + other + place, slope.to(kind), mask)
-        tl.store(dpre + first + place, (grad * weight * active).to(kind), mask)
-    else:
-        made = act(lifted, ACT)
-        tl.store(dpre + first + place, (grad * weight * act_slope(lifted, ACT)).to(kind), mask)
-    tl.store(hidden + first + place, (made * weight).to(kind), mask)
-    tl.store(parts + (start * columns + column) + m * columns, tl.sum(grad * made, 1), there)
+    kind = pre.dtype.element_ty
+    share = tl.zeros((M,), tl.float32)
+    for start in range(0, H, N):
+        n = start + tl.arange(0, N)
+        at, mask = rows[:, None] * H + n[None, :], there[:, None] & (n < H)[None, :]
+        grad = tl.load(hidden + at, mask, 0.0).to(tl.float32)
+        lifted = tl.load(pre + at, mask, 0.0).to(tl.float32)
+        if GATED:
+            other = tl.cast(S, tl.int64) * H + at
+            gating = tl.load(pre + other, mask, 0.0).to(tl.float32)
+            active = act(gating, ACT)
+            made = active * lifted
+            slope = grad * weight * lifted * act_slope(gating, ACT)
+            tl.store(dpre + other, slope.to(kind), mask)
+            tl.store(dpre + at, (grad * weight * active).to(kind), mask)
+        else:
+            made = act(lifted, ACT)
+            tl.store(dpre + at, (grad * weight * act_slope(lifted, ACT)).to(kind), mask)
+        tl.store(hidden + at, (made * weight).to(kind), mask)
+        share += tl.sum(grad * made, 1)
+    tl.store(shares + rows, share, rows < S)
+
+
+@triton.jit
+def spread_kernel(x, inverse, out, T, K, D, x_t, M: tl.constexpr, N: tl.constexpr):
+    """out (S, D): each row of x (T, D) at the places of its pairs, read once."""
+    rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    mask = (rows < T)[:, None] & (n < D)[None, :]
+    own = tl.load(x + rows[:, None] * x_t + n[None, :], mask, 0.0)
+    for k in range(K):
+        place = tl.load(inverse + rows * K + k, rows < T, 0)
+        tl.store(out + place[:, None] * D + n[None, :], own, mask)
 
 
 @triton.jit
 def weights_kernel(
-    left, right, order, offsets, out, K, I_ALL, J_ALL, left_s, right_s,
-    GATHER_LEFT: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    left, right, offsets, out, I_ALL, J_ALL,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (E, I, J): left^T right over the pairs of an expert, one side gathered by rows; zero for
-    an expert with no pair."""
+    """out (E, I, J): left^T right over the pairs of an expert, left (S, I) and right (S, J); zero
+    for an expert with no pair."""
     expert, pid = tl.program_id(1).to(tl.int64), tl.program_id(0)
     columns = tl.cdiv(J_ALL, N)
     i_first, j_first = pid // columns * M, pid % columns * N
     i, j = i_first + tl.arange(0, M), j_first + tl.arange(0, N)
-    first, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    end = tl.load(offsets + expert + 1)
     acc = tl.zeros((M, N), tl.float32)
-    for start in range(first, end, BLOCK):
+    for start in range(tl.load(offsets + expert), end, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        there = rows < end
-        tokens = tl.load(order + rows, there, 0) // K
-        if GATHER_LEFT:
-            left_rows, right_rows = tokens, rows
-        else:
-            left_rows, right_rows = rows, tokens
-        a = tl.load(
-            left + left_rows[:, None] * left_s + i[None, :],
-            there[:, None] & (i < I_ALL)[None, :], 0.0,
-        )  # fmt: skip
-        b = tl.load(
-            right + right_rows[:, None] * right_s + j[None, :],
-            there[:, None] & (j < J_ALL)[None, :], 0.0,
-        )  # fmt: skip
+        there = (rows < end)[:, None]
+        a = tl.load(left + rows[:, None] * I_ALL + i[None, :], there & (i < I_ALL)[None, :], 0.0)
+        b = tl.load(right + rows[:, None] * J_ALL + j[None, :], there & (j < J_ALL)[None, :], 0.0)
         acc = dot(tl.trans(a), b, acc, PRECISION)
     out += (expert * I_ALL + i_first) * J_ALL + j_first
     place = tl.arange(0, M)[:, None] * J_ALL + tl.arange(0, N)[None, :]

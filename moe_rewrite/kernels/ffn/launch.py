@@ -17,6 +17,7 @@ from ..triton import ceil_div, power_of_two, precision
 from . import kernel
 from .rows import Gradients
 
+ROWS = 2  # that a program moves
 GROUP = 8  # tiles that go through a weight's columns together
 TILES = 64  # tiles that a program finds
 
@@ -123,24 +124,27 @@ def backward(
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
-    size = blocks.epilogue(x, S / len(up), aligned(x.shape[1], H, dy.stride(0)))
+    size = blocks.product(x, S / len(up), aligned(x.shape[1], H, dy.stride(0)))
     tiles = Tiles.of(order, offsets, size.m)
-    dpre, hidden = torch.empty_like(pre), x.new_empty(S, H)
-    parts = x.new_zeros(S, ceil_div(H, size.n), dtype=torch.float32)  # dropped pairs have no tile
-    kernel.hidden_backward_kernel[_grid(tiles, H, size)](
-        dy, gates, order, *tiles.given(), down, pre, dpre, hidden, parts,
-        S, gates.shape[1], x.shape[1], H, len(tiles.expert), dy.stride(0), *down.stride(),
-        ACT=activation, GATED=gate is not None, **_options(size, x.shape[1], x.dtype),
+    hidden = _rows_product(tiles, size, dy, down.transpose(1, 2), gather=gates.shape[1])
+    dpre, shares = torch.empty_like(pre), x.new_empty(S, dtype=torch.float32)
+    kernel.hidden_backward_kernel[(ceil_div(S, 8),)](
+        hidden, gates, order, offsets, pre, dpre, shares, S, len(up), H,
+        ACT=activation, GATED=gate is not None, M=8, N=min(power_of_two(H), 256),
     )  # fmt: skip
     groups = order, offsets, gates
-    _weight_gradient(into.down, dy, hidden, groups, gather_left=True)
+    if len(into.down):
+        _weight_gradient(into.down, spread(dy, inverse, gates.shape[1]), hidden, offsets)
+    del hidden
     _bias_gradient(into.down_bias, dy, groups, gather=True)
+    given = spread(x, inverse, gates.shape[1]) if len(into.up) or len(into.gate) else x
     for weight, bias, part in zip((into.up, into.gate), (into.up_bias, into.gate_bias), dpre):  # noqa: B905
-        _weight_gradient(weight, part, x, groups, gather_left=False)
+        _weight_gradient(weight, part, given, offsets)
         _bias_gradient(bias, part, groups, gather=False)
+    del given
     dgates = None
     if need_gates:
-        dgates = _gates_gradient(parts, dy, down_bias, groups, inverse)
+        dgates = _gates_gradient(shares, dy, down_bias, groups, inverse)
     if not need_x:
         return None, dgates
     second = None if gate is None else (dpre[1], gate.transpose(1, 2))
@@ -154,12 +158,29 @@ def combine(
 ) -> torch.Tensor:  # fmt: skip
     rows, k = gates.shape
     out = y.new_empty(rows, y.shape[1])
-    m, n = 4, min(power_of_two(y.shape[1]), 512)
-    kernel.combine_kernel[(ceil_div(rows, m), ceil_div(y.shape[1], n))](
+    kernel.combine_kernel[_pieces(out)](
         y, inverse, gates, offsets, out, rows, k, y.shape[1], len(offsets) - 1,
-        WEIGHED=weighed, M=m, N=n,
+        WEIGHED=weighed, M=ROWS, N=_columns(out),
     )  # fmt: skip
     return out
+
+
+def spread(x: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
+    """(S, D): the rows (T, D) of the pairs in the plan's order."""
+    out = x.new_empty(len(inverse), x.shape[1])
+    kernel.spread_kernel[_pieces(x)](
+        x, inverse, out, len(x), k, x.shape[1], x.stride(0), M=ROWS, N=_columns(x)
+    )
+    return out
+
+
+def _columns(rows: torch.Tensor) -> int:
+    return min(power_of_two(rows.shape[1]), 1024)
+
+
+def _pieces(rows: torch.Tensor) -> tuple[int, int]:
+    """The grid of kernels that move ROWS rows by _columns."""
+    return ceil_div(len(rows), ROWS), ceil_div(rows.shape[1], _columns(rows))
 
 
 def _rows_product(
@@ -169,16 +190,18 @@ def _rows_product(
     w_ENC: torch.Tensor,
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
     bias: torch.Tensor | None = None,
+    gather: int = 0,
 ) -> torch.Tensor:
-    """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias."""
+    """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias;
+    gather: a is (T, C), and the pairs' rows are taken, so many of each."""
     a2, w2 = second or (a, w_ENC)
     width, depth = w_ENC.shape[1:]
-    size = blocks.product(a, size.m, aligned(width, depth))
-    out = a.new_empty(len(a), width)
+    size = blocks.product(a, size.m, aligned(width, depth, a.stride(0)))
+    out = a.new_empty(len(tiles.order), width)
     kernel.rows_kernel[_grid(tiles, width, size)](
-        a, a2, *tiles.given(), w_ENC, w2, _or(bias, a), out, width, depth, len(tiles.expert),
-        *w_ENC.stride(), *w2.stride(), TWO=second is not None, BIAS=bias is not None,
-        **_options(size, depth, a.dtype),
+        a, a2, tiles.order, *tiles.given(), w_ENC, w2, _or(bias, a), out, gather, width, depth,
+        len(tiles.expert), a.stride(0), *w_ENC.stride(), *w2.stride(), GATHER=gather > 0,
+        TWO=second is not None, BIAS=bias is not None, **_options(size, depth, a.dtype),
     )  # fmt: skip
     return out
 
@@ -187,22 +210,19 @@ Groups = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # order, offsets, gate
 
 
 def _weight_gradient(
-    into: Any, left: torch.Tensor, right: torch.Tensor, groups: Groups, gather_left: bool
+    into: Any, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor
 ) -> None:
     """left^T right of each expert into the stack, or the list, of gradients that are asked for."""
     if not len(into):
         return
-    order, offsets, gates = groups
-    wide = aligned(left.shape[1], right.shape[1], left.stride(0), right.stride(0))
-    size, experts = blocks.gradient(left, wide), len(offsets) - 1
-    shape = experts, left.shape[1], right.shape[1]
+    shape = len(offsets) - 1, left.shape[1], right.shape[1]
+    size = blocks.gradient(left, aligned(*shape[1:]))
     out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
-    grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), experts
+    grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), shape[0]
     kernel.weights_kernel[grid](
-        left, right, order, offsets, out, gates.shape[1], shape[1], shape[2], left.stride(0),
-        right.stride(0), GATHER_LEFT=gather_left, PRECISION=precision(left.dtype), M=size.m,
-        N=size.n, BLOCK=size.depth, num_warps=size.warps, num_stages=size.stages,
-    )  # fmt: skip
+        left, right, offsets, out, *shape[1:], PRECISION=precision(left.dtype), M=size.m, N=size.n,
+        BLOCK=size.depth, num_warps=size.warps, num_stages=size.stages,
+    )
     _hand_out(into, out)
 
 
@@ -227,7 +247,7 @@ def _hand_out(into: Any, made: torch.Tensor) -> None:
 
 
 def _gates_gradient(
-    parts: torch.Tensor,
+    shares: torch.Tensor,
     dy: torch.Tensor,
     down_bias: torch.Tensor | None,
     groups: Groups,
@@ -235,12 +255,12 @@ def _gates_gradient(
 ) -> torch.Tensor:
     """dgates (T, K) = <dy, FFN_e(x)>, zero for dropped pairs."""
     _, offsets, gates = groups
-    made = parts.sum(1).index_select(0, inverse).view_as(gates)
+    made = shares.index_select(0, inverse).view_as(gates)
     if down_bias is not None:
-        shares = dy.float() @ down_bias.float().t()  # (T, E)
+        biased = dy.float() @ down_bias.float().t()  # (T, E)
         expert = torch.searchsorted(offsets[1:], inverse, right=True).view_as(gates)
-        own = shares.gather(1, expert.clamp_max(shares.shape[1] - 1))
-        made = made + own.where(expert < shares.shape[1], 0.0)
+        own = biased.gather(1, expert.clamp_max(biased.shape[1] - 1))
+        made = made + own.where(expert < biased.shape[1], 0.0)
     return made.to(gates.dtype)
 
 

@@ -10,6 +10,8 @@ from moe_rewrite.kernels.lora import launch
 from moe_rewrite.kernels.lora.op import lora_linear
 from moe_rewrite.kernels.lora.reference import lora_linear as reference
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPES = [
     # leading dimensions of x, of the scales, D, O, R
     ((37,), (37,), 20, 33, 6), ((2, 3), (2, 1), 8, 3, 4), ((4, 5), (), 48, 16, 40),

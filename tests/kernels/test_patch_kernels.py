@@ -8,6 +8,8 @@ from sentinels import guarded
 
 from moe_rewrite.kernels.patches import launch, op, reference
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPES = [
     # B, C, E, L, (H, W), patches, (h, w)
     (2, 3, 2, 2, (6, 5), 4, (3, 4)), (1, 1, 1, 1, (1, 1), 1, (1, 1)),

@@ -8,6 +8,8 @@ from sentinels import guarded
 from moe_rewrite.kernels.plan import launch, reference
 from moe_rewrite.kernels.plan.op import route, sort_plan
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -11,20 +11,21 @@ from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, Tok
 from moe_rewrite.kernels import triton
 
 
-def converted(kind):
+def converted(kind, device):
     if kind == "regions":
-        model, x = cnns.build("ResNet"), torch.randn(2, 3, 16, 16)
+        model, x = cnns.build("ResNet").to(device), torch.randn(2, 3, 16, 16).to(device)
         router, experts = PatchRouter(4, 3, init=1.0), RegionExperts(halo=False)
         return x, moe_rewrite.convert(
             model, split="layer3", router=router, experts=experts, num_experts=2,
             example_inputs=x, verify=False,
         )  # fmt: skip
     model = networks.Network(["Mlp", "Mlp"]).eval()
+    x, example = model.input(2, 5).to(device), model.input(2, 6).to(device)
     experts = FFNExperts() if kind == "feed-forward" else LoRAExperts(rank=4)
-    return model.input(2, 5), moe_rewrite.convert(
-        model, split=1, router=TokenRouter(top_k=2, base=False, init=1.0), experts=experts,
-        num_experts=3, backend="dense" if kind == "lora" else "grouped",
-        example_inputs=model.input(2, 6), verify=False,
+    return x, moe_rewrite.convert(
+        model.to(device), split=1, router=TokenRouter(top_k=2, base=False, init=1.0),
+        experts=experts, num_experts=3, backend="dense" if kind == "lora" else "grouped",
+        example_inputs=example, verify=False,
     )  # fmt: skip
 
 
@@ -37,15 +38,15 @@ def results(moe, x):
 
 
 @pytest.mark.parametrize("kind", ["lora", "feed-forward", "regions"])
-def test_a_model_gives_the_same_on_the_kernels(kind, monkeypatch):
+def test_a_model_gives_the_same_on_the_kernels(kind, device, monkeypatch):
     torch.manual_seed(0)
-    x, moe = converted(kind)
+    x, moe = converted(kind, device)
     if kind != "regions":
         randomize(moe)
     moe.eval()
     on = results(moe, x)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
-    off = results(moe, x)
+    off = {n: t.to(device) for n, t in results(moe.cpu(), x.cpu()).items()}
     assert len(off) > 4 and on.keys() == off.keys()
     for name, expected in off.items():
         torch.testing.assert_close(on[name], expected, rtol=1e-4, atol=1e-4, msg=name)
