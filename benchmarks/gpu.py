@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
@@ -310,7 +311,7 @@ def main() -> None:
     cells = expert_cells(shapes, place)
     lora = lora_cells(place, *((32768, 4096, 8, 16) if gpu else (20, 16, 4, 4)))
     device = torch.cuda.get_device_name() if gpu else "interpreter on the CPU"
-    figures = {"device": device, "ffn": cells, "lora_ms": lora}
+    figures = {"device": device, "triton": version("triton"), "ffn": cells, "lora_ms": lora}
     figures["liger_autotuned"] = os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1"
     if gpu and not quick:
         save("gpu", figures, draw(cells))

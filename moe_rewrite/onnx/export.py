@@ -25,6 +25,7 @@ from .report import OnnxReport
 from .translate import Skeleton, translate
 from .twin import hold, write_twin
 from .write import (
+    KINDS,
     checked_path,
     digest,
     in_place,
@@ -160,8 +161,8 @@ def _open_inputs(skeleton: Skeleton, plain: Plain) -> None:
         tensor = skeleton.weights[name]
         shape: list[Any] = list(tensor.shape)
         shape[stack.dim] = "experts" if stack.each == 1 else f"{stack.each}*experts"
-        kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.cpu().numpy().dtype)
-        skeleton.model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        value = onnx.helper.make_tensor_value_info(name, KINDS[tensor.dtype], shape)
+        skeleton.model.graph.input.append(value)
 
 
 def _report(

@@ -93,7 +93,9 @@ def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tenso
 
 
 def run(session: Any, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """All outputs; feeds that the graph does not take are passed over."""
+    """All outputs; feeds that the graph does not take are passed over. A file takes and gives
+    float32 where it computes in bfloat16."""
     taken = {i.name for i in session.get_inputs()}
-    given = {n: t.detach().cpu().contiguous().numpy() for n, t in feeds.items() if n in taken}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in feeds.items() if n in taken}
+    given = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
     return [torch.from_numpy(np.array(o)) for o in session.run(None, given)]

@@ -140,6 +140,7 @@ def _skeleton(
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
+    _widen(graph)
     _name_outputs(graph, plain.outputs)
     _name_dimensions(model, plain)
     for node in graph.all_nodes():
@@ -161,6 +162,25 @@ def _free(model: ir.Model, names: set[str]) -> None:
     for i, value in enumerate(list(_values(model))):
         if value.name in names:
             value.name = f"value_{i}.{value.name}"
+
+
+def _widen(graph: ir.Graph) -> None:
+    """A call gives and gets float32 where the model has bfloat16, which NumPy does not know."""
+    half, single = ir.TensorType(ir.DataType.BFLOAT16), ir.TensorType(ir.DataType.FLOAT)
+    for i, value in enumerate(list(graph.inputs)):
+        if value.dtype == half.dtype:
+            given = ir.Value(name=value.name, shape=value.shape, type=single)
+            node = ir.node("Cast", [given], attributes={"to": half.dtype})
+            ir.convenience.replace_all_uses_with(value, node.outputs[0], replace_graph_outputs=True)
+            node.outputs[0].type, node.outputs[0].shape = half, value.shape
+            graph.inputs[i] = given
+            graph.insert_before(graph[0], node)
+    for i, value in enumerate(list(graph.outputs)):
+        if value.dtype == half.dtype:
+            node = ir.node("Cast", [value], attributes={"to": single.dtype})
+            node.outputs[0].type, node.outputs[0].shape = single, value.shape
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
 
 
 def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
