@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InputError
 from .program import CACHE, Input, Program
+from .traces import frugal_traces
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
 SHORT = 9  # stands in for a sequence of length one
@@ -215,7 +216,7 @@ def _export(
 
         context = tracing(host)
     forward = _explicit_forward(host, list(example), static)
-    with torch.set_grad_enabled(mode == "train"), context, forward:
+    with torch.set_grad_enabled(mode == "train"), context, forward, frugal_traces():
         exported = torch.export.export(
             host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from .metadata import FORMAT
 from .plain import Plain
 from .prove import check_file, prove
 from .report import OnnxReport
+from .session import release_memory
 from .translate import Skeleton, translate
 from .twin import hold, write_twin
 from .write import (
@@ -73,6 +75,8 @@ def export(
         plain.require_open()
     external = needs_external(plain.tensors, external_data)
     skeleton = timed("translate", translate, plain, opset, choice)
+    gc.collect()  # graphs point at themselves: they would lie beside what follows
+    release_memory()
     if open_inputs:
         _open_inputs(skeleton, plain)
     report = _report(moe, plain, skeleton, target, bits, opset)

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import CaptureError
 from ..program import CACHE
+from ..traces import frugal_traces
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .plain import Plain
@@ -42,7 +43,7 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
         plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
     chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
     try:
-        with torch.enable_grad(), quiet():
+        with torch.enable_grad(), quiet(), frugal_traces():
             exported = torch.export.export(
                 plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
             )
@@ -125,6 +126,9 @@ def _skeleton(
     model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
 ) -> Skeleton:
     graph = model.graph
+    parts: list[Any] = [*graph.all_nodes(), *_values(model)]
+    for part in parts:
+        part.meta.clear()  # which holds the trace, while onnxscript's rules hold their last node
     given = list(graph.inputs)
     names = [*plain.inputs, *plain.tensors]
     if plain.with_state:
