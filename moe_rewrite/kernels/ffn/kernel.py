@@ -3,8 +3,8 @@
 T rows, K experts a row takes, S = T * K pairs in the plan's order, E experts, D width, H hidden
 width. A tile is up to M pairs of one expert: `tiles_kernel` finds them for a number of programs
 that the host knows (ceil(S / M) + E), those too many have expert -1. Products gather rows where they
-load them, but not those of the weights' gradients: they sum over rows, and rows that lie apart take
-them twice the time and more (benchmarks/results/gpu.json). Offsets are int64.
+load them; but for the weights' gradients, which sum over rows, they are copied into the plan's order
+first: an H100 takes twice the time for rows that lie apart. Offsets are int64.
 """
 
 import triton
