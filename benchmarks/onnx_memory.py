@@ -1,6 +1,7 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
-model, and those of the dense one behind it that are not shared. Beside it PyTorch's own exporter and its trace
-alone, on the dense model and without any proof: what a trace takes does not shrink with the weights.
+model, and those of the dense one behind it that are not shared. Beside it, on the dense model and
+without any proof: PyTorch's own exporter, the same with weights as arguments, which copies none of them
+and writes nothing, and its trace alone: what a trace takes does not shrink with the weights.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
 exported before, so that what the libraries take at first use is not the export's. The proof in
@@ -30,6 +31,7 @@ from .features import llama as small_llama
 
 SMALL = "30MB"
 PYTORCH = "dense, torch.onnx.export"
+BARE = "dense, torch.onnx.export without weights"
 TRACE = "dense, torch.export alone"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
@@ -61,9 +63,9 @@ def measured(kind: str, size: str) -> dict[str, float]:
 
 def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
     """(MB of the weights, what exports them)."""
-    if kind in (PYTORCH, TRACE):
+    if kind in DENSE:
         weights = sum(p.nbytes for p in model.parameters()) / 1e6
-        return weights, partial(_by_pytorch if kind == PYTORCH else _traced, model)
+        return weights, partial(DENSE[kind], model)
     conversion, options = KINDS[kind]
     moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
     return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
@@ -92,6 +94,38 @@ def _traced(model: Any, _: Path) -> None:
         torch.export.export(model, (), **_call(model))
 
 
+class _OfWeights(torch.nn.Module):
+    """A model whose weights are arguments of the call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.held = (model,)  # in a tuple: its weights are not this module's
+
+    def forward(
+        self,
+        weights: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        call = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return torch.func.functional_call(self.held[0], weights, (), call).logits
+
+
+def _without_weights(model: Any, _: Path) -> None:
+    call = _call(model)
+    weights = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    shapes = {"weights": dict.fromkeys(weights)} | call["dynamic_shapes"]
+    given = {"weights": weights} | call["kwargs"]
+    with quiet(), torch.no_grad():
+        exported = torch.export.export(
+            _OfWeights(model), (), given, dynamic_shapes=shapes, strict=False
+        )
+        torch.onnx.export(exported, dynamo=True, opset_version=20, verbose=False)
+
+
+DENSE = {PYTORCH: _by_pytorch, BARE: _without_weights, TRACE: _traced}
+
+
 def main() -> None:
     if "--task" in sys.argv:
         torch.set_num_threads(2)
@@ -100,7 +134,8 @@ def main() -> None:
     quick = arguments(__doc__ or "").quick
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
     if not quick:
-        cells += [(TRACE, "4MB"), (TRACE, SMALL), ("LoRA", "60MB"), (PYTORCH, "60MB")]
+        cells += [(k, s) for k in (TRACE, BARE) for s in ("4MB", SMALL)]
+        cells += [("LoRA", "60MB"), (PYTORCH, "60MB")]
         cells += [(k, s) for s in ("100MB", "400MB") for k in (*KINDS, PYTORCH)]
     found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
     rows = [
