@@ -33,8 +33,5 @@ def _forget() -> None:
 
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     for method in vars(ShapeEnv).values():
-        getattr(method, "cache_clear", _nothing)()
-
-
-def _nothing() -> None:
-    pass
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
