@@ -2,9 +2,9 @@
 
 bf16, medians of warm calls, all forms in turn. TFLOP/s count the products alone; the share is of
 the rate of one dense product, which has its turn in every round too: a chip that is hot does less,
-for all of them. Peers: transformers' grouped_mm, a plain
-pipeline over F.grouped_mm, PEFT, and ScatterMoE's and Liger's kernels where they are installed
-(Liger tunes itself for minutes at every shape, but not with LIGER_FUSED_MOE_AUTOTUNE=0).
+for all of them. Peers: transformers' grouped_mm, a plain pipeline over F.grouped_mm, PEFT, and
+ScatterMoE's and Liger's kernels where they are installed (Liger tunes itself at every shape, but not
+with LIGER_FUSED_MOE_AUTOTUNE=0).
 Without a GPU the kernels run in Triton's interpreter, in fp32 at tiny sizes: that shows that the
 script runs to its end, its times say nothing.
 """

@@ -17,7 +17,7 @@ from ..triton import ceil_div, power_of_two, precision
 from . import kernel
 from .rows import Gradients
 
-ROWS = 2  # that a program moves
+ROWS = 2  # that a program of combine and spread moves
 GROUP = 8  # tiles that go through a weight's columns together
 TILES = 64  # tiles that a program finds
 
@@ -128,9 +128,10 @@ def backward(
     tiles = Tiles.of(order, offsets, size.m)
     hidden = _rows_product(tiles, size, dy, down.transpose(1, 2), gather=gates.shape[1])
     dpre, shares = torch.empty_like(pre), x.new_empty(S, dtype=torch.float32)
-    kernel.hidden_backward_kernel[(ceil_div(S, 8),)](
+    m, n = 8, min(power_of_two(H), 256)
+    kernel.hidden_backward_kernel[(ceil_div(S, m),)](
         hidden, gates, order, offsets, pre, dpre, shares, S, len(up), H,
-        ACT=activation, GATED=gate is not None, M=8, N=min(power_of_two(H), 256),
+        ACT=activation, GATED=gate is not None, M=m, N=n,
     )  # fmt: skip
     groups = order, offsets, gates
     if len(into.down):
