@@ -1,7 +1,8 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
 model, and those of the dense one behind it that are not shared. Beside it, on the dense model and
-without any proof: PyTorch's own exporter, the same with weights as arguments, which copies none of them
-and writes nothing, and its trace alone: what a trace takes does not shrink with the weights.
+without any proof: PyTorch's own exporter; its trace alone; and its trace and translation as they are
+called here, weights as arguments of which none is copied, nothing written: what these take does not
+shrink with the weights.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
 exported before, so that what the libraries take at first use is not the export's. The proof in
@@ -23,7 +24,7 @@ from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
-from moe_rewrite.onnx.translate import quiet
+from moe_rewrite.onnx.trace import onnx_program, quiet
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 from .conversion import llama
@@ -31,7 +32,7 @@ from .features import llama as small_llama
 
 SMALL = "30MB"
 PYTORCH = "dense, torch.onnx.export"
-BARE = "dense, torch.onnx.export without weights"
+BARE = "dense, traced as here without weights"
 TRACE = "dense, torch.export alone"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
@@ -114,13 +115,9 @@ class _OfWeights(torch.nn.Module):
 def _without_weights(model: Any, _: Path) -> None:
     call = _call(model)
     weights = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
-    shapes = {"weights": dict.fromkeys(weights)} | call["dynamic_shapes"]
-    given = {"weights": weights} | call["kwargs"]
-    with quiet(), torch.no_grad():
-        exported = torch.export.export(
-            _OfWeights(model), (), given, dynamic_shapes=shapes, strict=False
-        )
-        torch.onnx.export(exported, dynamo=True, opset_version=20, verbose=False)
+    shapes = (dict.fromkeys(weights), *call["dynamic_shapes"].values())
+    with torch.no_grad():
+        onnx_program(_OfWeights(model), (weights, *call["kwargs"].values()), shapes, 20)
 
 
 DENSE = {PYTORCH: _by_pytorch, BARE: _without_weights, TRACE: _traced}
@@ -134,8 +131,9 @@ def main() -> None:
     quick = arguments(__doc__ or "").quick
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
     if not quick:
+        cells += [(k, SMALL) for k in list(KINDS)[1:]]
         cells += [(k, s) for k in (TRACE, BARE) for s in ("4MB", SMALL)]
-        cells += [("LoRA", "60MB"), (PYTORCH, "60MB")]
+        cells += [(k, s) for s in ("4MB", "60MB") for k in ("LoRA", PYTORCH)]
         cells += [(k, s) for s in ("100MB", "400MB") for k in (*KINDS, PYTORCH)]
     found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
     rows = [

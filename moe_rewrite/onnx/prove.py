@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..verify import compare, evaluating
 from .plain import ROWS, Plain
 from .report import Check
 from .session import FRUGAL, frugal_options, open_session, release_memory, run
+from .twin import replaced_twin
 
 if TYPE_CHECKING:
     from ..model import MoEModel
@@ -93,14 +95,15 @@ def prove(
 
 
 def _opened(path: Path, replaced: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> Any:
-    shared = {n: t for n, t in shared.items() if n not in replaced}
-    try:
-        return open_session(path, replaced, options=frugal_options(), shared=shared, **FRUGAL)
-    except Exception as error:  # ONNX Runtime's errors have no common base
-        raise EquivalenceError(
-            f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
-            "export with verify=False, and compare where its kernels are"
-        ) from error
+    shared = {n: replaced.get(n, t) for n, t in shared.items()}
+    with replaced_twin(path, replaced) if replaced else nullcontext(path) as file:
+        try:
+            return open_session(file, None, options=frugal_options(), shared=shared, **FRUGAL)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise EquivalenceError(
+                f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
+                "export with verify=False, and compare where its kernels are"
+            ) from error
 
 
 def _mask(plain: Plain, leaves: list[torch.Tensor]) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
+
+if TYPE_CHECKING:
+    from .write import Place
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -77,18 +80,22 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def replace_initializers(model: onnx.ModelProto, replaced: dict[str, torch.Tensor]) -> None:
+def replace_initializers(
+    model: onnx.ModelProto,
+    replaced: dict[str, torch.Tensor],
+    places: dict[str, Place] | None = None,
+) -> None:
+    """places: of those whose bytes lie in a file."""
     from .write import KINDS, raw
 
     for tensor in model.graph.initializer:
         if tensor.name in replaced:
             new = replaced[tensor.name]
-            fresh = onnx.TensorProto(
-                name=tensor.name,
-                dims=new.shape,
-                data_type=KINDS[new.dtype],
-                raw_data=bytes(raw(new)),
-            )
+            fresh = onnx.TensorProto(name=tensor.name, dims=new.shape, data_type=KINDS[new.dtype])
+            if places and tensor.name in places:
+                places[tensor.name].mark(fresh)
+            else:
+                fresh.raw_data = bytes(raw(new))
             tensor.CopyFrom(fresh)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +13,10 @@ import torch
 
 from ..errors import CaptureError
 from ..program import CACHE
-from ..traces import frugal_traces
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .plain import Plain
+from .trace import onnx_program, quiet, root_cause
 
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
@@ -39,32 +36,22 @@ def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
     """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
     lowering that does not fit."""
     leaves, tensors, state, shapes = _example(plain)
+    given = (leaves, tensors, state)
     with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
-        plain(leaves, tensors, state)  # fills the caches of tables, which no trace may fill
+        plain(*given)  # fills the caches of tables, which no trace may fill
     chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
     try:
-        with torch.enable_grad(), quiet(), frugal_traces():
-            exported = torch.export.export(
-                plain, (leaves, tensors, state), dynamic_shapes=shapes, strict=False
+        with torch.enable_grad():
+            program = onnx_program(
+                plain, given, shapes, opset, optimize=True, custom_translation_table=TRANSLATIONS
             )
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                optimize=True,
-                custom_translation_table=TRANSLATIONS,
-            )
-    except Exception as error:  # both raise many kinds; all mean "not exported"
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+    except Exception as error:  # of many kinds; all mean "not exported"
+        cause = root_cause(error)
         lines = [line for line in str(cause).splitlines() if line.strip()]
         raise CaptureError(
             f"this model cannot be written as ONNX: {type(cause).__name__}: "
             f"{lines[0] if lines else ''}"
         ) from error
-    assert program is not None
     with torch.no_grad(), quiet():
         return _skeleton(program.model, plain, opset, chosen, choice.bits)
 
@@ -106,20 +93,6 @@ def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
     state = plain.state(plain.example[0].shape[0])
     leaf_shapes = [dict.fromkeys(dims, auto) for dims in plain.open]
     return plain.example, tensors, state, (leaf_shapes, shapes, [{0: auto} for _ in state])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on what is not installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def _skeleton(

@@ -6,6 +6,8 @@ A protobuf message is a row of fields: a varint of its number and kind, then a v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +15,8 @@ import onnx
 import torch
 
 from ..errors import EquivalenceError
-from .write import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece, raw
+from .session import replace_initializers
+from .write import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece, raw, write_data
 
 PIECE = 1 << 20
 
@@ -39,6 +42,21 @@ def write_twin(path: Path, twin: Path) -> dict[str, Place]:
             for done in range(start, end, PIECE):
                 out.write(file.read(min(PIECE, end - done)))
     return places
+
+
+@contextmanager
+def replaced_twin(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Path]:
+    """The graph at `path` with other values, of other sizes too, for some initializers, their bytes
+    in a file of their own: a copy within the graph would be read into memory again and again."""
+    model = onnx.load(path, load_external_data=False)
+    graph, data = (path.with_name(f"other-{path.stem}{end}") for end in (".onnx", ".data"))
+    try:
+        replace_initializers(model, replaced, write_data(replaced, data))
+        graph.write_bytes(model.SerializeToString())
+        yield graph
+    finally:
+        for file in (graph, data):
+            file.unlink(missing_ok=True)
 
 
 def hold(places: dict[str, Place], weights: dict[str, torch.Tensor], folder: Path) -> bool:

@@ -43,6 +43,13 @@ class Place(NamedTuple):
     offset: int
     length: int
 
+    def mark(self, tensor: onnx.TensorProto) -> None:
+        """Make it a tensor whose bytes lie here."""
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in self._asdict().items():
+            name = "location" if key == "file" else key
+            tensor.external_data.add(key=name, value=str(value))
+
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor; of one in row-major order on the CPU no copy is made."""
@@ -69,7 +76,7 @@ def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
     places: dict[str, Place] = {}
     if external:
         data = path.with_name(f"{path.stem}-{digest(skeleton.weights)[:16]}.data")
-        places = _write_data(skeleton.weights, data)
+        places = write_data(skeleton.weights, data)
     _write_graph(skeleton, path, places)
 
 
@@ -83,7 +90,8 @@ def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) ->
         _flush(file)
 
 
-def _write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
+def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
+    """Large ones begin at a page."""
     places = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
@@ -101,9 +109,7 @@ def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | Place
     elsewhere; bytes come last."""
     behind = memoryview(b"")
     if isinstance(content, Place):
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in zip(("location", "offset", "length"), content, strict=True):
-            tensor.external_data.add(key=key, value=str(value))
+        content.mark(tensor)
         head = tensor.SerializeToString()
     else:
         head, behind = tensor.SerializeToString() + _tag(RAW_DATA, content.nbytes), content

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...feedforward.call import FeedForwardCall, Weights
+from ..trace import onnx_program
 
 
 class _Body(nn.Module):
@@ -24,11 +25,8 @@ def body_graph(call: FeedForwardCall, weights: Weights, width: int, opset: int) 
     """Inputs x (n, width), any n, and the weights; output (n, width)."""
     x = weights[0].new_zeros(7, width)
     rows: Any = {0: torch.export.Dim("rows")}
-    exported = torch.export.export(
-        _Body(call), (x, list(weights)), dynamic_shapes=(rows, [None] * len(weights)), strict=False
-    )
-    program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
-    assert program is not None
+    given = (x, list(weights))
+    program = onnx_program(_Body(call), given, (rows, [None] * len(weights)), opset)
     return _products_as_gemm(program.model.graph)
 
 

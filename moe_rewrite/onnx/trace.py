@@ -1,0 +1,56 @@
+"""A module -> PyTorch's program in ONNX, traced in little memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..traces import frugal_traces
+
+
+def onnx_program(
+    module: torch.nn.Module, given: Any, shapes: Any, opset: int, **options: Any
+) -> Any:
+    """given: positional arguments. shapes: which of their dimensions stay open. Raises as
+    torch.export and torch.onnx.export do."""
+    try:
+        return _traced(module, given, shapes, opset, True, options)
+    except Exception as error:
+        if not isinstance(root_cause(error), RecursionError):
+            raise
+    return _traced(module, given, shapes, opset, False, options)
+
+
+def _traced(
+    module: torch.nn.Module, given: Any, shapes: Any, opset: int, lazy_sizes: bool, options: Any
+) -> Any:
+    with quiet(), frugal_traces(lazy_sizes):
+        return torch.onnx.export(
+            torch.export.export(module, given, dynamic_shapes=shapes, strict=False),
+            dynamo=True, opset_version=opset, verbose=False, **options,
+        )  # fmt: skip
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on what is not installed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
