@@ -37,6 +37,8 @@ TRACE = "dense, torch.export alone"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
     "LoRA, weights beside": ({"num_experts": 4}, {"external_data": True}),
+    "LoRA, with its cache": ({"num_experts": 4}, {"cache": True}),
+    "LoRA, as float16": ({"num_experts": 4}, {"dtype": "float16"}),
     "upcycled, sparse": ({"mode": "upcycle", "num_experts": 4}, {"lowering": "sparse"}),
     "upcycled, contrib": ({"mode": "upcycle", "num_experts": 4}, {"lowering": "contrib"}),
 }

@@ -1,9 +1,11 @@
 """Exported files: equal to PyTorch, whole or absent, named, with experts that come later."""
 
+import copy
 import json
 from functools import partial
 
 import architectures
+import numpy as np
 import pytest
 import torch
 from reference import randomize
@@ -189,20 +191,26 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
 
 
 @pytest.mark.parametrize("external,dtype", [(False, "float16"), (True, None)])
-def test_weights_are_proven_where_they_are(external, dtype, llama, tmp_path, monkeypatch):
+def test_weights_are_proven_where_they_are(
+    external, dtype, llama, tmp_path, tmp_path_factory, monkeypatch
+):
     """ONNX Runtime reads the model's own memory, and the file is held against it."""
     taken, real = [], prove.open_session
+    run = tmp_path_factory.mktemp("run") / "m.onnx"
 
-    def watched(path, replaced, shared, **given):
+    def watched(path, replaced, shared, options, **given):
         taken.append(set(shared))
-        return real(path, replaced, shared=shared, **given)
+        options.optimized_model_filepath = str(run)
+        return real(path, replaced, shared=shared, options=options, **given)
 
     monkeypatch.setattr(prove, "open_session", watched)
     target = tmp_path / "m.onnx"
     moe_rewrite.export_onnx(llama[0], target, external_data=external, dtype=dtype)
     assert len(list(tmp_path.iterdir())) == 1 + external
-    stacks = {n for n in taken[0] if n.startswith("moe_rewrite.experts.")}
-    assert "model.embed_tokens.weight" in taken[0] and taken[0] - taken[1] == stacks
+    assert "model.embed_tokens.weight" in taken[0] and taken[0] == taken[1]
+    graph = onnx.load(run, load_external_data=False).graph
+    large = {i.data_type for i in graph.initializer if np.prod(i.dims) >= 1024}
+    assert large == {onnx.TensorProto.FLOAT16 if dtype else onnx.TensorProto.FLOAT}
     given = call(2, 9)
     want, got = (
         llama[0](**given, use_cache=False).logits,
@@ -210,6 +218,24 @@ def test_weights_are_proven_where_they_are(external, dtype, llama, tmp_path, mon
     )
     tolerance = 1e-4 if dtype is None else 2e-2
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_cast_copy_is_the_cast_model():
+    """Names, dtypes, tied weights and all that a file holds; the model stays as it was."""
+    moe = moe_rewrite.convert(architectures.build("GPT2"), split=1, num_experts=2, verify=False)
+    randomize(moe)
+    before = {n: t.clone() for n, t in moe.state_dict(keep_vars=True).items()}
+    want, got = copy.deepcopy(moe).half(), export._cast(moe, torch.float16)
+    assert got.dtype == torch.float16 and got.router.rows[0].dtype == torch.float32
+    for name, tensor in want.state_dict(keep_vars=True).items():
+        copied = got.state_dict(keep_vars=True)[name]
+        assert type(copied) is type(tensor) and copied.requires_grad == tensor.requires_grad
+        assert copied.dtype == tensor.dtype and torch.equal(copied, tensor), name
+    assert len({id(p) for p in got.parameters()}) == len({id(p) for p in want.parameters()})
+    given = call(2, 6)
+    torch.testing.assert_close(got(**given).logits, want(**given).logits, rtol=0, atol=0)
+    for name, tensor in moe.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
 
 
 def test_a_file_that_lost_a_bit_is_no_success(llama, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def export(
         return made
 
     if cast is not None:
-        moe = copy.deepcopy(moe).to(cast)
+        moe = _cast(moe, cast)
     plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
     if open_experts:
         plain.require_open()
@@ -90,6 +90,18 @@ def export(
                 report.checks = timed("prove", prove, moe, plain, proven, stand_ins, shared)
         files = {p.name: p.stat().st_size for p in sorted(fresh.parent.iterdir())}
     return replace(report, files=files, seconds=seconds)
+
+
+def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
+    """A copy, of whose weights there is never one in the old dtype."""
+    kept = {id(t) for t in (*moe.router.parameters(), *moe.router.buffers())}
+    made: dict[int, Any] = {}
+    for old in (*moe.parameters(), *moe.buffers()):
+        if old.is_floating_point() and id(old) not in kept:
+            new = old.detach().to(dtype)
+            is_parameter = isinstance(old, torch.nn.Parameter)
+            made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if is_parameter else new
+    return copy.deepcopy(moe, made).to(dtype)
 
 
 @contextmanager

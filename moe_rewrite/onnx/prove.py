@@ -57,17 +57,14 @@ def prove(
     what quantized weights stand for: PyTorch computes with these. shared: weights of the file that
     are taken from memory."""
     _require_plain(moe, plain)
-    cases, wanted = list(_cases(moe, plain)), []
-    with torch.no_grad():  # before a session takes its memory
-        for case in cases:
-            tensors = plain.tensors | stand_ins | case.replaced
-            wanted.append(plain(case.leaves, tensors, case.state))
     checks, session, opened = [], None, None
-    for case, want in zip(cases, wanted, strict=True):
+    for case in _cases(moe, plain):
+        with torch.no_grad():
+            want = plain(case.leaves, plain.tensors | stand_ins | case.replaced, case.state)
         if session is None or case.replaced is not opened:
             session = None  # one at a time in memory
             release_memory()
-            session = _opened(path, case.replaced, shared)
+            session = _opened(path, case.replaced, shared, moe.dtype)
             opened = case.replaced
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
@@ -88,17 +85,22 @@ def prove(
                 f"ONNX Runtime differs from PyTorch by {report.max_error:.2e} ({case.name}; "
                 f"{', '.join(worst[:3])}): nothing was written. Please report this model"
             )
-        del got
+        del got, want
         release_memory()
         checks.append(Check(case.name, report.max_error, report.rms_error))
     return checks
 
 
-def _opened(path: Path, replaced: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> Any:
+def _opened(
+    path: Path,
+    replaced: dict[str, torch.Tensor],
+    shared: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> Any:
     shared = {n: replaced.get(n, t) for n, t in shared.items()}
     with replaced_twin(path, replaced) if replaced else nullcontext(path) as file:
         try:
-            return open_session(file, None, options=frugal_options(), shared=shared, **FRUGAL)
+            return open_session(file, None, options=frugal_options(dtype), shared=shared, **FRUGAL)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise EquivalenceError(
                 f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "

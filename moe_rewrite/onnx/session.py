@@ -63,12 +63,14 @@ def _value(tensor: torch.Tensor) -> Any:
 FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
 
 
-def frugal_options() -> Any:
+def frugal_options(dtype: torch.dtype) -> Any:
     """For a session that computes as any other in little memory, with FRUGAL: weights stay where
-    they are, in one copy."""
+    they are, in one copy. dtype: of the model."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    if dtype.itemsize < 4:  # which the CPU has few kernels for: further on, all become float32
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options
