@@ -66,5 +66,5 @@ def _forget(known: set[str]) -> None:
             method.cache_clear()
     sources = _sources()
     for name in sources.keys() - known:
-        del sources[name]
+        sources.pop(name, None)
         linecache.cache.pop(name, None)

@@ -91,7 +91,7 @@ def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) ->
 
 
 def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
-    """Large ones begin at a page."""
+    """Write their bytes one after the other; large ones begin at a page."""
     places = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
