@@ -46,9 +46,8 @@ class Place(NamedTuple):
     def mark(self, tensor: onnx.TensorProto) -> None:
         """Make it a tensor whose bytes lie here."""
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in self._asdict().items():
-            name = "location" if key == "file" else key
-            tensor.external_data.add(key=name, value=str(value))
+        for key, value in zip(("location", "offset", "length"), self, strict=True):
+            tensor.external_data.add(key=key, value=str(value))
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
