@@ -10,10 +10,13 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import graph_module
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.sym_node import SymNode
 
 import moe_rewrite
+from moe_rewrite import traces
 from moe_rewrite.onnx.trace import quiet
-from moe_rewrite.traces import frugal_traces
+from moe_rewrite.traces import collecting, frugal_traces
 
 
 @pytest.fixture
@@ -81,6 +84,60 @@ def test_lazy_sizes_make_few_nodes(monkeypatch):
         graphs.append(Counter(str(n.target) for n in exported.graph.nodes))
     assert graphs[0] == graphs[1]
     assert made[True] < 0.8 * made[False], made
+
+
+def live_sizes(monkeypatch):
+    """How many objects of sizes there are at the end of an export's largest trace."""
+    trace, found = proxy_tensor.PythonKeyTracer.trace, []
+
+    def counted(*args, **kwargs):
+        graph = trace(*args, **kwargs)
+        gc.collect()
+        found.append(sum(type(o) is SymNode for o in gc.get_objects()))
+        return graph
+
+    model = networks.Network(["Attention", "Mlp"] * 2).eval()
+    with monkeypatch.context() as patch, torch.no_grad(), quiet(), frugal_traces(lazy_sizes=True):
+        patch.setattr(proxy_tensor.PythonKeyTracer, "trace", counted)
+        torch.export.export(
+            model, (model.input(2, 6),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},)
+        ).run_decompositions()
+    return max(found)
+
+
+def test_sizes_that_no_node_needs_are_let_go_of(monkeypatch):
+    few = live_sizes(monkeypatch)
+    monkeypatch.setattr(traces, "SIZES", "a name that is gone")
+    assert few < 0.5 * live_sizes(monkeypatch)
+
+
+def test_only_young_objects_are_collected():
+    class Cycle:
+        def __init__(self):
+            self.own = self
+
+    assert gc.isenabled()
+    old, kept = weakref.ref(Cycle()), Cycle()
+    with collecting():
+        assert old() is None and gc.get_freeze_count() > 10_000
+        kept, passed = None, weakref.ref(kept)
+        young = weakref.ref(Cycle())
+        assert gc.collect() and young() is None and passed() is not None
+        young = weakref.ref(Cycle())
+    assert young() is None and gc.get_freeze_count() == 0
+    gc.collect()
+    assert passed() is None
+
+
+def test_what_the_user_froze_stays_frozen():
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with collecting():
+            assert gc.get_freeze_count() == count
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()
 
 
 def test_sizes_that_need_hundreds_of_others_are_exported(tmp_path):

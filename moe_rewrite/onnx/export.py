@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import onnx
 import torch
 
 from ..errors import ConfigError, EquivalenceError
+from ..traces import collecting
 from .cuda import without_kernel
 from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .metadata import FORMAT
@@ -70,12 +70,12 @@ def export(
 
     if cast is not None:
         moe = _cast(moe, cast)
-    plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
-    if open_experts:
-        plain.require_open()
-    external = needs_external(plain.tensors, external_data)
-    skeleton = timed("translate", translate, plain, opset, choice)
-    gc.collect()  # graphs point at themselves: they would lie beside what follows
+    with collecting():
+        plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
+        if open_experts:
+            plain.require_open()
+        external = needs_external(plain.tensors, external_data)
+        skeleton = timed("translate", translate, plain, opset, choice)
     release_memory()
     if open_inputs:
         _open_inputs(skeleton, plain)

@@ -17,9 +17,10 @@ from ..errors import EquivalenceError
 from ..examples import random_arguments
 from ..program import CACHE
 from ..verify import compare, evaluating
+from .casts import late_casts
 from .plain import ROWS, Plain
 from .report import Check
-from .session import FRUGAL, frugal_options, open_session, release_memory, run
+from .session import FRUGAL, open_session, release_memory, run
 from .twin import replaced_twin
 
 if TYPE_CHECKING:
@@ -98,9 +99,10 @@ def _opened(
     dtype: torch.dtype,
 ) -> Any:
     shared = {n: replaced.get(n, t) for n, t in shared.items()}
-    with replaced_twin(path, replaced) if replaced else nullcontext(path) as file:
+    other = replaced_twin(path, replaced) if replaced else nullcontext(path)
+    with other as file, late_casts(file, dtype) as (graph, options):
         try:
-            return open_session(file, None, options=frugal_options(dtype), shared=shared, **FRUGAL)
+            return open_session(graph, None, options=options, shared=shared, **FRUGAL)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise EquivalenceError(
                 f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "

@@ -63,14 +63,13 @@ def _value(tensor: torch.Tensor) -> Any:
 FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
 
 
-def frugal_options(dtype: torch.dtype) -> Any:
+def frugal_options(level: str = "ENABLE_ALL") -> Any:
     """For a session that computes as any other in little memory, with FRUGAL: weights stay where
-    they are, in one copy. dtype: of the model."""
+    they are, in one copy. level: of ONNX Runtime's optimizations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    if dtype.itemsize < 4:  # which the CPU has few kernels for: further on, all become float32
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options

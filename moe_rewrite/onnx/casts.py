@@ -1,0 +1,66 @@
+"""A 16-bit file as ONNX Runtime's CPU provider computes it: for the most part in float32.
+
+It runs first, of all that a node needs, what was added last to the graph, and the casts of weights
+are added by itself: many weights lie in memory in float32 before the first of them is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from .session import FRUGAL, frugal_options
+
+
+@contextmanager
+def late_casts(path: Path, dtype: torch.dtype) -> Iterator[tuple[Path, Any]]:
+    """(a graph that computes as the one at `path`, options of a session on it). dtype: of the model.
+    Of 16 bits it is one with ONNX Runtime's own casts, each of a weight run when it is needed, and
+    the bytes outside the file stay there; `path` itself where ONNX Runtime makes none."""
+    if dtype.itemsize >= 4:
+        yield path, frugal_options()
+        return
+    made = path.with_name(f"casts-{path.name}")
+    try:
+        if _write(path, made):
+            yield made, frugal_options("DISABLE_ALL")
+        else:
+            yield path, frugal_options("ENABLE_EXTENDED")
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _write(path: Path, made: Path) -> bool:
+    import onnxruntime as ort
+
+    model = onnx.load(path, load_external_data=False)
+    outside = {t.name: t for t in model.graph.initializer if t.external_data}
+    for name, tensor in outside.items():  # inputs meanwhile: no byte of them is read
+        model.graph.initializer.remove(tensor)
+        value = onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+        model.graph.input.append(value)
+    # one level more, and all weights would be float32 for good
+    options = frugal_options("ENABLE_EXTENDED")
+    options.optimized_model_filepath = str(made)
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    with suppress(Exception):  # ONNX Runtime's have no common base
+        ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"], **FRUGAL)
+    if not made.exists():
+        return False
+    graph = (model := onnx.load(made)).graph
+    for value in [i for i in graph.input if i.name in outside]:
+        graph.input.remove(value)
+    graph.initializer.extend(outside.values())
+    known = {t.name for t in graph.initializer}
+    for node in graph.node:
+        whole = not any(a.HasField("g") for a in node.attribute)
+        if whole and node.input and known.issuperset(filter(None, node.input)):
+            known.update(node.output)
+    graph.node.sort(key=lambda node: not known.issuperset(node.output))
+    made.write_bytes(model.SerializeToString())
+    return True
