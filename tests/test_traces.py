@@ -87,7 +87,7 @@ def test_lazy_sizes_make_few_nodes(monkeypatch):
 
 
 def live_sizes(monkeypatch):
-    """How many objects of sizes there are at the end of an export's largest trace."""
+    """How many objects of sizes an export's largest trace has at its end."""
     trace, found = proxy_tensor.PythonKeyTracer.trace, []
 
     def counted(*args, **kwargs):
@@ -97,7 +97,8 @@ def live_sizes(monkeypatch):
         return graph
 
     model = networks.Network(["Attention", "Mlp"] * 2).eval()
-    with monkeypatch.context() as patch, torch.no_grad(), quiet(), frugal_traces(lazy_sizes=True):
+    lazy = frugal_traces(lazy_sizes=True)
+    with monkeypatch.context() as patch, torch.no_grad(), quiet(), collecting(), lazy:
         patch.setattr(proxy_tensor.PythonKeyTracer, "trace", counted)
         torch.export.export(
             model, (model.input(2, 6),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},)
