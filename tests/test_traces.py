@@ -112,18 +112,19 @@ def test_sizes_that_no_node_needs_are_let_go_of(monkeypatch):
     assert few < 0.5 * live_sizes(monkeypatch)
 
 
-def test_only_young_objects_are_collected():
-    class Cycle:
-        def __init__(self):
-            self.own = self
+class Cycle:
+    def __init__(self):
+        self.own = self
 
-    assert gc.isenabled()
+
+def test_only_young_objects_are_collected():
     old, kept = weakref.ref(Cycle()), Cycle()
     with collecting():
         assert old() is None and gc.get_freeze_count() > 10_000
         kept, passed = None, weakref.ref(kept)
         young = weakref.ref(Cycle())
-        assert gc.collect() and young() is None and passed() is not None
+        gc.collect()
+        assert young() is None and passed() is not None
         young = weakref.ref(Cycle())
     assert young() is None and gc.get_freeze_count() == 0
     gc.collect()
@@ -131,14 +132,19 @@ def test_only_young_objects_are_collected():
 
 
 def test_what_the_user_froze_stays_frozen():
+    cycle = Cycle()
+    kept = weakref.ref(cycle)
     gc.freeze()
+    del cycle
     try:
-        count = gc.get_freeze_count()
         with collecting():
-            assert gc.get_freeze_count() == count
-        assert gc.get_freeze_count() == count
+            assert kept() is not None
+        gc.collect()
+        assert kept() is not None and gc.get_freeze_count()
     finally:
         gc.unfreeze()
+    gc.collect()
+    assert kept() is None
 
 
 def test_sizes_that_need_hundreds_of_others_are_exported(tmp_path):
