@@ -3,15 +3,21 @@
 import json
 
 import architectures
+import cnns
 import numpy as np
 import pytest
 import torch
 from reference import randomize
+from test_feedforward import Gated, inputs
+from test_onnx_lowerings import CHOICE, TOP2, made
 
 import moe_rewrite
+from moe_rewrite import PatchRouter, RegionExperts
+from moe_rewrite.errors import EquivalenceError
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx.casts import late_casts  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx import export, prove  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx.casts import late_casts  # noqa: E402
 from moe_rewrite.onnx.session import FRUGAL, frugal_options, open_session  # noqa: E402
 
 KIND = {"LoRA": {}, "upcycled": {"mode": "upcycle"}}
@@ -72,3 +78,44 @@ def test_other_files_are_taken_as_they_are(file, tmp_path):
     with late_casts(broken, torch.float16) as (graph, _):
         assert graph == broken
     assert list(tmp_path.iterdir()) == [broken]
+
+
+def regions():
+    return moe_rewrite.convert(
+        cnns.build("ResNet"), split="layer3", router=PatchRouter(grid=4, per_expert=5),
+        num_experts=2, experts=RegionExperts(halo=False), example_inputs=torch.randn(3, 3, 32, 32),
+        verify=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build,options,x",
+    [
+        (lambda: made(TOP2, Gated), {"open_experts": True}, inputs(3, 11, seed=2)),
+        (lambda: made(CHOICE, Gated), {"lowering": "sparse"}, inputs(3, 11, seed=2)),
+        (regions, {}, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))),
+    ],
+    ids=["open", "choice", "regions"],
+)
+def test_sums_that_scatter_run_in_16_bits(build, options, x, tmp_path):
+    """ONNX Runtime's CPU provider adds such in float32 alone."""
+    moe, path = build().eval(), tmp_path / "m.onnx"
+    report = moe_rewrite.export_onnx(
+        moe, path, dtype="float16", example_inputs=torch.randn(2, *x.shape[1:]), **options
+    )
+    assert len(report.checks) > 2 and any(n.startswith("Scatter") for n in report.operators)
+    half = export._cast(moe, torch.float16)
+    (got,) = moe_rewrite.onnx.load(path)(x=x.half()).values()
+    want = half(x.half()).detach()
+    assert got.dtype == want.dtype == torch.float16
+    torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_file_that_the_cpu_cannot_run_says_so(tmp_path, monkeypatch):
+    def failing(session, feeds):
+        raise RuntimeError("[ONNXRuntimeError] : no kernel\nmore")
+
+    monkeypatch.setattr(prove, "run", failing)
+    with pytest.raises(EquivalenceError, match=r"cannot run this file .*no kernel\): export with"):
+        moe_rewrite.export_onnx(made(TOP2, Gated), tmp_path / "m.onnx", example_inputs=inputs(2, 6))
+    assert not list(tmp_path.iterdir())

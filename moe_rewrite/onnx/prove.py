@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,8 @@ def prove(
             opened = case.replaced
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
-        got = run(session, names | dict(state))
+        with _on_this_cpu():
+            got = run(session, names | dict(state))
         if not any(bool(t.isfinite().any()) for t in want):
             raise EquivalenceError(
                 f"PyTorch itself gives no finite number ({case.name}): nothing can be proven. "
@@ -100,14 +101,19 @@ def _opened(
 ) -> Any:
     shared = {n: replaced.get(n, t) for n, t in shared.items()}
     other = replaced_twin(path, replaced) if replaced else nullcontext(path)
-    with other as file, late_casts(file, dtype) as (graph, options):
-        try:
-            return open_session(graph, None, options=options, shared=shared, **FRUGAL)
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise EquivalenceError(
-                f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
-                "export with verify=False, and compare where its kernels are"
-            ) from error
+    with other as file, late_casts(file, dtype) as (graph, options), _on_this_cpu():
+        return open_session(graph, None, options=options, shared=shared, **FRUGAL)
+
+
+@contextmanager
+def _on_this_cpu() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise EquivalenceError(
+            f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
+            "export with verify=False, and compare where its kernels are"
+        ) from error
 
 
 def _mask(plain: Plain, leaves: list[torch.Tensor]) -> Any:

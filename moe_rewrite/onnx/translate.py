@@ -18,6 +18,7 @@ from .lowerings.expand import expand
 from .plain import Plain
 from .trace import onnx_program, quiet, root_cause
 
+HALVES = (torch.float16, torch.bfloat16)
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
 
@@ -118,6 +119,8 @@ def _skeleton(
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
     _widen(graph)
+    if any(t.dtype in HALVES for t in tensors.values()):
+        _add_in_float32(graph)
     _name_outputs(graph, plain.outputs)
     _name_dimensions(model, plain)
     for node in graph.all_nodes():
@@ -158,6 +161,30 @@ def _widen(graph: ir.Graph) -> None:
             node.outputs[0].type, node.outputs[0].shape = single, value.shape
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
+
+
+def _add_in_float32(graph: ir.Graph) -> None:
+    """Sums that scatter: in 16 bits ONNX Runtime's CPU provider has none. What has no type yet is of
+    an expert's site."""
+    halves = (None, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for node in list(graph.all_nodes()):
+        if not node.op_type.startswith("Scatter") or "reduction" not in node.attributes:
+            continue
+        data, out = node.inputs[0], node.outputs[0]
+        if data is None or data.dtype not in halves or node.graph is None:
+            continue
+        for i in (0, 2):  # data and what is added
+            wide = ir.node("Cast", [node.inputs[i]], attributes={"to": ir.DataType.FLOAT})
+            wide.outputs[0].name = f"{out.name}.wide_{i}"  # those of subgraphs would all be one
+            node.graph.insert_before(node, wide)
+            node.replace_input_with(i, wide.outputs[0])
+        narrow = ir.node("CastLike", [out, data])
+        narrow.outputs[0].type, narrow.outputs[0].shape = out.type, out.shape
+        narrow.outputs[0].name = f"{out.name}.narrow"
+        ir.convenience.replace_all_uses_with(out, narrow.outputs[0], replace_graph_outputs=True)
+        narrow.replace_input_with(0, out)
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        node.graph.insert_after(node, narrow)
 
 
 def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
