@@ -27,7 +27,7 @@ def late_casts(path: Path, dtype: torch.dtype) -> Iterator[tuple[Path, Any]]:
         return
     made = path.with_name(f"casts-{path.name}")
     try:
-        if _write(path, made):
+        if _made(path, made):
             yield made, frugal_options("DISABLE_ALL")
         else:
             yield path, frugal_options("ENABLE_EXTENDED")
@@ -35,7 +35,9 @@ def late_casts(path: Path, dtype: torch.dtype) -> Iterator[tuple[Path, Any]]:
         made.unlink(missing_ok=True)
 
 
-def _write(path: Path, made: Path) -> bool:
+def _made(path: Path, made: Path) -> bool:
+    """Whether the graph at `path` with the casts could be written at `made`. What is computed from
+    weights alone is put first there: the descent that ends in it then comes last."""
     import onnxruntime as ort
 
     model = onnx.load(path, load_external_data=False)

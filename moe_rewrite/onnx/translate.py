@@ -18,7 +18,7 @@ from .lowerings.expand import expand
 from .plain import Plain
 from .trace import onnx_program, quiet, root_cause
 
-HALVES = (torch.float16, torch.bfloat16)
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
 
@@ -119,7 +119,7 @@ def _skeleton(
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
     _widen(graph)
-    if any(t.dtype in HALVES for t in tensors.values()):
+    if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
         _add_in_float32(graph)
     _name_outputs(graph, plain.outputs)
     _name_dimensions(model, plain)
@@ -166,12 +166,11 @@ def _widen(graph: ir.Graph) -> None:
 def _add_in_float32(graph: ir.Graph) -> None:
     """Sums that scatter: in 16 bits ONNX Runtime's CPU provider has none. What has no type yet is of
     an expert's site."""
-    halves = (None, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     for node in list(graph.all_nodes()):
         if not node.op_type.startswith("Scatter") or "reduction" not in node.attributes:
             continue
         data, out = node.inputs[0], node.outputs[0]
-        if data is None or data.dtype not in halves or node.graph is None:
+        if data is None or data.dtype not in (None, *HALVES) or node.graph is None:
             continue
         for i in (0, 2):  # data and what is added
             wide = ir.node("Cast", [node.inputs[i]], attributes={"to": ir.DataType.FLOAT})
