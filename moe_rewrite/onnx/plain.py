@@ -7,7 +7,9 @@ copies none of them; stacks of experts are arguments whose expert dimension stay
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +22,19 @@ from ..examples import as_arguments
 from ..experts import ExpertSite, HeadColumns, LoRASite
 from ..graphs import Graph
 from ..ownership import ADDED
-from ..program import CACHE, FeedForwardSite
+from ..program import CACHE, Code, FeedForwardSite
 from ..routing.patches import PatchGate
 from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
 from ..verify import evaluating
 from .feedforward import TracedFeedForward, with_placeholders
+from .parts import Part, arranged, same_code, whole
 
 if TYPE_CHECKING:
     from ..model import MoEModel
 
 ROWS = f"{ADDED}router.rows"
+ROUTER = 40  # nodes of a plan, about
 STATE = "router"  # prefix of the names of a prefix router's running sums
 
 
@@ -71,8 +75,6 @@ class Plain(nn.Module):
         ]
         self.mask = self.graph.emitted.mask
         self.calls: list[TracedFeedForward] = []
-        steps = (bound.step for _, bound in self.graph.steps)
-        self._steps = [(s, with_placeholders(s.code, s.owned, self.calls)) for s in steps]
         self.active = moe.router.active_indices()
         self._held = (moe.router,)  # in a tuple: its parameters are not this module's
         self.tensors, self.stacks, self._experts = tensors_of(
@@ -82,8 +84,13 @@ class Plain(nn.Module):
         self.outputs = [f"{name}.out" if name in taken else name for name in self.outputs]
         self.biased = isinstance(moe.router, TokenGate)
         self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
-        if self.with_state:
-            self.outputs += [f"present_{STATE}.total", f"present_{STATE}.count"]
+        self.past = [f"past_{STATE}.{n}" for n in ("total", "count")] if self.with_state else []
+        after = [f"present_{STATE}.{n}" for n in ("total", "count")] if self.with_state else []
+        self.given = [*self.graph.leaves, *self.past]
+        self.outputs += after
+        self.kept += after
+        self._single = list(self._parts(after))
+        self.parts = arranged(self._single, self.kept)
 
     def require_open(self) -> None:
         """Raises ConfigError where the number of experts is fixed in the graph."""
@@ -97,20 +104,41 @@ class Plain(nn.Module):
         self, leaves: list[torch.Tensor], tensors: dict[str, torch.Tensor],
         state: list[torch.Tensor],
     ) -> list[torch.Tensor]:  # fmt: skip
-        graph = self.graph
-        values: dict[str, Any] = dict(zip(graph.leaves, leaves, strict=True))
-        mask, after, planned = values.get(self.mask) if self.mask else None, None, False
-        for step, code in self._steps:
-            if step.deep and not planned:
-                before = PrefixState(*state) if state else None
-                plan, after = self._plan(values[graph.emitted.cut], mask, tensors, before)
-                values |= {name: align(plan, layout) for name, layout in graph.emitted.layouts}
-                planned = True
-            owned = [self._owned(kind, name, tensors) for kind, name in step.owned]
-            made = code.call(*owned, *(values[n] for n in step.takes))
-            values.update(zip(step.gives, made, strict=True))
-        outputs = [values[name] for name in self.kept]
-        return [*outputs, after.total, after.count] if after and state else outputs
+        values = self.values(leaves, state)
+        for part in self.parts:
+            part(tensors, values)
+        return [values[name] for name in self.kept]
+
+    def as_one(self) -> None:
+        """Make of its parts one."""
+        self.parts = whole(self._single, self.kept)
+
+    def values(self, leaves: list[torch.Tensor], state: list[torch.Tensor]) -> dict[str, Any]:
+        """What the parts begin with, by name."""
+        return dict(zip(self.given, [*leaves, *state], strict=True))
+
+    def _parts(self, after: list[str]) -> Iterator[Part]:
+        """after: names of the router's state behind the call."""
+        graph, routed = self.graph, False
+        for step in (bound.step for _, bound in graph.steps):
+            if step.deep and not routed:
+                mask = [self.mask] if self.mask in graph.leaves else []
+                own = {n: n for n in self.tensors if n.startswith(f"{ADDED}router.")}
+                gives = (*(name for name, _ in graph.emitted.layouts), *after)
+                takes = (graph.emitted.cut, *mask, *self.past)
+                yield Part("router", own, takes, gives, self._routed, object(), ROUTER)
+                routed = True
+            first = len(self.calls)
+            code = with_placeholders(step.code, step.owned, self.calls)
+            owned = tuple(self._owned(*names) for names in step.owned)
+            names = [n for n in pytree.tree_leaves(owned) if isinstance(n, str)]
+            yield Part(
+                step.block, owned, step.takes, step.gives, partial(_run, code),
+                (same_code(code.module.graph), *(self.tensors[n].shape for n in names)),
+                len(code.module.graph.nodes) - len(step.owned),
+                tuple(i - len(owned) for i in step.writes if i >= len(owned)),
+                tuple(range(first, len(self.calls))),
+            )  # fmt: skip
 
     def state(self, batch: int) -> list[torch.Tensor]:
         """The running sums of a prefix router before the first position."""
@@ -120,12 +148,18 @@ class Plain(nn.Module):
         width = getattr(router, "lift", torch.empty(0, router.size - 1)).shape[1]
         return [torch.zeros(batch, width), torch.zeros(batch)]
 
-    def _owned(self, kind: str, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    def _owned(self, kind: str, name: str) -> Any:
         if kind == "constant":
             return self.graph.emitted.constants[name]
-        if kind != "expert":
-            return tensors[name]
-        return pytree.tree_map_only(str, tensors.__getitem__, self._experts[name])
+        return self._experts[name] if kind == "expert" else name
+
+    def _routed(self, tensors: dict[str, torch.Tensor], taken: list[Any]) -> list[Any]:
+        """The plan as the sites take it, and the router's state behind it."""
+        features, *others = taken
+        mask = others.pop(0) if self.mask in self.graph.leaves else None
+        plan, after = self._plan(features, mask, tensors, PrefixState(*others) if others else None)
+        aligned = [align(plan, layout) for _, layout in self.graph.emitted.layouts]
+        return [*aligned, after.total, after.count] if self.with_state else aligned
 
     def _plan(
         self, features: torch.Tensor, mask: Any, tensors: dict[str, torch.Tensor], before: Any
@@ -159,6 +193,10 @@ class Plain(nn.Module):
         own["_logits"] = padded
         plan, after = gate.forward(features, mask, before)
         return replace(plan, weights=plan.weights[..., : tensors[ROWS].shape[0]]), after
+
+
+def _run(code: Code, owned: Any, taken: list[Any]) -> Any:
+    return code.call(*owned, *taken)
 
 
 def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any]:

@@ -6,11 +6,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
 from ..traces import frugal_traces
+
+MAKE = "from_torchlib"  # of PyTorch's class of such tables
 
 
 def onnx_program(
@@ -34,6 +37,24 @@ def _traced(
             torch.export.export(module, given, dynamic_shapes=shapes, strict=False),
             dynamo=True, opset_version=opset, verbose=False, **options,
         )  # fmt: skip
+
+
+@contextmanager
+def one_registry() -> Iterator[None]:
+    """PyTorch makes its table of translations, which takes as long as the trace of a small block,
+    once meanwhile and not for every trace. Where it has another name nothing is done."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        made = vars(ONNXRegistry)[MAKE]
+    except (ImportError, KeyError):
+        yield
+        return
+    setattr(ONNXRegistry, MAKE, staticmethod(cache(getattr(ONNXRegistry, MAKE))))
+    try:
+        yield
+    finally:
+        setattr(ONNXRegistry, MAKE, made)
 
 
 def root_cause(error: BaseException) -> BaseException:

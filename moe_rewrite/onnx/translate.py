@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,15 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from ..errors import CaptureError
-from ..program import CACHE
+from ..errors import CaptureError, ConfigError, MoeRewriteError
+from .joined import joined
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
+from .pieces import pieces
 from .plain import Plain
-from .trace import onnx_program, quiet, root_cause
+from .trace import one_registry, quiet, root_cause
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 
 
 @dataclass
@@ -36,25 +35,39 @@ class Skeleton:
 def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
     """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
     lowering that does not fit."""
-    leaves, tensors, state, shapes = _example(plain)
-    given = (leaves, tensors, state)
-    with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
-        plain(*given)  # fills the caches of tables, which no trace may fill
-    chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
+    with one_registry():
+        model, chosen = _model(plain, opset, choice)
+        with torch.no_grad(), quiet():
+            return _skeleton(model, plain, opset, chosen, choice.bits)
+
+
+def _model(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int, Chosen]]:
+    """Part by part; or all parts as one, where something between them can be no value of a graph or
+    a part alone does not show that sizes are related."""
     try:
-        with torch.enable_grad():
-            program = onnx_program(
-                plain, given, shapes, opset, optimize=True, custom_translation_table=TRANSLATIONS
-            )
-    except Exception as error:  # of many kinds; all mean "not exported"
+        return _translated(plain, opset, choice)
+    except ConfigError:
+        raise
+    except Exception:  # of many kinds
+        if len(plain.parts) > 1:
+            plain.as_one()
+    try:
+        return _translated(plain, opset, choice)
+    except MoeRewriteError:
+        raise
+    except Exception as error:  # all mean "not exported"
         cause = root_cause(error)
         lines = [line for line in str(cause).splitlines() if line.strip()]
         raise CaptureError(
             f"this model cannot be written as ONNX: {type(cause).__name__}: "
             f"{lines[0] if lines else ''}"
         ) from error
-    with torch.no_grad(), quiet():
-        return _skeleton(program.model, plain, opset, chosen, choice.bits)
+
+
+def _translated(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int, Chosen]]:
+    parts = pieces(plain)
+    chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
+    return joined(plain, parts, opset, TRANSLATIONS), chosen
 
 
 def _round(number: Any, digits: None = None) -> Any:
@@ -77,39 +90,11 @@ def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False)
 TRANSLATIONS: Any = {round: _round, torch.ops.aten.sort.stable: _sort}
 
 
-def _example(plain: Plain) -> tuple[list, dict[str, torch.Tensor], list, Any]:
-    """What to trace with, and the dimensions that stay open."""
-    auto = torch.export.Dim.AUTO
-    count = torch.export.Dim("experts", min=2)
-    tensors = dict(plain.tensors)
-    shapes: dict[str, Any] = {}
-    for name, tensor in plain.tensors.items():
-        shapes[name] = None
-        if name in plain.stacks:
-            stack = plain.stacks[name]
-            size = list(tensor.shape)
-            size[stack.dim] = TRACED_EXPERTS * stack.each
-            tensors[name] = tensor.new_zeros(size)
-            shapes[name] = {stack.dim: count * stack.each if stack.each > 1 else count}
-    state = plain.state(plain.example[0].shape[0])
-    leaf_shapes = [dict.fromkeys(dims, auto) for dims in plain.open]
-    return plain.example, tensors, state, (leaf_shapes, shapes, [{0: auto} for _ in state])
-
-
 def _skeleton(
     model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
 ) -> Skeleton:
     graph = model.graph
-    parts: list[Any] = [*graph.all_nodes(), *_values(model)]
-    for part in parts:
-        part.meta.clear()  # which holds the trace, while onnxscript's rules hold their last node
-    given = list(graph.inputs)
-    names = [*plain.inputs, *plain.tensors]
-    if plain.with_state:
-        names += [f"past_router.{n}" for n in ("total", "count")]
-    _free(model, {*names, *plain.outputs})
-    for value, name in zip(given, names, strict=True):
-        value.name = name
+    _free(model, set(plain.outputs))
     done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
     tensors = plain.tensors | done.weights
     weights = {}
@@ -122,7 +107,6 @@ def _skeleton(
     if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
         _add_in_float32(graph)
     _name_outputs(graph, plain.outputs)
-    _name_dimensions(model, plain)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
@@ -197,36 +181,3 @@ def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
             graph.outputs[i] = value = copy.outputs[0]
         seen.add(id(value))
         value.name = name
-
-
-def _name_dimensions(model: ir.Model, plain: Plain) -> None:
-    """``batch``, ``sequence`` and the like for the symbols of the trace."""
-    words: dict[str, str] = {}
-    cached = any(n.startswith(CACHE) for n in plain.inputs)
-    for value in model.graph.inputs:
-        taken = set(words.values())
-        for d, size in enumerate(value.shape or ()):
-            symbol = None if isinstance(size, int) else size.value
-            if symbol is None or not re.fullmatch(r"[a-z]\w*", symbol) or symbol in words:
-                continue
-            word = _word(str(value.name), d, cached)
-            words[symbol] = word if word not in taken or cached else f"{value.name}_{d}"
-            taken.add(words[symbol])
-    pattern = re.compile(r"[A-Za-z_]\w*")
-    for value in _values(model):
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                d if isinstance(d, int) or d.value is None
-                else pattern.sub(lambda m: words.get(m[0], m[0]), d.value)
-                for d in value.shape
-            )  # fmt: skip
-
-
-def _word(name: str, dim: int, cached: bool) -> str:
-    if dim == 0:
-        return "batch"
-    if cached and name.startswith(CACHE):
-        return "past"
-    if cached and "mask" in name:
-        return "past + sequence"
-    return {1: "sequence"}.get(dim, f"{name}_{dim}")

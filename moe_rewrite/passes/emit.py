@@ -165,7 +165,8 @@ def _step(
 ) -> Step:
     sources = {s for n in nodes for s in n.all_input_nodes if owner.get(s) != index}
     sources = {s for s in sources if s.op != "get_attr"}
-    ordered = sorted(sources, key=order.__getitem__)
+    # gates last, so that the first deep block takes what those behind it take
+    ordered = sorted(sources, key=lambda n: (n.target is align, order[n]))
     owned = [s for s in ordered if _is_owned(program, s)]
     takes = [s for s in ordered if s not in owned]
     gives = [n for n in nodes if last_use.get(n, -1) > index and n.op != "get_attr"]

@@ -1,0 +1,181 @@
+"""Exports part by part: what is traced, what passes from part to part, and what needs the whole."""
+
+import architectures
+import networks
+import pytest
+import torch
+from reference import randomize
+from torch import fx, nn
+
+import moe_rewrite
+from moe_rewrite import TokenRouter
+from moe_rewrite.errors import CaptureError
+
+onnx = pytest.importorskip("onnx")
+from moe_rewrite.onnx import pieces  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx.parts import same_code  # noqa: E402
+from moe_rewrite.onnx.plain import Plain  # noqa: E402
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Names of the parts that are traced."""
+    names = []
+    trace = pieces.onnx_program
+
+    def noted(piece, *args, **kwargs):
+        names.append(piece.part.name)
+        return trace(piece, *args, **kwargs)
+
+    monkeypatch.setattr(pieces, "onnx_program", noted)
+    return names
+
+
+def exported(model, inputs, folder, split, **options):
+    """(converted model, file) with experts that matter; the export itself proves the file."""
+    moe = moe_rewrite.convert(
+        model, split=split, num_experts=2, example_inputs=inputs, verify=False, **options
+    )
+    randomize(moe)
+    moe_rewrite.export_onnx(moe.eval(), folder / "m.onnx", example_inputs=inputs)
+    return moe, moe_rewrite.onnx.load(folder / "m.onnx")
+
+
+def assert_same(moe, loaded, inputs):
+    with torch.no_grad():
+        want = moe(inputs)
+    got = next(iter(loaded(**{loaded.inputs[0]: inputs}).values()))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
+    counts, nodes = [], []
+    for layers in (4, 12):
+        model = architectures.build("Llama", layers=layers)
+        moe = moe_rewrite.convert(model, split=0.5, num_experts=2, verify=False)
+        randomize(moe)
+        report = moe_rewrite.export_onnx(moe.eval(), tmp_path / f"{layers}.onnx")
+        assert report.max_error < 1e-4
+        counts.append(len(traced))
+        nodes.append(sum(report.operators.values()))
+        traced.clear()
+    assert counts[0] == counts[1] <= 6 and nodes[1] > 2.5 * nodes[0]
+
+
+@pytest.mark.parametrize("kind", sorted(networks.KINDS))
+def test_layers_that_are_alike_have_their_own_weights(kind, traced, tmp_path):
+    model = networks.Network([kind] * 5).eval()
+    moe, loaded = exported(model, model.input(2, 6), tmp_path, split=2)
+    for batch, length in ((3, 7), (1, 4)):
+        assert_same(moe, loaded, model.input(batch, length))
+    assert len(traced) < len(Plain(moe, model.input(2, 6)).parts)
+
+
+class Scaled(nn.Module):
+    """A layer with a constant of its own."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.linear, self.by = nn.Linear(8, 8), by
+
+    def forward(self, x):
+        return x + self.linear(x) * self.by
+
+
+def test_layers_that_differ_in_a_constant_alone(traced, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Scaled(by) for by in (0.5, 0.5, 2.0, 0.5, 0.5, 3.0, 3.0))).eval()
+    moe, loaded = exported(model, torch.randn(2, 5, 8), tmp_path, split=3)
+    assert_same(moe, loaded, torch.randn(3, 4, 8))
+    assert 3 <= len(traced) < 7
+
+
+class Carried(nn.Module):
+    """Each layer adds to a stream that the one before it gave, in its place; the last sees both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x):
+        sums = torch.zeros_like(x)
+        for layer in self.layers:
+            sums += x
+            x = x + torch.relu(layer(sums))
+        return x * sums
+
+
+def test_what_is_written_in_place_is_seen_behind_it(tmp_path):
+    torch.manual_seed(0)
+    moe, loaded = exported(Carried().eval(), torch.randn(2, 5, 8), tmp_path, split="layers.2")
+    assert_same(moe, loaded, torch.randn(3, 4, 8))
+
+
+class Lengthened(nn.Module):
+    """Layers that read a number computed from the length, which no graph of tensors has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        scale = x.shape[1] ** 0.5
+        for layer in self.layers:
+            x = x + layer(x) * scale
+        return x
+
+
+def test_a_number_between_parts_needs_the_whole(traced, tmp_path):
+    torch.manual_seed(0)
+    moe, loaded = exported(Lengthened().eval(), torch.randn(2, 5, 8), tmp_path, split="layers.2")
+    assert_same(moe, loaded, torch.randn(3, 9, 8))
+    assert traced == ["layers.0-layers.3"]
+
+
+def test_what_cannot_be_traced_in_parts_or_whole_is_refused(monkeypatch, tmp_path):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(pieces, "onnx_program", fails)
+    with pytest.raises(CaptureError, match="RuntimeError: no such operator"):
+        exported(networks.Network(["Mlp", "Mlp"]).eval(), torch.ones(2, 6).long(), tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_size_has_one_name(tmp_path):
+    """The batch, which each part sees for itself; the mask's is the same in the router's alone."""
+    model = architectures.build("Llama", layers=3)
+    prefix = TokenRouter(granularity="prefix")
+    moe = moe_rewrite.convert(model, split=1, num_experts=2, router=prefix, verify=False)
+    report = moe_rewrite.export_onnx(moe, tmp_path / "m.onnx")
+    assert report.inputs == dict.fromkeys(("input_ids", "attention_mask"), ["batch", "sequence"])
+    assert report.outputs["logits"][:2] == ["batch", "sequence"]
+    shapes = {
+        d.dim_param
+        for v in onnx.load(tmp_path / "m.onnx").graph.value_info
+        for d in v.type.tensor_type.shape.dim
+        if d.dim_param
+    }
+    assert {"batch", "sequence"} <= shapes and len(shapes) < 12
+
+
+def code(steps, name="x"):
+    graph = fx.Graph()
+    value = graph.placeholder(name)
+    for function, *others in steps:
+        value = graph.call_function(function, (value, *others))
+    graph.output((value,))
+    return same_code(graph)
+
+
+def test_code_is_the_same_whatever_it_is_called():
+    add, mul = torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor
+    steps = [(add, 1.0), (mul, 2)]
+    assert code(steps) == code(steps, "another")
+    for others in (
+        [(add, 1), (mul, 2)],
+        [(mul, 1.0), (add, 2)],
+        [(add, 1.0)],
+        [(add, 1.0), (mul, 3)],
+    ):
+        assert code(others) != code(steps)
