@@ -13,7 +13,7 @@ from moe_rewrite.errors import CaptureError
 
 onnx = pytest.importorskip("onnx")
 from moe_rewrite.onnx import pieces  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.parts import same_code  # noqa: E402
+from moe_rewrite.onnx.parts import Part, same_code  # noqa: E402
 from moe_rewrite.onnx.plain import Plain  # noqa: E402
 
 
@@ -91,24 +91,52 @@ def test_layers_that_differ_in_a_constant_alone(traced, tmp_path):
 
 
 class Carried(nn.Module):
-    """Each layer adds to a stream that the one before it gave, in its place; the last sees both."""
+    """Layers that add to a stream in its place."""
 
     def __init__(self):
         super().__init__()
+        self.first = nn.Linear(8, 8)
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
 
     def forward(self, x):
-        sums = torch.zeros_like(x)
+        x = self.first(x)
         for layer in self.layers:
-            sums += x
-            x = x + torch.relu(layer(sums))
-        return x * sums
+            x += torch.relu(layer(x))
+        return x
 
 
-def test_what_is_written_in_place_is_seen_behind_it(tmp_path):
+def test_a_stream_that_is_written_in_place(traced, tmp_path):
     torch.manual_seed(0)
     moe, loaded = exported(Carried().eval(), torch.randn(2, 5, 8), tmp_path, split="layers.2")
     assert_same(moe, loaded, torch.randn(3, 4, 8))
+    assert len(traced) > 1
+
+
+def doubling(drops=()):
+    def run(owned, taken):
+        return [taken[0].mul_(2).sum(-1)]
+
+    return Part("doubles", (), ("x",), ("y",), run, object(), 2, writes=(0,), drops=drops)
+
+
+def test_what_is_written_in_place_is_given_too():
+    x, other = torch.randn(2, 3), torch.randn(4, 3)
+    for drops, count in (((), 2), (("x",), 1)):
+        made = [[t.sum(-1), t][:count] for t in (x, other)]
+        piece = pieces.Piece(doubling(drops), [[x], [other]], made)
+        before = x.clone()
+        given = piece([x])
+        torch.testing.assert_close(given[0], (2 * before).sum(-1))
+        assert len(given) == count and torch.equal(x, before)
+        if count == 2:
+            torch.testing.assert_close(given[1], 2 * before)
+
+
+def test_nothing_is_written_apart_from_a_view_of_it():
+    x = torch.randn(2, 3)
+    pieces.require_own(doubling(), {"x": x, "y": x.clone()})
+    with pytest.raises(CaptureError, match="doubles writes to x, of which another value is a view"):
+        pieces.require_own(doubling(), {"x": x, "y": x[:, :1]})
 
 
 class Lengthened(nn.Module):

@@ -14,7 +14,8 @@ from ..errors import CheckpointError, ConfigError
 from ..files import replace_file
 from ..routing.tokens import TokenGate
 from .metadata import FORMAT, Facts, require_stack
-from .plain import ROWS, Plain, tensors_of
+from .plain import Plain
+from .tensors import ROWS, tensors_of
 
 if TYPE_CHECKING:
     from ..model import MoEModel

@@ -63,7 +63,7 @@ class Joined:
 
     def __init__(self, inputs: list[ir.Value]) -> None:
         graph = ir.Graph(inputs, [], nodes=[], name="main_graph")
-        self.model = ir.Model(graph, ir_version=10)
+        self.model = ir.Model(graph, ir_version=0)
         self._parts: set[str] = set()
         self._same: dict[str, str] = {}  # of words that are one size: the other, the earlier one
 
@@ -72,6 +72,7 @@ class Joined:
         "size" in its `meta`."""
         name = self._fresh(made_of.name)
         part = ir.from_proto(onnx.ModelProto.FromString(template.model))
+        self.model.ir_version = part.ir_version
         self.model.graph.opset_imports.update(part.opset_imports)
         words = self._words(template, given, list(part.graph.inputs))
         number_of = dict(zip(template.calls, made_of.calls, strict=True))

@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from ..errors import CheckpointError
-from .plain import Stack
+from .tensors import Stack
 
 FORMAT = 1
 PREFIX = "moe_rewrite."

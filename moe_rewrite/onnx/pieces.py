@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +56,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Template:
-    """A piece's graph, serialized. sizes: by the place of an input that is a size, the symbol that it has in the
-    graph's shapes. calls: the numbers that its feed-forward regions have. held: what the key that
-    it is kept under knows by identity."""
+    """model: a piece's graph, serialized. sizes: by the place of an input that is a size, the symbol
+    that it has in the graph's shapes. calls: the numbers that its feed-forward regions have."""
 
     model: bytes
     sizes: dict[int, str]
     calls: tuple[int, ...]
-    held: Any
 
 
 def pieces(plain: Plain) -> list[Piece]:
@@ -75,9 +74,20 @@ def pieces(plain: Plain) -> list[Piece]:
         for part in plain.parts:
             taken = [[values[n] for n in part.takes] for values in runs]
             for (_, tensors, _), values in zip(calls, runs, strict=True):
+                require_own(part, values)
                 part(tensors, values)
             made.append(Piece(part, taken, [[values[n] for n in part.left] for values in runs]))
     return made
+
+
+def require_own(part: Part, values: dict[str, Any]) -> None:
+    """Raises CaptureError where a part writes to what another value shows as well: that would not
+    see it, alone."""
+    tensors = [leaf for value in values.values() for leaf in spread(value)[0]]
+    shown = Counter(t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor))
+    for name in (part.takes[i] for i in part.writes):
+        if shown[values[name].untyped_storage().data_ptr()] > 1:
+            raise CaptureError(f"{part.name} writes to {name}, of which another value is a view")
 
 
 class Piece(nn.Module):
@@ -114,7 +124,7 @@ class Piece(nn.Module):
         return [leaf for leaf, s in zip(made, seen, strict=True) if s.traced]
 
     def key(self, tensors: dict[str, torch.Tensor]) -> tuple:
-        """Equal for pieces that have the same graph."""
+        """Equal for pieces of one plain call that have the same graph."""
         place = {name: i for i, name in enumerate(self.names)}
         owned, structure = pytree.tree_flatten(self.part.owned)
         return (
@@ -140,19 +150,13 @@ class Piece(nn.Module):
         model = program.model
         for part in (*model.graph.all_nodes(), *model.graph.inputs):
             part.meta.clear()
-        return Template(
-            ir.to_proto(model).SerializeToString(),
-            sizes,
-            self.part.calls,
-            (self._forms, self.part.owned),
-        )
+        return Template(ir.to_proto(model).SerializeToString(), sizes, self.part.calls)
 
 
 def _seen(value: Any, other: Any, part: Part) -> list[Seen]:
     leaves, others = spread(value)[0], spread(other)[0]
     if not leaves and value != other:
         raise CaptureError(
-            f"{part.name} takes or gives a {type(value).__name__} that depends on the sizes of a "
-            "call: this model cannot be written as ONNX"
+            f"{part.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
         )
     return [Seen.of(*pair) for pair in zip(leaves, others, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,31 +19,22 @@ from torch.utils import _pytree as pytree
 from ..capture import example_like, is_hf, split_static
 from ..errors import ConfigError
 from ..examples import as_arguments
-from ..experts import ExpertSite, HeadColumns, LoRASite
 from ..graphs import Graph
 from ..ownership import ADDED
-from ..program import CACHE, Code, FeedForwardSite
+from ..program import CACHE, Code
 from ..routing.patches import PatchGate
 from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
 from ..verify import evaluating
 from .feedforward import TracedFeedForward, with_placeholders
 from .parts import Part, arranged, same_code, whole
+from .tensors import ROWS, tensors_of
 
 if TYPE_CHECKING:
     from ..model import MoEModel
 
-ROWS = f"{ADDED}router.rows"
 ROUTER = 40  # nodes of a plan, about
 STATE = "router"  # prefix of the names of a prefix router's running sums
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Where a tensor holds several experts: dimension `dim` has `each` elements for every one."""
-
-    dim: int
-    each: int
 
 
 class Plain(nn.Module):
@@ -55,6 +46,7 @@ class Plain(nn.Module):
     outputs: names. example: leaves of sizes that a trace does not confuse. open: per leaf, the
     dimensions that differ from call to call. mask: name of the input that says which rows count.
     biased: a router's row ends in a bias. calls: of feed-forward regions, placeholders in a trace.
+    parts: what is done, in order, from the values of names `given`: leaves, and state as `past`.
     """
 
     def __init__(
@@ -84,8 +76,8 @@ class Plain(nn.Module):
         self.outputs = [f"{name}.out" if name in taken else name for name in self.outputs]
         self.biased = isinstance(moe.router, TokenGate)
         self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
-        self.past = [f"past_{STATE}.{n}" for n in ("total", "count")] if self.with_state else []
-        after = [f"present_{STATE}.{n}" for n in ("total", "count")] if self.with_state else []
+        sums = [f"{STATE}.total", f"{STATE}.count"] if self.with_state else []
+        self.past, after = ([f"{when}_{name}" for name in sums] for when in ("past", "present"))
         self.given = [*self.graph.leaves, *self.past]
         self.outputs += after
         self.kept += after
@@ -260,62 +252,3 @@ def _with_path(value: Any) -> list[tuple[tuple[str, ...], Any]]:
     else:
         return [((), value)] if value is not None else []
     return [((key, *path), leaf) for key, v in items for path, leaf in _with_path(v)]
-
-
-def tensors_of(
-    moe: MoEModel, graph: Graph, active: tuple[int, ...], open_experts: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, Stack], dict[str, Any]]:
-    """All tensors by name; the stacks among them; per expert input of the graph, what it takes,
-    with names in the place of tensors. open_experts: copies of a feed-forward are stacked too."""
-    tensors: dict[str, torch.Tensor] = {}
-    stacks: dict[str, Stack] = {}
-    for _, bound in graph.steps:
-        for kind, name in bound.step.owned:
-            if kind in ("weight", "buffer"):
-                tensors[name] = moe._owned.refs[name].get().detach()
-    experts: dict[str, Any] = {}
-    for site in moe.expert_sites():
-        with torch.no_grad():
-            stacked = site.stacked(active)
-        for part, stack in zip(site.parts, stacked, strict=True):
-            if open_experts and active and isinstance(site.site, FeedForwardSite):
-                stack = torch.stack(list(stack))
-                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(0, 1)
-            experts[f"{site.site.name}:{part}"] = _named(site, part, stack, active, tensors)
-            if isinstance(site, LoRASite) and active:
-                stacks[f"{ADDED}experts.{site.site.name}.{part}"] = Stack(
-                    int(part == "b"), site.rank
-                )
-    if active:
-        tensors[ROWS] = moe.router.stacked(active).detach()
-        stacks[ROWS] = Stack(0, 1)
-    if any(isinstance(v, list) and v for v in experts.values()):
-        stacks = {}  # experts that are not stacked, of a fixed number
-    for name in ("lift", "frozen"):
-        if name in moe.router._buffers:
-            tensors[f"{ADDED}router.{name}"] = moe.router._buffers[name]  # type: ignore[assignment]
-    return tensors, stacks, experts
-
-
-def _named(
-    site: ExpertSite, part: str, stack: Any, active: tuple[int, ...],
-    tensors: dict[str, torch.Tensor],
-) -> Any:  # fmt: skip
-    """`stack` with names for its tensors, which are put under them."""
-    base = f"{ADDED}experts.{site.site.name}"
-    if isinstance(stack, torch.Tensor):
-        tensors[f"{base}.{part}"] = stack.detach()
-        return f"{base}.{part}"
-    if isinstance(site, HeadColumns):
-        named: list[Any] = []
-        for column in stack:
-            if isinstance(column, int):
-                named.append(column)
-                continue
-            names = [f"{base}.{kind}.{active[column[2]]}" for kind in ("weight", "bias")]
-            tensors.update(zip(names, (t.detach() for t in column[:2]), strict=True))
-            named.append((*names, column[2]))
-        return named
-    names = [f"{base}.{part}.{e}" for e in active]
-    tensors.update(zip(names, (t.detach() for t in stack), strict=True))
-    return names

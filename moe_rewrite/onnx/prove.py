@@ -18,9 +18,11 @@ from ..examples import random_arguments
 from ..program import CACHE
 from ..verify import compare, evaluating
 from .casts import late_casts
-from .plain import ROWS, Plain
+from .plain import Plain
 from .report import Check
 from .session import FRUGAL, open_session, release_memory, run
+from .sizes import zeros
+from .tensors import ROWS
 from .twin import replaced_twin
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def prove(
             session = _opened(path, case.replaced, shared, moe.dtype)
             opened = case.replaced
         names = dict(zip(plain.inputs, case.leaves, strict=True))
-        state = zip(("past_router.total", "past_router.count"), case.state, strict=False)
+        state = zip(plain.past, case.state, strict=True)
         with _on_this_cpu():
             got = run(session, names | dict(state))
         if not any(bool(t.isfinite().any()) for t in want):
@@ -164,19 +166,8 @@ def _cases(moe: MoEModel, plain: Plain) -> Iterator[Case]:
 
 def _leaves(plain: Plain, host: Any, batch: int, length: int, past: int) -> list[torch.Tensor]:
     """Random leaves with other open sizes."""
-    cached = any(n.startswith(CACHE) for n in plain.inputs)
-    zeros = {}
-    for name, like, dims in zip(plain.inputs, plain.example, plain.open, strict=True):
-        shape = list(like.shape)
-        for d in dims:
-            if d == 0:
-                shape[d] = batch
-            elif name.startswith(CACHE):
-                shape[d] = past
-            else:
-                shape[d] = length + (past if cached and "mask" in name else 0)
-        zeros[name] = like.new_zeros(shape)
-    return list(random_arguments(zeros, host, batch).values())
+    leaves = dict(zip(plain.inputs, zeros(plain, batch, length, past), strict=True))
+    return list(random_arguments(leaves, host, batch).values())
 
 
 def _state(plain: Plain, batch: int, past: int) -> list[torch.Tensor]:
