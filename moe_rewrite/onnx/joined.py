@@ -14,7 +14,7 @@ from .feedforward import DOMAIN, OPERATOR
 from .parts import Part
 from .pieces import Piece, Seen, Template
 from .plain import Plain
-from .sizes import TRACED_EXPERTS, Dims, input_dims, size_words, with_experts
+from .sizes import Dims, input_dims, size_words, to_trace
 
 ONCE = ir.passes.Sequential(  # what each part has
     passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass()
@@ -25,7 +25,7 @@ SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 def joined(plain: Plain, pieces: list[Piece], opset: int, translations: Any) -> ir.Model:
     """The graph of a whole call, whose inputs bear the names of leaves, tensors and state."""
-    tensors, dims, words = with_experts(plain, TRACED_EXPERTS), input_dims(plain), size_words(plain)
+    tensors, dims, words = to_trace(plain), input_dims(plain), size_words(plain)
     given = dict(zip([*plain.inputs, *plain.past], [*plain.example, *plain.state(1)], strict=True))
     inputs = {n: _input(n, dims[n], t) for n, t in (tensors | given).items()}
     values = {n: [inputs[m]] for n, m in zip(plain.given, given, strict=True)}

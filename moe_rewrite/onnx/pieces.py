@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from .parts import Leaf, Part, spread
 from .plain import Plain
-from .sizes import other_call, traced_call
+from .sizes import two_calls
 from .trace import onnx_program, quiet
 
 
@@ -67,7 +67,7 @@ class Template:
 def pieces(plain: Plain) -> list[Piece]:
     """Each part as two calls of other sizes see it, which fill the caches of tables, too: no trace
     may fill these."""
-    calls = traced_call(plain), other_call(plain)
+    calls = two_calls(plain)
     runs = [plain.values(leaves, state) for leaves, _, state in calls]
     made = []
     with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call

@@ -14,16 +14,21 @@ Call = tuple[list[torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]
 Dims = list[int | str]
 
 
-def traced_call(plain: Plain) -> Call:
-    return plain.example, with_experts(plain, TRACED_EXPERTS), plain.state(len(plain.example[0]))
+def two_calls(plain: Plain) -> tuple[Call, Call]:
+    """The one that is traced, and one in which each open size is another one; in the place of stacks
+    are zeros that take no memory."""
+    others = other_leaves(plain)
+    state, other_state = (plain.state(len(leaves[0])) for leaves in (plain.example, others))
+    return (
+        (plain.example, _with_experts(plain, TRACED_EXPERTS), state),
+        (others, _with_experts(plain, TRACED_EXPERTS + 1), other_state),
+    )
 
 
-def other_call(plain: Plain) -> Call:
-    """One in which each open size is another one."""
+def other_leaves(plain: Plain) -> list[torch.Tensor]:
     known = {size for leaf in plain.example for size in leaf.shape}
     batch, length, past = [n for n in range(2, len(known) + 5) if n not in known][:3]
-    leaves = zeros(plain, batch, length, past)
-    return leaves, with_experts(plain, TRACED_EXPERTS + 1), plain.state(batch)
+    return zeros(plain, batch, length, past)
 
 
 def zeros(plain: Plain, batch: int, length: int, past: int) -> list[torch.Tensor]:
@@ -43,21 +48,34 @@ def zeros(plain: Plain, batch: int, length: int, past: int) -> list[torch.Tensor
     return made
 
 
-def with_experts(plain: Plain, count: int) -> dict[str, torch.Tensor]:
-    """All tensors, but in the place of stacks zeros for this number of experts."""
-    tensors = dict(plain.tensors)
-    for name, stack in plain.stacks.items():
-        shape = list(tensors[name].shape)
-        shape[stack.dim] = count * stack.each
-        tensors[name] = tensors[name].new_zeros(shape)
-    return tensors
+def _with_experts(plain: Plain, count: int) -> dict[str, torch.Tensor]:
+    shapes = {n: _stack_shape(plain, n, count) for n in plain.stacks}
+    zeros = {n: plain.tensors[n].new_zeros(()).expand(shape) for n, shape in shapes.items()}
+    return plain.tensors | zeros
+
+
+def to_trace(plain: Plain) -> dict[str, torch.Tensor]:
+    """All tensors, but in the place of stacks such of TRACED_EXPERTS experts, laid out as the stacks
+    are, whose values are never read."""
+    empty = {
+        n: t.new_empty(_stack_shape(plain, n, TRACED_EXPERTS))
+        for n, t in plain.tensors.items()
+        if n in plain.stacks
+    }
+    return plain.tensors | empty
+
+
+def _stack_shape(plain: Plain, name: str, count: int) -> list[int]:
+    shape, stack = list(plain.tensors[name].shape), plain.stacks[name]
+    shape[stack.dim] = count * stack.each
+    return shape
 
 
 def size_words(plain: Plain) -> dict[tuple[int, int], str]:
     """What a size is called that is these two in the two calls."""
-    (leaves, *_), (others, *_) = traced_call(plain), other_call(plain)
     words: dict[tuple[int, int], str] = {}
-    for leaf, other, dims in zip(leaves, others, _leaf_dims(plain), strict=True):
+    leaves = zip(plain.example, other_leaves(plain), _leaf_dims(plain), strict=True)
+    for leaf, other, dims in leaves:
         for *sizes, word in zip(leaf.shape, other.shape, dims, strict=True):
             if isinstance(word, str):
                 words.setdefault((sizes[0], sizes[1]), word)
