@@ -20,7 +20,7 @@ from ..routing.dispatch import RowGates
 from ..routing.plan import RoutingPlan
 from .feedforward import TracedFeedForward
 
-LARGE = 100  # nodes of a part, about those of a transformer's block
+LARGE = 150  # nodes of a part, about those of two blocks of a transformer
 Leaf = torch.Tensor | int | torch.SymInt  # of a value: a tensor, or a size
 
 
