@@ -50,7 +50,7 @@ def assert_same(moe, loaded, inputs):
 
 def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
     counts, nodes = [], []
-    for layers in (4, 12):
+    for layers in (6, 12):
         model = architectures.build("Llama", layers=layers)
         moe = moe_rewrite.convert(model, split=0.5, num_experts=2, verify=False)
         randomize(moe)
@@ -59,7 +59,7 @@ def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
         counts.append(len(traced))
         nodes.append(sum(report.operators.values()))
         traced.clear()
-    assert counts[0] == counts[1] <= 6 and nodes[1] > 2.5 * nodes[0]
+    assert counts[0] == counts[1] <= 6 and nodes[1] > 1.7 * nodes[0]
 
 
 @pytest.mark.parametrize("kind", sorted(networks.KINDS))

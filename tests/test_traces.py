@@ -2,21 +2,16 @@
 
 import gc
 import weakref
-from collections import Counter
 
 import networks
 import pytest
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import graph_module
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.sym_node import SymNode
 
 import moe_rewrite
-from moe_rewrite import traces
-from moe_rewrite.onnx.trace import quiet
-from moe_rewrite.traces import collecting, frugal_traces
+from moe_rewrite.traces import collecting
 
 
 @pytest.fixture
@@ -49,67 +44,6 @@ def test_no_graph_of_a_trace_stays(graphs, tmp_path):
     assert set(graph_module._loader.eval_cache) == sources
     gc.collect()
     assert not [g() for g in graphs[captured:] if g() is not None]
-
-
-class Chained(nn.Module):
-    """Rows scaled by the last of many sizes, each of which needs the one before it."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.up, self.down, self.sizes = nn.Linear(8, 16), nn.Linear(16, 8), sizes
-
-    def forward(self, x):
-        size = x.shape[1]
-        for _ in range(self.sizes):
-            size = size + x.shape[0]
-            size = size - x.shape[0] + 1
-        return x + self.down(torch.relu(self.up(x))) / x.new_ones(size).sum()
-
-
-def test_lazy_sizes_make_few_nodes(monkeypatch):
-    made, create = Counter(), torch.fx.Graph.create_node
-
-    def counted(graph, *args, **kwargs):
-        made[lazy] += 1
-        return create(graph, *args, **kwargs)
-
-    monkeypatch.setattr(torch.fx.Graph, "create_node", counted)
-    model = networks.Network(["Attention", "Mlp"] * 2).eval()
-    graphs = []
-    for lazy in (True, False):
-        with torch.no_grad(), quiet(), frugal_traces(lazy):
-            exported = torch.export.export(
-                model, (model.input(2, 6),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},)
-            ).run_decompositions()
-        graphs.append(Counter(str(n.target) for n in exported.graph.nodes))
-    assert graphs[0] == graphs[1]
-    assert made[True] < 0.8 * made[False], made
-
-
-def live_sizes(monkeypatch):
-    """How many objects of sizes an export's largest trace has at its end."""
-    trace, found = proxy_tensor.PythonKeyTracer.trace, []
-
-    def counted(*args, **kwargs):
-        graph = trace(*args, **kwargs)
-        gc.collect()
-        found.append(sum(type(o) is SymNode for o in gc.get_objects()))
-        return graph
-
-    model = networks.Network(["Attention", "Mlp"] * 2).eval()
-    lazy = frugal_traces(lazy_sizes=True)
-    with monkeypatch.context() as patch, torch.no_grad(), quiet(), collecting(), lazy:
-        patch.setattr(proxy_tensor.PythonKeyTracer, "trace", counted)
-        torch.export.export(
-            model, (model.input(2, 6),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},)
-        ).run_decompositions()
-    return max(found)
-
-
-def test_sizes_that_no_node_needs_are_let_go_of(monkeypatch):
-    few = live_sizes(monkeypatch)
-    monkeypatch.setattr(traces, "SIZES", "a name that is gone")
-    assert few < 0.5 * live_sizes(monkeypatch)
 
 
 class Cycle:
@@ -145,6 +79,21 @@ def test_what_the_user_froze_stays_frozen():
         gc.unfreeze()
     gc.collect()
     assert kept() is None
+
+
+class Chained(nn.Module):
+    """Rows scaled by the last of many sizes, each of which needs the one before it."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.up, self.down, self.sizes = nn.Linear(8, 16), nn.Linear(16, 8), sizes
+
+    def forward(self, x):
+        size = x.shape[1]
+        for _ in range(self.sizes):
+            size = size + x.shape[0]
+            size = size - x.shape[0] + 1
+        return x + self.down(torch.relu(self.up(x))) / x.new_ones(size).sum()
 
 
 def test_sizes_that_need_hundreds_of_others_are_exported(tmp_path):

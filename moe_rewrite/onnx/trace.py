@@ -21,18 +21,7 @@ def onnx_program(
 ) -> Any:
     """given: positional arguments. shapes: which of their dimensions stay open. Raises as
     torch.export and torch.onnx.export do."""
-    try:
-        return _traced(module, given, shapes, opset, True, options)
-    except Exception as error:
-        if not isinstance(root_cause(error), RecursionError):
-            raise
-    return _traced(module, given, shapes, opset, False, options)
-
-
-def _traced(
-    module: torch.nn.Module, given: Any, shapes: Any, opset: int, lazy_sizes: bool, options: Any
-) -> Any:
-    with quiet(), frugal_traces(lazy_sizes):
+    with quiet(), frugal_traces():
         return torch.onnx.export(
             torch.export.export(module, given, dynamic_shapes=shapes, strict=False),
             dynamo=True, opset_version=opset, verbose=False, **options,
