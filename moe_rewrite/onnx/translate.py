@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -17,6 +16,7 @@ from .lowerings.expand import expand
 from .pieces import pieces
 from .plain import Plain
 from .trace import one_registry, quiet, root_cause
+from .translations import TRANSLATIONS
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -68,26 +68,6 @@ def _translated(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dic
     parts = pieces(plain)
     chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
     return joined(plain, parts, opset, TRANSLATIONS), chosen
-
-
-def _round(number: Any, digits: None = None) -> Any:
-    """Of a size: Python's, of halves to even ones, as ONNX has it."""
-    from onnxscript import opset20 as op
-
-    return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
-
-
-def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """ONNX's TopK puts the first of equal values first, as a stable sort does."""
-    from onnxscript import opset20
-
-    op: Any = opset20
-    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
-    return op.TopK(x, size, axis=dim, largest=int(descending))
-
-
-# what torch.onnx does not know
-TRANSLATIONS: Any = {round: _round, torch.ops.aten.sort.stable: _sort}
 
 
 def _skeleton(

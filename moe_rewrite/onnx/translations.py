@@ -1,0 +1,92 @@
+"""Operators that torch.onnx does not know, or writes in many nodes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx
+import torch
+
+
+def _op() -> Any:
+    from onnxscript import opset20
+
+    return opset20
+
+
+def _round(number: Any, digits: None = None) -> Any:
+    """Of a size: Python's, of halves to even ones, as ONNX has it."""
+    op = _op()
+    return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
+
+
+def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX's TopK puts the first of equal values first, as a stable sort does."""
+    op = _op()
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, size, axis=dim, largest=int(descending))
+
+
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """softmax(query key^T scale + mask) value of (..., H, L, D), (..., Hk, S, D) and (..., Hk, S, V);
+    a row that may see nothing gets zero. torch.onnx swaps the key's dimensions by its shape, in
+    nine nodes."""
+    op = _op()
+    *rows, last, second = range(len(key.shape))
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        key, value = (_for_each_head(t, int(query.shape[-3])) for t in (key, value))
+    width = query.shape[-1]
+    if scale is None and not isinstance(width, int):
+        raise TypeError(f"attention over heads of {width} features: expected a number")
+    factor = op.Constant(value_float=width**-0.5 if scale is None else scale)
+    turned = op.Transpose(key, perm=[*rows, second, last])
+    scores = op.MatMul(op.Mul(query, op.CastLike(factor, query)), turned)
+    bias = _causal(query, key) if is_causal else attn_mask
+    if bias is None:
+        weights = op.Softmax(scores, axis=-1)
+    else:
+        if attn_mask is not None and attn_mask.dtype == onnx.TensorProto.BOOL:
+            bias = op.Where(attn_mask, _like(0.0, query), _like(-math.inf, query))
+        weights = op.Softmax(op.Add(scores, bias), axis=-1)
+    if attn_mask is not None:
+        weights = op.Where(op.IsNaN(weights), _like(0.0, query), weights)
+    if dropout_p:
+        weights, _ = op.Dropout(weights, op.Constant(value_float=dropout_p))
+    return op.MatMul(weights, value)
+
+
+def _like(number: float, tensor: Any) -> Any:
+    op = _op()
+    return op.CastLike(op.Constant(value_float=number), tensor)
+
+
+def _causal(query: Any, key: Any) -> Any:
+    """(L, S), zero up to the diagonal and minus infinity above it."""
+    op = _op()
+    sizes = [op.Shape(t, start=-2, end=None) for t in (query, key)]
+    first = [op.Slice(s, op.Constant(value_ints=[0]), op.Constant(value_ints=[1])) for s in sizes]
+    full = op.Expand(_like(-math.inf, query), op.Concat(*first, axis=0))
+    return op.Trilu(full, op.Constant(value_int=1), upper=1)
+
+
+def _for_each_head(x: Any, heads: int) -> Any:
+    """(..., Hk, S, D) -> (..., H, S, D), each repeated for the heads that share it."""
+    op = _op()
+    *lead, kept, _, width = x.shape
+    times = [1] * len(lead) + [1, heads // int(kept), 1, 1]
+    repeated = op.Expand(
+        op.Unsqueeze(x, op.Constant(value_ints=[len(lead) + 1])), op.Constant(value_ints=times)
+    )
+    shape = [0] * len(lead) + [heads, -1, int(width)]
+    return op.Reshape(repeated, op.Constant(value_ints=shape))
+
+
+TRANSLATIONS: Any = {
+    round: _round,
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
