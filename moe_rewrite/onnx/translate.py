@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -74,7 +73,6 @@ def _skeleton(
     model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
 ) -> Skeleton:
     graph = model.graph
-    _free(model, set(plain.outputs))
     done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
     tensors = plain.tensors | done.weights
     weights = {}
@@ -92,20 +90,6 @@ def _skeleton(
         node.doc_string = None
     sites = {plain.calls[number].name: how for number, how in chosen.items()}
     return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    yield from model.graph.initializers.values()
-    for node in model.graph.all_nodes():
-        yield from node.outputs
-
-
-def _free(model: ir.Model, names: set[str]) -> None:
-    """Take these names from the values that happen to bear them."""
-    for i, value in enumerate(list(_values(model))):
-        if value.name in names:
-            value.name = f"value_{i}.{value.name}"
 
 
 def _widen(graph: ir.Graph) -> None:
