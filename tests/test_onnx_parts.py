@@ -1,5 +1,7 @@
 """Exports part by part: what is traced, what passes from part to part, and what needs the whole."""
 
+from functools import partial
+
 import architectures
 import networks
 import pytest
@@ -69,6 +71,26 @@ def test_layers_that_are_alike_have_their_own_weights(kind, traced, tmp_path):
     for batch, length in ((3, 7), (1, 4)):
         assert_same(moe, loaded, model.input(batch, length))
     assert len(traced) < len(Plain(moe, model.input(2, 6)).parts)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_open_experts_of_layers_that_are_alike(name, traced, tmp_path):
+    """Their stacks are loaded anew, with one expert more."""
+    dense = architectures.build(name, layers=4)
+    convert = partial(moe_rewrite.convert, dense, mode="upcycle", split=1, verify=False)
+    moe, more = convert(num_experts=3).eval(), convert(num_experts=4).eval()
+    randomize(moe, size=0.1)
+    randomize(more, size=0.1, seed=1)
+    moe_rewrite.export_onnx(moe, tmp_path / "m.onnx", open_experts=True)
+    assert len(traced) < len(Plain(moe).parts)
+    moe_rewrite.onnx.export_experts(more, tmp_path / "more.safetensors")
+    ids = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for model, experts in ((moe, None), (more, tmp_path / "more.safetensors")):
+        loaded = moe_rewrite.onnx.load(tmp_path / "m.onnx", experts=experts)
+        with torch.no_grad():
+            want = model(**given).logits
+        torch.testing.assert_close(loaded(**given)["logits"], want, rtol=1e-4, atol=1e-4)
 
 
 class Scaled(nn.Module):

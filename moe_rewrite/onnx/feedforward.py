@@ -16,8 +16,8 @@ DOMAIN, OPERATOR = "moe_rewrite", "FeedForwardExperts"
 
 @dataclass(frozen=True)
 class Routing:
-    """experts: how many there are, the frozen region included where `base`. per_row: to how many a
-    row goes at most; None: no bound but their number."""
+    """experts: how many a trace takes, the frozen region included where `base`. per_row: to how many
+    a row goes at most; None: no bound but their number."""
 
     experts: int
     per_row: int | None
@@ -47,7 +47,8 @@ class TracedFeedForward(FeedForwardCall):
     def run(
         self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
     ) -> torch.Tensor:
-        self.routing = Routing(len(weights), gates.per_row, gates.base)
+        taken = 1 + gates.base if any(self.open) else len(weights)
+        self.routing = Routing(taken, gates.per_row, gates.base)
         if not torch.compiler.is_exporting():
             return super().run(x_TD, gates, lead, weights)
         gates_TE = gates.gates.expand(*lead, -1).reshape(-1, gates.gates.shape[-1]).to(x_TD.dtype)

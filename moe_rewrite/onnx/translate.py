@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import CaptureError, ConfigError, MoeRewriteError
+from .halves import settle_halves
 from .joined import joined
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
@@ -16,8 +17,6 @@ from .pieces import pieces
 from .plain import Plain
 from .trace import one_registry, quiet, root_cause
 from .translations import TRANSLATIONS
-
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass
@@ -81,57 +80,14 @@ def _skeleton(
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
-    _widen(graph)
     if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
-        _add_in_float32(graph)
+        settle_halves(graph, opset)
     _name_outputs(graph, plain.outputs)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
     sites = {plain.calls[number].name: how for number, how in chosen.items()}
     return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
-
-
-def _widen(graph: ir.Graph) -> None:
-    """A call gives and gets float32 where the model has bfloat16, which NumPy does not know."""
-    half, single = ir.TensorType(ir.DataType.BFLOAT16), ir.TensorType(ir.DataType.FLOAT)
-    for i, value in enumerate(list(graph.inputs)):
-        if value.dtype == half.dtype:
-            given = ir.Value(name=value.name, shape=value.shape, type=single)
-            node = ir.node("Cast", [given], attributes={"to": half.dtype})
-            ir.convenience.replace_all_uses_with(value, node.outputs[0], replace_graph_outputs=True)
-            node.outputs[0].type, node.outputs[0].shape = half, value.shape
-            graph.inputs[i] = given
-            graph.insert_before(graph[0], node)
-    for i, value in enumerate(list(graph.outputs)):
-        if value.dtype == half.dtype:
-            node = ir.node("Cast", [value], attributes={"to": single.dtype})
-            node.outputs[0].type, node.outputs[0].shape = single, value.shape
-            graph.append(node)
-            graph.outputs[i] = node.outputs[0]
-
-
-def _add_in_float32(graph: ir.Graph) -> None:
-    """Sums that scatter: in 16 bits ONNX Runtime's CPU provider has none. What has no type yet is of
-    an expert's site."""
-    for node in list(graph.all_nodes()):
-        if not node.op_type.startswith("Scatter") or "reduction" not in node.attributes:
-            continue
-        data, out = node.inputs[0], node.outputs[0]
-        if data is None or data.dtype not in (None, *HALVES) or node.graph is None:
-            continue
-        for i in (0, 2):  # data and what is added
-            wide = ir.node("Cast", [node.inputs[i]], attributes={"to": ir.DataType.FLOAT})
-            wide.outputs[0].name = f"{out.name}.wide_{i}"  # those of subgraphs would all be one
-            node.graph.insert_before(node, wide)
-            node.replace_input_with(i, wide.outputs[0])
-        narrow = ir.node("CastLike", [out, data])
-        narrow.outputs[0].type, narrow.outputs[0].shape = out.type, out.shape
-        narrow.outputs[0].name = f"{out.name}.narrow"
-        ir.convenience.replace_all_uses_with(out, narrow.outputs[0], replace_graph_outputs=True)
-        narrow.replace_input_with(0, out)
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-        node.graph.insert_after(node, narrow)
 
 
 def _name_outputs(graph: ir.Graph, names: list[str]) -> None:

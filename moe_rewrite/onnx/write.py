@@ -15,13 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import onnx
 import torch
 
 from ..errors import ConfigError
-from .translate import Skeleton
+
+if TYPE_CHECKING:
+    from .translate import Skeleton
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto, TensorProto
 PAGE = 4096  # bytes from which a weight is large: it begins at an offset that can be mapped
