@@ -55,8 +55,8 @@ def data() -> Path:
     return folder
 
 
-def save(name: str, figures: dict[str, Any], figure: Any) -> None:
-    """The result of a full run: benchmarks/results/NAME.json and docs/NAME.png."""
+def save(name: str, figures: dict[str, Any], figure: Any = None) -> None:
+    """The result of a full run: benchmarks/results/NAME.json and, of a figure, docs/NAME.png."""
     root = Path(__file__).parent.parent
     for folder in (root / "benchmarks" / "results", root / "docs"):
         folder.mkdir(exist_ok=True)
@@ -66,7 +66,8 @@ def save(name: str, figures: dict[str, Any], figure: Any) -> None:
     about = machine() | {"commit": done.stdout.strip() or None}
     path = root / "benchmarks" / "results" / f"{name}.json"
     path.write_text(json.dumps(about | figures, indent=1) + "\n")
-    figure.savefig(root / "docs" / f"{name}.png", dpi=110)
+    if figure is not None:
+        figure.savefig(root / "docs" / f"{name}.png", dpi=110)
 
 
 def curves(results: dict[str, Any], labels: dict[str, str], title: str) -> Any:

@@ -2,8 +2,7 @@
 
 bf16, medians of warm calls, all forms in turn. TFLOP/s count the products alone; the share is of
 the rate of one dense product, which has its turn in every round too: a chip that is hot does less,
-for all of them. Peers: transformers' grouped_mm, a plain pipeline over F.grouped_mm, PEFT, and
-ScatterMoE's and Liger's kernels where they are installed (Liger tunes itself at every shape, but not
+for all of them. Peers: transformers' grouped_mm, a plain pipeline over F.grouped_mm, and ScatterMoE's and Liger's kernels where they are installed (Liger tunes itself at every shape, but not
 with LIGER_FUSED_MOE_AUTOTUNE=0).
 Without a GPU the kernels run in Triton's interpreter, in fp32 at tiny sizes: that shows that the
 script runs to its end, its times say nothing.
@@ -24,9 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_rewrite.kernels.ffn.op import ffn_experts
-from moe_rewrite.kernels.lora.op import lora_linear
 from moe_rewrite.kernels.plan.op import route, sort_plan
-from moe_rewrite.tables import table
 
 from .common import arguments, finish, save
 
@@ -41,6 +38,18 @@ class Place(NamedTuple):
     def randn(self, *size: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
         made = torch.randn(*size, device=self.device, dtype=self.dtype) * scale
         return made.requires_grad_(grad)
+
+
+def there(repeats: int) -> Place:
+    """The GPU in bf16; without one Triton's interpreter, which is switched on by this."""
+    if torch.cuda.is_available():
+        return Place("cuda", torch.bfloat16, repeats)
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    return Place("cpu", torch.float32, 1)
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter on the CPU"
 
 
 class Shape(NamedTuple):
@@ -196,12 +205,12 @@ class Experts:
         forms = self.forms()
         with torch.no_grad():
             ahead = milliseconds(forms | {"dense": dense.run}, self.place)
-        steps = {name: _trained(run, self.direction, self.leaves()) for name, run in forms.items()}
+        steps = {name: trained(run, self.direction, self.leaves()) for name, run in forms.items()}
         both = milliseconds(steps | {"dense": dense.run}, self.place)
         return {n: {"forward": ahead[n], "both": both[n]} for n in ahead}
 
 
-def _trained(run: Step, direction: torch.Tensor, leaves: list[torch.Tensor]) -> Step:
+def trained(run: Step, direction: torch.Tensor, leaves: list[torch.Tensor]) -> Step:
     def step() -> torch.Tensor:
         for leaf in leaves:
             leaf.grad = None
@@ -236,48 +245,6 @@ def expert_cells(shapes: dict[Shape, Any], place: Place) -> list[dict[str, Any]]
     return cells
 
 
-def lora_cells(place: Place, tokens: int, width: int, experts: int, rank: int) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass: a frozen linear map, it with LoRA experts of
-    which the newest is trained, and PEFT's with as many adapters added up."""
-    torch.manual_seed(0)
-    x, direction = place.randn(tokens, width), place.randn(tokens, width, grad=False)
-    weight = place.randn(width, width, scale=width**-0.5, grad=False)
-    low = experts * rank
-    gates = torch.rand(tokens, experts, device=place.device, dtype=place.dtype)
-    scales = gates.repeat_interleave(rank, 1).requires_grad_()
-    old = place.randn(low - rank, width, grad=False), place.randn(width, low - rank, grad=False)
-    new = place.randn(rank, width), place.randn(width, rank)
-    a, b = ([o, n] for o, n in zip(old, new, strict=True))
-    steps = {
-        "base": _trained(lambda: F.linear(x, weight), direction, [x]),
-        "ours": _trained(
-            lambda: lora_linear(x, weight, None, scales, a, b), direction, [x, scales, *new]
-        ),
-    }
-    if find_spec("peft") is not None:
-        steps["PEFT"] = _peft_step(x, weight, direction, experts, rank)
-    return milliseconds(steps, place)
-
-
-def _peft_step(
-    x: torch.Tensor, weight: torch.Tensor, direction: torch.Tensor, experts: int, rank: int
-) -> Step:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    base = torch.nn.Linear(*weight.shape[::-1], bias=False, device=x.device, dtype=x.dtype)
-    base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=rank, lora_alpha=rank)
-    layer = Linear(base, "0", config, r=rank, lora_alpha=rank).to(x.device, x.dtype)
-    for e in range(1, experts):
-        layer.update_layer(str(e), r=rank, lora_alpha=rank, config=config)
-    layer.to(x.device, x.dtype)
-    layer.set_adapter([str(e) for e in range(experts)])
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(name.endswith(f".{experts - 1}.weight"))
-    return _trained(lambda: layer(x), direction, [x, *layer.parameters()])
-
-
 def draw(cells: list[dict[str, Any]]) -> Any:
     import matplotlib
 
@@ -301,17 +268,10 @@ def draw(cells: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     quick = arguments(__doc__ or "").quick
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-    place = (
-        Place("cuda", torch.bfloat16, 5 if quick else 20) if gpu else Place("cpu", torch.float32, 1)
-    )
+    gpu, place = torch.cuda.is_available(), there(5 if quick else 20)
     shapes = TINY if not gpu else dict(list(GOALS.items())[: 1 if quick else None])
     cells = expert_cells(shapes, place)
-    lora = lora_cells(place, *((32768, 4096, 8, 16) if gpu else (20, 16, 4, 4)))
-    device = torch.cuda.get_device_name() if gpu else "interpreter on the CPU"
-    figures = {"device": device, "triton": version("triton"), "ffn": cells, "lora_ms": lora}
+    figures = {"device": device_name(), "triton": version("triton"), "ffn": cells}
     figures["liger_autotuned"] = os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1"
     if gpu and not quick:
         save("gpu", figures, draw(cells))
@@ -325,9 +285,7 @@ def main() -> None:
     ]  # fmt: skip
     columns = ["experts", "form", "forward ms", "both ms", "TFLOP/s", "backward", "dense TFLOP/s",
                "both", "of dense", "backward", "goals"]  # fmt: skip
-    print(table(columns, rows, f"gpu: {device}"))
-    rows = [(form, f"{ms:.3f}", f"{ms / lora['base']:.3f}") for form, ms in lora.items()]
-    finish("gpu", ["linear map, forward and backward", "ms", "of base"], rows, **figures)
+    finish("gpu", columns, rows, **figures)
 
 
 if __name__ == "__main__":

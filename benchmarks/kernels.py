@@ -164,8 +164,7 @@ def launch_lora(dtype: torch.dtype, T: int, D: int, N: int, R: int) -> None:
     def new(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=META)
 
-    launch.low_rank(new(T, D), new(N, D), new(N), new(T, R), new(T, R), new(N, R))
-    launch.low_rank(new(T, N), new(N, D).t(), None, new(T, R), None, new(R, D).t())
+    launch.low_rank(new(T, N), new(N, D).t(), new(T, R), new(R, D).t())
 
 
 def launch_patches(dtype: torch.dtype, B: int, C: int, E: int, L: int, P: int, Q: int) -> None:

@@ -139,17 +139,22 @@ def llama_pair(folder: Path, quick: bool) -> tuple[Path, Path]:
     layers, width, count = (2, 64, 3) if quick else (8, 512, 8)
     dense, converted = folder / f"dense-{width}.onnx", folder / f"lora-{width}.onnx"
     if not dense.exists():
-        ids = torch.ones(2, 9, dtype=torch.long)
-        auto = torch.export.Dim.AUTO
-        sizes = {0: auto, 1: auto}
-        torch.onnx.export(
-            llama(layers, width), (), dense, dynamo=True, verbose=False, external_data=False,
-            kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False},
-            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes, "use_cache": None},
-        )  # fmt: skip
+        write_dense(llama(layers, width), dense)
     if not converted.exists():
         moe_rewrite.export_onnx(ours(layers, width, count), converted, verify=False)
     return dense, converted
+
+
+def write_dense(model: nn.Module, path: Path) -> None:
+    """As torch.onnx.export does by itself, batch and length open."""
+    ids = torch.ones(2, 9, dtype=torch.long)
+    auto = torch.export.Dim.AUTO
+    sizes = {0: auto, 1: auto}
+    torch.onnx.export(
+        model, (), path, dynamo=True, verbose=False, external_data=False,
+        kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False},
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes, "use_cache": None},
+    )  # fmt: skip
 
 
 def lora(folder: Path, quick: bool) -> dict[str, dict[str, float]]:

@@ -3,7 +3,8 @@
 ``python -m benchmarks.onnx_gpu [--quick] [--provider cpu]``, with ``pip install 'moe-rewrite[gpu]'``
 in the place of the package onnxruntime. A converted Llama, LoRA experts and upcycled, in fp16 and
 bf16: nodes left to the CPU, largest difference from PyTorch in fp32, milliseconds a call, the median
-of calls in turn. ``--provider cpu`` runs the same in fp32 where there is no GPU.
+of calls in turn with the dense model, in fp16 as torch.onnx.export writes it. ``--provider cpu`` runs
+the same in fp32 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -15,20 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, MoEModel
+from moe_rewrite.onnx.session import open_session
 
-from .common import finish
+from .common import finish, save
 from .features import llama
-from .onnx import turns
+from .onnx import turns, write_dense
 
+SIZES = ((8, 1024), (2, 64))  # layers and width; the latter of a quick run
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
+def dense(quick: bool, provider: str, folder: Path) -> Any:
+    """A session on the dense model."""
+    model, path = llama(*SIZES[quick]), folder / "dense.onnx"
+    write_dense(model.half() if provider == "cuda" else model, path)
+    return open_session(path, providers=[PROVIDERS[provider]])
+
+
 def models(quick: bool) -> dict[str, MoEModel]:
-    layers, width = (2, 64) if quick else (8, 1024)
+    layers, width = SIZES[quick]
     made: dict[str, Any] = {
         "LoRA": moe_rewrite.convert(llama(layers, width), num_experts=4, split=layers // 2),
         "upcycled": moe_rewrite.convert(
@@ -43,7 +54,13 @@ def models(quick: bool) -> dict[str, MoEModel]:
 
 
 def measured(
-    moe: MoEModel, dtype: str, lowering: str, provider: str, folder: Path, tokens: tuple[int, ...]
+    moe: MoEModel,
+    dtype: str,
+    lowering: str,
+    provider: str,
+    folder: Path,
+    tokens: tuple[int, ...],
+    base: Any,
 ) -> dict[int, dict[str, Any]]:
     """One file, with inputs of each length; what the provider cannot run says why."""
     path = folder / f"{dtype}-{lowering}.onnx"
@@ -62,17 +79,20 @@ def measured(
         with torch.no_grad():
             want = moe.eval()(**given, use_cache=False).logits
         got = loaded(**given)["logits"].float()
-        time = turns({"run": partial(loaded, **given)}, 3.0)["run"]
+        feeds = {name: t.numpy() for name, t in given.items()}
+        runs = {"dense": base, "converted": loaded.session}
+        times = turns({n: partial(s.run, None, feeds) for n, s in runs.items()}, 4.0)
         error = float((got - want).abs().max() / want.abs().max())
-        found[count] = {"cpu_only": report.cpu_only, "error": error, "milliseconds": time}
+        found[count] = {"cpu_only": report.cpu_only, "error": error, "milliseconds": times}
     return found
 
 
 def row(name: str, cell: dict[str, Any]) -> tuple[str, ...]:
     if "refused" in cell:
-        return name, "refused", cell["refused"], ""
-    left = ", ".join(cell["cpu_only"]) or "none"
-    return name, f"{cell['milliseconds']:.2f} ms", f"{cell['error']:.1e}", left
+        return name, "refused", "", cell["refused"], ""
+    left, ms = ", ".join(cell["cpu_only"]) or "none", cell["milliseconds"]
+    ratio = f"{ms['converted'] / ms['dense']:.2f}"
+    return name, f"{ms['converted']:.2f} ms", ratio, f"{cell['error']:.1e}", left
 
 
 def main() -> None:
@@ -84,15 +104,19 @@ def main() -> None:
     tokens = (1, 16) if given.quick else (1, 512)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        base = dense(given.quick, given.provider, Path(folder))
         for name, moe in models(given.quick).items():
             for lowering in ("auto", "contrib") if name == "upcycled" else ("auto",):
                 for dtype in dtypes:
-                    of = measured(moe, dtype, lowering, given.provider, Path(folder), tokens)
+                    of = measured(moe, dtype, lowering, given.provider, Path(folder), tokens, base)
                     print(f"{name}, {lowering}, {dtype}: {of}", file=sys.stderr, flush=True)
                     for count, cell in of.items():
                         found[f"{name}, {lowering}, {dtype}, {count} tokens"] = cell
+    figures = {"onnxruntime": onnxruntime.__version__, "cells": found}
+    if given.provider == "cuda" and not given.quick:
+        save("onnx_gpu", {"device": torch.cuda.get_device_name()} | figures)
     rows = [row(name, cell) for name, cell in found.items()]
-    finish("onnx_gpu", ["", "time", "error", "left to the CPU"], rows, cells=found)
+    finish("onnx_gpu", ["", "time", "of dense", "error", "left to the CPU"], rows, **figures)
 
 
 if __name__ == "__main__":

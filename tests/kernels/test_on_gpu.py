@@ -43,8 +43,8 @@ def test_feed_forward_experts(shape, spread, kinds, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [
-    ((4096,), (4096,), 1024, 1536, 128), ((5, 321), (5, 1), 1000, 1496, 24),
-    ((16,), (16,), 2048, 512, 8), ((3000,), (3000,), 512, 512, 256),
+    ((9000,), (9000,), 1024, 1536, 128), ((5, 3210), (5, 1), 1000, 1496, 24),
+    ((16,), (16,), 2048, 512, 8), ((8192,), (8192,), 512, 512, 256),
 ], ids=str)  # fmt: skip
 def test_lora_experts(shape, dtype):
     given = lora_inputs(*shape, dtype)

@@ -1,7 +1,6 @@
-"""A linear map with its low-rank experts in the epilogue, in Triton.
+"""A product with a low-rank one in its epilogue, in Triton.
 
-T rows, C what is summed over, N columns, R the ranks of all experts. The same product serves
-forward (C = D, N = O) and the gradient of x (C = O, N = D).
+T rows, C what is summed over, N columns, R the ranks of all experts.
 """
 
 import triton
@@ -12,12 +11,11 @@ from ..products import dot, place, product
 
 @triton.jit
 def low_rank_kernel(
-    x, w, bias, low, scales, b, y, T, N_ALL, C, R, bound, x_t, w_n, w_c, b_n, b_r,
-    BIAS: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, EVEN_R: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    RANKS: tl.constexpr, GROUP: tl.constexpr,
+    x, w, low, b, y, T, N_ALL, C, R, bound, x_t, w_n, w_c, b_n, b_r,
+    EVEN: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y (T, N) = x w + bias + (low * scales) b; w is (N, C) and b (N, R) by their strides."""
+    """y (T, N) = x w^T + low b^T; w is (N, C) and b (N, R) by their strides."""
     tile, column = place(tl.cdiv(N_ALL, N), bound, GROUP)
     rows = tile.to(tl.int64) * M + tl.arange(0, M)
     n = column.to(tl.int64) * N + tl.arange(0, N)
@@ -30,12 +28,7 @@ def low_rank_kernel(
         if not EVEN_R:
             left, right = left & (r < R)[None, :], right & (r < R)[:, None]
         own = tl.load(low + rows[:, None] * R + r[None, :], left, 0.0)
-        if SCALED:
-            scale = tl.load(scales + rows[:, None] * R + r[None, :], left, 0.0)
-            own = (own.to(tl.float32) * scale.to(tl.float32)).to(own.dtype)
         factor = tl.load(b + n[None, :] * b_n + r[:, None] * b_r, right, 0.0)
         acc = dot(own, factor, acc, PRECISION)
-    if BIAS:
-        acc += tl.load(bias + n, inside, 0.0).to(tl.float32)[None, :]
     at = rows[:, None] * N_ALL + n[None, :]
     tl.store(y + at, acc.to(y.dtype.element_ty), there[:, None] & inside[None, :])

@@ -12,14 +12,9 @@ GROUP = 8
 
 
 def low_rank(
-    x_TC: torch.Tensor,
-    w_NC: torch.Tensor,
-    bias_N: torch.Tensor | None,
-    low_TR: torch.Tensor,
-    scales_TR: torch.Tensor | None,
-    b_NR: torch.Tensor,
+    x_TC: torch.Tensor, w_NC: torch.Tensor, low_TR: torch.Tensor, b_NR: torch.Tensor
 ) -> torch.Tensor:
-    """(T, N) = x w^T + bias + (low * scales) b^T; w and b may be transposed views."""
+    """(T, N) = x w^T + low b^T; w and b may be transposed views."""
     x = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
     (rows, depth), width, rank = x.shape, w_NC.shape[0], low_TR.shape[1]
     size = blocks.product(x, rows, blocks.aligned(depth, width, x.stride(0)))
@@ -27,10 +22,9 @@ def low_rank(
     y = x.new_empty(rows, width)
     bound = ceil_div(rows, size.m)
     kernel.low_rank_kernel[(bound * ceil_div(width, size.n),)](
-        x, w_NC, x if bias_N is None else bias_N, low_TR, low_TR if scales_TR is None else scales_TR,
-        b_NR, y, rows, width, depth, rank, bound, x.stride(0), *w_NC.stride(), *b_NR.stride(),
-        BIAS=bias_N is not None, SCALED=scales_TR is not None, EVEN=depth % size.depth == 0,
-        EVEN_R=rank % ranks == 0, PRECISION=precision(x.dtype), M=size.m, N=size.n,
-        BLOCK=size.depth, RANKS=ranks, GROUP=GROUP, num_warps=size.warps, num_stages=size.stages,
+        x, w_NC, low_TR, b_NR, y, rows, width, depth, rank, bound, x.stride(0), *w_NC.stride(),
+        *b_NR.stride(), EVEN=depth % size.depth == 0, EVEN_R=rank % ranks == 0,
+        PRECISION=precision(x.dtype), M=size.m, N=size.n, BLOCK=size.depth, RANKS=ranks,
+        GROUP=GROUP, num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return y
