@@ -17,6 +17,7 @@ from .examples import as_arguments
 from .model import MoEModel
 from .passes.emit import emit
 from .passes.find_depth import find_depth
+from .program import Code
 from .report import Report
 from .verify import verify_conversion
 
@@ -86,7 +87,8 @@ def _convert(
     report.warn_of_costs()
     if dry_run:
         return report
-    emitted = [compiler.timed("emit", emit, program) for program in programs]
+    codes: dict[tuple, Code] = {}  # those of training and evaluation are mostly the same
+    emitted = [compiler.timed("emit", emit, program, codes) for program in programs]
     moe = MoEModel(model, compiler, programs[0], emitted[0], report, checked=verify)
     for program, code in zip(programs, emitted, strict=True):
         moe.adopt(arguments, program, code)

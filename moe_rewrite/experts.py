@@ -49,6 +49,9 @@ class ExpertSite(nn.Module):
         """What the graph takes for each part, of the active experts."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Drop what is kept from call to call."""
+
 
 class LoRASite(ExpertSite):
     """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
@@ -85,6 +88,9 @@ class LoRASite(ExpertSite):
 
     def remove_last(self) -> None:
         self.a, self.b = self.a[:-1], self.b[:-1]
+        self.forget()
+
+    def forget(self) -> None:
         self._stack = None
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:

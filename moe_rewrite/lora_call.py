@@ -28,6 +28,12 @@ class LoRACall:
     def __deepcopy__(self, memo: dict) -> LoRACall:
         return self
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoRACall) and (self.scale, self.form) == (other.scale, other.form)
+
+    def __hash__(self) -> int:
+        return hash((self.scale, self.form))
+
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
 

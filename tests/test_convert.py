@@ -181,3 +181,20 @@ def test_seven_billion_parameters_on_the_meta_device():
     figures = measured("meta", "7B")
     assert figures["parameters"] > 6.5e9 and figures["sites"] == 112
     assert figures["seconds"] < 60 and figures["peak_mb"] < 2000, figures
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_that_are_alike_share_their_code(dropout):
+    """In evaluation and in training; there are no more of a deeper model."""
+    counts = []
+    for layers in (4, 8):
+        dense = architectures.with_dropout(architectures.build("Llama", layers=layers), dropout)
+        moe = moe_rewrite.convert(dense, split=0.5, num_experts=2)
+        example = moe_rewrite.examples.example_inputs(dense) | {"use_cache": False}
+        arguments = moe._arguments((), example)[0]
+        graphs = [moe.train(mode)._graph(arguments)[0] for mode in (False, True)]
+        steps = ([bound.step for _, bound in graph.steps if bound.step.deep] for graph in graphs)
+        evaluated, trained = ({step.code for step in of_mode} for of_mode in steps)
+        assert (evaluated == trained) == (dropout == 0.0)
+        counts.append(len(evaluated))
+    assert counts[0] == counts[1] == 2  # a block's, and the head's

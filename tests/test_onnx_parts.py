@@ -11,11 +11,12 @@ from torch import fx, nn
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
+from moe_rewrite.alike import same_code
 from moe_rewrite.errors import CaptureError
 
 onnx = pytest.importorskip("onnx")
 from moe_rewrite.onnx import pieces  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.parts import Part, same_code  # noqa: E402
+from moe_rewrite.onnx.parts import Part, traced_target  # noqa: E402
 from moe_rewrite.onnx.plain import Plain  # noqa: E402
 
 
@@ -215,7 +216,7 @@ def code(steps, name="x"):
     for function, *others in steps:
         value = graph.call_function(function, (value, *others))
     graph.output((value,))
-    return same_code(graph)
+    return same_code(graph, traced_target)
 
 
 def test_code_is_the_same_whatever_it_is_called():

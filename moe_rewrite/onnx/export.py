@@ -83,7 +83,7 @@ def export(
     _describe(skeleton, moe, plain, report)
     with in_place(target) as fresh:
         timed("write", write_model, skeleton, fresh, external)
-        with _provable(skeleton.weights, fresh) as (proven, shared):
+        with _provable(skeleton, fresh) as (proven, shared):
             timed("check", check_file, proven)
             if verify:
                 stand_ins = skeleton.stand_ins
@@ -105,21 +105,21 @@ def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
 
 
 @contextmanager
-def _provable(
-    weights: dict[str, torch.Tensor], path: Path
-) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
+def _provable(skeleton: Skeleton, path: Path) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
     """What to prove of a file, and the weights that ONNX Runtime is to take from memory: all large
     ones, without a copy. What is opened is the file as read back, but for their bytes; that these
-    are the file's too is seen first."""
+    are the file's too is seen first. The skeleton's hold on its weights ends: stacks may go, then."""
     twin = path.with_name(f"twin-{path.name}")
     try:
-        places = write_twin(path, twin)
+        places, weights = write_twin(path, twin), skeleton.weights
         if not hold(places, weights, path.parent):
             raise EquivalenceError(
                 f"{path.name} does not hold the weights that were written to it: is the disk in "
                 "order?"
             )
-        yield twin, {n: weights[n] for n, p in places.items() if large(p.length)}
+        skeleton.weights = {n: weights[n] for n, p in places.items() if large(p.length)}
+        del weights
+        yield twin, skeleton.weights
     finally:
         twin.unlink(missing_ok=True)
 

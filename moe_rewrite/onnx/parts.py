@@ -108,25 +108,8 @@ def _dropping(parts: list[Part], kept: Iterable[str]) -> list[Part]:
     return made[::-1]
 
 
-def same_code(graph: fx.Graph) -> tuple:
-    """Equal for graphs that make the same nodes, whatever these are called."""
-    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    numbered = [
-        fx.node.map_arg((n.args, n.kwargs), lambda n: _Number(number[n])) for n in graph.nodes
-    ]
-    return tuple(
-        (n.op, _target(n), repr(given)) for n, given in zip(graph.nodes, numbered, strict=True)
-    )
-
-
-class _Number(str):
-    __repr__ = str.__str__  # type: ignore[assignment]
-
-
-def _target(node: fx.Node) -> Any:
+def traced_target(node: fx.Node) -> Any:
     """In the place of a call by its site, what a trace of it depends on."""
-    if node.op in ("placeholder", "output"):
-        return ""
     if isinstance(node.target, TracedFeedForward):
         return TracedFeedForward, node.target.channels, node.target.dims
     return LoRACall if isinstance(node.target, LoRACall) else node.target

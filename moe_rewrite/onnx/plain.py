@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..alike import same_code
 from ..capture import example_like, is_hf, split_static
 from ..errors import ConfigError
 from ..examples import as_arguments
@@ -27,7 +28,7 @@ from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
 from ..verify import evaluating
 from .feedforward import TracedFeedForward, with_placeholders
-from .parts import Part, arranged, same_code, whole
+from .parts import Part, arranged, traced_target, whole
 from .tensors import ROWS, tensors_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Plain(nn.Module):
             names = [n for n in pytree.tree_leaves(owned) if isinstance(n, str)]
             yield Part(
                 step.block, owned, step.takes, step.gives, partial(_run, code),
-                (same_code(code.module.graph), *(self.tensors[n].shape for n in names)),
+                (same_code(code.module.graph, traced_target), *(self.tensors[n].shape for n in names)),
                 len(code.module.graph.nodes) - len(step.owned),
                 tuple(i - len(owned) for i in step.writes if i >= len(owned)),
                 tuple(range(first, len(self.calls))),

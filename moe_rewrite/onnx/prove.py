@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from ..model import MoEModel
 
 BATCH = 2
+SIZES = ((2, 4, 0), (1, 7, 3), (3, 3, 6))  # batch, length and past of the cases
 OFF = -1e4  # a router's bias for an expert that gets nothing
 
 
 @dataclass
 class Case:
-    """One call. replaced: tensors of experts and router in the place of the model's."""
+    """One call."""
 
     name: str
     leaves: list[torch.Tensor]
     state: list[torch.Tensor]
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_file(path: Path) -> None:
@@ -58,17 +58,30 @@ def prove(
 ) -> list[Check]:  # fmt: skip
     """Raises EquivalenceError where a result differs by more than the dtype's tolerance. stand_ins:
     what quantized weights stand for: PyTorch computes with these. shared: weights of the file that
-    are taken from memory."""
+    are taken from memory. It and the plain call hold the last case's experts afterwards: the two
+    sets are as large as the experts each, and need not be in memory at once."""
     _require_plain(moe, plain)
-    checks, session, opened = [], None, None
-    for case in _cases(moe, plain):
+    cases = list(_cases(moe, plain))
+    checks = _compared(moe, plain, path, cases, stand_ins, shared)
+    release_memory()  # of that session: there is one at a time
+    replaced = _other_experts(plain)
+    if replaced:
+        _exchange(replaced, moe, plain, shared)
+        last = replace(cases[len(SIZES) - 1], name=_others_name(plain))
+        checks += _compared(moe, plain, path, [last], stand_ins | replaced, shared, replaced)
+    return checks
+
+
+def _compared(
+    moe: MoEModel, plain: Plain, path: Path, cases: list[Case], stand_ins: dict[str, torch.Tensor],
+    shared: dict[str, torch.Tensor], replaced: dict[str, torch.Tensor] | None = None,
+) -> list[Check]:  # fmt: skip
+    """Calls in one session. replaced: tensors of experts and router in the place of the file's."""
+    release_memory()
+    checks, session = [], _opened(path, replaced or {}, shared, moe.dtype)
+    for case in cases:
         with torch.no_grad():
-            want = plain(case.leaves, plain.tensors | stand_ins | case.replaced, case.state)
-        if session is None or case.replaced is not opened:
-            session = None  # one at a time in memory
-            release_memory()
-            session = _opened(path, case.replaced, shared, moe.dtype)
-            opened = case.replaced
+            want = plain(case.leaves, plain.tensors | stand_ins, case.state)
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(plain.past, case.state, strict=True)
         with _on_this_cpu():
@@ -95,13 +108,22 @@ def prove(
     return checks
 
 
+def _exchange(
+    replaced: dict[str, torch.Tensor], moe: MoEModel, plain: Plain, shared: dict[str, torch.Tensor]
+) -> None:
+    """Put other experts in the place of the file's, whose memory is free then."""
+    for held in (plain.tensors, shared):
+        held.update({n: t for n, t in replaced.items() if n in held})
+    for site in moe.expert_sites():
+        site.forget()
+
+
 def _opened(
     path: Path,
     replaced: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> Any:
-    shared = {n: replaced.get(n, t) for n, t in shared.items()}
     other = replaced_twin(path, replaced) if replaced else nullcontext(path)
     with other as file, late_casts(file, dtype) as (graph, options), _on_this_cpu():
         return open_session(graph, None, options=options, shared=shared, **FRUGAL)
@@ -145,23 +167,21 @@ def _require_plain(moe: MoEModel, plain: Plain) -> None:
 
 def _cases(moe: MoEModel, plain: Plain) -> Iterator[Case]:
     host = moe._compiler.host
-    none: dict[str, torch.Tensor] = {}
-    sizes = [(2, 4, 0), (1, 7, 3), (3, 3, 6)]
-    for batch, length, past in sizes:
+    for batch, length, past in SIZES:
         leaves = _leaves(plain, host, batch, length, past)
         shape = tuple(leaves[0].shape)
-        yield Case(f"inputs {shape}", leaves, _state(plain, batch, past), none)
+        yield Case(f"inputs {shape}", leaves, _state(plain, batch, past))
     mask = _mask(plain, leaves)
     if mask is not None and mask.ndim == 2:
         padded = [t.clone() for t in leaves]
         _mask(plain, padded)[0, : mask.shape[1] // 2] = 0
-        yield Case(f"inputs {shape}, left padding", padded, _state(plain, batch, past), none)
-    replaced = _other_experts(plain)
-    if replaced:
-        more = ", one more than exported" if plain.stacks else ""
-        idle = ", one of them idle" if plain.biased and plain.stacks else ""
-        name = f"other {'experts' if plain.stacks else 'router'}{more}{idle}"
-        yield Case(name, leaves, _state(plain, batch, past), replaced)
+        yield Case(f"inputs {shape}, left padding", padded, _state(plain, batch, past))
+
+
+def _others_name(plain: Plain) -> str:
+    more = ", one more than exported" if plain.stacks else ""
+    idle = ", one of them idle" if plain.biased and plain.stacks else ""
+    return f"other {'experts' if plain.stacks else 'router'}{more}{idle}"
 
 
 def _leaves(plain: Plain, host: Any, batch: int, length: int, past: int) -> list[torch.Tensor]:

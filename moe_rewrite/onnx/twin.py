@@ -53,6 +53,7 @@ def replaced_twin(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Pat
     try:
         replace_initializers(model, replaced, write_data(replaced, data))
         graph.write_bytes(model.SerializeToString())
+        del model  # a session on it takes as much again
         yield graph
     finally:
         for file in (graph, data):

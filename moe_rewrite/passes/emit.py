@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..alike import same_code
 from ..program import Code, Program, alias_root, mutated, routing_plan
 from ..routing.plan import Layout, align
 
@@ -85,8 +86,10 @@ def _erase_unneeded(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def emit(program: Program) -> Emitted:
+def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
+    """codes: of what was emitted before; steps that are alike share theirs, and new ones are added."""
     assert program.cut is not None
+    codes = {} if codes is None else codes
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is align]
@@ -105,7 +108,7 @@ def emit(program: Program) -> Emitted:
         last_use.get(program.node(program.cut.node), 0), _first_deep(parts)
     )
     steps = tuple(
-        _step(program, i, name, deep, nodes, owner, last_use, order)
+        _step(program, i, name, deep, nodes, owner, last_use, order, codes)
         for i, (name, deep, nodes) in enumerate(parts)
     )
     outputs = tuple(
@@ -162,6 +165,7 @@ def _step(
     owner: dict[fx.Node, int],
     last_use: dict[fx.Node, int],
     order: dict[fx.Node, int],
+    codes: dict[tuple, Code],
 ) -> Step:
     sources = {s for n in nodes for s in n.all_input_nodes if owner.get(s) != index}
     sources = {s for s in sources if s.op != "get_attr"}
@@ -188,11 +192,13 @@ def _step(
     graph.output(tuple(copies[n] for n in gives))
     written = {alias_root(w) for n in nodes for w in mutated(n)}
     writes = tuple(i for i, s in enumerate((*owned, *takes)) if s in written)
-    module = fx.GraphModule(program.root, graph)
+    key = same_code(graph), program.root if _attributes(nodes) else None
+    if key not in codes:
+        codes[key] = Code(fx.GraphModule(program.root, graph))
     return Step(
         block=name,
         deep=deep,
-        code=Code(module),
+        code=codes[key],
         owned=tuple((program.inputs[s.name].kind, program.inputs[s.name].name) for s in owned),
         takes=tuple(s.name for s in takes),
         gives=tuple(n.name for n in gives),
