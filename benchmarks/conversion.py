@@ -15,8 +15,10 @@ import torch
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 
 SIZES = {  # width, hidden, layers, heads, vocabulary
+    "2MB": (64, 176, 8, 8, 1024),
     "4MB": (96, 264, 8, 8, 1024),
     "10MB": (144, 396, 8, 8, 1024),
+    "15MB": (176, 484, 8, 8, 1024),
     "20MB": (208, 576, 8, 8, 1024),
     "30MB": (256, 704, 8, 8, 1024),
     "60MB": (384, 1056, 8, 8, 1024),

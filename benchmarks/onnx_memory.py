@@ -1,8 +1,9 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
 model, and those of the dense one behind it that are not shared. Peak: from before the dense model was
 made, so that what its conversion leaves counts. Export: what the export adds to what is held when it
-begins, and the weights. Beside it, on the dense model and without any proof: PyTorch's own exporter,
-and its trace alone, which a conversion needs, too: what that takes does not shrink with the weights.
+begins, and the weights. Beside it, on the dense model and without any proof: PyTorch's own exporter;
+and what no proof can do without, in a process that exports nothing: the converted model, a session of
+ONNX Runtime on a file that another process wrote, on the model's own weights, and one call of each.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
 exported before, so that what the libraries take at first use is not the export's. The proof in
@@ -11,6 +12,7 @@ ONNX Runtime is part of export_onnx().
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -25,15 +27,21 @@ from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
+from moe_rewrite.onnx.casts import late_casts
+from moe_rewrite.onnx.export import _cast
+from moe_rewrite.onnx.plain import Plain
+from moe_rewrite.onnx.session import FRUGAL, open_session, release_memory, run
+from moe_rewrite.onnx.sizes import zeros
 from moe_rewrite.onnx.trace import quiet
+from moe_rewrite.onnx.write import large
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 from .conversion import llama
 from .features import llama as small_llama
 
-SMALL = "30MB"
+SMALL, WRITE = "30MB", "write"
 PYTORCH = "dense, torch.onnx.export"
-TRACE = "dense, torch.export alone"
+FLOOR = ", no export: file and model run once"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
     "LoRA, weights beside": ({"num_experts": 4}, {"external_data": True}),
@@ -42,6 +50,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "upcycled, sparse": ({"mode": "upcycle", "num_experts": 4}, {"lowering": "sparse"}),
     "upcycled, contrib": ({"mode": "upcycle", "num_experts": 4}, {"lowering": "contrib"}),
 }
+FLOORS = ("LoRA", "LoRA, with its cache", "LoRA, as float16")
 
 
 def held_mb(moe: MoEModel) -> float:
@@ -55,7 +64,9 @@ def measured(kind: str, size: str) -> dict[str, float]:
     """Weights, and the peak of a process in MB (1e6 bytes)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.onnx"
-        _prepared(kind, small_llama(2, 32))[1](path)
+        if kind.endswith(FLOOR):
+            in_fresh_process("benchmarks.onnx_memory", WRITE, kind, size, str(path))
+        _prepared(kind.removesuffix(FLOOR), small_llama(2, 32))[1](Path(folder) / "warm.onnx")
         before = memory_mb("VmRSS")
         weights, export = _prepared(kind, llama(size))
         held = memory_mb("VmRSS") - before
@@ -72,12 +83,40 @@ def measured(kind: str, size: str) -> dict[str, float]:
 
 def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
     """(MB of the weights, what exports them)."""
-    if kind in DENSE:
+    if kind == PYTORCH:
         weights = sum(p.nbytes for p in model.parameters()) / 1e6
-        return weights, partial(DENSE[kind], model)
-    conversion, options = KINDS[kind]
+        return weights, partial(_by_pytorch, model)
+    conversion, options = KINDS[kind.removesuffix(FLOOR)]
     moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
+    if kind.endswith(FLOOR):
+        return held_mb(moe), partial(_run_once, moe, options)
     return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
+
+
+def _written(kind: str, size: str, path: str) -> dict[str, float]:
+    """Export for another process, weights beside the file."""
+    conversion, options = KINDS[kind.removesuffix(FLOOR)]
+    moe = cast(MoEModel, moe_rewrite.convert(llama(size), split=0.5, verify=False, **conversion))
+    moe_rewrite.export_onnx(moe, path, verify=False, external_data=True, **options)
+    return {}
+
+
+def _run_once(moe: MoEModel, options: dict[str, Any], path: Path) -> None:
+    """Beside each other, on the same memory where the two have the same weights."""
+    if "dtype" in options:
+        moe = _cast(moe, getattr(torch, options["dtype"]))
+    plain = Plain(moe, cache=options.get("cache", False))
+    shared = {n: t for n, t in plain.tensors.items() if large(t.nbytes)}
+    leaves, state = zeros(plain, 2, 4, 0), plain.state(2)
+    gc.collect()
+    release_memory()
+    forget_peak()  # of capturing the model with its cache
+    with late_casts(path, moe.dtype) as (graph, given):
+        session = open_session(graph, options=given, shared=shared, **FRUGAL)
+    with torch.no_grad():
+        plain(leaves, plain.tensors, state)
+    names = dict(zip((*plain.inputs, *plain.past), [*leaves, *state], strict=True))
+    run(session, names)
 
 
 def _call(model: Any) -> dict[str, Any]:
@@ -98,24 +137,18 @@ def _by_pytorch(model: Any, path: Path) -> None:
         program.save(path)
 
 
-def _traced(model: Any, _: Path) -> None:
-    with quiet():
-        torch.export.export(model, (), **_call(model))
-
-
-DENSE = {PYTORCH: _by_pytorch, TRACE: _traced}
-
-
 def main() -> None:
     if "--task" in sys.argv:
         torch.set_num_threads(2)
-        print(json.dumps(measured(*sys.argv[-2:])))
+        task, *given = sys.argv[sys.argv.index("--task") + 1 :]
+        print(json.dumps(_written(*given) if task == WRITE else measured(task, *given)))
         return
     quick = arguments(__doc__ or "").quick
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
     if not quick:
-        cells += [(k, SMALL) for k in list(KINDS)[1:]] + [(TRACE, SMALL), (TRACE, "4MB")]
-        sizes = ("4MB", "10MB", "20MB", "60MB", "100MB", "400MB", "24 layers")
+        cells += [(k, SMALL) for k in list(KINDS)[1:]]
+        cells += [(k + FLOOR, s) for k in FLOORS for s in ("2MB", "10MB", "15MB")]
+        sizes = ("2MB", "4MB", "10MB", "15MB", "20MB", "60MB", "100MB", "400MB", "24 layers")
         cells += [(k, s) for s in sizes for k in (*KINDS, PYTORCH)]
     found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
     rows = [
