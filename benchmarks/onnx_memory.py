@@ -2,7 +2,7 @@
 model, and those of the dense one behind it that are not shared. Peak: from before the dense model was
 made, so that what its conversion leaves counts. Export: what the export adds to what is held when it
 begins, and the weights. Beside it, on the dense model and without any proof: PyTorch's own exporter;
-and what no proof can do without, in a process that exports nothing: the converted model, a session of
+and what a proof takes by itself, in a process that exports nothing: the converted model, a session of
 ONNX Runtime on a file that another process wrote, on the model's own weights, and one call of each.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
