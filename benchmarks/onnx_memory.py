@@ -30,10 +30,11 @@ from moe_rewrite import MoEModel
 from moe_rewrite.onnx.casts import late_casts
 from moe_rewrite.onnx.export import _cast
 from moe_rewrite.onnx.plain import Plain
-from moe_rewrite.onnx.session import FRUGAL, open_session, release_memory, run
+from moe_rewrite.onnx.session import FRUGAL, open_session, run
 from moe_rewrite.onnx.sizes import zeros
 from moe_rewrite.onnx.trace import quiet
 from moe_rewrite.onnx.write import large
+from moe_rewrite.traces import release_memory
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 from .conversion import llama

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InputError
 from .program import CACHE, Input, Program
-from .traces import frugal_traces
+from .traces import forget_inputs, frugal_traces
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
 SHORT = 9  # stands in for a sequence of length one
@@ -220,6 +220,7 @@ def _export(
         exported = torch.export.export(
             host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )
+    forget_inputs(exported)
     return _to_program(host, exported, mode)
 
 

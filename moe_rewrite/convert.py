@@ -19,6 +19,7 @@ from .passes.emit import emit
 from .passes.find_depth import find_depth
 from .program import Code
 from .report import Report
+from .traces import collecting
 from .verify import verify_conversion
 
 
@@ -80,7 +81,13 @@ def _convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
     _require_dense(model)
-    arguments = _arguments(model, example_inputs)
+    with collecting():  # of two traces
+        return _converted(model, recipe, _arguments(model, example_inputs), verify, dry_run)
+
+
+def _converted(
+    model: nn.Module, recipe: Recipe, arguments: dict[str, Any], verify: bool, dry_run: bool
+) -> MoEModel | Report:
     compiler = Compiler(make_host(model), recipe)
     programs = compiler.decide(arguments)
     report = Report.of(programs[0], compiler)

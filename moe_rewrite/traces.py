@@ -7,10 +7,12 @@ nothing is done.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import inspect
 import linecache
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 CACHE = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
@@ -19,18 +21,27 @@ CACHE = "fake_tensor_cache_enabled"  # which at a model's number of operators sa
 @contextmanager
 def collecting() -> Iterator[None]:
     """Garbage is collected soon, as what a trace leaves is: meanwhile the collector passes over all
-    objects that there were before, for whose number it would come seldom."""
+    objects that there were before, for whose number it would come seldom. What is free before and
+    afterwards is handed back to the system."""
     own = not gc.get_freeze_count()  # else the user froze some, which must stay so
     gc.collect()
     if own:
         gc.freeze()
         gc.collect()  # of nothing: by how much this leaves, the next one comes soon
+    release_memory()
     try:
         yield
     finally:
         gc.collect()
         if own:
             gc.unfreeze()
+        release_memory()
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager
@@ -47,6 +58,16 @@ def frugal_traces() -> Iterator[None]:
         _forget(known)
 
 
+def forget_inputs(exported: Any) -> None:
+    """Of torch.export's program, the inputs that the table of its sizes notes: each holds the table
+    through C++, where Python's collector does not follow, and so all of the trace for ever."""
+    for node in exported.graph.find_nodes(op="placeholder"):
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        table = getattr(mode, "shape_env", None)
+        if table is not None:
+            table.tracked_fakes = None
+
+
 def _sources() -> dict[str, str]:
     """The source code of all graph modules that there ever were."""
     from torch.fx import graph_module
@@ -55,14 +76,28 @@ def _sources() -> dict[str, str]:
 
 
 def _forget(known: set[str]) -> None:
-    from torch.fx.experimental import proxy_tensor
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from sympy.core.cache import clear_cache
+    from torch._decomp import decompositions_for_rng
+    from torch.fx.experimental import proxy_tensor, sym_node, symbolic_shapes
 
+    clear_cache()  # of terms in the sizes' names
+    tracker: Any = getattr(decompositions_for_rng, "PhiloxStateTracker", None)
+    if hasattr(tracker, "reset"):  # it holds the last trace
+        tracker.reset()
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
-    for method in vars(ShapeEnv).values():
-        if hasattr(method, "cache_clear"):
-            method.cache_clear()
+    holders = (symbolic_shapes.ShapeEnv, symbolic_shapes)
+    functions = [f for holder in holders for f in vars(holder).values()]
+    for function in (*functions, *_enclosed(sym_node.SymNode)):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
     sources = _sources()
     for name in sources.keys() - known:
         sources.pop(name, None)
         linecache.cache.pop(name, None)
+
+
+def _enclosed(kind: type) -> Iterator[Any]:
+    """The functions that the methods of a class were made of."""
+    for method in filter(callable, vars(kind).values()):
+        for cell in getattr(inspect.unwrap(method), "__closure__", None) or ():
+            yield cell.cell_contents

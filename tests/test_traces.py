@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import graph_module
 
 import moe_rewrite
+from moe_rewrite.onnx import trace
 from moe_rewrite.traces import collecting
 
 
@@ -44,6 +45,67 @@ def test_no_graph_of_a_trace_stays(graphs, tmp_path):
     assert set(graph_module._loader.eval_cache) == sources
     gc.collect()
     assert not [g() for g in graphs[captured:] if g() is not None]
+
+
+class Fixed(nn.Module):
+    """Scales by what depends on sizes alone, without gradients: the trace has a graph in a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = torch.cos(torch.arange(x.shape[1], device=x.device, dtype=x.dtype))
+        return x + self.linear(x) * scale[:, None]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Weak references to the tables of sizes of all captures that come."""
+    found, export = [], torch.export.export
+
+    def traced(*args, **kwargs):
+        made = export(*args, **kwargs)
+        inputs = [n.meta["val"] for n in made.graph.nodes if n.op == "placeholder"]
+        found.append(weakref.ref(inputs[-1].fake_mode.shape_env))
+        return made
+
+    monkeypatch.setattr(torch.export, "export", traced)
+    return found
+
+
+def test_no_table_of_sizes_stays(tables, tmp_path):
+    model, x = nn.Sequential(Fixed(), Fixed(), Fixed()).eval(), torch.randn(2, 5, 8)
+    moe = moe_rewrite.convert(model, split=1, num_experts=2, example_inputs=x)
+    counts = [len(tables)]
+    moe(x.double().float().requires_grad_())
+    moe.double()(x.double())
+    counts.append(len(tables))
+    moe.float()
+    moe_rewrite.export_onnx(moe, tmp_path / "m.onnx", example_inputs=x)
+    counts.append(len(tables))
+    gc.collect()
+    assert 0 < counts[0] < counts[1] < counts[2]
+    assert not [table for table in tables if table() is not None]
+    assert torch.isfinite(moe(x)).all()
+
+
+def test_one_table_of_translations_serves_all_exports(monkeypatch, tmp_path):
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made, make = [], ONNXRegistry.from_torchlib
+    monkeypatch.setattr(trace, "_tables", {})
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", lambda **k: made.append(k) or make(**k))
+    model = networks.Network(["Mlp", "Attention", "Mlp"]).eval()
+    x = model.input(2, 6)
+    moe = moe_rewrite.convert(model, split=1, num_experts=2, example_inputs=x, verify=False)
+    for _ in range(2):
+        moe_rewrite.export_onnx(moe, tmp_path / "m.onnx", example_inputs=x)
+    assert len(made) == 1
+    (table,) = trace._tables.values()
+    ours = [d for found in table.functions.values() for d in found if d.is_custom]
+    assert not ours  # which PyTorch puts into the table that it is given
 
 
 class Cycle:

@@ -23,7 +23,6 @@ from .metadata import FORMAT
 from .plain import Plain
 from .prove import check_file, prove
 from .report import OnnxReport
-from .session import release_memory
 from .translate import Skeleton, translate
 from .twin import hold, write_twin
 from .write import (
@@ -76,7 +75,6 @@ def export(
             plain.require_open()
         external = needs_external(plain.tensors, external_data)
         skeleton = timed("translate", translate, plain, opset, choice)
-    release_memory()
     if open_inputs:
         _open_inputs(skeleton, plain)
     report = _report(moe, plain, skeleton, target, bits, opset)
@@ -108,8 +106,8 @@ def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
 def _provable(skeleton: Skeleton, path: Path) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
     """What to prove of a file, and the weights that ONNX Runtime is to take from memory: all large
     ones, without a copy. What is opened is the file as read back, but for their bytes; that these
-    are the file's too is seen first. The skeleton's hold on its weights ends: stacks may go, then."""
-    twin = path.with_name(f"twin-{path.name}")
+    are the file's too is seen first. The skeleton's hold on its graph and weights ends: they may go."""
+    skeleton.model, twin = onnx.ModelProto(), path.with_name(f"twin-{path.name}")
     try:
         places, weights = write_twin(path, twin), skeleton.weights
         if not hold(places, weights, path.parent):

@@ -16,11 +16,12 @@ from ..capture import split_static
 from ..errors import EquivalenceError
 from ..examples import random_arguments
 from ..program import CACHE
+from ..traces import release_memory
 from ..verify import compare, evaluating
 from .casts import late_casts
 from .plain import Plain
 from .report import Check
-from .session import FRUGAL, open_session, release_memory, run
+from .session import FRUGAL, open_session, run
 from .sizes import zeros
 from .tensors import ROWS
 from .twin import replaced_twin

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +71,6 @@ def frugal_options(level: str = "ENABLE_ALL") -> Any:
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options
-
-
-def release_memory() -> None:
-    """Hand freed memory back to the system, where the C library can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def replace_initializers(

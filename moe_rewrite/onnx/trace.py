@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..traces import frugal_traces
+from ..traces import forget_inputs, frugal_traces
 
-MAKE = "from_torchlib"  # of PyTorch's class of such tables
+MAKE = "from_torchlib"  # of PyTorch's class of tables of translations
+_tables: dict[tuple, Any] = {}  # by what they were asked for
 
 
 def onnx_program(
@@ -22,16 +24,17 @@ def onnx_program(
     """given: positional arguments. shapes: which of their dimensions stay open. Raises as
     torch.export and torch.onnx.export do."""
     with quiet(), frugal_traces():
+        exported = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
+        forget_inputs(exported)
         return torch.onnx.export(
-            torch.export.export(module, given, dynamic_shapes=shapes, strict=False),
-            dynamo=True, opset_version=opset, verbose=False, **options,
-        )  # fmt: skip
+            exported, dynamo=True, opset_version=opset, verbose=False, **options
+        )
 
 
 @contextmanager
 def one_registry() -> Iterator[None]:
     """PyTorch makes its table of translations, which takes as long as the trace of a small block,
-    once meanwhile and not for every trace. Where it has another name nothing is done."""
+    once in a process and not for every trace. Where it has another name nothing is done."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -39,11 +42,20 @@ def one_registry() -> Iterator[None]:
     except (ImportError, KeyError):
         yield
         return
-    setattr(ONNXRegistry, MAKE, staticmethod(cache(getattr(ONNXRegistry, MAKE))))
+    setattr(ONNXRegistry, MAKE, staticmethod(partial(_table, getattr(ONNXRegistry, MAKE))))
     try:
         yield
     finally:
         setattr(ONNXRegistry, MAKE, made)
+
+
+def _table(make: Callable[..., Any], **given: Any) -> Any:
+    """With lists of its own: a trace puts its translations into them."""
+    key = tuple(given.items())
+    made = _tables[key] = _tables.get(key) or make(**given)
+    table = copy.copy(made)
+    table.functions = {target: list(found) for target, found in made.functions.items()}
+    return table
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..alike import same_code
@@ -185,6 +185,7 @@ def _step(
         copies[source] = graph.placeholder(source.name)
     for node in _attributes(nodes):
         copies[node] = graph.get_attr(str(node.target))
+        _forget_values(program.root.get_submodule(str(node.target)))
     for node in nodes:
         if node.op != "get_attr":
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -210,6 +211,13 @@ def _step(
 def _attributes(nodes: list[fx.Node]) -> list[fx.Node]:
     """Sub-graphs of higher-order operators that these nodes call."""
     return list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s.op == "get_attr"))
+
+
+def _forget_values(module: nn.Module) -> None:
+    """What its graphs note beside their code, which holds all that the trace has seen."""
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            node.meta = {}
 
 
 def _is_owned(program: Program, node: fx.Node) -> bool:

@@ -1,0 +1,45 @@
+"""How two outputs are compared."""
+
+import math
+
+import pytest
+import torch
+
+from moe_rewrite.verify import TOLERANCE, compare
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_errors_are_of_the_largest_value(dtype):
+    dense = torch.linspace(-8, 8, 33, dtype=dtype).view(3, 11)
+    ours = dense.clone()
+    ours[1, 2] += 1
+    report = compare([dense], [ours])
+    assert not report.equal and report.max_error == pytest.approx(1 / 8)
+    assert report.rms_error == pytest.approx(1 / 8 / 33**0.5)
+    same = compare([dense], [dense.clone()])
+    assert same.exact and same.equal and same.max_error == same.rms_error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("dense", "ours", "equal"),
+    [
+        ([1.0, NAN], [1.0, NAN], True),
+        ([1.0, INF], [1.0, INF], True),
+        ([1.0, INF], [1.0, -INF], False),
+        ([1.0, 2.0], [1.0, NAN], False),
+        ([1.0, NAN], [1.0, 2.0], False),
+        ([NAN, NAN], [NAN, 0.0], False),
+    ],
+)
+def test_no_number_equals_no_number_only(dense, ours, equal):
+    assert compare([torch.tensor(dense)], [torch.tensor(ours)]).equal == equal
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_what_is_compared_stays_as_it_was(dtype):
+    outputs = [torch.arange(6).to(dtype), torch.arange(6).to(dtype) + 1]
+    before = [t.clone() for t in outputs]
+    compare(outputs[:1], outputs[1:])
+    assert all(torch.equal(t, b) for t, b in zip(outputs, before, strict=True))
