@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -197,13 +198,27 @@ def capture(
         except Exception as error:  # torch.export raises many kinds; all mean "not captured"
             first = first or error
     shapes = {n: [list(t.shape) for t in pytree.tree_leaves(v)] for n, v in traced.items()}
+    assert first is not None
     lines = [line for line in str(first).strip().splitlines() if line.strip()]
     reason = lines[0] if lines else type(first).__name__
     raise CaptureError(
         f"{type(host).__name__} could not be captured on inputs of shapes {shapes}: "
-        f"{type(first).__name__}: {reason}. Check that these inputs run through the model; a "
-        "forward whose Python control flow depends on tensor values cannot be captured."
+        f"{type(first).__name__}: {reason}{_place(host, first)}. Check that these inputs run "
+        "through the model; a forward whose Python control flow depends on tensor values cannot be "
+        "captured."
     ) from first
+
+
+def _place(host: nn.Module, error: Exception) -> str:
+    """The line of the model's own code that raised it."""
+    kinds = {type(m) for m in host.modules() if not type(m).__module__.startswith("torch.")}
+    codes = [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in kinds]
+    files = {code.co_filename for code in codes if code is not None}
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+    if not lines:
+        return ""
+    code = f": {lines[-1].line}" if lines[-1].line else ""
+    return f" (at {lines[-1].filename}:{lines[-1].lineno}{code})"
 
 
 def _export(

@@ -11,11 +11,15 @@ import ctypes
 import gc
 import inspect
 import linecache
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 CACHE = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
+STACKS = (
+    "do_not_emit_stack_traces"  # which nobody reads: where in the model's code a node came from
+)
 
 
 @contextmanager
@@ -47,25 +51,57 @@ def release_memory() -> None:
 @contextmanager
 def frugal_traces() -> Iterator[None]:
     """For torch.export and torch.onnx.export."""
-    import torch._dynamo.config as config
+    import torch._dynamo.config as dynamo
+    from torch.fx import config as fx
 
-    context: Any = config.patch(CACHE, False) if hasattr(config, CACHE) else nullcontext()  # type: ignore[attr-defined]
     known = set(_sources())
     try:
-        with context:
+        with _with(dynamo, CACHE, False), _with(fx, STACKS, True):
             yield
+    except Exception as error:
+        _forget_failed(error)
+        raise
     finally:
         _forget(known)
+
+
+@contextmanager
+def _with(config: Any, name: str, value: bool) -> Iterator[None]:
+    """A setting of PyTorch's, where there is one of this name."""
+    had = getattr(config, name, None)
+    if had is None:
+        yield
+        return
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, had)
 
 
 def forget_inputs(exported: Any) -> None:
     """Of torch.export's program, the inputs that the table of its sizes notes: each holds the table
     through C++, where Python's collector does not follow, and so all of the trace for ever."""
     for node in exported.graph.find_nodes(op="placeholder"):
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        table = getattr(mode, "shape_env", None)
-        if table is not None:
-            table.tracked_fakes = None
+        _forget_table(getattr(node.meta.get("val"), "fake_mode", None))
+
+
+def _forget_failed(error: BaseException | None) -> None:
+    """The same of a trace that raised this: its table is among what the error's frames hold."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values():
+                if isinstance(value, FakeTensorMode):
+                    _forget_table(value)
+        error = error.__cause__
+
+
+def _forget_table(mode: Any) -> None:
+    table = getattr(mode, "shape_env", None)
+    if table is not None:
+        table.tracked_fakes = None
 
 
 def _sources() -> dict[str, str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The graph runs the captured operations in order ("exact"), but eager attention may choose another
 # kernel where capture wrote the mask out; a wrong graph is off by orders of magnitude more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+PIECE = 4096  # values of an output that are compared at once
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,30 @@ def compare(dense: list[Any], ours: list[Any], mask: Any = None) -> EquivalenceR
         exact = exact and torch.equal(a, b)
         if a.numel() == 0:
             continue
-        tolerance = TOLERANCE.get(a.dtype, 0.0)
-        x, y = a.to(torch.float64, copy=True), b.double()  # in place: outputs may be large
-        scale = x[x.isfinite()].abs_().max().clamp_min(1.0) if x.isfinite().any() else 1.0
-        same = (x == y) | (x.isnan() & y.isnan())
-        error = x.sub_(y).abs_().div_(scale).masked_fill_(same, 0.0).nan_to_num_(nan=float("inf"))
-        worst, count = max(worst, float(error.max())), count + error.numel()
-        total += float(error.square_().sum())
+        tolerance, scale = TOLERANCE.get(a.dtype, 0.0), max(1.0, *map(_largest, _pieces(a)))
+        for x, y in zip(_pieces(a), _pieces(b), strict=True):
+            error = _error(x, y, scale)
+            worst, total = max(worst, float(error.max())), total + float(error.square_().sum())
+        count += a.numel()
         equal = equal and worst <= tolerance
     return EquivalenceReport(equal, exact, worst, (total / max(count, 1)) ** 0.5)
+
+
+def _pieces(output: torch.Tensor) -> Iterator[torch.Tensor]:
+    """In float64, a few at a time: outputs may be large."""
+    return (piece.double() for piece in output.reshape(-1).split(PIECE))
+
+
+def _largest(x: torch.Tensor) -> float:
+    """Of the finite values."""
+    return float(x.masked_fill(~x.isfinite(), 0.0).abs().max())
+
+
+def _error(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """Relative to `scale`; infinite where one alone is no number or infinite."""
+    same = (x == y) | (x.isnan() & y.isnan())
+    error = (x - y).abs_().div_(scale).masked_fill_(same, 0.0)
+    return error.nan_to_num_(nan=float("inf"), posinf=float("inf"))
 
 
 def _counted(output: torch.Tensor, mask: Any) -> torch.Tensor:

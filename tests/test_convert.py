@@ -123,7 +123,12 @@ class Anything(nn.Module):
 @pytest.mark.parametrize(
     ("model", "example", "words"),
     [
-        (Branching(), torch.randn(2, 4), "could not be captured.*control flow"),
+        (Branching(), torch.randn(2, 4), "test_convert.py:[0-9]+: return .*control flow"),
+        (
+            nn.Sequential(nn.Linear(4, 4), Branching()),
+            torch.randn(2, 4),
+            "x.sum.. > 0.*control flow",
+        ),
         (Two(), None, "cannot infer inputs for Two.*pass\\s+example_inputs"),
         (Anything(), torch.randn(2, 4), "named arguments"),
         (Two(), (torch.randn(2, 4),) * 3, "too many positional"),

@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from torch.fx import graph_module
 
 import moe_rewrite
+from moe_rewrite.errors import CaptureError
 from moe_rewrite.onnx import trace
-from moe_rewrite.traces import collecting
+from moe_rewrite.traces import STACKS, collecting, frugal_traces
 
 
 @pytest.fixture
@@ -89,6 +90,46 @@ def test_no_table_of_sizes_stays(tables, tmp_path):
     assert 0 < counts[0] < counts[1] < counts[2]
     assert not [table for table in tables if table() is not None]
     assert torch.isfinite(moe(x)).all()
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.fixture
+def all_tables(monkeypatch):
+    """Weak references to all tables of sizes that come."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    found, init = [], ShapeEnv.__init__
+    monkeypatch.setattr(
+        ShapeEnv,
+        "__init__",
+        lambda self, *a, **k: found.append(weakref.ref(self)) or init(self, *a, **k),
+    )
+    return found
+
+
+def test_no_table_of_a_failed_capture_stays(all_tables):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Branching())
+    with pytest.raises(CaptureError):
+        moe_rewrite.convert(model, split=1, example_inputs=torch.randn(2, 5, 8))
+    gc.collect()
+    assert all_tables and not [table for table in all_tables if table() is not None]
+
+
+@pytest.mark.parametrize("emitted", [True, False])
+def test_settings_of_traces_are_put_back(emitted, monkeypatch):
+    monkeypatch.setattr(torch.fx.config, STACKS, emitted)
+    with pytest.raises(ValueError), frugal_traces():
+        assert getattr(torch.fx.config, STACKS)
+        raise ValueError
+    assert getattr(torch.fx.config, STACKS) == emitted
+    monkeypatch.delattr(torch.fx.config, STACKS)
+    with frugal_traces():
+        pass
+    assert not hasattr(torch.fx.config, STACKS)
 
 
 def test_one_table_of_translations_serves_all_exports(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_rewrite.verify import TOLERANCE, compare
+from moe_rewrite.verify import PIECE, TOLERANCE, compare
 
 NAN, INF = math.nan, math.inf
 
@@ -20,6 +20,18 @@ def test_errors_are_of_the_largest_value(dtype):
     assert report.rms_error == pytest.approx(1 / 8 / 33**0.5)
     same = compare([dense], [dense.clone()])
     assert same.exact and same.equal and same.max_error == same.rms_error == 0.0
+
+
+@pytest.mark.parametrize(("largest", "wrong"), [(0, -1), (-1, 0), (PIECE, PIECE - 1)])
+def test_large_outputs_are_one(largest, wrong):
+    """However many pieces they are compared in."""
+    dense = torch.zeros(3, PIECE)
+    dense.view(-1)[largest] = -4
+    ours = dense.clone()
+    ours.view(-1)[wrong] += 1
+    report = compare([dense[:1], dense], [dense[:1].clone(), ours])
+    assert not report.equal and report.max_error == 1 / 4
+    assert report.rms_error == pytest.approx(1 / 4 / (4 * PIECE) ** 0.5)
 
 
 @pytest.mark.parametrize(
