@@ -15,6 +15,7 @@ import torch
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb
 
 SIZES = {  # width, hidden, layers, heads, vocabulary
+    "1MB": (32, 88, 8, 8, 1024),
     "2MB": (64, 176, 8, 8, 1024),
     "4MB": (96, 264, 8, 8, 1024),
     "10MB": (144, 396, 8, 8, 1024),

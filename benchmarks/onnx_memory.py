@@ -1,9 +1,12 @@
 """Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
 model, and those of the dense one behind it that are not shared. Peak: from before the dense model was
 made, so that what its conversion leaves counts. Export: what the export adds to what is held when it
-begins, and the weights. Beside it, on the dense model and without any proof: PyTorch's own exporter;
-and what a proof takes by itself, in a process that exports nothing: the converted model, a session of
-ONNX Runtime on a file that another process wrote, on the model's own weights, and one call of each.
+begins, and the weights. Beside it, on the dense model and without any proof, PyTorch's own exporter.
+
+Rows "nothing but the proof's runs" are what no exporter can do without that holds its whole file against
+the model in ONNX Runtime: in a process that converts and exports no other model than the tiny one, the dense model and the
+experts' weights (each once, and once more in 16 bits where they are cast), a session on them of a
+file that another process wrote, and a call of each.
 
 ``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
 exported before, so that what the libraries take at first use is not the export's. The proof in
@@ -22,16 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import torch
 from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
 from moe_rewrite.onnx.casts import late_casts
-from moe_rewrite.onnx.export import _cast
-from moe_rewrite.onnx.plain import Plain
 from moe_rewrite.onnx.session import FRUGAL, open_session, run
-from moe_rewrite.onnx.sizes import zeros
 from moe_rewrite.onnx.trace import quiet
 from moe_rewrite.onnx.write import large
 from moe_rewrite.traces import release_memory
@@ -43,7 +44,7 @@ from .features import llama as small_llama
 SMALL, WRITE = "30MB", "write"
 BESIDE = "LoRA, weights beside"
 PYTORCH = "dense, torch.onnx.export"
-FLOOR = ", no export: file and model run once"
+FLOOR = ", nothing but the proof's runs"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": ({"num_experts": 4}, {}),
     BESIDE: ({"num_experts": 4}, {"external_data": True}),
@@ -53,9 +54,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "upcycled, contrib": ({"mode": "upcycle", "num_experts": 4}, {"lowering": "contrib"}),
 }
 SIZES = ("2MB", "4MB", "10MB", "15MB", "20MB", "100MB", "400MB", "24 layers")
-FLOORS = {  # sizes at which an export alone may need more than the goal
-    "LoRA": ("2MB",), "LoRA, with its cache": ("4MB",), "LoRA, as float16": ("10MB", "15MB"),
+FLOORS = {  # at sizes at which the export takes more than the goal, or not much less
+    "LoRA": ("1MB", "2MB"), "LoRA, with its cache": ("2MB", "4MB"),
+    "LoRA, as float16": ("2MB", "4MB", "10MB", "15MB"), "upcycled, contrib": ("2MB",),
 }  # fmt: skip
+CALL = {"sequence": 4, "past": 0, "past + sequence": 4}  # sizes; batch is 2
 
 
 def held_mb(moe: MoEModel) -> float:
@@ -73,7 +76,10 @@ def measured(kind: str, size: str) -> dict[str, float]:
             in_fresh_process("benchmarks.onnx_memory", WRITE, kind, size, str(path))
         _prepared(kind.removesuffix(FLOOR), small_llama(2, 32))[1](Path(folder) / "warm.onnx")
         before = memory_mb("VmRSS")
-        weights, export = _prepared(kind, llama(size))
+        if kind.endswith(FLOOR):
+            weights, export = _bare(kind, llama(size), path)
+        else:
+            weights, export = _prepared(kind, llama(size))
         held = memory_mb("VmRSS") - before
         forget_peak()
         start = time.perf_counter()
@@ -91,10 +97,8 @@ def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
     if kind == PYTORCH:
         weights = sum(p.nbytes for p in model.parameters()) / 1e6
         return weights, partial(_by_pytorch, model)
-    conversion, options = KINDS[kind.removesuffix(FLOOR)]
+    conversion, options = KINDS[kind]
     moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
-    if kind.endswith(FLOOR):
-        return held_mb(moe), partial(_run_once, moe, options)
     return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
 
 
@@ -106,22 +110,38 @@ def _written(kind: str, size: str, path: str) -> dict[str, float]:
     return {}
 
 
-def _run_once(moe: MoEModel, options: dict[str, Any], path: Path) -> None:
-    """Beside each other, on the same memory where the two have the same weights."""
-    if "dtype" in options:
-        moe = _cast(moe, getattr(torch, options["dtype"]))
-    plain = Plain(moe, cache=options.get("cache", False))
-    shared = {n: t for n, t in plain.tensors.items() if large(t.nbytes)}
-    leaves, state = zeros(plain, 2, 4, 0), plain.state(2)
+def _bare(kind: str, model: Any, path: Path) -> tuple[float, Callable[[Path], Any]]:
+    """(MB of the weights in the model's dtype, what opens the file and runs it and the model)."""
+    dtype = getattr(torch, KINDS[kind.removesuffix(FLOOR)][1].get("dtype", "float32"))
+    held = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    names = set()
+    for tensor in onnx.load(path).graph.initializer:
+        names.add(tensor.name)
+        if tensor.name not in held and large(len(tensor.raw_data)):
+            value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+            held[tensor.name] = value.to(model.dtype)
+    shared = {n: t.to(dtype) for n, t in held.items() if n in names}
+    shared = {n: t for n, t in shared.items() if large(t.nbytes)}
+    del tensor
     gc.collect()
     release_memory()
-    forget_peak()  # of capturing the model with its cache
-    with late_casts(path, moe.dtype) as (graph, given):
+    return sum(t.nbytes for t in held.values()) / 1e6, partial(
+        _run_once, model, held, shared, dtype
+    )
+
+
+def _run_once(
+    model: Any, held: Any, shared: dict[str, Any], dtype: torch.dtype, path: Path
+) -> None:
+    """held: of no use here, but it must be there."""
+    with late_casts(path, dtype) as (graph, given):
         session = open_session(graph, options=given, shared=shared, **FRUGAL)
+    asked = {i.name: i.shape for i in session.get_inputs()}
+    sizes = {n: [d if isinstance(d, int) else CALL.get(d, 2) for d in s] for n, s in asked.items()}
+    ints = {n: torch.ones(sizes.pop(n), dtype=torch.int64) for n in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        plain(leaves, plain.tensors, state)
-    names = dict(zip((*plain.inputs, *plain.past), [*leaves, *state], strict=True))
-    run(session, names)
+        model(**ints, use_cache=False)
+    run(session, ints | {n: torch.zeros(shape, dtype=dtype) for n, shape in sizes.items()})
 
 
 def _call(model: Any) -> dict[str, Any]:
