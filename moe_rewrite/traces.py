@@ -56,7 +56,7 @@ def frugal_traces() -> Iterator[None]:
 
     known = set(_sources())
     try:
-        with _with(dynamo, CACHE, False), _with(fx, STACKS, True):
+        with _with(dynamo, CACHE, False), _with(fx, STACKS, True), _unprinted():
             yield
     except Exception as error:
         _forget_failed(error)
@@ -77,6 +77,18 @@ def _with(config: Any, name: str, value: bool) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, had)
+
+
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """Of a trace that fails on a tensor's value PyTorch prints the whole graph, twice."""
+    from torch.export import _trace
+
+    vars(_trace)["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        vars(_trace).pop("print", None)
 
 
 def forget_inputs(exported: Any) -> None:

@@ -111,12 +111,13 @@ def all_tables(monkeypatch):
     return found
 
 
-def test_no_table_of_a_failed_capture_stays(all_tables):
+def test_a_failed_capture_leaves_no_table_of_sizes_and_prints_no_graph(all_tables, capsys):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Branching())
     with pytest.raises(CaptureError):
         moe_rewrite.convert(model, split=1, example_inputs=torch.randn(2, 5, 8))
     gc.collect()
     assert all_tables and not [table for table in all_tables if table() is not None]
+    assert "def forward" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("emitted", [True, False])
