@@ -81,12 +81,14 @@ def _compared(
     release_memory()
     checks, session = [], _opened(path, replaced or {}, shared, moe.dtype)
     for case in cases:
+        release_memory()  # of opening, or of the last case
         with torch.no_grad():
             want = plain(case.leaves, plain.tensors | stand_ins, case.state)
         names = dict(zip(plain.inputs, case.leaves, strict=True))
         state = zip(plain.past, case.state, strict=True)
         with _on_this_cpu():
             got = run(session, names | dict(state))
+        release_memory()
         if not any(bool(t.isfinite().any()) for t in want):
             raise EquivalenceError(
                 f"PyTorch itself gives no finite number ({case.name}): nothing can be proven. "
@@ -104,7 +106,6 @@ def _compared(
                 f"{', '.join(worst[:3])}): nothing was written. Please report this model"
             )
         del got, want
-        release_memory()
         checks.append(Check(case.name, report.max_error, report.rms_error))
     return checks
 
