@@ -21,6 +21,12 @@ STACKS = (
     "do_not_emit_stack_traces"  # which nobody reads: where in the model's code a node came from
 )
 
+OFTEN = (
+    200,
+    5,
+    1,
+)  # the collector's thresholds: garbage that lies long keeps pages from being free
+
 
 @contextmanager
 def collecting() -> Iterator[None]:
@@ -33,9 +39,12 @@ def collecting() -> Iterator[None]:
         gc.freeze()
         gc.collect()  # of nothing: by how much this leaves, the next one comes soon
     release_memory()
+    usual = gc.get_threshold()
+    gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user wants none
     try:
         yield
     finally:
+        gc.set_threshold(*usual)
         gc.collect()
         if own:
             gc.unfreeze()

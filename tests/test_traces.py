@@ -13,7 +13,7 @@ from torch.fx import graph_module
 import moe_rewrite
 from moe_rewrite.errors import CaptureError
 from moe_rewrite.onnx import trace
-from moe_rewrite.traces import STACKS, collecting, frugal_traces
+from moe_rewrite.traces import OFTEN, STACKS, collecting, frugal_traces
 
 
 @pytest.fixture
@@ -167,6 +167,20 @@ def test_only_young_objects_are_collected():
     assert young() is None and gc.get_freeze_count() == 0
     gc.collect()
     assert passed() is None
+
+
+@pytest.mark.parametrize("usual", [(700, 10, 10), (0, 5, 5)])
+def test_thresholds_of_the_collector_are_put_back(usual):
+    """0: the user wants no collection by itself."""
+    before = gc.get_threshold()
+    gc.set_threshold(*usual)
+    try:
+        with pytest.raises(ValueError), collecting():
+            assert gc.get_threshold() == (OFTEN if usual[0] else usual)
+            raise ValueError
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_what_the_user_froze_stays_frozen():
