@@ -17,15 +17,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 CACHE = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
-STACKS = (
-    "do_not_emit_stack_traces"  # which nobody reads: where in the model's code a node came from
-)
-
-OFTEN = (
-    200,
-    5,
-    1,
-)  # the collector's thresholds: garbage that lies long keeps pages from being free
+STACKS = "do_not_emit_stack_traces"  # the lines of source behind each node: nobody reads them
+OFTEN = (200, 5, 1)  # the collector's thresholds: garbage that lies long keeps pages taken
 
 
 @contextmanager
