@@ -15,6 +15,7 @@ from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .pieces import pieces
 from .plain import Plain
+from .roots import divide_by_roots
 from .trace import one_registry, quiet, root_cause
 from .translations import TRANSLATIONS
 
@@ -80,6 +81,7 @@ def _skeleton(
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
+    divide_by_roots(graph)
     if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
         settle_halves(graph, opset)
     _name_outputs(graph, plain.outputs)
