@@ -74,7 +74,7 @@ def export(
         if open_experts:
             plain.require_open()
         external = needs_external(plain.tensors, external_data)
-        skeleton = timed("translate", translate, plain, opset, choice)
+        skeleton = timed("translate", translate, plain, opset, choice, open_inputs)
     if open_inputs:
         _open_inputs(skeleton, plain)
     report = _report(moe, plain, skeleton, target, bits, opset)

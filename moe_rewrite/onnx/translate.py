@@ -15,7 +15,7 @@ from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .pieces import pieces
 from .plain import Plain
-from .roots import divide_by_roots
+from .rewrites import rewrite
 from .trace import one_registry, quiet, root_cause
 from .translations import TRANSLATIONS
 
@@ -31,13 +31,13 @@ class Skeleton:
     stand_ins: dict[str, torch.Tensor]
 
 
-def translate(plain: Plain, opset: int, choice: Choice) -> Skeleton:
-    """Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
+def translate(plain: Plain, opset: int, choice: Choice, open_inputs: bool) -> Skeleton:
+    """open_inputs: a call may bring experts, which are left apart from other weights then. Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
     lowering that does not fit."""
     with one_registry():
         model, chosen = _model(plain, opset, choice)
         with torch.no_grad(), quiet():
-            return _skeleton(model, plain, opset, chosen, choice.bits)
+            return _skeleton(model, plain, opset, chosen, choice.bits, open_inputs)
 
 
 def _model(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int, Chosen]]:
@@ -70,8 +70,9 @@ def _translated(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dic
 
 
 def _skeleton(
-    model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None
-) -> Skeleton:
+    model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None,
+    open_inputs: bool,
+) -> Skeleton:  # fmt: skip
     graph = model.graph
     done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
     tensors = plain.tensors | done.weights
@@ -81,7 +82,7 @@ def _skeleton(
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
-    divide_by_roots(graph)
+    rewrite(model, () if open_inputs else plain.stacks)
     if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
         settle_halves(graph, opset)
     _name_outputs(graph, plain.outputs)

@@ -1,0 +1,25 @@
+"""Rewrites of an exported graph into fewer nodes that compute the same: at a token, what a node costs
+by itself is most of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .low_rank import join_first_products, join_second_products
+from .reshapes import drop_reshapes
+from .roots import divide_by_roots
+from .signs import fold_signs
+
+
+def rewrite(model: ir.Model, experts: Container[str]) -> None:
+    """experts: names of the values that hold weights of several experts."""
+    graph = model.graph
+    divide_by_roots(graph)
+    join_first_products(graph, experts)
+    join_second_products(graph, experts)
+    drop_reshapes(graph)
+    fold_signs(graph)
+    RemoveUnusedNodesPass()(model)

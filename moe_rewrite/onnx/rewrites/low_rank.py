@@ -1,0 +1,122 @@
+"""Products with LoRA experts' weights in fewer and larger ones: a small product takes longer than its
+arithmetic, to begin and to be divided among threads.
+
+Weights side by side are one weight as soon as ONNX Runtime has opened the file, which holds both for
+a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from math import prod
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from .nodes import Adder, made_by, only_use, other_input, sizes
+
+SMALL = 2**21  # elements of a weight: with more, what a product saves is below 3% of its time
+
+
+class Product(NamedTuple):
+    """``node = MatMul(read, Transpose(weight))``"""
+
+    node: ir.Node
+    read: ir.Value
+    weight: ir.Value
+
+    @classmethod
+    def of(cls, value: ir.Value | None) -> Product | None:
+        node = made_by(value, "MatMul")
+        turn = made_by(node.inputs[1], "Transpose") if node is not None else None
+        if node is None or turn is None or node.inputs[0] is None or turn.inputs[0] is None:
+            return None
+        return cls(node, node.inputs[0], turn.inputs[0])
+
+    @property
+    def out(self) -> ir.Value:
+        return self.node.outputs[0]
+
+
+def products(graph: ir.Graph, experts: Container[str]) -> list[Product]:
+    """Those with experts' weights."""
+    found = [Product.of(node.outputs[0]) for node in graph]
+    return [p for p in found if p is not None and p.weight.name in experts]
+
+
+def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
+    """Of all ``(x A) * gates`` with one x, one product that is gated once. experts: names of their
+    weights; those that are joined have one shape, the number of experts open or not."""
+    groups: dict[Any, list[tuple[Product, ir.Node]]] = {}
+    for product in products(graph, experts):
+        gating = only_use(product.out, "Mul")
+        gates = other_input(gating, product.out) if gating is not None else None
+        if gating is not None and gates is not None and gates.shape and gates.shape[-1] != 1:
+            key = id(product.read), id(gates), str(product.weight.shape)
+            groups.setdefault(key, []).append((product, gating))
+    repeated: dict[tuple[int, int], ir.Value] = {}
+    for group in groups.values():
+        if len(group) > 1:
+            _join_first(graph, group, repeated)
+
+
+def _join_first(
+    graph: ir.Graph, group: list[tuple[Product, ir.Node]], repeated: dict[tuple[int, int], ir.Value]
+) -> None:
+    """repeated: gates side by side, by the gates and how often."""
+    (first, gating), count = group[0], len(group)
+    add, gates = Adder(graph, first.node), other_input(gating, first.out)
+    assert gates is not None
+    key = id(gates), count
+    if key not in repeated:
+        repeated[key] = add("Concat", [gates] * count, gates, "gates", axis=-1)
+    weight = add("Concat", [p.weight for p, _ in group], first.weight, "weights", axis=0)
+    turned = add("Transpose", [weight], weight, "turned", perm=[1, 0])
+    product = add("MatMul", [first.read, turned], first.out, "joined")
+    result = add("Mul", [product, repeated[key]], product, "gated")
+    split = ir.node("Split", [result], {"axis": -1, "num_outputs": count}, num_outputs=count)
+    split.name = f"{first.out.name}.split"
+    graph.insert_before(first.node, split)
+    for (_, own), part in zip(group, split.outputs, strict=True):
+        whole = own.outputs[0]
+        part.name, part.type, part.shape = whole.name, whole.type, whole.shape
+        ir.convenience.replace_all_uses_with(whole, part)
+
+
+def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
+    """``x W (+ bias) + low B`` -> ``(x, low) (W, B) (+ bias)``, side by side."""
+    for product in products(graph, experts):
+        total = only_use(product.out, "Add")
+        rest = other_input(total, product.out) if total is not None else None
+        if total is None or rest is None or only_use(rest, "Add") is not total:
+            continue
+        biased = made_by(rest, "Add")
+        for base in map(Product.of, biased.inputs if biased is not None else [rest]):
+            if base is None or not _fits(base, product) or base.weight.name in experts:
+                continue
+            bias = other_input(biased, base.out) if biased is not None else None
+            _join_second(graph, total, base, product, bias)
+            break
+
+
+def _fits(base: Product, product: Product) -> bool:
+    """Whether the base's product is small and read nowhere else, and both are of as many rows."""
+    read, low = sizes(base.read), sizes(product.read)
+    numbers = [n for n in sizes(base.weight) or () if isinstance(n, int)]
+    small = len(numbers) == 2 and prod(numbers) <= SMALL
+    alone = only_use(base.out, "Add") is not None
+    return small and alone and bool(read and low and read[:-1] == low[:-1])
+
+
+def _join_second(
+    graph: ir.Graph, total: ir.Node, base: Product, product: Product, bias: ir.Value | None
+) -> None:
+    add, old = Adder(graph, total), total.outputs[0]
+    read = add("Concat", [base.read, product.read], base.read, "read", axis=-1)
+    weight = add("Concat", [base.weight, product.weight], base.weight, "weights", axis=1)
+    turned = add("Transpose", [weight], weight, "turned", perm=[1, 0])
+    made = add("MatMul", [read, turned], old, "joined")
+    if bias is not None:
+        made = add("Add", [made, bias], old, "biased")
+    made.name, made.shape = old.name, old.shape
+    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
