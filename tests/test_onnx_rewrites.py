@@ -83,10 +83,12 @@ def test_signs_of_half_of_the_features(halves, then, negations, axis):
 
 
 def test_signs_are_folded_once_for_all_products_with_one_factor():
-    made = rewritten("""(float[B, 3] a, float[B, 3] b, float[B, 6] s) => (float[B, 6] y, float[B, 6] z) {
+    made = rewritten("""(float[B, 3] a, float[B, 3] b, float[B, 6] s, float[6] t)
+        => (float[B, 6] y, float[B, 6] z, float[B, 6] o) {
         n = Neg(a) c = Concat<axis=-1>(n, b) y = Mul(c, s)
-        m = Neg(b) d = Concat<axis=-1>(m, a) z = Mul(d, s) }""", exact=True)  # fmt: skip
-    assert made == {"Mul": 3, "Concat": 2}
+        m = Neg(b) d = Concat<axis=-1>(m, a) z = Mul(d, s)
+        e = Concat<axis=-1>(m, b) o = Mul(t, e) }""", exact=True)  # fmt: skip
+    assert made == {"Mul": 3 + 2, "Concat": 3}
 
 
 def test_other_dimensions_and_unknown_sizes_keep_their_signs():

@@ -65,13 +65,12 @@ def _join_first(
 ) -> None:
     """repeated: gates side by side, by the gates and how often."""
     (first, gating), count = group[0], len(group)
-    add, gates = Adder(graph, first.node), other_input(gating, first.out)
+    add, gates = Adder(graph, first.node, first.out.name), other_input(gating, first.out)
     assert gates is not None
     key = id(gates), count
     if key not in repeated:
         repeated[key] = add("Concat", [gates] * count, gates, "gates", axis=-1)
-    weight = add("Concat", [p.weight for p, _ in group], first.weight, "weights", axis=0)
-    turned = add("Transpose", [weight], weight, "turned", perm=[1, 0])
+    turned = _turned(graph, [p.weight for p, _ in group], 0, first.out.name)
     product = add("MatMul", [first.read, turned], first.out, "joined")
     result = add("Mul", [product, repeated[key]], product, "gated")
     split = ir.node("Split", [result], {"axis": -1, "num_outputs": count}, num_outputs=count)
@@ -111,12 +110,20 @@ def _fits(base: Product, product: Product) -> bool:
 def _join_second(
     graph: ir.Graph, total: ir.Node, base: Product, product: Product, bias: ir.Value | None
 ) -> None:
-    add, old = Adder(graph, total), total.outputs[0]
+    old = total.outputs[0]
+    add = Adder(graph, total, old.name)
     read = add("Concat", [base.read, product.read], base.read, "read", axis=-1)
-    weight = add("Concat", [base.weight, product.weight], base.weight, "weights", axis=1)
-    turned = add("Transpose", [weight], weight, "turned", perm=[1, 0])
+    turned = _turned(graph, [base.weight, product.weight], 1, old.name)
     made = add("MatMul", [read, turned], old, "joined")
     if bias is not None:
         made = add("Add", [made, bias], old, "biased")
     made.name, made.shape = old.name, old.shape
     ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+
+
+def _turned(graph: ir.Graph, weights: list[ir.Value], axis: int, name: str | None) -> ir.Value:
+    """Weights side by side, transposed. At the graph's head: of all that a node needs, ONNX Runtime
+    runs last what comes first, and where it folds no constants few joined weights lie in memory."""
+    add = Adder(graph, graph[0], name)
+    joined = add("Concat", weights, weights[0], "weights", axis=axis)
+    return add("Transpose", [joined], joined, "turned", perm=[1, 0])

@@ -42,16 +42,16 @@ def sizes(value: ir.Value | None) -> list[int | str] | None:
 
 
 class Adder:
-    """Adds nodes before `before`, named after what that makes."""
+    """Adds nodes before `before`; their names begin with `name`."""
 
-    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
-        self.graph, self.before = graph, before
+    def __init__(self, graph: ir.Graph, before: ir.Node, name: str | None) -> None:
+        self.graph, self.before, self.name = graph, before, name
 
     def __call__(
         self, op: str, inputs: list[ir.Value], like: ir.Value, name: str, **attributes: Any
     ) -> ir.Value:
         """like: a value of the same type."""
-        node = ir.node(op, inputs, attributes, name=f"{self.before.outputs[0].name}.{name}")
+        node = ir.node(op, inputs, attributes, name=f"{self.name}.{name}")
         made = node.outputs[0]
         made.name, made.type = node.name, like.type
         self.graph.insert_before(self.before, node)

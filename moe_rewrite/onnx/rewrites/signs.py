@@ -42,8 +42,8 @@ def _signed(
     graph: ir.Graph, product: ir.Node, factor: ir.Value, halves: tuple[int, int]
 ) -> ir.Value:
     """Before the first product that takes it."""
-    signs = ir.tensor([-1.0] * halves[0] + [1.0] * halves[1], dtype=factor.dtype)
     name = f"{factor.name}.signs_{halves[0]}_{halves[1]}"
+    signs = ir.tensor([-1.0] * halves[0] + [1.0] * halves[1], dtype=factor.dtype)
     held = ir.Value(name=name, shape=ir.Shape([sum(halves)]), type=factor.type, const_value=signs)
     graph.register_initializer(held)
-    return Adder(graph, product)("Mul", [factor, held], factor, "signed")
+    return Adder(graph, product, name)("Mul", [factor, held], factor, "folded")
