@@ -91,6 +91,13 @@ def test_signs_are_folded_once_for_all_products_with_one_factor():
     assert made == {"Mul": 3 + 2, "Concat": 3}
 
 
+def test_order_of_turned_features_and_of_products_may_differ():
+    made = rewritten("""(float[B, 3] a, float[B, 3] b, float[B, 6] t) => (float[B, 6] y, float[B, 6] z) {
+        n = Neg(a) c = Concat<axis=-1>(n, b) m = Neg(b) d = Concat<axis=-1>(m, a)
+        s = Sin(t) z = Mul(d, s) y = Mul(c, s) }""", exact=True)  # fmt: skip
+    assert not made["Neg"]
+
+
 def test_other_dimensions_and_unknown_sizes_keep_their_signs():
     rows = rewritten("""(float[3, 4] a, float[5, 4] b, float[8, 4] s) => (float[8, 4] y) {
         n = Neg(a) c = Concat<axis=0>(n, b) y = Mul(c, s) }""")  # fmt: skip
@@ -152,6 +159,16 @@ def test_low_rank_sites_are_one_first_product_and_one_more_each(gates, biased):
 )
 def test_other_low_rank_sites_stay_apart(options, products, why):
     assert rewritten(lora(**options))["MatMul"] == products, why
+
+
+def test_gates_between_the_products_and_weights_that_are_computed():
+    made = rewritten("""(float[B, L, 6] x, float[B, L, 4] h, float[4, 6] a1, float[4, 6] a2,
+        float[7, 4] b1, float[7, 6] v) => (float[B, L, 7] y, float[B, L, 4] k2) {
+        s2 = Transpose<perm=[1, 0]>(a2) f2 = MatMul(x, s2)
+        s1 = Transpose<perm=[1, 0]>(a1) f1 = MatMul(x, s1) g = Sqrt(h) k1 = Mul(f1, g)
+        u = Transpose<perm=[1, 0]>(b1) l = MatMul(k1, u) w = Exp(v) t = Transpose<perm=[1, 0]>(w)
+        q = MatMul(x, t) y = Add(q, l) k2 = Mul(g, f2) }""")
+    assert made["MatMul"] == 3 and made["Split"] == 1
 
 
 def test_large_weights_stay_apart(monkeypatch):

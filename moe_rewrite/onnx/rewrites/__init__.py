@@ -1,5 +1,4 @@
-"""Rewrites of an exported graph into fewer nodes that compute the same: at a token, what a node costs
-by itself is most of its time."""
+"""Rewrites of an exported graph into fewer and larger nodes that compute the same."""
 
 from __future__ import annotations
 

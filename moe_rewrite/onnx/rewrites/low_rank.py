@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from .nodes import Adder, made_by, only_use, other_input, sizes
+from .nodes import Adder, is_op, made_by, only_use, other_input, sizes
 
 SMALL = 2**21  # elements of a weight: with more, what a product saves is below 3% of its time
 
 
 class Product(NamedTuple):
-    """``node = MatMul(read, Transpose(weight))``"""
+    """``node = MatMul(read, Transpose(weight))`` of a matrix that nothing computes."""
 
     node: ir.Node
     read: ir.Value
@@ -29,30 +29,25 @@ class Product(NamedTuple):
     def of(cls, value: ir.Value | None) -> Product | None:
         node = made_by(value, "MatMul")
         turn = made_by(node.inputs[1], "Transpose") if node is not None else None
-        if node is None or turn is None or node.inputs[0] is None or turn.inputs[0] is None:
+        weight = turn.inputs[0] if turn is not None else None
+        if node is None or node.inputs[0] is None or weight is None or weight.shape is None:
             return None
-        return cls(node, node.inputs[0], turn.inputs[0])
+        stored = weight.producer() is None and len(weight.shape) == 2
+        return cls(node, node.inputs[0], weight) if stored else None
 
     @property
     def out(self) -> ir.Value:
         return self.node.outputs[0]
 
 
-def products(graph: ir.Graph, experts: Container[str]) -> list[Product]:
-    """Those with experts' weights."""
-    found = [Product.of(node.outputs[0]) for node in graph]
-    return [p for p in found if p is not None and p.weight.name in experts]
-
-
 def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
     """Of all ``(x A) * gates`` with one x, one product that is gated once. experts: names of their
     weights; those that are joined have one shape, the number of experts open or not."""
     groups: dict[Any, list[tuple[Product, ir.Node]]] = {}
-    for product in products(graph, experts):
-        gating = only_use(product.out, "Mul")
-        gates = other_input(gating, product.out) if gating is not None else None
-        if gating is not None and gates is not None and gates.shape and gates.shape[-1] != 1:
-            key = id(product.read), id(gates), str(product.weight.shape)
+    for product, gating in products(graph, experts, "Mul"):
+        gates, shape = other_input(gating, product.out), product.weight.shape
+        if gates is not None and gates.shape and shape and 1 not in (gates.shape[-1], shape[0]):
+            key = id(product.read), id(gates), str(shape)
             groups.setdefault(key, []).append((product, gating))
     repeated: dict[tuple[int, int], ir.Value] = {}
     for group in groups.values():
@@ -60,12 +55,25 @@ def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
             _join_first(graph, group, repeated)
 
 
+def products(graph: ir.Graph, experts: Container[str], then: str) -> list[tuple[Product, ir.Node]]:
+    """Those with experts' weights, and the node of this kind that alone takes each, in the order of
+    these nodes."""
+    pairs = [
+        (Product.of(value), node) for node in graph if is_op(node, then) for value in node.inputs
+    ]
+    return [
+        (product, node)
+        for product, node in pairs
+        if product and product.weight.name in experts and only_use(product.out, then) is node
+    ]
+
+
 def _join_first(
     graph: ir.Graph, group: list[tuple[Product, ir.Node]], repeated: dict[tuple[int, int], ir.Value]
 ) -> None:
     """repeated: gates side by side, by the gates and how often."""
     (first, gating), count = group[0], len(group)
-    add, gates = Adder(graph, first.node, first.out.name), other_input(gating, first.out)
+    add, gates = Adder(graph, gating, first.out.name), other_input(gating, first.out)
     assert gates is not None
     key = id(gates), count
     if key not in repeated:
@@ -75,19 +83,18 @@ def _join_first(
     result = add("Mul", [product, repeated[key]], product, "gated")
     split = ir.node("Split", [result], {"axis": -1, "num_outputs": count}, num_outputs=count)
     split.name = f"{first.out.name}.split"
-    graph.insert_before(first.node, split)
+    graph.insert_before(gating, split)
     for (_, own), part in zip(group, split.outputs, strict=True):
         whole = own.outputs[0]
         part.name, part.type, part.shape = whole.name, whole.type, whole.shape
-        ir.convenience.replace_all_uses_with(whole, part)
+        ir.convenience.replace_all_uses_with(whole, part, replace_graph_outputs=True)
 
 
 def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
     """``x W (+ bias) + low B`` -> ``(x, low) (W, B) (+ bias)``, side by side."""
-    for product in products(graph, experts):
-        total = only_use(product.out, "Add")
-        rest = other_input(total, product.out) if total is not None else None
-        if total is None or rest is None or only_use(rest, "Add") is not total:
+    for product, total in products(graph, experts, "Add"):
+        rest = other_input(total, product.out)
+        if rest is None or only_use(rest, "Add") is not total:
             continue
         biased = made_by(rest, "Add")
         for base in map(Product.of, biased.inputs if biased is not None else [rest]):
