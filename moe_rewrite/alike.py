@@ -25,4 +25,4 @@ def same_code(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> 
 
 
 class _Number(str):
-    __repr__ = str.__str__  # type: ignore[assignment]
+    __repr__ = str.__str__

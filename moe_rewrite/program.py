@@ -275,8 +275,8 @@ def identifier(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def value(node: fx.Node) -> Any:
-    """The fake value of a node (None where capture recorded none)."""
+def value(node: Any) -> Any:
+    """The fake value of a node, which another takes as an argument (None: capture recorded none)."""
     return node.meta.get("val")
 
 

@@ -80,7 +80,7 @@ def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> 
     if name in ("conv2d", "convolution"):
         return _conv(program, node, inside, found)
     if name == "linear":
-        out = found.new(int(value(node.args[1]).shape[0]))  # type: ignore[arg-type]
+        out = found.new(int(value(node.args[1]).shape[0]))
         _tie(found, node.args[1], {0: out, 1: inside})
         _tie(found, node.args[2] if len(node.args) > 2 else None, {0: out})
         return out

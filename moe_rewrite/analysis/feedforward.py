@@ -231,7 +231,7 @@ class _Reader:
             return self._copy(args[0])  # type: ignore[arg-type]
         self._check(node)
         if target in SPLITS:
-            at = SPLITS[target]  # type: ignore[index]
+            at = SPLITS[target]
             args[at:] = [-1, *args[at + 1 :]]
             kwargs.pop("dim", None)
         self.worked |= target not in CASTS | NORMS | set(SPLITS) | {operator.getitem}
@@ -246,7 +246,7 @@ class _Reader:
             return
         if target in SPLITS:
             rank = value(given).ndim
-            at = SPLITS[target]  # type: ignore[index]
+            at = SPLITS[target]
             dim: Any = (
                 node.args[at]
                 if len(node.args) > at

@@ -144,7 +144,7 @@ def _conv(node: fx.Node, places: Known) -> Place:
 
 
 def _nchw(node: fx.Node, places: Known) -> Place:
-    if _of(node.args[0], places) != NCHW or value(node.args[0]).ndim != 4:  # type: ignore[arg-type]
+    if _of(node.args[0], places) != NCHW or value(node.args[0]).ndim != 4:
         raise Mixes(f"{node.name} works on a map whose dimensions were moved")
     others = [n for n in node.all_input_nodes[1:] if n in places]
     if others:
@@ -180,7 +180,7 @@ def _slice(node: fx.Node, places: Known) -> Place:
     if dim == 0:
         raise Mixes(f"{node.name} takes a part of the batch")
     if dim in (place.rows, place.cols):
-        size = hint(value(node.args[0]).shape[dim])  # type: ignore[arg-type]
+        size = hint(value(node.args[0]).shape[dim])
         end = node.args[3] if len(node.args) > 3 else None
         start = node.args[2] if len(node.args) > 2 else 0
         if (end is not None and end < size) or (start or 0) < 0:  # type: ignore[operator]
@@ -202,7 +202,7 @@ def _permuted(node: fx.Node, places: Known) -> Place:
     if op_name(node) == "permute":
         order = [d % ndim for d in node.args[1]]  # type: ignore[union-attr]
     else:
-        a, b = (d % ndim for d in node.args[1:3])  # type: ignore[operator]
+        a, b = (d % ndim for d in node.args[1:3])
         order[a], order[b] = order[b], order[a]
     if order[0] != 0:
         raise Mixes(f"{node.name} moves the batch")
@@ -237,7 +237,7 @@ def _split(node: fx.Node, places: Known) -> Place:
 def _cat(node: fx.Node, places: Known) -> Place:
     parts: Any = node.args[0]
     found = {_of(p, places) for p in parts}
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value(node).ndim  # type: ignore[operator]
+    dim = (node.args[1] if len(node.args) > 1 else 0) % value(node).ndim
     if len(found) != 1 or dim != next(iter(found)).channels:
         raise Mixes(f"{node.name} joins maps along something other than channels")
     return found.pop()
@@ -300,7 +300,7 @@ def pair(given: Any) -> tuple[int, int]:
 
 
 def _conv_windows(node: fx.Node) -> tuple[Window, Window]:
-    kernel = tuple(int(s) for s in value(node.args[1]).shape[2:])  # type: ignore[arg-type]
+    kernel = tuple(int(s) for s in value(node.args[1]).shape[2:])
     options: list[Any] = [1, 0, 1]  # stride, padding, dilation
     given = node.args[3:6]
     options[: len(given)] = given

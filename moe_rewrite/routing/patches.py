@@ -97,7 +97,7 @@ class PatchGate(Router):
             return torch.einsum("ec,bcn->ben", rows, pooled.flatten(2))
         weight = rows.unflatten(1, (x.shape[1], *self.patch))
         if all(n % g == 0 for n in self.sides):
-            return F.conv2d(x, weight, stride=self.patch).flatten(2)  # type: ignore[arg-type]
+            return F.conv2d(x, weight, stride=self.patch).flatten(2)
         table = grids.patches(*self.sides, g)
         assert table.inside is not None
         patches = x.flatten(2)[..., table.positions.to(x.device)].unflatten(-1, self.patch)

@@ -90,7 +90,7 @@ class Router(nn.Module):
     def active_indices(self) -> tuple[int, ...]:
         return tuple(self.active.nonzero().flatten().tolist())
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse: bool = True):
         """Move with the model, keep the dtype; the flags stay on the CPU (they steer Python)."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:

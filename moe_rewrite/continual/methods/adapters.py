@@ -263,7 +263,7 @@ class OLoRA(Adapters):
         for module in self.model.modules():
             a = getattr(module, "lora_A", None)
             if isinstance(a, nn.ModuleDict) and len(a) > 1:
-                new, *older = (a[n].weight.flatten(1) for n in reversed(self.names))  # type: ignore[operator,union-attr]
+                new, *older = (a[n].weight.flatten(1) for n in reversed(self.names))  # type: ignore[operator]
                 overlap = overlap + sum((new @ old.detach().T).abs().sum() for old in older)
         return super().loss(batch, owners) + self.strength * overlap
 
