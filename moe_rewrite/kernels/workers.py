@@ -39,7 +39,10 @@ def _pool(size: int) -> ThreadPoolExecutor:
     with _starting:
         if size not in _pools:
             threads = torch.get_num_threads()
-            pool, all_started = ThreadPoolExecutor(size, "moe_rewrite", _alone), threading.Barrier(size)
+            pool, all_started = (
+                ThreadPoolExecutor(size, "moe_rewrite", _alone),
+                threading.Barrier(size),
+            )
             wait([pool.submit(all_started.wait) for _ in range(size)])
             torch.set_num_threads(threads)  # what a thread sets is new threads' default as well
             _pools[size] = pool

@@ -45,7 +45,9 @@ def find_feedforward_sites(
             rejected[name] = reason
         else:
             site = _site(program, name, regions[0])
-            sites[site] = [(r, x) for r, x in zip(regions, laid, strict=True) if isinstance(x, Layout)]
+            sites[site] = [
+                (r, x) for r, x in zip(regions, laid, strict=True) if isinstance(x, Layout)
+            ]
     return sites, [Rejection(n, r) for n, r in rejected.items()]
 
 

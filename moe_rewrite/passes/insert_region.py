@@ -23,9 +23,7 @@ from ..routing.plan import Layout, align
 from .route import router_node
 
 
-def insert_region(
-    program: Program, experts: RegionExperts, num_experts: int, grid: int
-) -> Program:
+def insert_region(program: Program, experts: RegionExperts, num_experts: int, grid: int) -> Program:
     """Raises ConversionError where there is no such region, or it cannot be run on patches."""
     region = find_region(program, experts.names)
     small = min(map_size(region.exit))

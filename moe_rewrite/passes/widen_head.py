@@ -41,9 +41,7 @@ def widen_head(program: Program) -> Program:
         wide = graph.call_function(append_columns, (logits, head.args[0], columns, gates))
     wide.meta = dict(logits.meta)
     logits.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
-    return program.after(
-        "widen_head", "exact", inputs=inputs, sites=(*program.sites, site)
-    )
+    return program.after("widen_head", "exact", inputs=inputs, sites=(*program.sites, site))
 
 
 def _head(program: Program) -> fx.Node | None:

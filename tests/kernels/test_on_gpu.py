@@ -89,7 +89,10 @@ def layer(E=8, K=2, D=256, H=512):
     """(a forward and backward pass that gives its results, the forward pass, its inputs)."""
     given = ffn_inputs(512, D, H, E, K, KINDS["gated"], seed=1)
     weights = {NAMES[k]: given[k].bfloat16().requires_grad_() for k in KINDS["gated"]}
-    x, logits = torch.randn(512, D).bfloat16().requires_grad_(), torch.randn(512, E).requires_grad_()
+    x, logits = (
+        torch.randn(512, D).bfloat16().requires_grad_(),
+        torch.randn(512, E).requires_grad_(),
+    )
 
     def forward():
         gates, experts = route(logits, K)

@@ -160,7 +160,8 @@ def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> N
             torch.addmm(bias, own, weight.t(), out=made)
 
 
-def _products_back(b: Batch, grad: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor
+def _products_back(
+    b: Batch, grad: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor
 ) -> None:
     """Each group's gradient back through its expert's linear map."""
     for weight, own, made in b.zip(weights, grad, out):

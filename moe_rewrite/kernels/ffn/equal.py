@@ -80,9 +80,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """As of `cpu.backward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
-    up, *gating = (
-        p.index_select(0, groups.pair_EG).unflatten(0, (-1, groups.size)) for p in pre
-    )
+    up, *gating = (p.index_select(0, groups.pair_EG).unflatten(0, (-1, groups.size)) for p in pre)
     weights = gates.reshape(-1).index_select(0, rows.order_S[groups.pair_EG])
     gate = weights.view(-1, groups.size, 1).to(x.dtype)
     grad = groups.gather(dy, rows)

@@ -123,9 +123,7 @@ def rows_kernel(
     acc = product(acc, a + rows * a_s, own, there, inside, C, w_c, BLOCK, EVEN, PRECISION)
     if TWO:
         own = w2 + (expert * w2_e + skipped * w2_n) + n * w2_n
-        acc = product(
-            acc, a2 + rows * a_s, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION
-        )
+        acc = product(acc, a2 + rows * a_s, own, there, inside, C, w2_c, BLOCK, EVEN, PRECISION)
     if BIAS:
         acc += tl.load(bias + expert * N_ALL + skipped + n, inside, 0.0).to(tl.float32)[None, :]
     mask = there[:, None] & inside[None, :]

@@ -221,8 +221,17 @@ def _weight_gradient(
     out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
     grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), shape[0]
     kernel.weights_kernel[grid](
-        left, right, offsets, out, *shape[1:], PRECISION=precision(left.dtype), M=size.m, N=size.n,
-        BLOCK=size.depth, num_warps=size.warps, num_stages=size.stages,
+        left,
+        right,
+        offsets,
+        out,
+        *shape[1:],
+        PRECISION=precision(left.dtype),
+        M=size.m,
+        N=size.n,
+        BLOCK=size.depth,
+        num_warps=size.warps,
+        num_stages=size.stages,
     )
     _hand_out(into, out)
 

@@ -267,10 +267,7 @@ def _new_gradients(
 ) -> tuple[list[list[torch.Tensor | None]], list[torch.Tensor]]:
     """Unwritten gradients as `lists` has the weights, None where none is needed; and those made."""
     wanted = iter(needs)
-    into = [
-        [empty(w) if next(wanted) else None for w in kind]
-        for kind in lists
-    ]
+    into = [[empty(w) if next(wanted) else None for w in kind] for kind in lists]
     return into, [g for kind in into for g in kind if g is not None]
 
 

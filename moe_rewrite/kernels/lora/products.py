@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from ..triton import runs_on
 
-
 FUSED_WORK = 2**38  # multiplications
 
 
