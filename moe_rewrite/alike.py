@@ -7,22 +7,28 @@ from typing import Any
 
 from torch import fx
 
+from .utils.content_key import content_key
+
 
 def target_of(node: fx.Node) -> Any:
     return node.target
 
 
 def same_code(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> tuple:
-    """Equal for such graphs. target: what takes the place of a node's target there."""
-    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    numbered = [
-        fx.node.map_arg((n.args, n.kwargs), lambda n: _Number(number[n])) for n in graph.nodes
-    ]
+    """Equal for such graphs. target: what takes the place of a node's target there.
+
+    Arguments that are neither nodes nor plain values compare by their own ``==``.
+    """
+    number = {node: i for i, node in enumerate(graph.nodes)}
+
+    def other(value: Any) -> Any:
+        return (fx.Node, number[value]) if isinstance(value, fx.Node) else (type(value), value)
+
     return tuple(
-        (n.op, "" if n.op in ("placeholder", "output") else target(n), repr(given))
-        for n, given in zip(graph.nodes, numbered, strict=True)
+        (
+            node.op,
+            None if node.op in ("placeholder", "output") else target(node),
+            content_key((node.args, node.kwargs), other),
+        )
+        for node in graph.nodes
     )
-
-
-class _Number(str):
-    __repr__ = str.__str__

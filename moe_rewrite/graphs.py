@@ -21,9 +21,10 @@ from .compiler import Compiler
 from .errors import EquivalenceError, InputError
 from .ownership import Ownership
 from .passes.emit import Emitted, narrowed
-from .program import CACHE, Program, value
+from .program import CACHE, Program, expression, value
 from .routing.plan import RoutingPlan, align
 from .routing.tokens import PrefixState
+from .utils.content_key import content_key
 from .verify import compare
 
 Planner = Callable[
@@ -199,7 +200,7 @@ class Graphs:
         """
         mode = "train" if training else "eval"
         pattern = small_sizes(leaves)
-        kept = self._kept.setdefault(_key(arguments, mode, where), [])
+        kept = self._kept.setdefault(signature(arguments, mode, where), [])
         graph = next((g for g in kept if g.accepts(leaves)), None)
         if graph is None:
             static_ones = any(pattern in g.refused for g in kept)
@@ -227,13 +228,13 @@ class Graphs:
         traced, _ = split_static(arguments)
         nodes = program.leaves()
         static: list[tuple[int, int, int]] = []
-        ties: dict[str, list[tuple[int, int]]] = {}
+        ties: dict[Any, list[tuple[int, int]]] = {}  # by the size's expression
         for i, node in enumerate(nodes):
             for d, size in enumerate(value(node).shape):
                 if isinstance(size, int):
                     static.append((i, d, size))
                 elif not node.name.startswith(CACHE):
-                    ties.setdefault(str(size), []).append((i, d))
+                    ties.setdefault(expression(size), []).append((i, d))
         self._owned.unshare_written(emitted.steps)
         spec, at = _without_cache(program.out_spec)
         graph = Graph(
@@ -242,7 +243,7 @@ class Graphs:
             self._owned.bind(emitted), spec, at, program.mode, self._compiler.recipe.freeze,
             not program.held,
         )  # fmt: skip
-        self._kept.setdefault(_key(arguments, program.mode, where), []).append(graph)
+        self._kept.setdefault(signature(arguments, program.mode, where), []).append(graph)
         return graph
 
     def _compile(
@@ -276,17 +277,39 @@ class Graphs:
         return compare(dense, ours, arguments.get(graph.emitted.mask or "")).equal
 
 
-def _key(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
-    kinds: list[tuple] = []
-    static: list[tuple[str, str]] = []
+def signature(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
+    """What a call has in common with those that one graph may serve: structure, dtypes and ranks
+    of its tensors, contents of its constants. Raises InputError for a constant without content.
+    """
+    of_tensors: list[tuple] = []
+    of_constants: list[tuple] = []
     for name, given in arguments.items():
-        if isinstance(given, torch.Tensor):
-            kinds.append((name, given.dtype, given.ndim))
-        elif any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
-            kinds.append((name, type(given).__name__))
+        if any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
+            of_tensors.append((name, _form(given)))
         else:
-            static.append((name, repr(given)))
-    return mode, where, tuple(kinds), tuple(sorted(static))
+            of_constants.append((name, content_key(given, _no_content(name))))
+    return mode, where, tuple(of_tensors), frozenset(of_constants)
+
+
+def _form(given: Any) -> tuple:
+    """Of a tensor its dtype and rank, of a container what it holds."""
+    if isinstance(given, torch.Tensor):
+        return given.dtype, given.ndim
+    if isinstance(given, dict):
+        return type(given), tuple((k, _form(v)) for k, v in given.items())
+    inside = given if isinstance(given, (list, tuple)) else pytree.tree_leaves(given)
+    return type(given), tuple(map(_form, inside))
+
+
+def _no_content(name: str) -> Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        raise InputError(
+            f"{name} holds a {type(value).__name__}, which cannot be told from another one by its "
+            "content, so no graph could be kept for it: pass tensors, NumPy arrays, bools, numbers, "
+            "strings, or lists, tuples and dicts of these"
+        )
+
+    return refuse
 
 
 def _fresh(given: Any) -> Any:

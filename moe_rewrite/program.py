@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -278,6 +279,25 @@ def identifier(name: str) -> str:
 def value(node: Any) -> Any:
     """The fake value of a node, which another takes as an argument (None: capture recorded none)."""
     return node.meta.get("val")
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An operator's argument by its name in the schema; the default where it is left out."""
+    place, default = _arguments(node.target)[name]
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+@cache
+def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
+    formal = target._schema.arguments
+    return {a.name: (i, a.default_value) for i, a in enumerate(formal)}
+
+
+def expression(size: Any) -> Any:
+    """What an open size, or what is computed of such, is of the sizes of the call; all else as it
+    is."""
+    symbolic = isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return size.node.expr if symbolic else size
 
 
 def op_name(node: fx.Node) -> str:

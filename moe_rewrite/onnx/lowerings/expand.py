@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ...alike import same_code
 from ...errors import CaptureError
 from ...feedforward.call import Weights, matrix
 from ..feedforward import DOMAIN, OPERATOR, TracedFeedForward
@@ -81,7 +82,7 @@ def _site(
         first = [w[0] if stacked else w for w, stacked in zip(first, call.open, strict=True)]
     width = int(x.shape[-1])  # type: ignore[index, arg-type]
     key = (
-        call.body.middle.module.code, call.body.ups, call.body.down, call.body.extra,
+        same_code(call.body.middle.module.graph), call.body.ups, call.body.down, call.body.extra,
         *(t.shape for t in first), first[0].dtype,
     )  # fmt: skip
     if key not in bodies:

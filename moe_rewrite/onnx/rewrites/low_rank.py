@@ -45,9 +45,9 @@ def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
     weights; those that are joined have one shape, the number of experts open or not."""
     groups: dict[Any, list[tuple[Product, ir.Node]]] = {}
     for product, gating in products(graph, experts, "Mul"):
-        gates, shape = other_input(gating, product.out), product.weight.shape
+        gates, shape = other_input(gating, product.out), sizes(product.weight)
         if gates is not None and gates.shape and shape and 1 not in (gates.shape[-1], shape[0]):
-            key = id(product.read), id(gates), str(shape)
+            key = id(product.read), id(gates), *shape
             groups.setdefault(key, []).append((product, gating))
     repeated: dict[tuple[int, int], ir.Value] = {}
     for group in groups.values():
