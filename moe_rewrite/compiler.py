@@ -154,9 +154,7 @@ class Compiler:
     def _fit_router(self, program: Program, arguments: dict[str, Any]) -> RouterSpec:
         assert program.cut is not None
         features = value(program.node(program.cut.node))
-        with self.as_in("eval"):
-            sequence = features.ndim == 3
-            causal = sequence and is_causal(self.host, arguments, program.cut.rows)
+        causal = features.ndim == 3 and is_causal(program, self.host, arguments)
         default = UPCYCLE if self.recipe.mode == "upcycle" else None
         return fit_router(self.recipe.router, features.shape, causal, default)
 

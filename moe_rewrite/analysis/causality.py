@@ -1,52 +1,82 @@
-"""Whether a model looks ahead: tried out on random inputs."""
+"""Whether a model looks ahead: seen on its graph, by changing the last row at the cut."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import is_hf
+from ..capture import is_hf, split_static
 from ..examples import random_arguments
+from ..program import Program
 
 
 @torch.no_grad()
-def is_causal(host: nn.Module, arguments: dict[str, Any], rows: str | None) -> bool:
-    """Whether no output at a position depends on a later position of the argument `rows`.
+def is_causal(program: Program, host: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether gates must not read later rows than their own.
 
-    rows: the argument that holds the routed positions, such as ``input_ids``; None: no argument
-    does (the patches of an image), and the model counts as one that looks at everything. On the
-    meta device nothing can be tried: Hugging Face's word is taken, else True, since gates that
-    look back only are right for every model.
+    False only where that is certain: an output at some row was seen to change with the last row at
+    the cut, or no output has rows (one a sample: there is nothing ahead of it). A model that was
+    not seen to look ahead counts as causal, since gates that look back are right for every model.
+    On the meta device nothing can be seen: Hugging Face's word is taken, else True.
     """
-    if rows is None:
-        return False
+    assert program.cut is not None
     if any(p.is_meta for p in host.parameters()):
         if not is_hf(host):
             return True
         from ..hf import is_causal_lm
 
-        return is_causal_lm(host) or rows.startswith("decoder_")
-    given = random_arguments(arguments, host)
-    changed = given[rows].clone()
-    changed[:, -1] = changed[:, -1] + 1 if changed.is_floating_point() else 0
+        return is_causal_lm(host) or (program.cut.rows or "").startswith("decoder_")
     try:
-        before = _of_positions(host(**given), changed.shape[:2])
-        after = _of_positions(host(**(given | {rows: changed})), changed.shape[:2])
+        run = _Run(program, host, random_arguments(arguments, host))
+        before, again, changed = run.outputs(), run.outputs(), run.outputs(changed=True)
     except (IndexError, RuntimeError, ValueError):
         return True
     if not before:
-        return False  # one output a sample: there is nothing ahead of it
-    return all(
+        return False
+    same = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))  # no random numbers
+    return not same or all(
         torch.allclose(a[:, :-1], b[:, :-1], rtol=1e-4, atol=1e-5, equal_nan=True)
-        for a, b in zip(before, after, strict=True)
+        for a, b in zip(before, changed, strict=True)
     )
 
 
-def _of_positions(outputs: Any, rows: torch.Size) -> list[torch.Tensor]:
-    """The outputs that have one value a position."""
-    leaves = pytree.tree_leaves(outputs)
-    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return [t for t in tensors if t.ndim == 3 and t.shape[:2] == rows]
+class _Run(fx.Interpreter):
+    """The program on one call, on copies of what it may write to."""
+
+    def __init__(self, program: Program, host: nn.Module, arguments: dict[str, Any]) -> None:
+        super().__init__(program.root, graph=program.graph)
+        assert program.cut is not None
+        self.program, self.cut = program, program.cut.node
+        self.tensors = dict([*host.named_parameters(), *host.named_buffers()])
+        self.leaves = pytree.tree_leaves(split_static(arguments)[0])
+        self.changed, self.rows = False, torch.Size()
+
+    def outputs(self, changed: bool = False) -> list[torch.Tensor]:
+        """Outputs with a value for each row at the cut. changed: of another last row there."""
+        self.changed, users, given = changed, iter(self.leaves), []
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            of = self.program.inputs[node.name]
+            if of.kind == "user":
+                tensor = next(users)
+            else:
+                tensor = (
+                    self.program.constants[of.name]
+                    if of.kind == "constant"
+                    else self.tensors[of.name]
+                )
+            given.append(tensor if of.kind == "weight" else tensor.clone())
+        made = pytree.tree_leaves(self.run(*given))
+        tensors = [t for t in made if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        return [t.clone() for t in tensors if t.ndim >= 2 and t.shape[:2] == self.rows]
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if n.name == self.cut:
+            self.rows = made.shape[:2]
+            if self.changed:
+                made = made.clone()
+                made[:, -1] = 1.0 - 2.0 * made[:, -1]
+        return made
