@@ -146,7 +146,7 @@ def test_what_is_written_in_place_is_given_too():
     x, other = torch.randn(2, 3), torch.randn(4, 3)
     for drops, count in (((), 2), (("x",), 1)):
         made = [[t.sum(-1), t][:count] for t in (x, other)]
-        piece = pieces.Piece(doubling(drops), [[x], [other]], made)
+        piece = pieces.Piece(doubling(drops), [[x], [other]], made, {})
         before = x.clone()
         given = piece([x])
         torch.testing.assert_close(given[0], (2 * before).sum(-1))
@@ -181,6 +181,29 @@ def test_a_number_between_parts_needs_the_whole(traced, tmp_path):
     moe, loaded = exported(Lengthened().eval(), torch.randn(2, 5, 8), tmp_path, split="layers.2")
     assert_same(moe, loaded, torch.randn(3, 9, 8))
     assert traced == ["layers.0-layers.3"]
+
+
+class Counted(nn.Module):
+    """Layers that read how many times sixteen positions there are: none, in short calls."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers, self.kind = nn.ModuleList(nn.Linear(8, 8) for _ in range(8)), kind
+
+    def forward(self, x):
+        many = self.kind(x.shape[1] // 16)
+        for layer in self.layers:
+            x = x + torch.relu(layer(x)) + many
+        return x
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_size_that_is_the_same_in_short_calls_stays_open(kind, traced, tmp_path):
+    torch.manual_seed(0)
+    moe, loaded = exported(Counted(kind).eval(), torch.randn(2, 9, 8), tmp_path, split=4)
+    for length in (3, 15, 16, 40):
+        assert_same(moe, loaded, torch.randn(3, length, 8))
+    assert len(traced) == 4, traced
 
 
 def test_what_cannot_be_traced_in_parts_or_whole_is_refused(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import Program, reach, value
+from ..program import Program, expression, reach, value
 
 aten = torch.ops.aten
 RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
@@ -24,12 +24,8 @@ ROW_PRESERVING = {
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(
-        _expression(x) == _expression(y) for x, y in zip(a, b, strict=True)
+        expression(x) == expression(y) for x, y in zip(a, b, strict=True)
     )
-
-
-def _expression(size: Any) -> Any:
-    return size if isinstance(size, int) else size.node.expr
 
 
 def lead_of(features: Sequence[Any]) -> tuple[Any, ...]:

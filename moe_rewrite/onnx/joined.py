@@ -40,8 +40,13 @@ def joined(plain: Plain, pieces: list[Piece], opset: int, translations: Any) -> 
         taken = [value for name in piece.part.takes for value in values[name]]
         own = [inputs[name] for name in piece.names]
         made = iter(whole.add(templates[key], piece.part, [*own, *taken]))
-        for name, seen in zip(piece.part.left, piece.made, strict=True):
-            values[name] = [_sized(next(made), s, words) for s in seen if s.traced]
+        for name, seen, of in zip(piece.part.left, piece.made, piece.captured, strict=True):
+            known = of or [None] * len(seen)
+            values[name] = [
+                _sized(next(made), s, captured, words)
+                for s, captured in zip(seen, known, strict=True)
+                if s.traced
+            ]
     return whole.finished([values[name][0] for name in plain.kept])
 
 
@@ -50,11 +55,13 @@ def _input(name: str, dims: Dims, like: torch.Tensor) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(dims), type=kind)
 
 
-def _sized(value: ir.Value, seen: Seen, words: dict[tuple[int, int], str]) -> ir.Value:
+def _sized(
+    value: ir.Value, seen: Seen, captured: tuple[Any, ...] | None, words: dict[Any, str]
+) -> ir.Value:
     """With its words, where it is a size."""
     if seen.dtype is None:
         (size,), (other,) = seen.sizes
-        value.meta["size"] = words.get((size, other))
+        value.meta["size"] = words.get(captured[0] if captured else (size, other))
     return value
 
 

@@ -20,22 +20,27 @@ from .trace import onnx_program, quiet
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor or size in two calls of other sizes. open: the dimensions that were others; a size
-    that was the other time another one has the open dimension 0."""
+    """A tensor or size in two calls of other sizes. open: the dimensions that are open by the
+    capture, or were others where that does not know the value; an open size has the dimension 0.
+    """
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    open: tuple[int, ...]
     strides: tuple[int, ...] = ()
     dtype: torch.dtype | None = None  # None: it is a size
 
     @classmethod
-    def of(cls, leaf: Leaf, other: Leaf) -> Seen:
+    def of(cls, leaf: Leaf, other: Leaf, captured: tuple[Any, ...] | None) -> Seen:
+        """captured: the sizes, or the size itself, as the capture has them, where it knows them."""
         if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
-            return cls((tuple(leaf.shape), tuple(other.shape)), leaf.stride(), leaf.dtype)
-        return cls(((int(leaf),), (int(other),)))
-
-    @property
-    def open(self) -> tuple[int, ...]:
-        return tuple(d for d, (a, b) in enumerate(zip(*self.sizes, strict=True)) if a != b)
+            sizes = tuple(leaf.shape), tuple(other.shape)
+            rest: tuple[Any, Any] = leaf.stride(), leaf.dtype
+        else:
+            sizes, rest = ((int(leaf),), (int(other),)), ((), None)
+        numbers = captured or sizes[0]
+        pairs = zip(*sizes, numbers, strict=True)
+        opened = (d for d, (a, b, n) in enumerate(pairs) if a != b or not isinstance(n, int))
+        return cls(sizes, tuple(opened), *rest)
 
     @property
     def traced(self) -> bool:
@@ -76,7 +81,8 @@ def pieces(plain: Plain) -> list[Piece]:
             for (_, tensors, _), values in zip(calls, runs, strict=True):
                 require_own(part, values)
                 part(tensors, values)
-            made.append(Piece(part, taken, [[values[n] for n in part.left] for values in runs]))
+            left = [[values[n] for n in part.left] for values in runs]
+            made.append(Piece(part, taken, left, plain.graph.emitted.sizes))
     return made
 
 
@@ -94,17 +100,24 @@ class Piece(nn.Module):
     """forward(given) -> made, all of them tensors and open sizes.
 
     given: the tensors of `names`, then what is traced of the values taken. taken, made: of each
-    value taken, and of each that is left, the leaves as two calls saw them.
+    value taken, and of each that is left, the leaves as two calls saw them. captured: of each that
+    is left, the sizes of its leaves as the capture has them, or None.
     """
 
-    def __init__(self, part: Part, taken: list[list[Any]], made: list[list[Any]]) -> None:
-        """taken, made: of two calls each: the values taken, and those left."""
+    def __init__(
+        self, part: Part, taken: list[list[Any]], made: list[list[Any]], sizes: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """taken, made: of two calls each: the values taken, and those left. sizes: by the name of a
+        value, those that the capture knows."""
         super().__init__()
         self.part = part
         owned = pytree.tree_leaves(part.owned)
         self.names = list(dict.fromkeys(name for name in owned if isinstance(name, str)))
-        self.taken = [_seen(a, b, part) for a, b in zip(*taken, strict=True)]
-        self.made = [_seen(a, b, part) for a, b in zip(*made, strict=True)]
+        self.captured = [sizes.get(name) for name in part.left]
+        self.taken = [
+            _seen(a, b, part, sizes.get(n)) for a, b, n in zip(*taken, part.takes, strict=True)
+        ]
+        self.made = [_seen(a, b, part, of) for a, b, of in zip(*made, self.captured, strict=True)]
         # of a tensor all is known by now, and it may be large
         self._forms = [None if isinstance(value, Leaf) else value for value in taken[0]]
 
@@ -128,7 +141,7 @@ class Piece(nn.Module):
         place = {name: i for i, name in enumerate(self.names)}
         owned, structure = pytree.tree_flatten(self.part.owned)
         return (
-            self.part.alike, str(structure), tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
+            self.part.alike, structure, tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
             tuple((tensors[n].shape, tensors[n].stride(), tensors[n].dtype) for n in self.names),
             tuple(map(id, self._forms)),
             tuple(map(tuple, self.taken)), tuple(map(tuple, self.made)),
@@ -153,10 +166,14 @@ class Piece(nn.Module):
         return Template(ir.to_proto(model).SerializeToString(), sizes, self.part.calls)
 
 
-def _seen(value: Any, other: Any, part: Part) -> list[Seen]:
+def _seen(value: Any, other: Any, part: Part, captured: Any) -> list[Seen]:
     leaves, others = spread(value)[0], spread(other)[0]
-    if not leaves and value != other:
+    known = (
+        captured if captured is not None and len(captured) == len(leaves) else [None] * len(leaves)
+    )
+    opened = any(not isinstance(n, (int, float)) for each in captured or () for n in each)
+    if not leaves and (value != other or opened):
         raise CaptureError(
             f"{part.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
         )
-    return [Seen.of(*pair) for pair in zip(leaves, others, strict=True)]
+    return [Seen.of(*each) for each in zip(leaves, others, known, strict=True)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
 from ..program import CACHE
 from .plain import Plain
 
+LONGEST = 1200  # size of a call that others are told by
 TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
 Call = tuple[list[torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]
 Dims = list[int | str]
@@ -26,9 +28,35 @@ def two_calls(plain: Plain) -> tuple[Call, Call]:
 
 
 def other_leaves(plain: Plain) -> list[torch.Tensor]:
+    """Of sizes by which everything open differs from the example's, where small ones do that."""
     known = {size for leaf in plain.example for size in leaf.shape}
-    batch, length, past = [n for n in range(2, len(known) + 5) if n not in known][:3]
-    return zeros(plain, batch, length, past)
+    free = [n for n in range(2, LONGEST) if n not in known]
+    opened = {s for of in plain.graph.emitted.sizes.values() for each in of for s in each}
+    opened = {s for s in opened if isinstance(s, sympy.Expr) and not s.is_number}
+    here = _at(plain, plain.example)
+    best: tuple[int, list[torch.Tensor]] | None = None
+    for first in (0, *(2**i for i in range(2, LONGEST.bit_length() - 1))):
+        leaves = zeros(plain, *free[first : first + 3])
+        there = _at(plain, leaves)
+        same = sum(size.xreplace(here) == size.xreplace(there) for size in opened)
+        if best is None or same < best[0]:
+            best = same, leaves
+        if not same:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _at(plain: Plain, leaves: list[torch.Tensor]) -> dict[Any, sympy.Integer]:
+    """The symbols of the capture's sizes, in a call of these leaves."""
+    of = plain.graph.emitted.sizes
+    return {
+        symbol: sympy.Integer(size)
+        for name, leaf in zip(plain.graph.leaves, leaves, strict=True)
+        for symbols in of.get(name, ())
+        for symbol, size in zip(symbols, leaf.shape, strict=True)
+        if isinstance(symbol, sympy.Symbol)
+    }
 
 
 def zeros(plain: Plain, batch: int, length: int, past: int) -> list[torch.Tensor]:
@@ -71,14 +99,20 @@ def _stack_shape(plain: Plain, name: str, count: int) -> list[int]:
     return shape
 
 
-def size_words(plain: Plain) -> dict[tuple[int, int], str]:
-    """What a size is called that is these two in the two calls."""
-    words: dict[tuple[int, int], str] = {}
-    leaves = zip(plain.example, other_leaves(plain), _leaf_dims(plain), strict=True)
-    for leaf, other, dims in leaves:
-        for *sizes, word in zip(leaf.shape, other.shape, dims, strict=True):
+def size_words(plain: Plain) -> dict[Any, str]:
+    """What a size of the capture is called, by its symbol; and one that the capture does not know,
+    a router's, that is these two in the two calls."""
+    words: dict[Any, str] = {}
+    of = plain.graph.emitted.sizes
+    leaves = zip(
+        plain.graph.leaves, plain.example, other_leaves(plain), _leaf_dims(plain), strict=True
+    )
+    for name, leaf, other, dims in leaves:
+        symbols = next(iter(of.get(name, ())), (None,) * leaf.ndim)
+        for *sizes, symbol, word in zip(leaf.shape, other.shape, symbols, dims, strict=True):
             if isinstance(word, str):
                 words.setdefault((sizes[0], sizes[1]), word)
+                words.setdefault(symbol, word)
     return words
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..alike import same_code
-from ..program import Code, Program, alias_root, mutated, routing_plan
+from ..program import Code, Program, alias_root, expression, mutated, routing_plan, value
 from ..routing.plan import Layout, align
 
 
@@ -42,6 +42,8 @@ class Emitted:
     """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it.
 
     cut: name of the features that the router reads; mask: of the input that masks their rows.
+    sizes: of each value that steps take or give, its tensors' sizes, or its own, as the capture has
+    them: numbers, or expressions of what stays open.
     """
 
     steps: tuple[Step, ...]
@@ -50,6 +52,7 @@ class Emitted:
     layouts: tuple[tuple[str, Layout], ...]
     outputs: tuple[Any, ...]  # value names, or constants of the graph
     constants: dict[str, torch.Tensor]
+    sizes: dict[str, tuple[tuple[Any, ...], ...]]
 
 
 def narrowed(step: Step, wanted: set[str]) -> Step:
@@ -116,7 +119,19 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
         for o in pytree.tree_leaves(program.graph.output_node().args[0])
     )
     layouts = tuple((n.name, n.args[1]) for n in planned)
-    return Emitted(steps, program.cut.node, program.cut.mask, layouts, outputs, program.constants)
+    between = {name for step in steps for name in (*step.takes, *step.gives)}
+    known = (n for n in program.graph.nodes if n.name in between and value(n) is not None)
+    sizes = {n.name: _sizes(value(n)) for n in known}
+    return Emitted(
+        steps, program.cut.node, program.cut.mask, layouts, outputs, program.constants, sizes
+    )
+
+
+def _sizes(made: Any) -> tuple[tuple[Any, ...], ...]:
+    """Of each tensor or number in a value."""
+    leaves = pytree.tree_leaves(made)
+    each = [leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+    return tuple(tuple(map(expression, shape)) for shape in each)
 
 
 @dataclass(frozen=True)
