@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .config import FFNExperts, LoRAExperts, PatchRouter
 from .program import HeadSite, RegionSite
 from .tables import count, table
+from .utils.warn import warn
 
 if TYPE_CHECKING:
     from .compiler import Compiler
@@ -93,7 +93,7 @@ class Report:
             "RegionExperts(width=...) or halo=False"
         )
         self.notes.append(note)
-        warnings.warn(note, stacklevel=3)
+        warn(note)
 
     def _how(self) -> list[tuple[str, str]]:
         """Sites that are computed alike in one row."""

@@ -33,11 +33,17 @@ def test_macs_fall_with_the_share_of_patches():
 
 def test_a_halo_that_outgrows_the_dense_region_is_warned_of():
     model = cnns.build("ResNet")
-    with pytest.warns(UserWarning, match="halo=False"):
+    with pytest.warns(UserWarning, match="halo=False") as warned:
         moe = moe_rewrite.convert(
             model, split="layer3", router=PatchRouter(4, 16), experts=RegionExperts()
         )
     assert "multiply-adds" in str(moe.report) and moe.report.notes
+    assert [w.filename for w in warned] == [__file__]  # where the user called, dry runs too
+    with pytest.warns(UserWarning, match="halo=False") as warned:
+        moe_rewrite.convert(
+            model, split="layer3", router=PatchRouter(4, 16), experts=RegionExperts(), dry_run=True
+        )
+    assert [w.filename for w in warned] == [__file__]
 
 
 def test_regions_grow_train_save_and_load(tmp_path):
