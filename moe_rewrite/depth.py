@@ -13,8 +13,8 @@ class Block:
     """One stretch of the graph between two cut points.
 
     exit: name of its last mainline node, a cut point (of the output for the head).
-    shape: of the exit, symbols for dynamic sizes. params: elements of the weights used first here.
-    flops: multiply-adds times two, at the example's sizes. first, last: positions in the graph.
+    shape: of the exit, words for open sizes. params: elements of the weights used first here.
+    flops: multiply-adds times two, of one sample. first, last: positions in the graph.
     """
 
     name: str
@@ -34,7 +34,7 @@ class DepthMap:
     node name) of every cut point. starts: graph position where each module's mainline begins.
     stack: the dotted name of the stack that a model with several mainlines was analysed for.
     source: the call's only tensor, where it holds features itself (an image): a cut before
-    everything.
+    everything. lengths: open sizes but the batch, and the example's, at which FLOPs are counted.
     """
 
     model: str
@@ -45,6 +45,7 @@ class DepthMap:
     starts: dict[str, int]
     stack: str | None = None
     source: str | None = None
+    lengths: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -53,13 +54,14 @@ class DepthMap:
         total = sum(b.flops for b in self.parts) or 1
         indices = {id(b): str(i) for i, b in enumerate(self.blocks)}
         rows = [
-            (indices.get(id(b), ""), b.name, "x".join(b.shape), count(b.params), count(b.flops),
+            (indices.get(id(b), ""), b.name, " x ".join(b.shape), count(b.params), count(b.flops),
              f"{100 * b.flops / total:.1f}%")
             for b in self.parts
         ]  # fmt: skip
         title = f"{self.model}: {len(self)} block{'s' if len(self) != 1 else ''}"
         if self.stack:
             title += f" of {self.stack} (there are other stacks: name a module to split in them)"
+        title += "; FLOPs of one sample" + ", ".join(f" of {w} {n}" for w, n in self.lengths)
         return table(["block", "name", "output", "parameters", "FLOPs", "share"], rows, title)
 
     @property

@@ -33,8 +33,27 @@ def test_flops_are_two_a_multiply_add():
     length, width, kv, hidden = 9, 32, 16, 48
     products = 2 * width * width + 2 * width * kv + 3 * width * hidden
     attention = 2 * length * width  # scores, and the sum of values, for one query
-    rows, rest = divmod(block.flops, 2 * (products + attention))
-    assert rest == 0 and rows % length == 0  # capture chooses a batch size of its own
+    assert block.flops == 2 * length * (products + attention)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_flops_are_of_one_sample_whatever_the_example(batch):
+    """At the lengths of the example; sizes that are open are words."""
+    model = networks.Network(["Mlp", "Mlp"], tokens=False).eval()
+    for length in (6, 12):
+        depth = moe_rewrite.inspect(model, torch.randn(batch, length, 5))
+        assert [b.flops for b in depth.blocks] == [2 * length * 2 * 8 * 16] * 2
+        assert depth.blocks[0].shape == ("batch", "sequence", "8")
+        assert f"one sample of sequence {length}" in str(depth)
+        assert "batch x sequence x 8" in str(depth)
+
+
+def test_flops_of_an_image_are_of_one_sample():
+    model = cnns.build("ResNet")
+    maps = [moe_rewrite.inspect(model, torch.randn(n, 3, 32, 32)) for n in (1, 5)]
+    assert maps[0].blocks == maps[1].blocks and maps[0].blocks[0].shape[0] == "batch"
+    stem = torch.nn.Conv2d(3, 16, 3)
+    assert maps[0].parts[0].flops >= 2 * 32 * 32 * stem.weight.numel()
 
 
 @pytest.mark.parametrize(

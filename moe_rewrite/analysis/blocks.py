@@ -14,7 +14,7 @@ from torch import fx
 
 from ..depth import Block, DepthMap
 from ..program import Program, module_paths, value
-from .costs import flops, hint, numel
+from .costs import Sizes, hint, numel
 from .mainline import Mainline, find_mainline
 
 
@@ -206,7 +206,7 @@ def _stretches(nodes: Sequence[fx.Node], points: list[int]) -> list[Stretch]:
         ops: list[object] = []
         for node in nodes[low + 1 : high + 1]:
             if node.op == "call_function" and isinstance(value(node), torch.Tensor):
-                ops.append((str(node.target), tuple(hint(s) for s in value(node).shape)))
+                ops.append((node.target, tuple(hint(s) for s in value(node).shape)))
         stretches.append((tuple(ops), low + 1, high))
     return stretches
 
@@ -273,7 +273,7 @@ def _measure(
     stack: str | None,
 ) -> DepthMap:
     """Blocks with sizes, parameters and FLOPs; a weight counts where it is used first."""
-    nodes = list(program.graph.nodes)
+    nodes, sizes = list(program.graph.nodes), Sizes(program)
     counted: set[fx.Node] = set()
 
     def block(name: str, first: int, last: int, node: fx.Node) -> Block:
@@ -281,14 +281,15 @@ def _measure(
         fresh = [w for w in _weights(stretch, program) if w not in counted]
         counted.update(fresh)
         params = sum(numel(value(w)) for w in fresh)
-        shape = tuple(str(s) for s in value(node).shape)
-        return Block(name, node.name, shape, params, sum(map(flops, stretch)), first, last)
+        shape = tuple(map(sizes.word, value(node).shape))
+        return Block(name, node.name, shape, params, sizes.flops(stretch), first, last)
 
+    lengths = tuple(sizes.lengths.items())
     named = tuple((at, node.name) for at, node in points)
     end = len(nodes) - 1
     if not spans:
         whole = block(model, 0, end, line.sink)
-        return DepthMap(model, whole, (), None, named, starts, stack, line.source())
+        return DepthMap(model, whole, (), None, named, starts, stack, line.source(), lengths)
     before = [at for at, _ in points if at < spans[0].first]
     stem = block("stem", 0, before[-1], nodes[before[-1]]) if before else None
     blocks, low = [], before[-1] + 1 if before else 0
@@ -296,4 +297,5 @@ def _measure(
         blocks.append(block(span.name, low, span.last, nodes[span.last]))
         low = span.last + 1
     head = block("head", low, end, line.sink) if line.positions[line.sink] >= low else None
-    return DepthMap(model, stem, tuple(blocks), head, named, starts, stack, line.source())
+    made = (model, stem, tuple(blocks), head, named, starts, stack, line.source(), lengths)
+    return DepthMap(*made)
