@@ -23,7 +23,6 @@ from ..examples import as_arguments
 from ..graphs import Graph
 from ..ownership import ADDED
 from ..program import CACHE, Code
-from ..routing.patches import PatchGate
 from ..routing.plan import RoutingPlan, align
 from ..routing.tokens import PrefixState, TokenGate
 from ..verify import evaluating
@@ -171,8 +170,6 @@ class Plain(nn.Module):
         if self.active:
             own["stacked"] = lambda active: tensors[ROWS]
         own["_few_matter"] = lambda count: False  # that is for a backward pass
-        if isinstance(gate, PatchGate):  # ONNX's TopK takes the first of equals, as this gate does
-            own["_best"] = lambda scores: scores.topk(gate.spec.per_expert, dim=-1).indices
         top_k = getattr(gate.spec, "top_k", None)
         if not (isinstance(gate, TokenGate) and top_k and self.stacks):
             return gate.forward(features, mask, before)

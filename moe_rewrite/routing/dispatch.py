@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.plan.op import Plan, dense_plan, sort_plan
+from ..kernels.plan.op import Plan, dense_plan, largest, sort_plan
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _dispatch(gates_TE: torch.Tensor, per_row: int | None) -> Dispatch:
         return Dispatch(each, dense_plan(rows, experts, gates_TE.device), True)
     if per_row is None:
         experts_TK = each.masked_fill(gates_TE == 0, -1)
-    else:  # of equal gates the first
-        gates, experts_TK = gates_TE.sort(dim=1, descending=True, stable=True)
-        experts_TK = experts_TK[:, :per_row].masked_fill(gates[:, :per_row] == 0, -1)
+    else:
+        experts_TK = largest(gates_TE, per_row)
+        experts_TK = experts_TK.masked_fill(gates_TE.gather(1, experts_TK) == 0, -1)
     return Dispatch(experts_TK, sort_plan(experts_TK, experts), False)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .. import grid as grids
 from ..config import PatchRouter
 from ..kernels.patches.op import gather_patches
+from ..kernels.plan.op import largest
 from .plan import RoutingPlan
 from .router import Router
 
@@ -49,14 +50,9 @@ class PatchGate(Router):
         few = self._few_matter(len(active)) and torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
             scores = self._scores(x, rows) * scale
-        picks = self._best(scores.detach())
+        picks = largest(scores.detach(), self.spec.per_expert or 1)
         taken = self._scores_of(x, rows, picks) * scale if few else scores.gather(-1, picks)
         return self._plan(features, active, picks, self._gates(scores, taken)), None
-
-    def _best(self, scores: torch.Tensor) -> torch.Tensor:
-        """(B, E, l): each expert's patches; of equal scores the first in row-major order."""
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        return order[..., : self.spec.per_expert]
 
     def _few_matter(self, experts: int) -> bool:
         """Whether the gates depend on so few patches that it pays to score those again for the

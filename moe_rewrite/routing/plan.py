@@ -12,6 +12,7 @@ import torch
 
 from ..errors import InputError
 from ..grid import shares
+from ..kernels.plan.op import largest
 from .dispatch import RowGates
 
 
@@ -110,8 +111,9 @@ class RoutingPlan:
     @property
     def selected(self) -> torch.Tensor:
         """(*rows,) index into `gates` of the largest gate; -1 for a patch that no expert took."""
-        largest, index = self.gates.max(dim=-1)
-        return index.masked_fill(largest == 0, -1)
+        gates = self.gates
+        index = largest(gates, 1)
+        return index.masked_fill(gates.gather(-1, index) == 0, -1).squeeze(-1)
 
 
 def align(plan: RoutingPlan, layout: Layout) -> torch.Tensor | RoutingPlan | RowGates | None:

@@ -13,6 +13,7 @@ from torch import nn
 from ..analysis.rows import lead_of
 from ..config import TokenRouter
 from ..errors import InputError
+from ..kernels.plan.op import largest, route
 from .plan import RoutingPlan
 from .router import Router
 
@@ -135,9 +136,8 @@ def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
     """fp32 softmax with zero for all but the top k, over those or over all outputs."""
     if top_k == logits.shape[-1]:
         return logits.softmax(-1)
-    values, indices = logits.topk(top_k, dim=-1)
-    gates = logits.softmax(-1).gather(-1, indices) if over_all else values.softmax(-1)
-    return torch.zeros_like(logits).scatter(-1, indices, gates)
+    gates, experts = route(logits, top_k, normalize=not over_all)
+    return gates.new_zeros(logits.shape).scatter(-1, experts, gates)
 
 
 def _expert_choice(
@@ -153,7 +153,7 @@ def _expert_choice(
     scores = gates.detach()
     if mask is not None:
         scores = scores.masked_fill(~_own_columns(mask, scores).unsqueeze(-1), -1.0)
-    picks = scores.sort(dim=1, descending=True, stable=True).indices[:, :taken]
+    picks = largest(scores.transpose(1, 2), taken).transpose(1, 2)
     chosen = torch.zeros_like(gates).scatter(1, picks, 1.0)
     return gates * chosen * (scores >= 0)
 

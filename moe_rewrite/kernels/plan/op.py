@@ -1,7 +1,7 @@
-"""Routes and plans, without a host synchronisation: `route`, `sort_plan`, `expert_choice`.
+"""Routes and plans, without a host synchronisation: `largest`, `route`, `sort_plan`.
 
-T rows, E experts, K experts a row takes, L rows an expert takes. Selection reads the logits
-themselves, so that every path and device chooses the same experts.
+T rows, E experts, K experts a row takes. There is one rule of selection, that of `largest`: models,
+kernels and exported files choose the same experts and patches on every device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,27 @@ from ..triton import runs_on
 from . import reference
 from .reference import Plan
 
-__all__ = ["Plan", "dense_plan", "expert_choice", "route", "sort_plan"]
+__all__ = ["Plan", "dense_plan", "largest", "route", "sort_plan"]
+
+KEYS = 2**16  # places that a key of 64 bits has room for, beside a score of 32
+
+
+def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """(..., k) int64: where the k largest of the last dimension are, the largest first; of equal
+    ones the lower place comes first.
+
+    A trace for export sees one TopK, of which ONNX says the same.
+    """
+    if torch.compiler.is_exporting():
+        return scores.topk(k, dim=-1).indices
+    size = scores.shape[-1]
+    if scores.dtype == torch.float64 or k == size or size > KEYS:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    # the top k of keys that are all different
+    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: no negative zero
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    place = torch.arange(size - 1, -1, -1, device=scores.device)
+    return size - 1 - (rising * KEYS + place).topk(k, dim=-1).values % KEYS
 
 
 def route(
@@ -26,12 +46,16 @@ def route(
     falling order, divided by their sum if `normalize`; of equal logits the lower index comes
     first. Differentiable with respect to the logits. Raises ValueError for a k outside 1 .. E.
     """
-    _floating("logits", logits_TE)
+    if torch.compiler.is_exporting():
+        return _softmax_of(logits_TE, largest(logits_TE, k), normalize)
+    if not logits_TE.is_floating_point():
+        raise ValueError(f"logits have dtype {logits_TE.dtype}: expected a floating-point dtype")
     experts = logits_TE.shape[-1]
     if not 1 <= k <= experts:
         raise ValueError(f"k = {k}: expected 1 .. {experts}, the number of experts in the logits")
-    flat = logits_TE.reshape(-1, experts)
-    gates, chosen = _route(flat, k, normalize)
+    save = torch.is_grad_enabled() and logits_TE.requires_grad
+    run: Any = _route if save or torch.compiler.is_compiling() else _plain_route
+    gates, chosen = run(logits_TE.reshape(-1, experts), k, normalize)
     shape = (*logits_TE.shape[:-1], k)
     return gates.view(shape), chosen.view(shape)
 
@@ -58,47 +82,27 @@ def dense_plan(rows: int, num_experts: int, device: torch.device | str | None = 
     return Plan(order, torch.arange(num_experts + 1, device=device) * rows, inverse)
 
 
-def expert_choice(
-    logits_TE: torch.Tensor, rows: int, normalize: bool = False
+def _plain_route(
+    logits: torch.Tensor, k: int, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gates_EL fp32, rows_EL int64): each expert's L = `rows` best rows, equal groups.
-
-    logits_TE: (..., T, E); the result is (..., E, L). Gates are the softmax over experts at the
-    taken rows, or with `normalize` the softmax over those rows. Differentiable. Of equal scores
-    the lower row comes first. Raises ValueError for rows outside 1 .. T.
-    """
-    _floating("logits", logits_TE)
-    if not 1 <= rows <= logits_TE.shape[-2]:
-        raise ValueError(f"rows = {rows}: expected 1 .. {logits_TE.shape[-2]}, the rows there are")
-    return reference.expert_choice(logits_TE, rows, normalize)
-
-
-def _floating(name: str, x: torch.Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"{name} have dtype {x.dtype}: expected a floating-point dtype")
-
-
-def _choose(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest, ties to the lower index: top-k over keys that are all different."""
-    if logits.dtype == torch.float64 or k == logits.shape[-1]:
-        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
-    bits = (logits.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: no negative zero
-    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    index = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
-    return logits.shape[-1] - 1 - (rising * 2**16 + index).topk(k, dim=-1).values % 2**16
-
-
-@torch.library.custom_op("moe_rewrite::route", mutates_args=())
-def _route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_on(logits):
         from . import launch
 
         return launch.route(logits, k, normalize)
-    experts = _choose(logits, k)
+    return _softmax_of(logits, largest(logits, k), normalize)
+
+
+def _softmax_of(
+    logits: torch.Tensor, experts: torch.Tensor, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if normalize:
         return wide.gather(-1, experts).softmax(-1), experts
     return wide.softmax(-1).gather(-1, experts), experts
+
+
+# a token at a time, an op's dispatch would show: `route` goes around it where it can
+_route = torch.library.custom_op("moe_rewrite::route", _plain_route, mutates_args=())
 
 
 @_route.register_fake

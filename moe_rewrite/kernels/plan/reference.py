@@ -1,6 +1,6 @@
 """Routes and plans in plain PyTorch: the truth that every kernel is held against.
 
-T rows, E experts, K experts a row takes, L rows an expert takes.
+T rows, E experts, K experts a row takes.
 """
 
 from __future__ import annotations
@@ -48,20 +48,3 @@ def sort_plan(experts_TK: torch.Tensor, num_experts: int) -> Plan:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return Plan(order, offsets, inverse)
-
-
-def expert_choice(
-    logits_TE: torch.Tensor, rows: int, normalize: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gates_EL, rows_EL int64): each expert's L = `rows` best rows: equal groups.
-
-    Gates are the softmax over experts at the taken rows (expert choice, arXiv 2202.09368, section
-    3.2); with `normalize` the softmax over the taken rows (pMoE, arXiv 2306.04073, equation 3).
-    Of equal logits the lower row comes first.
-    """
-    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    scores_ET = (logits if normalize else logits.softmax(-1)).transpose(-1, -2)
-    keys = logits.detach().transpose(-1, -2) if normalize else scores_ET.detach()
-    picks = keys.sort(dim=-1, descending=True, stable=True).indices[..., :rows]
-    taken = scores_ET.gather(-1, picks)
-    return (taken.softmax(-1) if normalize else taken), picks
