@@ -19,7 +19,6 @@ from .passes.emit import emit
 from .passes.find_depth import find_depth
 from .program import Code
 from .report import Report
-from .traces import collecting
 from .verify import verify_conversion
 
 
@@ -81,13 +80,7 @@ def _convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
     _require_dense(model)
-    with collecting():  # of two traces
-        return _converted(model, recipe, _arguments(model, example_inputs), verify, dry_run)
-
-
-def _converted(
-    model: nn.Module, recipe: Recipe, arguments: dict[str, Any], verify: bool, dry_run: bool
-) -> MoEModel | Report:
+    arguments = _arguments(model, example_inputs)
     compiler = Compiler(make_host(model), recipe)
     programs = compiler.decide(arguments)
     report = Report.of(programs[0], compiler)
@@ -120,6 +113,7 @@ def load(
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
     names, expansions, classes = facts["names"], facts["expansions"], facts["classes"]
+    trained = facts.get("trained")  # absent in saves of before there was such a flag
     well_formed = (
         len(set(map(str, names))) == recipe.num_experts
         and len(expansions) == recipe.num_experts
@@ -127,13 +121,18 @@ def load(
         and all(isinstance(e, int) for e in expansions)
         and len(classes) in (0, recipe.num_experts)
         and all(isinstance(c, int) and 0 <= c < 10**6 for c in classes)
+        and (trained is None or _is_flags(trained, recipe.num_experts))
     )
     if not well_formed:
         raise CheckpointError(f"{folder}: the saved names of experts are malformed: {names}")
     moe = _convert(model, recipe, example_inputs, verify)
     assert isinstance(moe, MoEModel)
-    moe.restore(tensors, names, expansions, classes)
+    moe.restore(tensors, names, expansions, classes, trained)
     return moe
+
+
+def _is_flags(given: Any, count: int) -> bool:
+    return isinstance(given, list) and [type(x) for x in given] == [bool] * count
 
 
 def _require_dense(model: object) -> None:

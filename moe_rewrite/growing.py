@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .errors import ConfigError
@@ -11,9 +12,11 @@ from .planning import Planning
 
 
 class Growing(Planning):
-    """names: of the experts, in their order."""
+    """names: of the experts, in their order. trained: of each, whether it was trained since it came,
+    or its row of the router fitted."""
 
     names: list[str]
+    trained: list[bool]
     _expansions: list[int]  # of each expert, which expansion it came with
     _owned: Ownership
 
@@ -32,6 +35,7 @@ class Growing(Planning):
         number = self._expansions[-1] + 1 if self._expansions else 0
         for name in names:
             self.names.append(name or self._free_name())
+            self.trained.append(False)
             self._expansions.append(number)
         if classes is not None and self._head is not None:
             new += self._head.widen(self.num_experts - 1, classes)
@@ -48,6 +52,16 @@ class Growing(Planning):
         trained = [number == self._expansions[-1] for number in self._expansions]
         for site in self._owned.sites.values():
             site.set_trained(trained)
+
+    def _begin_training(self) -> None:
+        """A forward in training mode comes: experts that wait are turned on, the newest trained."""
+        self.router.activate_pending()
+        if torch.is_grad_enabled():
+            newest = self._expansions[-1]
+            self.trained = [
+                done or number == newest
+                for done, number in zip(self.trained, self._expansions, strict=True)
+            ]
 
     def _free_name(self) -> str:
         number = len(self.names)
@@ -110,6 +124,7 @@ class Growing(Planning):
             raise ConfigError("the only expert cannot be removed: use to_dense()")
         self.router.remove_last()
         self.names.pop()
+        self.trained.pop()
         self._expansions.pop()
         for site in self._owned.sites.values():
             site.remove_last()

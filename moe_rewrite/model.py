@@ -63,6 +63,7 @@ class MoEModel(Growing):
         self._checkpointing = False
         self._cache_format: Any = None
         self.names: list[str] = []
+        self.trained: list[bool] = []
         self._expansions: list[int] = []
         self.shallow, self.deep = self._owned.shallow, self._owned.deep
         self.rest = self._owned.rest
@@ -143,6 +144,8 @@ class MoEModel(Growing):
                 graph, leaves = self._graph(arguments)
                 graph.plan(leaves, observe)
         router.solve()
+        if index is not None:
+            self.trained[index] = True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate() on the converted graphs, with its arguments."""
@@ -158,7 +161,7 @@ class MoEModel(Growing):
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Arguments by name, and the key-value cache where this call keeps one."""
         if self.training:
-            self.router.activate_pending()
+            self._begin_training()
         host = self._compiler.host
         arguments = bind(self._signature, type(host).__name__, args, kwargs)
         if not is_hf(host):
@@ -270,6 +273,7 @@ class MoEModel(Growing):
             "model": type(self.to_dense()).__name__,
             "recipe": recipe.to_dict(),
             "names": self.names,
+            "trained": self.trained,
             "expansions": self._expansions,
             "classes": [] if self._head is None else [len(b) for b in self._head.bias],
         }
@@ -285,6 +289,7 @@ class MoEModel(Growing):
             for site, (a, b) in read.items():
                 sites[site].a[-1].copy_(a)
                 sites[site].b[-1].copy_(b)
+        self.trained[-1] = True
 
     def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
         """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
@@ -297,9 +302,11 @@ class MoEModel(Growing):
 
     def restore(
         self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int],
-        classes: list[int],
+        classes: list[int], trained: list[bool] | None = None,
     ) -> None:  # fmt: skip
-        """Take over saved tensors, every one or none. Raises CheckpointError."""
+        """Take over saved tensors, every one or none. trained: None for a save that does not say it:
+        then experts count as trained whose row of the router is not zero. Raises CheckpointError.
+        """
         for expert, count in enumerate(classes):
             if count and self._head is not None:
                 self._head.widen(expert, count)
@@ -315,6 +322,7 @@ class MoEModel(Growing):
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
         self.names, self._expansions = list(names), list(expansions)
+        self.trained = [bool(r.any()) for r in self.router.rows] if trained is None else trained
         self._train_newest()
 
 

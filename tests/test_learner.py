@@ -1,5 +1,7 @@
 """PMoE on a stream: what is learnt, what stays, and how a run goes on."""
 
+import json
+
 import architectures
 import pytest
 import torch
@@ -9,6 +11,7 @@ from reference import added
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
+from moe_rewrite.checkpoint import META
 from moe_rewrite.continual.learner import Learner, router_use
 from moe_rewrite.continual.registry import Setup
 from moe_rewrite.continual.run import run
@@ -164,6 +167,63 @@ def test_a_saved_stream_goes_on_later(llama, fit, tmp_path):
     if fit == "analytic":  # the other has nothing to replay
         use = router_use(taught, tasks[:2])
         assert [max(range(3), key=row.__getitem__) for row in use] == [1, 2]
+
+
+@pytest.mark.parametrize("init", [0.0, 0.5])
+def test_the_untrained_expert_of_a_conversion_is_the_first_tasks(llama, init, tmp_path):
+    """Whatever its row of the router starts from; after a save too."""
+    spec = TokenRouter(granularity="prefix", init=init)
+    options = {"split": 1, "router": spec, "experts": LoRAExperts(4), "verify": False}
+    fresh(llama, **options).save_pretrained(tmp_path)
+    quick, tasks = Training(epochs=1, lr=1e-2), words.stream()
+    for moe in (fresh(llama, **options), moe_rewrite.load(tmp_path, llama, verify=False)):
+        assert moe.trained == [False]
+        taught = Learner(moe, TextProblem(words.Letters(), 32), quick)
+        taught.learn(tasks, 0)
+        assert moe.names == ["expert0"] and moe.trained == [True]
+        taught.learn(tasks, 1)
+        assert moe.num_experts == 2 and moe.router.active_indices() == (0, 1)
+    moe.save_pretrained(tmp_path)
+    assert moe_rewrite.load(tmp_path, llama, verify=False).trained == [True, True]
+
+
+def test_an_expert_that_a_loop_of_ones_own_trained_is_kept(llama):
+    moe = fresh(llama, split=1, experts=LoRAExperts(4), verify=False)
+    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=1.0)
+    batch = TextProblem(words.Letters(), 32).batch(words.stream()[0].train)
+    with torch.no_grad():
+        moe(**batch)
+    assert moe.trained == [False]
+    moe.train()
+    moe(**batch).loss.backward()
+    optimizer.step()
+    kept = expert_tensors(moe, 0)
+    Learner(moe, TextProblem(words.Letters(), 32), Training(epochs=1)).learn(words.stream(), 0)
+    assert moe.num_experts == 2 and moe.trained == [True, True]
+    assert all(torch.equal(expert_tensors(moe, 0)[k], v) for k, v in kept.items())
+
+
+def test_untrained_experts_take_no_part_in_a_stream(llama):
+    spec = TokenRouter(granularity="prefix", init=0.5)
+    moe = fresh(llama, split=1, router=spec, num_experts=2, experts=LoRAExperts(4), verify=False)
+    Learner(moe, TextProblem(words.Letters(), 32), Training(epochs=1)).learn(words.stream(), 0)
+    assert moe.names[2:] == ["low"] and moe.router.active_indices() == (2,)
+
+
+def test_a_save_of_before_there_was_the_flag_goes_by_the_routers_rows(llama, tmp_path):
+    moe = fresh(llama, split=1, experts=LoRAExperts(4), verify=False)
+    for rows, trained in ((0.0, [False]), (1.0, [True])):
+        moe.router.rows[0].data.fill_(rows)
+        moe.save_pretrained(tmp_path)
+        meta = tmp_path / META
+        facts = json.loads(meta.read_text())
+        del facts["trained"]
+        meta.write_text(json.dumps(facts))
+        assert moe_rewrite.load(tmp_path, llama, verify=False).trained == trained
+    facts["trained"] = ["yes"]
+    meta.write_text(json.dumps(facts))
+    with pytest.raises(MoeRewriteError, match="malformed"):
+        moe_rewrite.load(tmp_path, llama, verify=False)
 
 
 def test_a_run_is_scored_by_what_is_said(llama):

@@ -28,8 +28,8 @@ OWN = -1  # the task number of what the model could do before
 class Learner(Method):
     """Teaches a converted model tasks one after the other.
 
-    The first task goes to the expert that conversion made, if its row of the router was never
-    fitted; each later one expands the model. With an analytic router nothing is replayed; its sums are saved with the
+    The first task goes to the expert that conversion made, if that was never trained; each later
+    one expands the model. With an analytic router nothing is replayed; its sums are saved with the
     model, so that a stream goes on later.
 
     gates: of the new expert in training: ``"own"`` gives it every row with gate 1, ``"router"``
@@ -83,6 +83,9 @@ class Learner(Method):
         if self.analytic:
             self._observe(expert, task)
         moe.activate(expert)
+        for other, trained in enumerate(moe.trained):
+            if not trained and other != expert:
+                moe.deactivate(other)  # it knows nothing, and would take part
         rows = list(moe.router.rows)
         experts = [p for p in moe.trainable_parameters() if not any(p is row for row in rows)]
         optimizers = [adamw(experts, self.training)]
@@ -101,10 +104,8 @@ class Learner(Method):
     def _new_expert(self, task: Task) -> int:
         """The expert of the next task: the first one, as converted, or a new one."""
         moe = self.model
-        taught = bool(self.learnt) or moe.num_experts > 1 or bool(moe.router.rows[0].any())
-        if taught or task.classes:
-            if not taught:
-                moe.deactivate(0)  # a task with classes of its own gets an expert with columns
+        fresh = moe.num_experts == 1 and not moe.trained[0]
+        if not fresh or task.classes:  # a task with classes of its own gets an expert with columns
             name = task.name if task.name not in moe.names else None
             moe.expand(1, name=name, classes=task.classes)
         return moe.num_experts - 1
