@@ -35,7 +35,7 @@ from moe_rewrite.onnx.casts import late_casts
 from moe_rewrite.onnx.session import FRUGAL, open_session, run
 from moe_rewrite.onnx.trace import quiet
 from moe_rewrite.onnx.write import large
-from moe_rewrite.traces import release_memory
+from moe_rewrite.traces import low_memory_export, release_memory
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb, save
 from .conversion import llama
@@ -166,7 +166,8 @@ def main() -> None:
     if "--task" in sys.argv:
         torch.set_num_threads(2)
         task, *given = sys.argv[sys.argv.index("--task") + 1 :]
-        print(json.dumps(_written(*given) if task == WRITE else measured(task, *given)))
+        with low_memory_export():
+            print(json.dumps(_written(*given) if task == WRITE else measured(task, *given)))
         return
     quick = arguments(__doc__ or "").quick
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]

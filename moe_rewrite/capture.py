@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InputError
 from .program import CACHE, Input, Program
-from .traces import forget_inputs, frugal_traces
+from .traces import forget_inputs, tracing
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
 SHORT = 9  # stands in for a sequence of length one
@@ -227,11 +227,11 @@ def _export(
     shapes = {n: _dynamic_shapes(n, v, static_ones) for n, v in example.items()}
     context: Any = nullcontext()
     if is_hf(host):
-        from .hf import tracing
+        from .hf import patched
 
-        context = tracing(host)
+        context = patched(host)
     forward = _explicit_forward(host, list(example), static)
-    with torch.set_grad_enabled(mode == "train"), context, forward, frugal_traces():
+    with torch.set_grad_enabled(mode == "train"), context, forward, tracing():
         exported = torch.export.export(
             host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )

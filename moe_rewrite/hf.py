@@ -28,7 +28,7 @@ KNOWN_KWARGS = set(TransformersKwargs.__annotations__) | {"use_cache", "return_d
 
 
 @contextmanager
-def tracing(host: Any) -> Iterator[None]:
+def patched(host: Any) -> Iterator[None]:
     """transformers' own patches for torch.export, undone on exit."""
     register_cache_pytrees_for_model(host)
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""Traces of PyTorch that take less memory, and leave less of it taken.
+"""What traces of PyTorch leave behind, and how to convert and export in less memory.
 
 PyTorch keeps what a trace has seen, graphs, shapes and source code, until the next one comes or for
-ever: of a small model that is as much as its weights. All of it has names that may go; without them
-nothing is done.
+ever: of a small model that is as much as its weights. By default only our own references to it are
+dropped; `low_memory_export` clears the rest, which is the whole process's.
 """
 
 from __future__ import annotations
@@ -13,25 +13,42 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any
 
-CACHE = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
+FAKES = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
 STACKS = "do_not_emit_stack_traces"  # the lines of source behind each node: nobody reads them
 OFTEN = (200, 5, 1)  # the collector's thresholds: garbage that lies long keeps pages taken
+_low_memory: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 
 @contextmanager
-def collecting() -> Iterator[None]:
-    """Garbage is collected soon, as what a trace leaves is: meanwhile the collector passes over all
-    objects that there were before, for whose number it would come seldom. What is free before and
-    afterwards is handed back to the system."""
+def low_memory_export() -> Iterator[None]:
+    """Conversions and exports in here take less memory at their peak, and leave less of it taken.
+
+    While it lasts it changes what belongs to the whole process: Python collects garbage more often
+    and passes over all objects that there were before; after each trace PyTorch's and sympy's
+    caches are cleared, by private names where there are no others; freed memory is handed back to
+    the system. For a process that converts or exports and does little else at that time.
+    """
+    with _frequent_collection():
+        token = _low_memory.set(True)
+        try:
+            yield
+        finally:
+            _low_memory.reset(token)
+
+
+@contextmanager
+def _frequent_collection() -> Iterator[None]:
+    """Of young objects: for the number of all of them the collector would come seldom."""
     own = not gc.get_freeze_count()  # else the user froze some, which must stay so
     gc.collect()
     if own:
         gc.freeze()
         gc.collect()  # of nothing: by how much this leaves, the next one comes soon
-    release_memory()
+    _trim()
     usual = gc.get_threshold()
     gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user wants none
     try:
@@ -41,28 +58,42 @@ def collecting() -> Iterator[None]:
         gc.collect()
         if own:
             gc.unfreeze()
-        release_memory()
+        _trim()
 
 
 def release_memory() -> None:
-    """Hand freed memory back to the system, where the C library can."""
+    """Within `low_memory_export`, hand freed memory back to the system."""
+    if _low_memory.get():
+        _trim()
+
+
+def _trim() -> None:
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager
-def frugal_traces() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     """For torch.export and torch.onnx.export."""
-    import torch._dynamo.config as dynamo
     from torch.fx import config as fx
 
-    known = set(_sources())
+    frugal = _forgetting() if _low_memory.get() else nullcontext()
     try:
-        with _with(dynamo, CACHE, False), _with(fx, STACKS, True), _unprinted():
+        with _with(fx, STACKS, True), frugal:
             yield
     except Exception as error:
         _forget_failed(error)
         raise
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    import torch._dynamo.config as dynamo
+
+    known = set(_sources())
+    try:
+        with _with(dynamo, FAKES, False):
+            yield
     finally:
         _forget(known)
 
@@ -79,18 +110,6 @@ def _with(config: Any, name: str, value: bool) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, had)
-
-
-@contextmanager
-def _unprinted() -> Iterator[None]:
-    """Of a trace that fails on a tensor's value PyTorch prints the whole graph, twice."""
-    from torch.export import _trace
-
-    vars(_trace)["print"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        vars(_trace).pop("print", None)
 
 
 def forget_inputs(exported: Any) -> None:
@@ -126,6 +145,7 @@ def _sources() -> dict[str, str]:
 
 
 def _forget(known: set[str]) -> None:
+    """What PyTorch and sympy keep of a trace, but for the sources that were known before."""
     from sympy.core.cache import clear_cache
     from torch._decomp import decompositions_for_rng
     from torch.fx.experimental import proxy_tensor, sym_node, symbolic_shapes

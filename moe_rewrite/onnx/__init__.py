@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
+from ..traces import low_memory_export as low_memory_export
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,8 @@ def export_onnx(
     other, so that a file of `export_experts` may bring others, and more of them, as it may for LoRA
     experts anyway. open_inputs: experts and router are inputs with a default.
     verify: run the file in ONNX Runtime against PyTorch, on other inputs, sizes and routes.
+
+    Within ``with moe_rewrite.onnx.low_memory_export():`` conversion and export take less memory.
 
     Nothing is left at `path` unless all of that succeeds, and what was there stays. Raises
     ConfigError for a wrong option, CaptureError for an operator that ONNX cannot express,

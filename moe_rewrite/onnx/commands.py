@@ -70,10 +70,11 @@ def export(
         raise ConfigError(f"--out {out}: expected the name of a file that ends in {wanted}")
     dense = load_model(model)
     moe: Any
-    if experts is not None:
-        moe = moe_rewrite.load(experts, dense)
-    else:
-        moe = moe_rewrite.convert(dense, mode=mode, split=parse_split(split))
+    with moe_rewrite.onnx.low_memory_export():  # the process is here for nothing else
+        if experts is not None:
+            moe = moe_rewrite.load(experts, dense)
+        else:
+            moe = moe_rewrite.convert(dense, mode=mode, split=parse_split(split))
     if experts_only:
         shapes = moe_rewrite.onnx.export_experts(moe, out)
         typer.echo(f"{out}: {out.stat().st_size} bytes, {len(shapes)} tensors, to be read by")
@@ -83,9 +84,10 @@ def export(
         moe_rewrite.onnx.export_adapter(moe, adapter, out)
         typer.echo(f"{out}: expert {adapter}, for a file that was exported with --open-inputs")
         return
-    report = moe_rewrite.export_onnx(
-        moe, out, lowering=lowering, dtype=dtype, opset=opset, cache=cache,  # type: ignore[arg-type]
-        external_data=external_data, open_experts=open_experts, open_inputs=open_inputs,
-        verify=verify,
-    )  # fmt: skip
+    with moe_rewrite.onnx.low_memory_export():
+        report = moe_rewrite.export_onnx(
+            moe, out, lowering=lowering, dtype=dtype, opset=opset, cache=cache,  # type: ignore[arg-type]
+            external_data=external_data, open_experts=open_experts, open_inputs=open_inputs,
+            verify=verify,
+        )  # fmt: skip
     typer.echo(str(report))

@@ -16,7 +16,6 @@ import onnx
 import torch
 
 from ..errors import ConfigError, EquivalenceError
-from ..traces import collecting
 from .cuda import without_kernel
 from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .metadata import FORMAT
@@ -69,12 +68,11 @@ def export(
 
     if cast is not None:
         moe = _cast(moe, cast)
-    with collecting():
-        plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
-        if open_experts:
-            plain.require_open()
-        external = needs_external(plain.tensors, external_data)
-        skeleton = timed("translate", translate, plain, opset, choice, open_inputs)
+    plain = timed("capture", Plain, moe, example_inputs, cache, open_experts)
+    if open_experts:
+        plain.require_open()
+    external = needs_external(plain.tensors, external_data)
+    skeleton = timed("translate", translate, plain, opset, choice, open_inputs)
     if open_inputs:
         _open_inputs(skeleton, plain)
     report = _report(moe, plain, skeleton, target, bits, opset)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..traces import forget_inputs, frugal_traces
+from ..traces import forget_inputs, tracing
 
 MAKE = "from_torchlib"  # of PyTorch's class of tables of translations
 _tables: dict[tuple, Any] = {}  # by what they were asked for
@@ -23,7 +23,7 @@ def onnx_program(
 ) -> Any:
     """given: positional arguments. shapes: which of their dimensions stay open. Raises as
     torch.export and torch.onnx.export do."""
-    with quiet(), frugal_traces():
+    with quiet(), tracing():
         exported = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
         forget_inputs(exported)
         return torch.onnx.export(
