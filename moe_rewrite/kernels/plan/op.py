@@ -46,6 +46,9 @@ def route(
     falling order, divided by their sum if `normalize`; of equal logits the lower index comes
     first. Differentiable with respect to the logits. Raises ValueError for a k outside 1 .. E.
     """
+    if torch.compiler.is_exporting() and normalize:  # TopK gives the values too
+        values, chosen = logits_TE.topk(k, dim=-1)
+        return values.float().softmax(-1), chosen
     if torch.compiler.is_exporting():
         return _softmax_of(logits_TE, largest(logits_TE, k), normalize)
     if not logits_TE.is_floating_point():
