@@ -100,7 +100,7 @@ def finish(
     name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], **figures: Any
 ) -> None:
     """Print the table, then one line of JSON: the figures, versions and machine."""
-    from moe_rewrite.tables import table
+    from moe_rewrite.utils.text_tables import table
 
     print(table(columns, rows, name))
     print(json.dumps({"benchmark": name} | machine() | figures))

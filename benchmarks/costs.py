@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from moe_rewrite.kernels import costs
-from moe_rewrite.kernels.costs import CPU, FormName, Machine, best
+from moe_rewrite.kernels import cost_model as costs
+from moe_rewrite.kernels.cost_model import CPU, FormName, Machine, best
 from moe_rewrite.kernels.ffn.op import ffn_dense, ffn_experts
 from moe_rewrite.kernels.lora.grouped import lora_grouped
 from moe_rewrite.kernels.lora.op import lora_linear

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import route, sort_plan
-from moe_rewrite.tables import table
+from moe_rewrite.utils.text_tables import table
 
 from .common import finish, in_fresh_process, save
 

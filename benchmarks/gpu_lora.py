@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from moe_rewrite.kernels.lora import products
+from moe_rewrite.kernels.lora import stacked as products
 from moe_rewrite.kernels.lora.op import lora_linear
 
 from .common import arguments, finish, save

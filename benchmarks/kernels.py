@@ -134,7 +134,7 @@ def launch_ffn(
 ) -> None:
     """Forward and backward with about so many rows an expert."""
     from moe_rewrite.kernels.ffn import launch
-    from moe_rewrite.kernels.ffn.rows import Gradients
+    from moe_rewrite.kernels.ffn.cpu_plan import Gradients
 
     T = E * rows // 2
 

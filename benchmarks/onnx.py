@@ -26,8 +26,8 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import MoEModel, TokenRouter
-from moe_rewrite.files import write_json
 from moe_rewrite.onnx.lowerings.choose import LOWERINGS, TABLE
+from moe_rewrite.utils.atomic_files import write_json
 
 from .common import finish, machine, save
 
@@ -158,7 +158,7 @@ def write_dense(model: nn.Module, path: Path) -> None:
 
 
 def lora(folder: Path, quick: bool) -> dict[str, dict[str, float]]:
-    from moe_rewrite.onnx.session import open_session
+    from moe_rewrite.onnx.runtime.session import open_session
 
     paths = dict(zip(("dense", "converted"), llama_pair(folder, quick), strict=True))
     sessions = {name: open_session(path) for name, path in paths.items()}
@@ -174,7 +174,7 @@ def lora(folder: Path, quick: bool) -> dict[str, dict[str, float]]:
 def generate(folder: Path, quick: bool) -> dict[str, float]:
     """Tokens a second, greedy, batch 1: the dense and the converted Llama, in ONNX Runtime and in
     PyTorch, the same tokens within each pair."""
-    from moe_rewrite.onnx.runtime import Generator
+    from moe_rewrite.onnx.runtime.generate import Generator
 
     from .cpu_lora import ours
     from .features import llama

@@ -21,7 +21,7 @@ import torch
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, MoEModel
-from moe_rewrite.onnx.session import open_session
+from moe_rewrite.onnx.runtime.session import open_session
 
 from .common import finish, save
 from .features import llama

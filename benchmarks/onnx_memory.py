@@ -31,11 +31,11 @@ from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
-from moe_rewrite.onnx.casts import late_casts
-from moe_rewrite.onnx.session import FRUGAL, open_session, run
-from moe_rewrite.onnx.trace import quiet
-from moe_rewrite.onnx.write import large
-from moe_rewrite.traces import low_memory_export, release_memory
+from moe_rewrite.frontend.trace_memory import low_memory_export, release_memory
+from moe_rewrite.onnx.file.write import large
+from moe_rewrite.onnx.runtime.session import FRUGAL, open_session, run
+from moe_rewrite.onnx.trace.torch_export import quiet
+from moe_rewrite.onnx.verify.late_casts import late_casts
 
 from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb, save
 from .conversion import llama

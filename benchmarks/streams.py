@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_rewrite.files import write_json
+from moe_rewrite.utils.atomic_files import write_json
 
 Figures = dict[str, Any]
 Spread = dict[str, float]

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from moe_rewrite.tables import table
+from moe_rewrite.utils.text_tables import table
 
 from .common import arguments, data, finish, save
 from .streams import bars, facts, losses, others, rows, runs, without_matrices
@@ -45,8 +45,8 @@ def pretrained() -> tuple[Any, Any]:
     """The model, which no method changes, and its problem."""
     from transformers import AutoTokenizer
 
+    from moe_rewrite.cli.loading import load_model
     from moe_rewrite.continual.text import TextProblem
-    from moe_rewrite.loading import load_model
 
     model = data().parent / "models" / "stories260K"
     return load_model(str(model)), TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)

@@ -2,10 +2,10 @@
 
 from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
+from .converted.model import MoEModel
+from .converted.verify import verify
 from .errors import MoeRewriteError
-from .model import MoEModel
 from .onnx import export_onnx
-from .verify import verify
 
 __version__ = "0.1.0"
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint
-from .capture import is_hf, make_host
-from .compiler import Compiler
 from .config import Experts, Recipe, RouterSpec, make_recipe
-from .depth import DepthMap
+from .converted import checkpoint
+from .converted.model import MoEModel
+from .converted.report import Report
+from .converted.verify import verify_conversion
 from .errors import CheckpointError, ConfigError, ConversionError
-from .examples import as_arguments
-from .model import MoEModel
+from .frontend.capture import is_hf, make_host
+from .frontend.example_inputs import as_arguments
+from .ir.depth_map import DepthMap
+from .ir.program import Code
 from .passes.emit import emit
 from .passes.find_depth import find_depth
-from .program import Code
-from .report import Report
-from .verify import verify_conversion
+from .passes.pipeline import Compiler
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
@@ -150,6 +150,6 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     arguments = as_arguments(model, example_inputs)
     if not is_hf(model):
         return arguments
-    from .hf import without_cache
+    from .frontend.huggingface import without_cache
 
     return without_cache(model, arguments)

@@ -9,8 +9,8 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
-from moe_rewrite.feedforward.form import Form, find_form
-from moe_rewrite.program import Code
+from moe_rewrite.experts.ffn.activation_match import Form, find_form
+from moe_rewrite.ir.program import Code
 
 WIDTH = 8
 ONE, GATED = (0, None), ((1, None), (0, None))

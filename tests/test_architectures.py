@@ -8,7 +8,7 @@ from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
-from moe_rewrite.examples import example_inputs, random_arguments
+from moe_rewrite.frontend.example_inputs import example_inputs, random_arguments
 
 SCALE = LoRAExperts().scale
 FEW = ("Llama", "GPT2", "Mistral", "Bert", "DebertaV2", "ViT", "ConvNext")

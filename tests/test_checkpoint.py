@@ -10,7 +10,8 @@ import torch
 from reference import added, randomize
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts, MoeRewriteError, checkpoint
+from moe_rewrite import LoRAExperts, MoeRewriteError
+from moe_rewrite.converted import checkpoint
 
 
 @pytest.fixture(scope="module")

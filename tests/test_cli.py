@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from moe_rewrite import MoeRewriteError, cli
-from moe_rewrite.loading import load_model, parse_split
+from moe_rewrite import MoeRewriteError
+from moe_rewrite.cli import main as cli
+from moe_rewrite.cli.loading import load_model, parse_split
 
 runner = CliRunner()
 MODEL = "test_cli:mlp"

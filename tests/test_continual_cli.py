@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from moe_rewrite.cli import main
+from moe_rewrite.cli.main import main
 
 pytestmark = pytest.mark.timeout(900)
 SAME = ("tasks", "R", "op", "bwt", "base_before", "base_after", "trainable")
@@ -82,7 +82,7 @@ def test_compare_writes_tables_pictures_and_figures(data, tmp_path):
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"results.json", "matrices.png", "curves.png", "router-pmoe.png", "features"} <= names
     import moe_rewrite
-    from moe_rewrite.loading import load_model
+    from moe_rewrite.cli.loading import load_model
 
     dense = load_model(str(data / "models" / "stories260K"))
     moe = moe_rewrite.load(tmp_path / "run" / "pmoe" / "after-2", dense)

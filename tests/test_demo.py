@@ -3,9 +3,9 @@ import json
 import pytest
 
 from moe_rewrite import MoeRewriteError
+from moe_rewrite.cli.loading import load_model, parse_split, read_tasks
 from moe_rewrite.demo.digits import digits
 from moe_rewrite.demo.language import language
-from moe_rewrite.loading import load_model, parse_split, read_tasks
 
 
 def test_digits_forget_less_than_plain_fine_tuning(tmp_path):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, MoeRewriteError, PatchRouter, TokenRouter
-from moe_rewrite.examples import example_inputs, random_arguments
+from moe_rewrite.frontend.example_inputs import example_inputs, random_arguments
 
 D, H = 8, 12
 FEW = ("Llama", "GPT2", "Bert", "ModernBert", "ConvNext", "Albert")

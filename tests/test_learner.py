@@ -11,12 +11,12 @@ from reference import added
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
-from moe_rewrite.checkpoint import META
 from moe_rewrite.continual.learner import Learner, router_use
 from moe_rewrite.continual.registry import Setup
 from moe_rewrite.continual.run import run
 from moe_rewrite.continual.text import TextProblem
 from moe_rewrite.continual.training import Training
+from moe_rewrite.converted.checkpoint import META
 
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")

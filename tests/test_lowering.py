@@ -9,8 +9,8 @@ from reference import randomize
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, TokenRouter
 from moe_rewrite.errors import ConfigError
-from moe_rewrite.kernels import costs
-from moe_rewrite.kernels.costs import CPU, Machine
+from moe_rewrite.kernels import cost_model as costs
+from moe_rewrite.kernels.cost_model import CPU, Machine
 from moe_rewrite.kernels.lora import grouped
 from moe_rewrite.kernels.lora.grouped import lora_grouped
 from moe_rewrite.kernels.lora.reference import lora_linear as reference

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_inputs import ffn_inputs
 
-from moe_rewrite.kernels import memory
+from moe_rewrite.kernels import buffer_reuse as memory
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import sort_plan
 

@@ -12,7 +12,7 @@ from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, PatchRouter, RegionExperts
-from moe_rewrite.examples import random_arguments
+from moe_rewrite.frontend.example_inputs import random_arguments
 from moe_rewrite.models.patch_cnn import PatchCNN
 
 onnx = pytest.importorskip("onnx")

@@ -12,12 +12,14 @@ from reference import randomize
 from typer.testing import CliRunner
 
 import moe_rewrite
-from moe_rewrite import TokenRouter, cli
+from moe_rewrite import TokenRouter
+from moe_rewrite.cli import main as cli
 from moe_rewrite.errors import CheckpointError, ConfigError, EquivalenceError
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx import export, prove  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.write import raw  # noqa: E402
+from moe_rewrite.onnx import export
+from moe_rewrite.onnx.file.write import raw  # noqa: E402
+from moe_rewrite.onnx.verify import compare_with_torch as prove  # noqa: E402  (where onnx is there)
 
 
 def converted(router="auto", experts=3, name="Llama", off=1):
@@ -90,7 +92,7 @@ def test_more_experts_than_exported_come_from_a_file(llama, tmp_path):
 def test_one_expert_as_an_adapter_of_onnx_runtime(llama, tmp_path):
     import onnxruntime as ort
 
-    from moe_rewrite.onnx.experts import export_adapter
+    from moe_rewrite.onnx.runtime.expert_files import export_adapter
 
     moe, path, _ = llama
     export_adapter(moe, "expert1", tmp_path / "one.onnx_adapter")

@@ -11,7 +11,7 @@ from moe_rewrite import FFNExperts, TokenRouter
 from moe_rewrite.errors import ConfigError
 from moe_rewrite.onnx.lowerings import choose
 from moe_rewrite.onnx.lowerings.contrib import dequantized, interleaved, quantized
-from moe_rewrite.onnx.plain import Plain
+from moe_rewrite.onnx.trace.functional import Plain
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -11,13 +11,13 @@ from torch import fx, nn
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
-from moe_rewrite.alike import same_code
 from moe_rewrite.errors import CaptureError
+from moe_rewrite.ir.structural_key import same_code
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx import pieces  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.parts import Part, traced_target  # noqa: E402
-from moe_rewrite.onnx.plain import Plain  # noqa: E402
+from moe_rewrite.onnx.trace import segment_export as pieces  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx.trace.functional import Plain  # noqa: E402
+from moe_rewrite.onnx.trace.segments import Part, traced_target  # noqa: E402
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ onnx = pytest.importorskip("onnx")
 import onnx_ir as ir  # noqa: E402  (where onnx is there)
 import onnxruntime  # noqa: E402
 
-from moe_rewrite.onnx.rewrites import low_rank, rewrite  # noqa: E402
+from moe_rewrite.onnx.rewrites import lora_matmul as low_rank  # noqa: E402
+from moe_rewrite.onnx.rewrites import rewrite
 
 EXPERTS = {"a1", "a2", "b1", "b2"}
 

@@ -8,8 +8,8 @@ from torch import nn
 onnx = pytest.importorskip("onnx")
 import onnxruntime  # noqa: E402  (where onnx is there)
 
-from moe_rewrite.onnx.trace import onnx_program  # noqa: E402
-from moe_rewrite.onnx.translations import TRANSLATIONS  # noqa: E402
+from moe_rewrite.onnx.trace.torch_export import onnx_program  # noqa: E402
+from moe_rewrite.onnx.trace.translations import TRANSLATIONS  # noqa: E402
 
 FREE = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
 

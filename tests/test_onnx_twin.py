@@ -8,9 +8,9 @@ import torch
 from moe_rewrite.errors import EquivalenceError
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx.prove import check_file  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.twin import hold, write_twin  # noqa: E402
-from moe_rewrite.onnx.write import PAGE, raw, write_model  # noqa: E402
+from moe_rewrite.onnx.file.write import PAGE, raw, write_model  # noqa: E402
+from moe_rewrite.onnx.verify.compare_with_torch import check_file  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx.verify.reread import hold, write_twin  # noqa: E402
 
 WEIGHTS = {
     "large": torch.randn(40, 60), "page": torch.randn(PAGE // 4), "small": torch.randn(3, 2),

@@ -4,11 +4,12 @@ import pytest
 import torch
 from kernel_inputs import close, ffn_inputs, gradients
 
-from moe_rewrite.kernels.ffn import cpu, rows
+from moe_rewrite.kernels.cpu_threads import spread
+from moe_rewrite.kernels.ffn import cpu
+from moe_rewrite.kernels.ffn import cpu_plan as rows
 from moe_rewrite.kernels.ffn.op import _ffn, ffn_dense, ffn_experts
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
 from moe_rewrite.kernels.plan.op import sort_plan
-from moe_rewrite.kernels.workers import spread
 
 GATED = ["up", "down", "gate"]
 ALL = ["up", "down", "gate", "up_bias", "gate_bias", "down_bias"]

@@ -7,7 +7,7 @@ from statistics import median
 
 from typer.testing import CliRunner
 
-from moe_rewrite.cli import app
+from moe_rewrite.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,9 +13,9 @@ from reference import added, assert_gradients_equal, copied, randomize, routed, 
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, PatchRouter
-from moe_rewrite.grid import bounds, shares
+from moe_rewrite.ir.patch_grid import bounds, shares
 from moe_rewrite.models.resnet import ResNet
-from moe_rewrite.routing.fit import make_router
+from moe_rewrite.routing.select import make_router
 
 SCALE = LoRAExperts().scale
 

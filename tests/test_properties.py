@@ -105,7 +105,7 @@ def test_experts_of_random_networks_do_what_hooks_do(
 def test_a_prefix_router_looks_back_only_and_passes_over_padding(
     batch, length, padding, cut, top_k, seed
 ):
-    from moe_rewrite.routing.tokens import TokenGate
+    from moe_rewrite.routing.token_gate import TokenGate
 
     torch.manual_seed(seed)
     router = TokenGate(TokenRouter(granularity="prefix", top_k=top_k), 4, torch.device("cpu"))

@@ -9,8 +9,8 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import MoeRewriteError
-from moe_rewrite.alike import same_code
-from moe_rewrite.graphs import signature
+from moe_rewrite.converted.graph_cache import signature
+from moe_rewrite.ir.structural_key import same_code
 
 
 class Shifted(nn.Module):

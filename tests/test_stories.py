@@ -10,7 +10,7 @@ from reference import added, assert_gradients_equal, copied, hooked, randomize
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
-from moe_rewrite.routing import tokens
+from moe_rewrite.routing import token_gate as tokens
 
 CUT = "model.layers.2"  # the last shallow block of split=3
 

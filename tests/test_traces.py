@@ -12,8 +12,9 @@ from torch.fx import graph_module
 
 import moe_rewrite
 from moe_rewrite.errors import CaptureError
-from moe_rewrite.onnx import low_memory_export, trace
-from moe_rewrite.traces import OFTEN, STACKS, tracing
+from moe_rewrite.frontend.trace_memory import OFTEN, STACKS, tracing
+from moe_rewrite.onnx import low_memory_export
+from moe_rewrite.onnx.trace import torch_export as trace
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from moe_rewrite.kernels.workers import spread
+from moe_rewrite.kernels.cpu_threads import spread
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])

@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import is_hf, split_static
-from ..examples import random_arguments
-from ..program import Program
+from ..frontend.capture import is_hf, split_static
+from ..frontend.example_inputs import random_arguments
+from ..ir.program import Program
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def is_causal(program: Program, host: nn.Module, arguments: dict[str, Any]) -> b
     if any(p.is_meta for p in host.parameters()):
         if not is_hf(host):
             return True
-        from ..hf import is_causal_lm
+        from ..frontend.huggingface import is_causal_lm
 
         return is_causal_lm(host) or (program.cut.rows or "").startswith("decoder_")
     try:

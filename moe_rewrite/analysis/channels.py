@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from ..errors import ConversionError
-from ..program import Program, op_name, value
-from .regions import Region
+from ..ir.program import Program, op_name, value
+from .conv_region import Region
 
 SAME = {
     "batch_norm", "layer_norm", "rms_norm", "max_pool2d", "avg_pool2d", "permute", "transpose",

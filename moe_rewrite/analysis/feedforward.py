@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..program import Code, Program, mutated, value
-from .products import Product, find_product, place
-from .rows import RESHAPES, same_sizes
+from ..ir.program import Code, Program, mutated, value
+from .linear_ops import Product, find_product, place
+from .row_dims import RESHAPES, same_sizes
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype, aten.clone.default, aten.contiguous.default, aten._to_copy.default}

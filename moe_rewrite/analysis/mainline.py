@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import SplitError
-from ..program import Program, alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.program import Program, alias_root, module_paths, mutated, op_name, reach, value
 
 # these take only the size or the dtype of their argument
 SHAPE_ONLY = {

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checkpoint
+from ..converted import checkpoint
+from ..converted.model import MoEModel
 from ..errors import ConfigError
-from ..model import MoEModel
 
 MASK = "attention_mask"
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ..converted.model import MoEModel
 from ..errors import ConfigError
-from ..model import MoEModel
-from ..routing.analytic import AnalyticGate
 from ..routing.plan import RoutingPlan
+from ..routing.ridge_gate import AnalyticGate
 from .buffers import Buffer
 from .features import FeatureCache
 from .methods.base import Method

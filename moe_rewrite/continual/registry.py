@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..checkpoint import META
 from ..config import LoRAExperts, TokenRouter
 from ..convert import convert, load
+from ..converted.checkpoint import META
+from ..converted.model import MoEModel
+from ..converted.report import Report
 from ..errors import ConfigError
-from ..model import MoEModel
-from ..report import Report
 from .features import FeatureCache
 from .learner import Learner
 from .methods.adapters import EWC, Adapters, Joint, LwF, OLoRA, Oracle, Replay

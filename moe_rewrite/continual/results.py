@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_figure, write_json
-from ..tables import count, table
+from ..utils.atomic_files import write_figure, write_json
+from ..utils.text_tables import count, table
 from .matrix import ScoreMatrix
 
 

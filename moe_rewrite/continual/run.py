@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..files import replace_file, write_json
+from ..utils.atomic_files import replace_file, write_json
 from .learner import Learner, router_use
 from .methods.base import Method
 from .problem import Problem

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..continual.matrix import ScoreMatrix
-from ..files import write_figure, write_json
-from ..model import MoEModel
+from ..converted.model import MoEModel
+from ..utils.atomic_files import write_figure, write_json
 
 REPLAY = 0.1  # share of each older task kept to train the router with
 

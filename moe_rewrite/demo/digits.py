@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import LoRAExperts, TokenRouter
 from ..convert import convert
-from ..model import MoEModel
+from ..converted.model import MoEModel
 from .comparison import Part, Step, compare, train
 
 DIGIT_TASKS = ((0, 1, 2, 3, 4, 5), (6, 7), (8, 9))

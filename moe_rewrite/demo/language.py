@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..convert import convert
+from ..converted.model import MoEModel
 from ..errors import ConfigError
-from ..model import MoEModel
 from .comparison import Part, Step, compare
 
 LENGTH = 192  # tokens of a language item

@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
-from ..traces import low_memory_export as low_memory_export
+from ..frontend.trace_memory import low_memory_export as low_memory_export
 
 if TYPE_CHECKING:
     import torch
 
-    from ..model import MoEModel
+    from ..converted.model import MoEModel
     from .report import OnnxReport
 
 
@@ -66,7 +66,7 @@ def export_onnx(
     EquivalenceError where the file computes something else.
     """
     require()
-    from ..model import MoEModel
+    from ..converted.model import MoEModel
     from .export import export
 
     if not isinstance(moe, MoEModel):
@@ -80,7 +80,7 @@ def export_onnx(
 def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:
     """See `moe_rewrite.onnx.runtime.load`."""
     require()
-    from .runtime import load
+    from .runtime.generate import load
 
     return load(path, experts, **options)
 
@@ -90,7 +90,7 @@ def export_experts(
 ) -> dict[str, tuple[int, ...]]:
     """See `moe_rewrite.onnx.experts.export_experts`."""
     require()
-    from .experts import export_experts
+    from .runtime.expert_files import export_experts
 
     return export_experts(moe, file, example_inputs)
 
@@ -100,7 +100,7 @@ def export_adapter(
 ) -> None:
     """See `moe_rewrite.onnx.experts.export_adapter`."""
     require()
-    from .experts import export_adapter
+    from .runtime.expert_files import export_adapter
 
     export_adapter(moe, name, file, example_inputs)
 
@@ -110,6 +110,6 @@ def generator(
 ) -> Any:
     """See `moe_rewrite.onnx.runtime.Generator`; a file exported with ``cache=True``."""
     require()
-    from .runtime import Generator
+    from .runtime.generate import Generator
 
     return Generator(path, experts, **options)

@@ -16,15 +16,8 @@ import onnx
 import torch
 
 from ..errors import ConfigError, EquivalenceError
-from .cuda import without_kernel
-from .lowerings.choose import LOWERINGS, Choice, Chosen
-from .metadata import FORMAT
-from .plain import Plain
-from .prove import check_file, prove
-from .report import OnnxReport
-from .translate import Skeleton, translate
-from .twin import hold, write_twin
-from .write import (
+from .file.metadata import FORMAT
+from .file.write import (
     KINDS,
     checked_path,
     digest,
@@ -34,9 +27,16 @@ from .write import (
     set_metadata,
     write_model,
 )
+from .lowerings.choose import LOWERINGS, Choice, Chosen
+from .report import OnnxReport
+from .trace.functional import Plain
+from .translate import Skeleton, translate
+from .verify.compare_with_torch import check_file, prove
+from .verify.cuda_support import without_kernel
+from .verify.reread import hold, write_twin
 
 if TYPE_CHECKING:
-    from ..model import MoEModel
+    from ..converted.model import MoEModel
 
 OPSETS = range(20, 24)
 CASTS = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..tables import count, table
+from ..utils.text_tables import count, table
 
 
 @dataclass(frozen=True)

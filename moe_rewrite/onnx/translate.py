@@ -9,15 +9,15 @@ import onnx_ir as ir
 import torch
 
 from ..errors import CaptureError, ConfigError, MoeRewriteError
-from .halves import settle_halves
-from .joined import joined
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
-from .pieces import pieces
-from .plain import Plain
 from .rewrites import rewrite
-from .trace import one_registry, quiet, root_cause
-from .translations import TRANSLATIONS
+from .rewrites.float16_casts import settle_halves
+from .trace.functional import Plain
+from .trace.link import joined
+from .trace.segment_export import pieces
+from .trace.torch_export import one_registry, quiet, root_cause
+from .trace.translations import TRANSLATIONS
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import Program, value
+from ..ir.program import Program, value
 
 aten = torch.ops.aten
 ASSERTS = {

@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..alike import same_code
-from ..program import Code, Program, alias_root, expression, mutated, routing_plan, value
+from ..ir.program import Code, Program, alias_root, expression, mutated, routing_plan, value
+from ..ir.structural_key import same_code
 from ..routing.plan import Layout, align
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..analysis.blocks import depth_map
-from ..program import Program
+from ..analysis.depth import depth_map
+from ..ir.program import Program
 
 
 def find_depth(program: Program, model: str, split: object = None) -> Program:

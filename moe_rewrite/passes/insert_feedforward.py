@@ -11,12 +11,12 @@ from typing import Any
 from torch import fx
 
 from ..analysis.feedforward import FeedForward, find_feedforward
-from ..analysis.layouts import Layouts
+from ..analysis.infer_layout import Layouts
 from ..config import FFNExperts, RouterSpec
-from ..feedforward.call import FeedForwardCall
-from ..program import FeedForwardSite, Input, Part, Program, Rejection, identifier, value
+from ..experts.ffn.call import FeedForwardCall
+from ..ir.program import FeedForwardSite, Input, Part, Program, Rejection, identifier, value
 from ..routing.plan import Layout, align
-from .route import router_node
+from .insert_router import router_node
 from .split import segments
 
 Use = tuple[FeedForward, Layout]

@@ -12,15 +12,22 @@ import torch
 from torch import fx
 
 from ..analysis.channels import Channels, find_channels
-from ..analysis.regions import Region, find_region, map_size
+from ..analysis.conv_region import Region, find_region, map_size
 from ..config import RegionExperts
 from ..errors import ConversionError
-from ..program import Code, Input, Part, Program, RegionSite, identifier, mutated, value
-from ..regions.call import RegionCall
-from ..regions.code import DRY, device_of, dry_run, isolated_code, weights_of, whole_code
-from ..regions.halo import halo_code
+from ..experts.region.call import RegionCall
+from ..experts.region.halo import halo_code
+from ..experts.region.patch_code import (
+    DRY,
+    device_of,
+    dry_run,
+    isolated_code,
+    weights_of,
+    whole_code,
+)
+from ..ir.program import Code, Input, Part, Program, RegionSite, identifier, mutated, value
 from ..routing.plan import Layout, align
-from .route import router_node
+from .insert_router import router_node
 
 
 def insert_region(program: Program, experts: RegionExperts, num_experts: int, grid: int) -> Program:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.products import Product, find_product
+from ..analysis.linear_ops import Product, find_product
 from ..config import RouterSpec, TokenRouter
-from ..feedforward.call import FeedForwardCall
-from ..kernels import costs
-from ..kernels.costs import CPU, FormName
+from ..experts.ffn.call import FeedForwardCall
+from ..experts.lora.call import LoRACall
+from ..ir.program import FeedForwardSite, Program, RegionSite, Site, value
+from ..kernels import cost_model as costs
+from ..kernels.cost_model import CPU, FormName
 from ..kernels.lora.op import unchecked as lora_linear
 from ..kernels.lora.reference import add_lora_experts
-from ..lora_call import LoRACall
-from ..program import FeedForwardSite, Program, RegionSite, Site, value
 from ..routing.plan import align
 
 ROWS = (1, 64, 512, 4096)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..analysis.rows import mask_of_rows, source_of_rows
-from ..program import Cut, Program, module_paths, value
+from ..analysis.row_dims import mask_of_rows, source_of_rows
+from ..ir.program import Cut, Program, module_paths, value
 
 
 def split(program: Program, at: int | float | str) -> Program:

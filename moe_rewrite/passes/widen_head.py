@@ -12,11 +12,11 @@ import torch
 from torch import fx
 
 from ..analysis.mainline import find_mainline
+from ..ir.program import HeadSite, Input, Program, value
 from ..kernels.head.reference import append_columns
 from ..kernels.lora.reference import add_lora_experts
-from ..program import HeadSite, Input, Program, value
 from ..routing.plan import Layout, align
-from .route import router_node
+from .insert_router import router_node
 from .split import segments
 
 linear = torch.ops.aten.linear.default

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
-from ..grid import shares
+from ..ir.patch_grid import shares
 from ..kernels.plan.op import largest
 from .dispatch import RowGates
 

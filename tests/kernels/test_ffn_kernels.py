@@ -5,12 +5,12 @@ import torch
 from kernel_inputs import close, ffn_inputs, gradients
 from sentinels import guarded
 
-from moe_rewrite.kernels import blocks
+from moe_rewrite.kernels import tile_sizes as blocks
 from moe_rewrite.kernels.ffn import launch
+from moe_rewrite.kernels.ffn.cpu_plan import Gradients
 from moe_rewrite.kernels.ffn.op import ffn_dense, ffn_experts
 from moe_rewrite.kernels.ffn.reference import ACTIVATIONS
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
-from moe_rewrite.kernels.ffn.rows import Gradients
 from moe_rewrite.kernels.plan.op import sort_plan
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -5,8 +5,9 @@ import torch
 from kernel_inputs import close, gradients
 from sentinels import guarded
 
-from moe_rewrite.kernels import blocks
-from moe_rewrite.kernels.lora import launch, products
+from moe_rewrite.kernels import tile_sizes as blocks
+from moe_rewrite.kernels.lora import launch
+from moe_rewrite.kernels.lora import stacked as products
 from moe_rewrite.kernels.lora.op import lora_linear
 from moe_rewrite.kernels.lora.reference import lora_linear as reference
 

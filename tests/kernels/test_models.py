@@ -13,7 +13,7 @@ from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, Tok
 from moe_rewrite.kernels import triton
 from moe_rewrite.kernels.ffn import launch as ffn_launch
 from moe_rewrite.kernels.lora import launch as lora_launch
-from moe_rewrite.kernels.lora import products
+from moe_rewrite.kernels.lora import stacked as products
 from moe_rewrite.kernels.patches import launch as patches_launch
 
 KERNELS = {

@@ -14,7 +14,7 @@ import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, TokenRouter
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
-from moe_rewrite.kernels.lora import products
+from moe_rewrite.kernels.lora import stacked as products
 from moe_rewrite.kernels.lora.op import lora_linear
 from moe_rewrite.kernels.lora.reference import lora_linear as lora_reference
 from moe_rewrite.kernels.plan import reference as plan_reference

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..memory import reused
-from ..workers import spread
-from . import equal
+from ..buffer_reuse import reused
+from ..cpu_threads import spread
+from . import cpu_padded as equal
 from .activations import activate, activation_backward
-from .rows import Batch, Gradients, Maps, Rows, Weights, combine, dot
+from .cpu_plan import Batch, Gradients, Maps, Rows, Weights, combine, dot
 
 
 def forward(

@@ -10,8 +10,8 @@ first: an H100 takes twice the time for rows that lie apart. Offsets are int64.
 import triton
 import triton.language as tl
 
-from ..products import dot, product
-from ..products import place as grid_place
+from ..tl_matmul import dot, product
+from ..tl_matmul import place as grid_place
 from .epilogues import act, act_slope
 
 

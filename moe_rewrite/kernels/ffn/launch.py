@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import blocks
-from ..blocks import Blocks, aligned
+from .. import tile_sizes as blocks
+from ..tile_sizes import Blocks, aligned
 from ..triton import ceil_div, power_of_two, precision
 from . import kernel
-from .rows import Gradients
+from .cpu_plan import Gradients
 
 ROWS = 2  # that a program of combine and spread moves
 GROUP = 8  # tiles that go through a weight's columns together

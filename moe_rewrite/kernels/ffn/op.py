@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..memory import reused
+from ..buffer_reuse import reused
 from ..plan.op import Plan, dense_plan
 from ..triton import runs_on
 from .cpu import backward, forward
+from .cpu_plan import Gradients, Rows, Weights
 from .reference import ACTIVATIONS, Stack
-from .rows import Gradients, Rows, Weights
 
 __all__ = ["ffn_dense", "ffn_experts"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..outputs import changeable, empty_gradients
+from ..autograd_outputs import changeable, empty_gradients
 from ..plan.op import Plan
-from .products import Needs
 from .reference import Stack
+from .stacked import Needs
 
 __all__ = ["lora_grouped"]
 

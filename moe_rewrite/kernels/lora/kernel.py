@@ -6,7 +6,7 @@ T rows, C what is summed over, N columns, R the ranks of all experts.
 import triton
 import triton.language as tl
 
-from ..products import dot, place, product
+from ..tl_matmul import dot, place, product
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import blocks
+from .. import tile_sizes as blocks
 from ..triton import ceil_div, precision
 from . import kernel
 

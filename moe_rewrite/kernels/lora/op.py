@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..outputs import changeable, empty_gradients
+from ..autograd_outputs import changeable, empty_gradients
 from . import reference
-from .products import Needs, backward, forward
 from .reference import Stack
+from .stacked import Needs, backward, forward
 
 __all__ = ["lora_linear"]
 

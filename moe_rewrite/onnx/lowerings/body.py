@@ -8,8 +8,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ...feedforward.call import FeedForwardCall, Weights
-from ..trace import onnx_program
+from ...experts.ffn.call import FeedForwardCall, Weights
+from ..trace.torch_export import onnx_program
 
 
 class _Body(nn.Module):

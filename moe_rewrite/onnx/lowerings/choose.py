@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..feedforward import Routing, TracedFeedForward
+from ..trace.ffn_placeholder import Routing, TracedFeedForward
 from .contrib import misfit
 
 LOWERINGS = ("auto", "dense", "sparse", "contrib")

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ...errors import ConfigError
-from ..feedforward import Routing, TracedFeedForward
+from ..trace.ffn_placeholder import Routing, TracedFeedForward
 from .builder import Builder
 from .site import Site
 

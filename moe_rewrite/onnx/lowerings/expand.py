@@ -8,10 +8,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from ...alike import same_code
 from ...errors import CaptureError
-from ...feedforward.call import Weights, matrix
-from ..feedforward import DOMAIN, OPERATOR, TracedFeedForward
+from ...experts.ffn.call import Weights, matrix
+from ...ir.structural_key import same_code
+from ..trace.ffn_placeholder import DOMAIN, OPERATOR, TracedFeedForward
 from .body import body_graph
 from .builder import Builder
 from .choose import Chosen

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from ..feedforward import TracedFeedForward
+from ..trace.ffn_placeholder import TracedFeedForward
 
 
 @dataclass(frozen=True)

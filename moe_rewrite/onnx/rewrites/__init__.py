@@ -7,10 +7,10 @@ from collections.abc import Container
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .low_rank import join_first_products, join_second_products
-from .reshapes import drop_reshapes
-from .roots import divide_by_roots
-from .signs import fold_signs
+from .lora_matmul import join_first_products, join_second_products
+from .noop_reshape import drop_reshapes
+from .rms_norm import divide_by_roots
+from .rotary import fold_signs
 
 
 def rewrite(model: ir.Model, experts: Container[str]) -> None:

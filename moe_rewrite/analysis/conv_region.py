@@ -1,0 +1,180 @@
+"""Find a convolutional region: one feature map in, one out, and every operation between them
+works on a window of positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..errors import ConversionError
+from ..ir.program import (
+    Program,
+    alias_root,
+    module_paths,
+    mutated,
+    op_name,
+    reach,
+    routing_plan,
+    value,
+)
+from .spatial import NCHW, Place, Places, follow
+
+
+@dataclass(frozen=True)
+class Region:
+    """nodes: in graph order, the exit last; with those that prepare weights. places: of the nodes
+    that hold feature maps, the entry's too. ends: why it goes no further."""
+
+    name: str
+    entry: fx.Node
+    exit: fx.Node
+    nodes: tuple[fx.Node, ...]
+    places: dict[fx.Node, Place]
+    ends: str
+
+    def maps(self) -> list[fx.Node]:
+        return [n for n in self.nodes if n in self.places]
+
+
+def map_size(node: fx.Node) -> tuple[int, int]:
+    """(height, width) of an NCHW feature map."""
+    height, width = value(node).shape[2:]
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ConversionError(f"{node.name}: the map's size is not fixed: ({height}, {width})")
+    return height, width
+
+
+def find_region(program: Program, names: tuple[str, ...]) -> Region:
+    """The region of the named modules, or from the cut as far as it goes.
+
+    Writes in place inside it become plain operations: the graph is edited, its values are not.
+    Raises ConversionError, saying what stands against it.
+    """
+    assert program.cut is not None and program.depth is not None
+    cut = program.node(program.cut.node)
+    if value(cut).ndim != 4:
+        shape = "x".join(str(s) for s in value(cut).shape)
+        raise ConversionError(
+            f"RegionExperts: the cut carries {shape}, not a feature map (batch, channels, height, "
+            "width): split at a convolutional stage"
+        )
+    deep = [n for n in program.graph.nodes if n.target is not routing_plan]
+    _write_nowhere(program, follow(deep, cut))
+    places = follow(deep, cut)
+    if names:
+        return _named(program, names, places)
+    points = [program.node(name) for _, name in program.depth.points]
+    exits = [n for n in points if n in places and n is not cut and places[n] == NCHW]
+    reasons = [r for r in places.values() if isinstance(r, str)]
+    for exit_ in reversed(exits):
+        try:
+            return _region(program, program.cut.label, cut, exit_, reasons[0] if reasons else "")
+        except ConversionError as error:
+            reasons.insert(0, str(error))
+    raise ConversionError(
+        f"RegionExperts: no region starts at the cut ({program.cut.label}): "
+        f"{reasons[0] if reasons else 'no cut point follows it'}. Split earlier or name a region"
+    )
+
+
+def _named(program: Program, names: tuple[str, ...], places: Places) -> Region:
+    def inside(node: fx.Node, name: str) -> bool:
+        return any(p == name or p.startswith(name + ".") for p, _ in module_paths(node))
+
+    assert program.cut is not None
+    cut = program.node(program.cut.node)
+    deep = set(places) - {cut}
+    for name in names:
+        if not any(inside(n, name) for n in deep):
+            raise ConversionError(
+                f"region={name!r}: no module of this name works on the features behind the cut "
+                f"({program.cut.label})"
+            )
+    seeds = {n for n in deep if any(inside(n, name) for name in names)}
+    after = {m for n in seeds for m in reach(n, lambda n: n.users)}
+    before = {m for n in seeds for m in reach(n, lambda n: n.all_input_nodes)}
+    nodes = after & before & deep
+    label = ", ".join(names)
+    entries = {s for n in nodes for s in n.all_input_nodes if s in places and s not in nodes}
+    exits = {n for n in nodes if any(u not in nodes for u in n.users)}
+    for word, found in (("entry", entries), ("exit", exits)):
+        if len(found) != 1:
+            listed = ", ".join(sorted(n.name for n in found))
+            raise ConversionError(
+                f"region={label!r}: expected one {word}, found {len(found)} ({listed}): name "
+                "modules with a single feature map in and a single one out"
+            )
+    return _region(program, label, entries.pop(), exits.pop(), "")
+
+
+def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: str) -> Region:
+    """Raises ConversionError unless all between entry and exit keeps positions."""
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    between = reach(entry, lambda n: n.users) & reach(exit_, lambda n: n.all_input_nodes)
+    between.discard(entry)
+    if value(entry).ndim != 4:
+        raise ConversionError(f"region {name!r} starts at {entry.name}, which is no feature map")
+    places = follow(sorted(between, key=order.__getitem__), entry)
+    lost = [r for r in places.values() if isinstance(r, str)]
+    if lost:
+        raise ConversionError(f"region {name!r}: {lost[0]}, which a region cannot hold")
+    if places[exit_] != NCHW:
+        raise ConversionError(f"region {name!r} ends at {exit_.name}, whose dimensions were moved")
+    for node in between - {exit_}:
+        outside = [u for u in node.users if u not in between]
+        if outside:
+            raise ConversionError(
+                f"region {name!r}: {outside[0].name} reads {node.name} inside it: expected one exit"
+            )
+    nodes = between | _weights_side(program, name, between, entry)
+    kept = {n: p for n, p in places.items() if isinstance(p, Place)}
+    return Region(name, entry, exit_, tuple(sorted(nodes, key=order.__getitem__)), kept, ends)
+
+
+def _weights_side(
+    program: Program, name: str, between: set[fx.Node], entry: fx.Node
+) -> set[fx.Node]:
+    """The nodes that compute what the region reads from weights alone."""
+    found: set[fx.Node] = set()
+    stack = [s for n in between for s in n.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node in between or node in found or node is entry:
+            continue
+        if node.op == "placeholder":
+            if program.inputs[node.name].kind not in ("weight", "buffer", "constant"):
+                raise ConversionError(
+                    f"region {name!r} reads {node.name} besides {entry.name}: expected one entry"
+                )
+            continue
+        if node.op != "call_function":
+            raise ConversionError(f"region {name!r} reads {node.name} ({node.op})")
+        found.add(node)
+        stack.extend(node.all_input_nodes)
+    return found
+
+
+def _write_nowhere(program: Program, places: Places) -> None:
+    """Turn in-place operations on the followed maps into plain ones.
+
+    Every later reader of what was written reads the result instead, which is what it saw before.
+    """
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    for node in [n for n, p in places.items() if isinstance(p, Place)]:
+        name = op_name(node)
+        written = mutated(node)
+        if not written or not name.endswith("_"):
+            continue
+        target = written[0]
+        if alias_root(target) is not target or target.op == "placeholder":
+            continue  # a view: the node keeps its place, and the region is refused by its users
+        packet = getattr(torch.ops.aten, name[:-1], None)
+        overload = str(node.target).rpartition(".")[2]
+        if packet is None or overload not in packet.overloads():
+            continue
+        node.target = getattr(packet, overload)
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)

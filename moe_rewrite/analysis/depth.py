@@ -1,0 +1,301 @@
+"""The blocks of a graph: stretches between cut points that a user would call a layer.
+
+They are the numbered modules (``layers.3``) that cut points separate, else repeated stretches,
+else single stretches that hold weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from ..ir.depth_map import Block, DepthMap
+from ..ir.program import Program, module_paths, value
+from .flops import Sizes, hint, numel
+from .mainline import Mainline, find_mainline
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A named stretch of the graph, from its first node to its exit, by position."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass
+class _Module:
+    """A module on the mainline (one call of it) with the graph positions that it spans."""
+
+    path: str
+    kind: str
+    first: int
+    last: int
+    composite: bool = False  # holds other modules
+    weighted: bool = False  # holds a weight of two dimensions or more: not a norm alone
+    call: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}@{self.call}" if self.call else self.path
+
+    @property
+    def plain(self) -> bool:
+        return not self.composite and self.kind.startswith("torch.nn.")
+
+    def inside(self, path: str) -> bool:
+        return self.path.startswith(path + ".")
+
+
+def depth_map(program: Program, model: str, split: object = None) -> DepthMap:
+    """The depth map of a captured program.
+
+    split: where the user wants to cut; a dotted name chooses the mainline in models that have
+    several (an encoder and a decoder). Without one, the whole model is shown where it has at least
+    two blocks, else the stack with the most.
+    """
+    line = find_mainline(program, model)
+    whole = _map(program, line, model, None)
+    stacks = line.stacks()
+    if isinstance(split, str) and split != "auto":
+        named = [s for s in stacks if split == s or split.startswith(s + ".")]
+        if not named or _separates(whole, split):
+            return whole
+        return _map(program, line, model, named[0])
+    if len(whole) > 1 or not stacks:
+        return whole
+    maps = [whole, *(_map(program, line, model, s) for s in stacks)]
+    return max(maps, key=len)
+
+
+def _separates(depth: DepthMap, name: str) -> bool:
+    """Whether a cut point lies between the named module and its preceding sibling."""
+    start = depth.starts.get(name)
+    if start is None:
+        return False
+    parent, _, last = name.rpartition(".")
+    sibling = f"{parent}.{int(last) - 1}" if last.isdigit() and int(last) > 0 else ""
+    low = depth.starts.get(sibling, -1)
+    return any(low < at < start for at, _ in depth.points)
+
+
+def _map(program: Program, line: Mainline, model: str, stack: str | None) -> DepthMap:
+    nodes = list(program.graph.nodes)
+    points = line.cut_points(stack)
+    places = [at for at, _ in points]
+    modules = _modules(line, program)
+    spans = (
+        _numbered(modules, places, stack)
+        or _repeated(nodes, places, program)
+        or _single(nodes, places, program)
+    )
+    starts: dict[str, int] = {}
+    for module in modules:
+        starts[module.name] = min(module.first, starts.get(module.name, module.first))
+    return _measure(program, line, spans, points, starts, model, stack)
+
+
+def _modules(line: Mainline, program: Program) -> list[_Module]:
+    """Every call of every module on the mainline."""
+    found: dict[str, _Module] = {}
+    nodes: dict[str, list[int]] = {}
+    uses: dict[str, dict[str, list[int]]] = {}  # module -> weight -> where it is used
+    for node, at in line.positions.items():
+        paths = module_paths(node)
+        weights = _weights([node], program)
+        for depth, (path, kind) in enumerate(paths):
+            module = found.setdefault(path, _Module(path, kind, at, at))
+            module.last = max(module.last, at)
+            module.composite |= depth + 1 < len(paths)
+            module.weighted |= any(value(w).ndim > 1 for w in weights)
+            nodes.setdefault(path, []).append(at)
+            for weight in weights:
+                uses.setdefault(path, {}).setdefault(weight.name, []).append(at)
+    calls: list[_Module] = []
+    for path, module in found.items():
+        calls.extend(_calls(module, nodes[path], list(uses.get(path, {}).values())))
+    return calls
+
+
+def _calls(module: _Module, nodes: list[int], uses: list[list[int]]) -> list[_Module]:
+    """One entry a call of a module that runs several times: every weight is used as often."""
+    times = len(uses[0]) if uses else 1
+    if times == 1 or any(len(u) != times for u in uses):
+        return [module]
+    starts = [min(u[i] for u in uses) for i in range(times)]
+    ends = [max(u[i] for u in uses) for i in range(times)]
+    if any(end >= start for end, start in zip(ends, starts[1:], strict=False)):
+        return [module]  # uses interleave: one call that applies its weights several times
+    calls = []
+    for i, start in enumerate(starts):
+        following = starts[i + 1] if i + 1 < times else module.last + 1
+        last = max(at for at in nodes if at < following)
+        calls.append(replace(module, first=start if i else module.first, last=last, call=i))
+    return calls
+
+
+def _numbered(modules: list[_Module], points: list[int], stack: str | None) -> list[_Span]:
+    """The numbered modules that cut points separate."""
+    numbered = [
+        m for m in modules
+        if m.path.rpartition(".")[2].isdigit() and m.weighted
+        and (stack is None or m.inside(stack))
+    ]  # fmt: skip
+    if any(m.composite for m in numbered):  # beside such, a plain layer is no block of its own
+        numbered = [m for m in numbered if not m.plain]
+    paths = {m.path for m in numbered}
+    outermost = [m for m in numbered if not any(m.inside(p) for p in paths)]
+    chosen = [leaf for m in outermost for leaf in _descend(m, numbered, points)]
+    chosen.sort(key=lambda m: m.first)
+    return _separate(chosen, points)
+
+
+def _descend(module: _Module, numbered: list[_Module], points: list[int]) -> list[_Module]:
+    """A stage (``stages.1``) gives way to its layers where they are blocks of one kind."""
+    inner = [
+        m for m in numbered
+        if m.inside(module.path) and module.first <= m.first and m.last <= module.last
+    ]  # fmt: skip
+    paths = {m.path for m in inner}
+    inner = [m for m in inner if not any(m.inside(p) for p in paths)]
+    alike = len({m.kind for m in inner}) == 1 and all(m.composite for m in inner)
+    inner.sort(key=lambda m: m.first)
+    if inner and alike and len(_separate(inner, points)) == len(inner):
+        return [leaf for m in inner for leaf in _descend(m, numbered, points)]
+    return [module]
+
+
+def _separate(modules: list[_Module], points: list[int]) -> list[_Span]:
+    """End each module at a cut point behind it; merge those without one between.
+
+    What lies between two modules (a downsampling, say) opens the second one's block; behind a
+    plain layer (a convolution and its norm and activation) it closes the first one's.
+    """
+    if not modules:
+        return []
+    spans: list[_Span] = []
+    start: _Module | None = None
+    for module, following in zip(modules, [*modules[1:], None], strict=True):
+        start = start or module
+        if following is None:
+            exits = [p for p in points if p >= module.last]
+        else:
+            exits = [p for p in points if module.last <= p < following.first]
+        if exits:
+            name = start.name if start is module else f"{start.name}..{module.name}"
+            exit_ = exits[-1] if module.plain and following else exits[0]
+            spans.append(_Span(name, start.first, exit_))
+            start = None
+    return spans
+
+
+Stretch = tuple[tuple[object, ...], int, int]  # (what it computes, first, last)
+
+
+def _stretches(nodes: Sequence[fx.Node], points: list[int]) -> list[Stretch]:
+    """The stretches between neighbouring cut points, by operations and shapes.
+
+    Sizes are compared at the example's values: symbolic ones carry names that differ.
+    """
+    stretches: list[Stretch] = []
+    for low, high in zip([-1, *points], points, strict=False):
+        ops: list[object] = []
+        for node in nodes[low + 1 : high + 1]:
+            if node.op == "call_function" and isinstance(value(node), torch.Tensor):
+                ops.append((node.target, tuple(hint(s) for s in value(node).shape)))
+        stretches.append((tuple(ops), low + 1, high))
+    return stretches
+
+
+def _repeated(nodes: Sequence[fx.Node], points: list[int], program: Program) -> list[_Span]:
+    """The longest run of equal stretches, for models whose blocks have no numbered names."""
+    stretches = _stretches(nodes, points)
+    hashes = [h for h, _, _ in stretches]
+    best = (0, 0, 0, 0)  # (stretches covered, -period, start, repeats)
+    for period in range(1, len(hashes) // 2 + 1):
+        start = 0
+        while start + 2 * period <= len(hashes):
+            unit, repeats = hashes[start : start + period], 1
+            while hashes[start + repeats * period : start + (repeats + 1) * period] == unit:
+                repeats += 1
+            if repeats > 1:
+                best = max(best, (repeats * period, -period, start, repeats))
+            start += max(1, (repeats - 1) * period) if repeats > 1 else 1
+    _, negative, start, repeats = best
+    spans = []
+    for i in range(repeats):
+        unit_ = stretches[start - i * negative : start - (i + 1) * negative]
+        spans.append(_Span(f"block{i}", unit_[0][1], unit_[-1][2]))
+    weighted = all(_weights(nodes[s.first : s.last + 1], program) for s in spans)
+    return spans if weighted else []
+
+
+def _single(nodes: Sequence[fx.Node], points: list[int], program: Program) -> list[_Span]:
+    """Every stretch that holds weights; one without joins the stretch before it."""
+    spans: list[_Span] = []
+    for low, high in zip([-1, *points], points, strict=False):
+        stretch = nodes[low + 1 : high + 1]
+        if not _weights(stretch, program):
+            if spans:
+                spans[-1] = replace(spans[-1], last=high)
+            continue
+        paths = [p[-1][0] for n in stretch if n.op == "call_function" and (p := module_paths(n))]
+        name = paths[-1] if paths else f"block{len(spans)}"
+        used = {s.name for s in spans}
+        name = name if name not in used else f"{name}#{len(spans)}"
+        spans.append(_Span(name, low + 1, high))
+    return spans
+
+
+def _weights(nodes: Sequence[fx.Node], program: Program) -> list[fx.Node]:
+    """The weights that these nodes read, themselves or transposed or cast."""
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
+            if source.op == "placeholder" and program.inputs[source.name].kind == "weight":
+                found[source] = None
+    return list(found)
+
+
+def _measure(
+    program: Program,
+    line: Mainline,
+    spans: list[_Span],
+    points: list[tuple[int, fx.Node]],
+    starts: dict[str, int],
+    model: str,
+    stack: str | None,
+) -> DepthMap:
+    """Blocks with sizes, parameters and FLOPs; a weight counts where it is used first."""
+    nodes, sizes = list(program.graph.nodes), Sizes(program)
+    counted: set[fx.Node] = set()
+
+    def block(name: str, first: int, last: int, node: fx.Node) -> Block:
+        stretch = nodes[first : last + 1]
+        fresh = [w for w in _weights(stretch, program) if w not in counted]
+        counted.update(fresh)
+        params = sum(numel(value(w)) for w in fresh)
+        shape = tuple(map(sizes.word, value(node).shape))
+        return Block(name, node.name, shape, params, sizes.flops(stretch), first, last)
+
+    lengths = tuple(sizes.lengths.items())
+    named = tuple((at, node.name) for at, node in points)
+    end = len(nodes) - 1
+    if not spans:
+        whole = block(model, 0, end, line.sink)
+        return DepthMap(model, whole, (), None, named, starts, stack, line.source(), lengths)
+    before = [at for at, _ in points if at < spans[0].first]
+    stem = block("stem", 0, before[-1], nodes[before[-1]]) if before else None
+    blocks, low = [], before[-1] + 1 if before else 0
+    for span in spans:
+        blocks.append(block(span.name, low, span.last, nodes[span.last]))
+        low = span.last + 1
+    head = block("head", low, end, line.sink) if line.positions[line.sink] >= low else None
+    made = (model, stem, tuple(blocks), head, named, starts, stack, line.source(), lengths)
+    return DepthMap(*made)

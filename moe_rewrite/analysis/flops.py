@@ -1,0 +1,89 @@
+"""Sizes in words, and the FLOPs of nodes on one sample."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..ir.program import Program, expression, op_name, value
+
+if TYPE_CHECKING:
+    import sympy
+
+
+def hint(size: Any) -> int:
+    """A size at the example's values."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def numel(tensor: torch.Tensor) -> int:
+    return math.prod(hint(s) for s in tensor.shape)
+
+
+class Sizes:
+    """The open sizes of a program's call. words: what each is called, ``batch`` and ``sequence``
+    first. lengths: at which value of those that are not the batch FLOPs are counted."""
+
+    def __init__(self, program: Program) -> None:
+        from sympy import Integer, Symbol
+
+        self.words: dict[sympy.Symbol, str] = {}
+        self.lengths: dict[str, int] = {}
+        self._batch = 1  # where it is not open, the number of samples that every size is of
+        self._known: dict[sympy.Expr, int] = {}
+        self._at: dict[sympy.Symbol, sympy.Integer] = {}
+        for leaf in program.leaves():
+            for dim, size in enumerate(value(leaf).shape):
+                symbol = expression(size)
+                if dim == 0:
+                    self._batch = size if isinstance(size, int) else 1
+                if not isinstance(symbol, Symbol) or symbol in self.words:
+                    continue
+                word = {0: "batch", 1: "sequence"}.get(dim, "")
+                if not word or word in self.words.values():
+                    word = f"{leaf.name}_{dim}"
+                self.words[symbol] = word
+                self._at[symbol] = Integer(hint(size) if dim else 1)
+                if dim:
+                    self.lengths[word] = hint(size)
+        self._called = {symbol: Symbol(word) for symbol, word in self.words.items()}
+
+    def word(self, size: Any) -> str:
+        return str(size if isinstance(size, int) else expression(size).xreplace(self._called))
+
+    def of_sample(self, size: Any) -> int:
+        """A size when there is one sample; one that depends on values counts as 1."""
+        if isinstance(size, int):
+            return size
+        symbolic = expression(size)
+        if symbolic not in self._known:
+            made = symbolic.xreplace(self._at)
+            self._known[symbolic] = int(made) if made.is_number else 1
+        return self._known[symbolic]
+
+    def flops(self, nodes: list[fx.Node]) -> int:
+        """Two per multiply-add of the products in these nodes, on one sample; other operations
+        count as nothing."""
+        return sum(map(self._flops, nodes)) // max(self._batch, 1)
+
+    def _flops(self, node: fx.Node) -> int:
+        if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
+            return 0
+
+        def numel(tensor: torch.Tensor) -> int:
+            return math.prod(map(self.of_sample, tensor.shape))
+
+        name, out = op_name(node), numel(value(node))
+        operands = [value(n) for n in node.args if isinstance(n, fx.Node)]
+        if name in ("linear", "matmul", "mm", "bmm"):
+            return 2 * out * self.of_sample(operands[0].shape[-1])
+        if name in ("addmm", "baddbmm"):
+            return 2 * out * self.of_sample(operands[1].shape[-1])
+        if name in ("conv1d", "conv2d", "conv3d", "convolution"):
+            return 2 * out * math.prod(map(self.of_sample, operands[1].shape[1:]))
+        if name == "scaled_dot_product_attention":
+            return 2 * self.of_sample(operands[1].shape[-2]) * (numel(operands[0]) + out)
+        return 0

@@ -1,0 +1,82 @@
+"""Rows by their symbolic sizes: which rows a value has, and where they came from.
+
+Sizes are compared by expression: no guard is added, and nothing is assumed of the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.program import Program, expression, reach, value
+
+aten = torch.ops.aten
+RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
+ROW_PRESERVING = {
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.layer_norm.default,
+    aten.rms_norm.default, aten.dropout.default, aten.contiguous.default, aten.clone.default,
+    aten.to.dtype, aten.softmax.int, aten._unsafe_view.default,
+}  # fmt: skip
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(
+        expression(x) == expression(y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def lead_of(features: Sequence[Any]) -> tuple[Any, ...]:
+    """The row dimensions of a value at the cut: (batch, length), or (batch,) of a feature map."""
+    return tuple(features[:-1]) if len(features) < 4 else tuple(features[:1])
+
+
+def source_of_rows(program: Program, node: fx.Node) -> str | None:
+    """The user's input whose positions are this value's rows, such as ``input_ids``."""
+    lead = lead_of(value(node).shape)
+    if len(lead) < 2:
+        return None
+    upstream = reach(node, lambda n: n.all_input_nodes)
+    for leaf in program.leaves():
+        known = leaf in upstream and "mask" not in leaf.name
+        if known and same_sizes(value(leaf).shape[:2], lead):
+            return leaf.name
+    return None
+
+
+def mask_of_rows(program: Program, source: str | None) -> str | None:
+    """The user's input that says which of these rows count, by Hugging Face's names."""
+    wanted = "decoder_attention_mask" if (source or "").startswith("decoder_") else "attention_mask"
+    names = {leaf.name for leaf in program.leaves()}
+    return wanted if source is not None and wanted in names else None
+
+
+def flattened_from(node: fx.Node) -> fx.Node | None:
+    """The value whose two leading dimensions were merged into this one's rows, order kept."""
+    while node.op == "call_function":
+        if node.target in RESHAPES:
+            node = _argument(node)
+            if value(node).ndim > 2:
+                return node
+            continue
+        tags = getattr(node.target, "tags", ())
+        if node.target not in ROW_PRESERVING and torch.Tag.pointwise not in tags:
+            return None
+        rows = value(node).shape[:1]
+        sources = [
+            n for n in node.all_input_nodes
+            if isinstance(value(n), torch.Tensor) and value(n).ndim == value(node).ndim
+            and n.op != "placeholder" and same_sizes(value(n).shape[:1], rows)
+        ]  # fmt: skip
+        if not sources:
+            return None
+        node = sources[0]
+    return None
+
+
+def _argument(node: fx.Node) -> fx.Node:
+    given = node.args[0]
+    assert isinstance(given, fx.Node)
+    return given

@@ -1,0 +1,213 @@
+"""``moe-rewrite learn`` and ``compare``: methods of learning over a stream of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from ..errors import ConfigError
+
+Model = Annotated[
+    str, typer.Option(help="Hugging Face folder, hub name, or package.module:factory")
+]
+Tasks = Annotated[
+    list[Path],
+    typer.Option(help="Folders of tasks: prompt/answer records, TRACE, MNIST or CIFAR-10 files"),
+]
+More = Annotated[list[Path] | None, typer.Argument(help="Further folders of tasks", hidden=True)]
+Split = Annotated[str, typer.Option(help="Where the deep segment starts, as convert takes it")]
+Epochs = Annotated[
+    int | None, typer.Option(help="Of every task; default: TRACE's own for its tasks, 3 for others")
+]
+MaxSamples = Annotated[int | None, typer.Option(help="Items of each part of a task at most")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of checkpoints, tables and pictures; goes on from there")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file")]
+ScoreName = Annotated[
+    str,
+    typer.Option(help="accuracy (of answer tokens, or images), loss (minus it) or task (TRACE's)"),
+]
+Rank = Annotated[int, typer.Option(help="Rank of experts and adapters")]
+Alpha = Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")]
+Rate = Annotated[float, typer.Option("--lr", help="Learning rate of experts and adapters")]
+BatchSize = Annotated[int | None, typer.Option(help="Items a step; default 8 texts or 32 images")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of an item at most")]
+Replay = Annotated[float, typer.Option(help="Share of older items kept by methods that replay")]
+Granularity = Annotated[str | None, typer.Option(help="Router: token, prefix or sequence")]
+TopK = Annotated[int | None, typer.Option(help="Experts kept per row; default all")]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        help="What the model can do already: a task's or images' folder; default: its own text"
+    ),
+]
+Mean = Annotated[str, typer.Option(help="Subtracted from each channel of images, with commas")]
+Std = Annotated[str, typer.Option(help="Each channel of images is divided by, with commas")]
+PerTask = Annotated[int, typer.Option(help="Classes of a task of an image stream")]
+Cache = Annotated[bool, typer.Option(help="Keep features at the cut (pmoe): in --out, or memory")]
+Precision = Annotated[str, typer.Option(help="no, bf16 or fp16")]
+Patience = Annotated[
+    int | None, typer.Option(help="Stop a task after so many epochs without a lower eval loss")
+]
+
+
+def _run(
+    methods: list[str], *, model: Model, tasks: Tasks, more: More = None, split: Split = "auto",
+    epochs: Epochs = None, max_samples: MaxSamples = None, seed: Seed = 0, out: Out = None,
+    json_file: Json = None, score: ScoreName = "accuracy", rank: Rank = 8, alpha: Alpha = 16.0,
+    lr: Rate = 3e-3, batch_size: BatchSize = None, max_length: MaxLength = 512,
+    replay: Replay = 0.2, granularity: Granularity = None, top_k: TopK = None, base: Base = None,
+    per_task: PerTask = 2, mean: Mean = "0", std: Std = "1", cache: Cache = False,
+    mixed_precision: Precision = "no", patience: Patience = None,
+) -> None:  # fmt: skip
+    from ..continual.registry import METHODS, Setup
+    from ..continual.results import comparison_table, matrix_table, write_results
+    from ..continual.run import run
+    from ..continual.training import Training
+    from .loading import load_model, parse_split
+
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise ConfigError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
+    training = Training(
+        epochs=3 if epochs is None else epochs,
+        lr=lr,
+        patience=patience,
+        seed=seed,
+        mixed_precision=cast(Any, mixed_precision),
+    )
+    dense = load_model(model)
+    folders = [*tasks, *(more or [])]
+    text = hasattr(dense, "generate")
+    size = batch_size or (8 if text else 32)
+    if text:
+        problem, stream, own = _text(
+            model, dense, folders, base, max_samples, epochs, max_length, size, seed
+        )
+    else:
+        problem, stream, own = _images(dense, folders, base, max_samples, per_task, size, mean, std)
+    training = replace(training, batch_size=size)
+    results = {}
+    for method in methods:
+        folder = None if out is None else out / method
+        kept: str | bool = cache and (str(out / "features") if out is not None else True)
+        setup = Setup(
+            parse_split(split), rank, alpha, granularity, top_k, replay, training=training,
+            cache=kept,
+        )  # fmt: skip
+        results[method] = run(method, dense, problem, stream, setup, own, score, folder)
+        typer.echo(matrix_table(method, results[method]))
+        if out is not None or json_file is not None:
+            write_results(results, out, json_file)
+    typer.echo(comparison_table(results))
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, typer being told of `_run`'s options behind the command's own."""
+    own, shared = (signature(f, eval_str=True).parameters.values() for f in (command, _run))
+    kept = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    kept += [p for p in shared if p.name != "methods"]
+    told: Any = command
+    told.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept])
+    return command
+
+
+@_with_options
+def learn(
+    method: Annotated[
+        str, typer.Option(help="pmoe, pmoe-gradient or a rival; see compare")
+    ] = "pmoe",
+    **options: Any,
+) -> None:
+    """Teach a model a stream of tasks, and see what it learns and what it keeps.
+
+    Example: moe-rewrite learn --model ./my-llama --tasks ./TRACE --split 16 --out ./run
+    """
+    _run([method], **options)
+
+
+@_with_options
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="With commas: pmoe, pmoe-gradient, full, lora, replay, ewc, lwf, olora, ranpac, "
+            "oracle, joint"
+        ),
+    ] = "pmoe,pmoe-gradient,lora,replay,oracle",
+    **options: Any,
+) -> None:
+    """Run several methods over the same stream, side by side.
+
+    Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
+    """
+    _run(methods.split(","), **options)
+
+
+def _text(
+    model: str, dense: Any, folders: list[Path], base: Path | None, max_samples: int | None,
+    epochs: int | None, max_length: int, batch_size: int, seed: int,
+) -> tuple[Any, list, Any]:  # fmt: skip
+    from transformers import AutoTokenizer
+
+    from ..continual.tasks import read_stream
+    from ..continual.text import TextProblem
+
+    stream = read_stream(folders, max_samples, epochs)
+    longest = getattr(dense.config, "max_position_embeddings", None) or max_length
+    problem = TextProblem(
+        AutoTokenizer.from_pretrained(model), min(max_length, longest), batch_size
+    )
+    if base is not None:
+        return problem, stream, replace(read_stream([base], max_samples)[0], epochs=None)
+    count = min(300, max_samples or 300)
+    return problem, stream, problem.own_task(dense, count, min(64, count), seed)
+
+
+def _images(
+    dense: Any, folders: list[Path], base: Path | None, max_samples: int | None, per_task: int,
+    batch_size: int, mean: str, std: str,
+) -> tuple[Any, list, Any]:  # fmt: skip
+    import inspect
+
+    from ..continual.images import ImageProblem, fit_images, items_of, read_images, split_classes
+    from ..continual.tasks import Task
+    from ..frontend.example_inputs import as_arguments
+    from .loading import parse_numbers
+
+    name, leaf = next(iter(as_arguments(dense, None).items()))
+    if leaf.ndim != 4:
+        takes = ", ".join(inspect.signature(dense.forward).parameters)
+        raise ConfigError(f"the model takes {takes}: expected a language model or one of images")
+    shape, scale = tuple(leaf.shape[1:]), (parse_numbers(mean), parse_numbers(std))
+    columns = int(_logits(dense, leaf).shape[-1])
+    stream: list[Task] = []
+    first = columns
+    for folder in folders:
+        train, test = (
+            fit_images(i.limited(max_samples), shape, *scale) for i in read_images(folder)
+        )
+        made = split_classes(train, test, per_task, first, folder.name, max_samples)
+        stream += made
+        first += per_task * len(made)
+    own = None
+    if base is not None:
+        train, test = (fit_images(i.limited(max_samples), shape, *scale) for i in read_images(base))
+        same = {c: c for c in range(columns)}
+        own = Task("base", items_of(train, same)[:max_samples], items_of(test, same)[:max_samples])
+    return ImageProblem(batch_size, name), stream, own
+
+
+def _logits(dense: Any, leaf: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        out = dense(leaf)
+    return getattr(out, "logits", out)

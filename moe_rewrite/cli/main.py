@@ -1,0 +1,223 @@
+"""The command line: the same words as the functions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from ..errors import ConfigError, MoeRewriteError
+from . import continual as commands
+from .onnx import export
+
+app = typer.Typer(
+    help="Rewrite dense PyTorch models into mixture-of-experts models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face folder, hub name, or package.module:factory")
+]
+Split = Annotated[
+    str, typer.Option(help="Block index, negative index, fraction of FLOPs, module name or auto")
+]
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    split: Annotated[
+        str | None, typer.Option(help="Also say where this split, as convert takes it, would cut")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the blocks to this file, as JSON")
+    ] = None,
+) -> None:
+    """Print the blocks of a model, with output shape, parameters and FLOPs.
+
+    Example: moe-rewrite inspect ./my-llama --split 0.5 --json blocks.json
+    """
+    import moe_rewrite
+
+    from .loading import load_model, parse_split
+
+    depth = moe_rewrite.inspect(load_model(model))
+    typer.echo(str(depth))
+    facts: dict[str, Any] = {
+        "model": depth.model,
+        "blocks": [asdict(block) for block in depth.blocks],
+    }
+    if split is not None:
+        index, node = depth.resolve(parse_split(split))
+        facts["split"] = {"asked": split, "first_deep_block": index, "cut": node}
+        typer.echo(
+            f"split {split}: blocks 0..{index - 1} are shallow"
+            if index > 0
+            else f"split {split}: every block is deep"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=1) + "\n")
+        typer.echo(f"written to {json_file}")
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
+    split: Split = "auto",
+    mode: Annotated[str, typer.Option(help="Recipe: pmoe or upcycle")] = "pmoe",
+    router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
+    granularity: Annotated[
+        str, typer.Option(help="What a token gate reads: auto, token, prefix or sequence")
+    ] = "auto",
+    top_k: Annotated[int | None, typer.Option(help="Experts kept per row; default all")] = None,
+    grid: Annotated[int | None, typer.Option(help="Patches along each side of the map")] = None,
+    per_expert: Annotated[
+        int | None, typer.Option(help="Patches that each expert takes of a sample")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="Gates of patches: selected, all or hard")] = "selected",
+    experts: Annotated[
+        str, typer.Option(help="Kind of experts: auto (the recipe's), lora, ffn or region")
+    ] = "auto",
+    rank: Annotated[int, typer.Option(help="Rank of each LoRA expert")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")] = 16.0,
+    sites: Annotated[str, typer.Option(help="all, all+head, or endings with commas")] = "all",
+    region: Annotated[
+        str | None, typer.Option(help="Modules that experts replace, with commas")
+    ] = None,
+    halo: Annotated[bool, typer.Option(help="Gather patches with their neighbours")] = True,
+    width: Annotated[float, typer.Option(help="Share of a region's hidden channels")] = 1.0,
+    every: Annotated[int, typer.Option(help="Of the feed-forward regions, each n-th")] = 1,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts to begin with; default 1, or 8 in upcycling")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the report")] = False,
+) -> None:
+    """Convert a model, print what was done, and save what was added.
+
+    Examples: moe-rewrite convert ./my-llama --split 16 --out ./my-experts
+
+    moe-rewrite convert mine:resnet --split layer3 --experts region --grid 8 --per-expert 16
+    """
+    import moe_rewrite
+    from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts
+
+    from .loading import load_model, parse_split
+
+    patches = router == "patch" or experts == "region" or not (grid is per_expert is None)
+    spec: Any = router  # a name that convert() checks, unless an option asks for more
+    if patches and router in ("auto", "patch"):
+        spec = PatchRouter(grid=grid, per_expert=per_expert, gate=cast(Any, gate))
+    elif router in ("auto", "token") and not (granularity == "auto" and top_k is None):
+        default = "prefix" if router == "auto" else moe_rewrite.TokenRouter().granularity
+        spec = moe_rewrite.TokenRouter(
+            top_k=top_k, granularity=cast(Any, default if granularity == "auto" else granularity)
+        )
+    chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
+    bodies: dict[str, Any] = {
+        "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
+        "ffn": lambda: FFNExperts(every=every, sites=chosen),
+        "region": lambda: RegionExperts(tuple(region.split(",")) if region else None, halo, width),
+    }
+    kind = {"pmoe": "lora", "upcycle": "ffn"}.get(mode, "lora") if experts == "auto" else experts
+    if kind not in bodies:
+        raise ConfigError(f"--experts {experts}: expected auto, lora, ffn or region")
+    done = moe_rewrite.convert(
+        load_model(model), mode=mode, split=parse_split(split), router=spec,
+        experts=bodies[kind](), num_experts=num_experts, dry_run=dry_run,
+    )  # fmt: skip
+    if not isinstance(done, moe_rewrite.MoEModel):
+        typer.echo(str(done))
+        return
+    typer.echo(str(done.report))
+    if out is not None:
+        done.save_pretrained(out)
+        typer.echo(f"saved to {out}")
+
+
+@app.command()
+def patches(
+    model: Model,
+    images: Annotated[Path, typer.Option(help="A .png, .jpg or .npy file, or a folder of them")],
+    experts: Annotated[
+        Path | None, typer.Option(help="Folder of saved experts; without, freshly converted")
+    ] = None,
+    split: Split = "auto",
+    grid: Annotated[int | None, typer.Option(help="Patches along each side of the map")] = None,
+    per_expert: Annotated[int | None, typer.Option(help="Patches that each expert takes")] = None,
+    mean: Annotated[str, typer.Option(help="Subtracted from each channel, with commas")] = "0",
+    std: Annotated[str, typer.Option(help="Each channel is divided by, with commas")] = "1",
+    count: Annotated[int, typer.Option(help="Images at most")] = 8,
+    out: Annotated[Path, typer.Option(help="The picture")] = Path("patches.png"),
+) -> None:
+    """Save a picture of which patches each expert takes over real images.
+
+    Example: moe-rewrite patches mine:resnet --experts ./my-experts --images ./photos
+    """
+    import moe_rewrite
+
+    from ..frontend.example_inputs import as_arguments
+    from .loading import load_model, parse_numbers, parse_split, read_images
+    from .plot_patches import draw_patches
+
+    dense = load_model(model)
+    leaf = next(iter(as_arguments(dense, None).values()))
+    if leaf.ndim != 4:
+        raise ConfigError(f"{model} takes {tuple(leaf.shape)}: expected a model of images")
+    x = read_images(images, tuple(leaf.shape[1:]))[:count]
+    x = (x - parse_numbers(mean).view(-1, 1, 1)) / parse_numbers(std).view(-1, 1, 1)
+    if experts is not None:
+        moe = moe_rewrite.load(experts, dense)
+    else:
+        router = moe_rewrite.PatchRouter(grid=grid, per_expert=per_expert)
+        moe = cast(Any, moe_rewrite.convert(dense, split=parse_split(split), router=router))
+    typer.echo(f"picture: {draw_patches(moe, x.to(leaf), out)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and figures")] = Path(
+        "moe-rewrite-demo"
+    ),
+    model: Annotated[str | None, typer.Option(help="A causal language model instead")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of TRACE-format tasks")] = None,
+    split: Split = "auto",
+    epochs: Annotated[int, typer.Option(help="Epochs per language task")] = 1,
+    max_samples: Annotated[int, typer.Option(help="Training items per language task")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+) -> None:
+    """Teach a converted network new tasks and see what it forgets, against plain fine-tuning.
+
+    With no options: handwritten digits, offline, in about a minute.
+    Example: moe-rewrite demo --model ./my-llama --data ./TRACE
+    """
+    from .loading import load_model, parse_split, read_tasks
+
+    if (model is None) != (data is None):
+        raise ConfigError("--model and --data go together")
+    if model is None or data is None:
+        from ..demo.digits import digits
+
+        digits(out, seed)
+        return
+    tasks = {part: read_tasks(data, part) for part in ("train", "test")}
+    from ..demo.language import language
+
+    language(model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed)
+
+
+app.command()(export)
+app.command()(commands.learn)
+app.command()(commands.compare)
+
+
+def main() -> None:
+    """Entry point: an error of the library is one red line, not a traceback."""
+    try:
+        app()
+    except MoeRewriteError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None

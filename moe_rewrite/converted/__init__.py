@@ -1,0 +1,1 @@
+"""The converted model: its graphs, blocks, parameters, experts that come and go, saving and the report."""

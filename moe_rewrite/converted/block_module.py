@@ -1,0 +1,127 @@
+"""The converted model's modules: a block owns its tensors once and runs the steps given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ..experts.factory import SEPARATOR, ExpertSite
+from ..passes.emit import Step
+
+
+class Weights(nn.Module):
+    """Dense tensors under their state-dict names."""
+
+    def put(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
+        key = name.replace(".", SEPARATOR)
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(key, tensor)
+        else:
+            self.register_buffer(key, tensor, persistent=persistent)
+
+    def names(self) -> list[str]:
+        return [k.replace(SEPARATOR, ".") for k in (*self._parameters, *self._buffers)]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Where a tensor lives: looked up at each call, so that moving a model just works."""
+
+    module: nn.Module
+    table: str  # "_parameters" or "_buffers"
+    key: str
+
+    def get(self) -> torch.Tensor:
+        return getattr(self.module, self.table)[self.key]
+
+    def set(self, tensor: torch.Tensor) -> None:
+        getattr(self.module, self.table)[self.key] = tensor
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A step with the places of its tensors: refs[i] is a Ref, a constant, or (site, number of its part)."""
+
+    step: Step
+    refs: tuple[Any, ...]
+
+
+class Block(nn.Module):
+    """One block of the model. Its graphs (eval, train, decode) come as steps; none is owned."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weights = Weights()
+        self.experts = nn.ModuleDict()
+        self._recomputing = False
+
+    def add_site(self, name: str, site: ExpertSite) -> ExpertSite:
+        self.experts[name.replace(".", SEPARATOR)] = site
+        return site
+
+    def forward(
+        self, bound: Bound, active: tuple[int, ...], *values: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Run one step on the values it takes; `active` are the experts that are on."""
+        stacks: dict[int, tuple[Any, ...]] = {}
+        owned = []
+        for ref in bound.refs:
+            if type(ref) is Ref:
+                owned.append(getattr(ref.module, ref.table)[ref.key])
+            elif type(ref) is tuple:
+                site, part = ref
+                if id(site) not in stacks:
+                    stacks[id(site)] = site.stacked(active)
+                owned.append(stacks[id(site)][part])
+            else:
+                owned.append(ref)
+        arguments = [*owned, *values]
+        if self._recomputing:
+            for i in bound.step.writes:  # a second run must not count a batch twice
+                arguments[i] = pytree.tree_map(torch.clone, arguments[i])
+        return bound.step.code.call(*arguments)
+
+    def checkpointed(self, bound: Bound, active: tuple[int, ...], *values: Any) -> Any:
+        """The same, recomputed in the backward pass instead of kept (non-reentrant)."""
+        first = len(bound.refs)
+        if any(i >= first for i in bound.step.writes):  # carries written in place: keep them whole
+            values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
+            return self(bound, active, *values)
+        return checkpoint(
+            self, bound, active, *values,
+            use_reentrant=False, preserve_rng_state=True,
+            context_fn=lambda: (nullcontext(), self._recompute()),
+        )  # fmt: skip
+
+    @contextmanager
+    def _recompute(self) -> Iterator[None]:
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+
+
+class Segment(nn.Module):
+    """A run of blocks: the shallow or the deep half of the model."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Block:
+        return self.blocks[index]  # type: ignore[return-value]

@@ -1,0 +1,123 @@
+"""The saved form of what conversion added: a safetensors file and a JSON file that names it.
+
+The JSON is replaced last, in one rename, so a crash leaves the previous save whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..utils.atomic_files import replace_file
+
+FORMAT = 1
+META = "moe_rewrite.json"
+REQUIRED = {
+    "recipe": dict,
+    "names": list,
+    "expansions": list,
+    "classes": list,
+    "fingerprint": dict,
+    "sha256": str,
+}
+
+
+def write(
+    folder: str | os.PathLike, tensors: dict[str, torch.Tensor], facts: dict[str, Any],
+    base: nn.Module,
+) -> None:  # fmt: skip
+    """Write tensors and facts, with the fingerprint of the model that they belong to.
+
+    The tensors' file bears their hash in its name: the JSON in place always finds the file that it
+    was written with, which goes only when the JSON has been replaced.
+    """
+    from safetensors.torch import save as to_bytes
+
+    target = Path(folder)
+    blob = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+    digest = hashlib.sha256(blob).hexdigest()
+    meta = {"format": FORMAT, **facts, "fingerprint": fingerprint(base), "sha256": digest}
+    text = json.dumps(meta, indent=1).encode()
+    target.mkdir(parents=True, exist_ok=True)
+    replace_file(target / _tensor_file(digest), blob)
+    replace_file(target / META, text)
+    for old in target.glob("moe_rewrite-*.safetensors"):
+        if old.name != _tensor_file(digest):
+            old.unlink()
+
+
+def _tensor_file(digest: str) -> str:
+    return f"moe_rewrite-{digest[:16]}.safetensors"
+
+
+def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The facts and tensors of a saved folder, checked. Raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    folder = Path(folder)
+    meta = _read_meta(folder / META)
+    path = folder / _tensor_file(meta["sha256"])
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
+        raise CheckpointError(f"{path}: truncated or changed since it was saved")
+    try:
+        return meta, from_bytes(blob)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {version!r}, this version reads {FORMAT}: upgrade moe_rewrite"
+        )
+    wrong = [k for k, kind in REQUIRED.items() if not isinstance(meta.get(k), kind)]
+    if wrong or not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
+        raise CheckpointError(f"{path}: {', '.join(wrong) or 'sha256'} missing or malformed")
+    return meta
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Name -> shape and content hash of every parameter and persistent buffer.
+
+    On the meta device, which has no content, the shape alone.
+    """
+    return {name: _describe(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape))
+    if tensor.is_meta:
+        return shape
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{shape}:{hashlib.sha256(raw.numpy().data).hexdigest()[:32]}"
+
+
+def require_base(meta: dict[str, Any], model: nn.Module) -> None:
+    """Raise CheckpointError unless `model` is the one that the save belongs to."""
+    ours, saved = fingerprint(model), meta["fingerprint"]
+    if ours == saved:
+        return
+    differ = sorted(k for k in ours | saved if ours.get(k) != saved.get(k))
+    raise CheckpointError(
+        f"the saved experts belong to another base model ({meta.get('model')}): {len(differ)} "
+        f"tensors differ, such as {differ[0]} ({saved.get(differ[0], 'absent')} there, "
+        f"{ours.get(differ[0], 'absent')} here). Load the model that they were trained on"
+    )

@@ -1,0 +1,1 @@
+"""Kinds of experts: their parameters, what runs at their sites, how they are saved."""

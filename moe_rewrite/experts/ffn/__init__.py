@@ -1,0 +1,1 @@
+"""Feed-forward experts: what replaces a feed-forward region."""

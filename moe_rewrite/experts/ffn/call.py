@@ -1,0 +1,168 @@
+"""What runs in the place of a feed-forward region: the dense one, or each row's experts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ...analysis.feedforward import FeedForward, Linear
+from ...ir.program import Code
+from ...kernels import cost_model as costs
+from ...kernels.cost_model import FormName
+from ...kernels.ffn.op import ffn_dense, ffn_experts
+from ...kernels.triton import runs_on
+from ...routing.dispatch import Dispatch, RowGates
+from .activation_match import Form, find_form
+
+Weights = list[torch.Tensor]  # of one expert
+
+
+@dataclass(frozen=True)
+class Body:
+    """A feed-forward region as a function of rows (..., D) and its weights."""
+
+    ups: tuple[Linear, ...]
+    middle: Code
+    extra: tuple[int, ...]
+    down: Linear
+
+    def __call__(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        hidden = [F.linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
+        inner = self.middle.call(*hidden, *(weights[i] for i in self.extra))
+        return F.linear(inner, matrix(self.down, weights), bias(self.down, weights))
+
+
+def matrix(product: Linear, weights: Weights) -> torch.Tensor:
+    """A view of the product's weight as (out, in)."""
+    weight = weights[product.weight]
+    if product.pointwise:
+        return weight.flatten(1)
+    return weight.t() if product.transposed else weight
+
+
+def bias(product: Linear, weights: Weights) -> torch.Tensor | None:
+    return None if product.bias is None else weights[product.bias]
+
+
+class FeedForwardCall:
+    """The target of a region's node: call(x, gates, dense, experts) -> the region's output.
+
+    x: rows (..., D), or a map (B, D, H, W). dense: the frozen region's tensors. experts: for each
+    of these, a list with one of every active expert, or None for a constant, which all share.
+    Without gates the dense region runs; a row that no expert takes gets zero.
+    """
+
+    __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
+    form: Form | None = None  # what the fused op that runs computes, once lowered
+    wanted: FormName | None = None  # how it goes about it, None for the cheaper way
+
+    def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
+        """widths: of the products of x. dims: dimensions of the output, which may have the rows
+        merged into one."""
+        self.body = Body(region.ups, region.middle, region.extra, region.down)
+        self.channels, self.widths, self.dims = region.channels, widths, dims
+
+    def __deepcopy__(self, memo: dict) -> FeedForwardCall:
+        return self
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        return []
+
+    def lowered(self, wanted: FormName | None) -> FeedForwardCall:
+        """The same by the fused op, where there is one for what the region computes."""
+        call = copy.copy(self)
+        call.form, call.wanted = find_form(self.body.middle, self.widths), wanted
+        return call
+
+    def __call__(
+        self, x: torch.Tensor, gates: RowGates | None, dense: tuple, experts: tuple
+    ) -> torch.Tensor:
+        rows = x.movedim(self.channels, -1)
+        if gates is None:
+            y = self.body(rows, list(dense))
+        else:
+            weights = self.by_expert(gates.base, dense, experts)
+            flat = rows.reshape(-1, rows.shape[-1])
+            y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
+        return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
+
+    def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
+        """The region's tensors of each expert of a dispatch."""
+        count = len(next(own for own in experts if own is not None))
+        both = list(zip(dense, experts, strict=True))
+        copies = [[d if own is None else own[e] for d, own in both] for e in range(count)]
+        return [list(dense), *copies] if base else copies
+
+    def run(
+        self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
+    ) -> torch.Tensor:
+        """(T, D): the rows, of these leading dimensions before they were merged, by their experts."""
+        gates_TE, dispatch = gates.over(lead)
+        fused = self.form is not None and (x_TD.device.type == "cpu" or runs_on(x_TD))
+        of_kind = self._fused if fused else self._looped
+        return of_kind(x_TD, gates_TE, dispatch, weights)
+
+    def _looped(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
+        weights: list[Weights],
+    ) -> torch.Tensor:  # fmt: skip
+        """Every expert on its rows, added up in the experts' order."""
+        ends = dispatch.plan.offsets.tolist()
+        rows = dispatch.plan.order // dispatch.experts_TK.shape[1]
+        y_TD = x_TD.new_zeros(x_TD.shape)
+        for e, own in enumerate(weights):
+            mine = rows[ends[e] : ends[e + 1]]
+            if len(mine):
+                gates = gates_TE[mine, e].unsqueeze(1).to(x_TD.dtype)
+                y_TD = y_TD.index_add(0, mine, self.body(x_TD[mine], own) * gates)
+        return y_TD
+
+    def _fused(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
+        weights: list[Weights],
+    ) -> torch.Tensor:  # fmt: skip
+        assert self.form is not None
+        parts = self.parts(weights)
+        given = (*parts, self.form.activation)
+        if dispatch.every or self._way(x_TD, dispatch, parts[0]) == "dense":
+            return ffn_dense(x_TD, gates_TE, *given)
+        gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
+        return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
+
+    def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> FormName:
+        if self.wanted is not None:
+            return self.wanted
+        if x_TD.device.type != "cpu":  # what is dropped is known to the device alone
+            return "grouped"
+        assert self.form is not None
+        rows, width = x_TD.shape
+        taken, products = int(dispatch.plan.offsets[-1]) / max(rows, 1), 3 if self.form.gate else 2
+        hidden = up[0].shape[0]
+        return costs.best(costs.ffn(costs.CPU, rows, width, hidden, len(up), taken, products))
+
+    def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of
+        every expert, or None."""
+        assert self.form is not None
+        up, up_bias = self._of(self.form.up, weights)
+        gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
+        down = [matrix(self.body.down, w) for w in weights]
+        return up, down, gate, up_bias, gate_bias, _biases(self.body.down, weights)
+
+    def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
+        """Of each expert the matrix and bias of a product, or of a half of one."""
+        number, half = place
+        product = self.body.ups[number]
+        matrices, biases = [matrix(product, w) for w in weights], _biases(product, weights)
+        if half is None:
+            return matrices, biases
+        return [m.chunk(2)[half] for m in matrices], biases and [b.chunk(2)[half] for b in biases]
+
+
+def _biases(product: Linear, weights: list[Weights]) -> list[torch.Tensor] | None:
+    return None if product.bias is None else [w[product.bias] for w in weights]

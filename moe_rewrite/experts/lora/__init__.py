@@ -1,0 +1,1 @@
+"""LoRA experts of linear maps and convolutions."""

@@ -1,0 +1,64 @@
+"""What runs in the place of a linear map with LoRA experts whose router keeps few of them a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ...kernels import cost_model as costs
+from ...kernels.cost_model import FormName
+from ...kernels.lora.grouped import lora_grouped
+from ...kernels.lora.op import Stack, unchecked
+from ...routing.dispatch import RowGates
+
+
+class LoRACall:
+    """The target of a lowered node: call(x, weight, bias, scales, gates, a, b).
+
+    scales: as the stacked product takes them. gates: of the experts that are on, or None without
+    any. form: None to take the cheaper one, call by call: it changes with the rows and experts.
+    """
+
+    __module__, __qualname__, __name__ = __name__, "LoRACall", "lora_call"
+
+    def __init__(self, scale: float, form: FormName | None) -> None:
+        """scale: LoRA's alpha / rank."""
+        self.scale, self.form = scale, form
+
+    def __deepcopy__(self, memo: dict) -> LoRACall:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoRACall) and (self.scale, self.form) == (other.scale, other.form)
+
+    def __hash__(self) -> int:
+        return hash((self.scale, self.form))
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        return []
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        scales: torch.Tensor, gates: RowGates | None, a: Stack, b: Stack,
+    ) -> torch.Tensor:  # fmt: skip
+        form = self._form(x, weight, scales, gates)
+        if form == "dense" or gates is None:
+            return unchecked(x, weight, bias, scales, a, b)
+        rank = scales.shape[-1] // gates.gates.shape[-1]
+        gates_TE, dispatch = gates.over(tuple(x.shape[:-1]))
+        gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0)) * self.scale
+        return lora_grouped(x, weight, bias, gates_TK.to(x.dtype), dispatch.plan, a, b, rank)
+
+    def _form(
+        self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gates: RowGates | None
+    ) -> FormName:
+        if gates is None or gates.per_row is None or torch.compiler.is_exporting():
+            return "dense"
+        experts = gates.gates.shape[-1]
+        if gates.per_row >= experts or x.device.type != "cpu":  # grouped has no kernel elsewhere
+            return "dense"
+        if self.form is not None:
+            return self.form
+        rows, rank = x.shape[:-1].numel(), scales.shape[-1] // experts
+        out, width = weight.shape
+        return costs.best(costs.lora(costs.CPU, rows, width, out, experts, rank, gates.per_row))

@@ -1,0 +1,1 @@
+"""Convolutional regions that experts run on patches."""

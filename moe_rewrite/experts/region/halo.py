@@ -1,0 +1,201 @@
+"""The code of a region for patches with a halo: each computes what the dense region does there.
+
+A value is computed on the positions that the rest of the region needs for a patch: a reader crops
+what it needs, and positions outside the map are set to zero again (to minus infinity for
+max-pooling) before each operation that reads neighbours. Reordered: the same sums, in batches of
+another shape.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...analysis.conv_region import Region, map_size
+from ...analysis.spatial import NCHW, Window, padding_of, pair, windows
+from ...errors import ConversionError
+from ...ir import patch_grid as grids
+from ...ir.patch_grid import Span
+from ...ir.program import Code, Program, op_name, value
+from .patch_code import PatchCode, device_of, dry_run, one_patch, resize, weights_of
+
+aten = torch.ops.aten
+Spans = tuple[Span, Span]
+
+
+def halo_code(
+    program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
+    weights: list[torch.Tensor],
+) -> PatchCode:  # fmt: skip
+    """Each patch with the neighbours that it reads: the dense region's values, computed apart."""
+    made = _HaloCode(program, region, grid, sizes)
+    code = made.build()
+    entry = grids.windows(made.exit_size, grid, made.spans[region.entry], map_size(region.entry))
+    outside = tuple(mask for _, mask in made.outside.values())
+    _, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
+    return PatchCode(code, entry, grids.patches(*made.exit_size, grid), outside, macs)
+
+
+class _HaloCode:
+    def __init__(
+        self, program: Program, region: Region, grid: int, sizes: dict[fx.Node, int]
+    ) -> None:
+        self.region, self.grid, self.sizes = region, grid, sizes
+        self.exit_size = map_size(region.exit)
+        self.patch = tuple(grids.largest(n, grid) for n in self.exit_size)
+        self.spans = self._spans()
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {region.entry: self.graph.placeholder("x")}
+        self.outside: dict[Any, tuple[fx.Node, torch.Tensor]] = {}
+        self.masked: dict[Any, fx.Node] = {}
+        self.last_mask = self.copies[region.entry]
+        for node in weights_of(program, region):
+            self.copies[node] = self.graph.placeholder(node.name)
+
+    def build(self) -> Code:
+        for node in self.region.nodes:
+            if node in self.region.places:
+                self.copies[node] = self._map(node)
+            else:
+                self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+                self.copies[node].meta = {}
+        self.graph.output(self.copies[self.region.exit])
+        return Code(fx.GraphModule(torch.nn.Module(), self.graph))
+
+    def _spans(self) -> dict[fx.Node, Spans]:
+        """What each value must be computed on: all that its readers need of it."""
+        spans: dict[fx.Node, Spans] = {self.region.exit: (Span(), Span())}
+        for node in reversed(self.region.maps()):
+            if node is self.region.entry or node not in spans:
+                continue
+            needed = _read(spans[node], windows(node, self.region.places[node]))
+            for source in node.all_input_nodes:
+                if source in self.region.places:
+                    spans[source] = _join(spans.get(source), needed, self.region, source)
+        for node in self.region.maps():
+            if node.target is operator.getitem:  # a part of a tuple has what the tuple has
+                spans[node] = spans[node.args[0]]  # type: ignore[index]
+        return spans
+
+    def _map(self, node: fx.Node) -> fx.Node:
+        """The node's copy on the positions it is needed on."""
+        ways = windows(node, self.region.places[node])
+        needed = _read(self.spans[node], ways)
+        given = {
+            s: self._cropped(s, needed, ways)
+            for s in node.all_input_nodes
+            if s in self.region.places
+        }
+        name = op_name(node)
+        source = given.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if name in ("pad", "constant_pad_nd"):
+            return self._channel_padding(node, source)
+        if name == "slice" and any(w.stride != 1 or w.padding for w in ways):
+            return self._strided(source, ways, self.region.places[node])
+        copy = self.graph.node_copy(node, lambda n: given.get(n) or self.copies[n])
+        copy.meta = {}
+        resize(copy, node, self.sizes)
+        if name in ("conv2d", "convolution"):
+            if name == "conv2d":  # whose padding may have been a word
+                copy.target = aten.conv2d.default
+            if len(node.args) > 4:
+                copy.args = (*copy.args[:4], [0, 0], *copy.args[5:])
+        elif name in ("max_pool2d", "avg_pool2d"):
+            rest = copy.args[4:]
+            stride = list(pair(node.args[2])) if len(node.args) > 2 and node.args[2] else []
+            copy.args = (copy.args[0], copy.args[1], stride, [0, 0], *rest)
+        return self._clean(copy, node)
+
+    def _clean(self, copy: fx.Node, node: fx.Node) -> fx.Node:
+        """Max-pooling outside the map gives minus infinity, which no later sum may meet."""
+        if op_name(node) != "max_pool2d":
+            return copy
+        return self._mask(copy, self.spans[node], node, 0.0)
+
+    def _cropped(self, source: fx.Node, needed: Spans, ways: tuple[Window, Window]) -> fx.Node:
+        """The part of a value that a reader needs, clean outside the map if it reads neighbours."""
+        spans, place = self.spans[source], self.region.places[source]
+        copy = self.copies[source]
+        if isinstance(value(source), (tuple, list)):
+            return copy
+        neighbours = any(w.kernel > 1 or w.padding > 0 for w in ways)
+        cropped = copy
+        for dim, have, need, patch in zip(
+            (place.rows, place.cols), spans, needed, self.patch, strict=True
+        ):
+            first, size = need.low - have.low, need.size(patch)
+            if first or size != have.size(patch):
+                args: Any = (cropped, dim, first, first + size)
+                cropped = self.graph.call_function(aten.slice.Tensor, args)
+        if not neighbours:
+            return cropped
+        fills = {w.fill for w in ways}
+        return self._mask(cropped, needed, source, fills.pop())
+
+    def _mask(self, copy: fx.Node, spans: Spans, node: fx.Node, fill: float) -> fx.Node:
+        if self.region.places[node] != NCHW:
+            raise ConversionError(f"{node.name}: neighbours are read of a map that was permuted")
+        size = map_size(node)
+        inside = grids.windows(self.exit_size, self.grid, spans, size).inside
+        if inside is None:
+            return copy
+        if (copy, fill) not in self.masked:
+            outside = self._outside((spans, size), ~inside.unsqueeze(1))
+            args: Any = (copy, outside, fill)
+            self.masked[copy, fill] = self.graph.call_function(aten.masked_fill.Scalar, args)
+        return self.masked[copy, fill]
+
+    def _outside(self, key: Any, mask: torch.Tensor) -> fx.Node:
+        """The placeholder of a mask; those of equal masks are one."""
+        if key not in self.outside:
+            with self.graph.inserting_after(self.last_mask):
+                self.last_mask = self.graph.placeholder(f"outside_{len(self.outside)}")
+            self.outside[key] = self.last_mask, mask
+        return self.outside[key][0]
+
+    def _channel_padding(self, node: fx.Node, source: Any) -> fx.Node:
+        """Padding of positions is done by the mask; what is left pads channels."""
+        pads = padding_of(node)
+        place, ndim = self.region.places[node], value(node).ndim
+        for dim in (place.rows, place.cols):
+            at = 2 * (ndim - 1 - dim)
+            pads[at : at + 2] = [0, 0][: len(pads) - at] if at < len(pads) else []
+        if not any(pads):
+            return source
+        args: Any = (source, pads, *node.args[2:])
+        return self.graph.call_function(node.target, args)  # type: ignore[arg-type]
+
+    def _strided(self, source: Any, ways: tuple[Window, Window], place: Any) -> fx.Node:
+        for dim, way in zip((place.rows, place.cols), ways, strict=True):
+            if way.stride != 1:
+                args: Any = (source, dim, 0, 2**62, way.stride)
+                source = self.graph.call_function(aten.slice.Tensor, args)
+        return source
+
+
+def _read(spans: Spans, ways: tuple[Window, Window]) -> Spans:
+    """What an operation needs of its input to give `spans` of its output."""
+    return tuple(  # type: ignore[return-value]
+        Span(
+            s.stride * w.stride,
+            s.low * w.stride - w.padding,
+            s.high * w.stride - w.padding + w.dilation * (w.kernel - 1),
+        )
+        for s, w in zip(spans, ways, strict=True)
+    )
+
+
+def _join(known: Spans | None, needed: Spans, region: Region, node: fx.Node) -> Spans:
+    if known is None:
+        return needed
+    if any(a.stride != b.stride for a, b in zip(known, needed, strict=True)):
+        raise ConversionError(
+            f"region {region.name!r}: paths of different stride lead on from {node.name}"
+        )
+    return tuple(  # type: ignore[return-value]
+        Span(a.stride, min(a.low, b.low), max(a.high, b.high))
+        for a, b in zip(known, needed, strict=True)
+    )

@@ -1,0 +1,194 @@
+"""Key-value caches: what generate() carries from token to token, the router's state included.
+
+Imports transformers; reached only with a Hugging Face model in hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from ..errors import CaptureError, InputError
+from ..ir.program import CACHE
+from ..routing.token_gate import PrefixState
+
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class CacheFormat:
+    """Shapes of the layers of a model's key-value cache, and how to fill and read such a cache.
+
+    A converted model keeps full-length layers for every kind of attention: a window is applied by
+    the mask of the captured graph, so sliding layers need no cache of their own.
+    """
+
+    def __init__(self, host: Any) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
+        with torch.no_grad():
+            cache = host(input_ids=ids, use_cache=True)[CACHE]
+        self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)
+        for layer in cache.layers:
+            if type(layer) not in PLAIN_LAYERS or not layer.is_initialized:
+                raise CaptureError(
+                    f"the cache of {type(host).__name__} has a {type(layer).__name__}, which "
+                    "is not a plain key-value layer: generate with use_cache=False"
+                )
+            keys, values = layer.keys, layer.values
+            self.shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+            self.dtype, self.device = keys.dtype, keys.device
+
+    def new(self, batch: int) -> Any:
+        cache = DynamicCache()
+        self._empty(cache, batch)
+        return cache
+
+    def _empty(self, cache: Any, batch: int) -> None:
+        cache.layers = []
+        for heads, key_width, value_width in self.shapes:
+            layer = DynamicLayer()
+            layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
+            layer.keys = torch.zeros(
+                batch, heads, 0, key_width, dtype=self.dtype, device=self.device
+            )
+            layer.values = torch.zeros(
+                batch, heads, 0, value_width, dtype=self.dtype, device=self.device
+            )
+            cache.layers.append(layer)
+
+    def adopt(self, cache: Any, batch: int) -> Any:
+        """Make a cache that the user or generate() passes one of full-length plain layers.
+
+        An empty cache of any layer kinds is refitted in place; a used one must be ours already.
+        """
+        if cache is None:
+            return self.new(batch)
+        if not isinstance(cache, Cache):
+            raise InputError(
+                f"{CACHE}={type(cache).__name__}: expected a transformers DynamicCache"
+            )
+        layers = kv_layers(cache)
+        plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+        if plain and len(layers) == len(self.shapes):
+            return cache
+        if any(layer.is_initialized and layer.get_seq_length() > 0 for layer in layers):
+            raise InputError(
+                f"this {type(cache).__name__} was filled by another model or has layers "
+                f"{sorted({type(la).__name__ for la in layers})}: start from an empty DynamicCache"
+            )
+        if type(cache) is not DynamicCache:
+            raise InputError(
+                f"{CACHE}={type(cache).__name__}: only a DynamicCache can be used; leave "
+                "cache_implementation at its default"
+            )
+        self._empty(cache, batch)
+        return cache
+
+
+def kv_layers(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if not isinstance(layer, RouterState)]
+
+
+def cache_leaves(cache: Any) -> list[torch.Tensor]:
+    """Keys and values in the order in which torch.export flattens a cache."""
+    return [t for layer in kv_layers(cache) for t in (layer.keys, layer.values)]
+
+
+def fill_cache(cache: Any, leaves: list[torch.Tensor]) -> None:
+    for i, layer in enumerate(kv_layers(cache)):
+        layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]
+
+
+def bare_cache(cache: Any) -> Any:
+    """The same layers in a cache without the router's state, as capture wants it."""
+    bare = DynamicCache()
+    bare.layers = kv_layers(cache)
+    return bare
+
+
+class RouterState(CacheLayerMixin):
+    """The running sum and count of a prefix router, kept as one more layer of the cache.
+
+    As a layer it is reordered, repeated and selected with the keys in beam search and the like.
+    total: (batch, width) fp32; count: (batch,) fp32.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: torch.Tensor | None = None
+        self.count: torch.Tensor | None = None
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise InputError("a router's state holds no keys")
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        raise InputError("a router's state holds no keys")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def load(self) -> PrefixState | None:
+        if self.total is None or self.count is None:
+            return None
+        return PrefixState(self.total, self.count)
+
+    def store(self, state: PrefixState, length: int) -> None:
+        self.total, self.count, self.length = state.total, state.count, length
+        self.is_initialized = True
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def _select(self, select: Any) -> None:
+        if self.total is not None and self.count is not None:
+            self.total, self.count = select(self.total), select(self.count)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise InputError(
+                "a prefix router's running mean cannot be cropped (assisted decoding does that): "
+                "generate without an assistant, or convert with TokenRouter(granularity='token')"
+            )
+
+
+def router_state(cache: Any) -> RouterState:
+    """The cache's router state, added where it has none yet."""
+    for layer in cache.layers:
+        if isinstance(layer, RouterState):
+            return layer
+    if kv_layers(cache)[0].get_seq_length() > 0:
+        raise InputError(
+            "this cache was filled without the router's state: start from an empty one"
+        )
+    state = RouterState()
+    cache.layers.append(state)
+    return state

@@ -1,0 +1,1 @@
+"""The words: programs, sites, steps, depth maps, layouts of gates, patches."""

@@ -1,0 +1,129 @@
+"""The depth of a model: its blocks in order, and what a split means on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import SplitError
+from ..utils.text_tables import count, table
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stretch of the graph between two cut points.
+
+    exit: name of its last mainline node, a cut point (of the output for the head).
+    shape: of the exit, words for open sizes. params: elements of the weights used first here.
+    flops: multiply-adds times two, of one sample. first, last: positions in the graph.
+    """
+
+    name: str
+    exit: str
+    shape: tuple[str, ...]
+    params: int
+    flops: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """The blocks of a model, in order. ``print(depth)`` is a table.
+
+    stem and head are what lies before the first and after the last block. points: (graph position,
+    node name) of every cut point. starts: graph position where each module's mainline begins.
+    stack: the dotted name of the stack that a model with several mainlines was analysed for.
+    source: the call's only tensor, where it holds features itself (an image): a cut before
+    everything. lengths: open sizes but the batch, and the example's, at which FLOPs are counted.
+    """
+
+    model: str
+    stem: Block | None
+    blocks: tuple[Block, ...]
+    head: Block | None
+    points: tuple[tuple[int, str], ...]
+    starts: dict[str, int]
+    stack: str | None = None
+    source: str | None = None
+    lengths: tuple[tuple[str, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __str__(self) -> str:
+        total = sum(b.flops for b in self.parts) or 1
+        indices = {id(b): str(i) for i, b in enumerate(self.blocks)}
+        rows = [
+            (indices.get(id(b), ""), b.name, " x ".join(b.shape), count(b.params), count(b.flops),
+             f"{100 * b.flops / total:.1f}%")
+            for b in self.parts
+        ]  # fmt: skip
+        title = f"{self.model}: {len(self)} block{'s' if len(self) != 1 else ''}"
+        if self.stack:
+            title += f" of {self.stack} (there are other stacks: name a module to split in them)"
+        title += "; FLOPs of one sample" + ", ".join(f" of {w} {n}" for w, n in self.lengths)
+        return table(["block", "name", "output", "parameters", "FLOPs", "share"], rows, title)
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """Stem, blocks and head, those that exist."""
+        return tuple(b for b in (self.stem, *self.blocks, self.head) if b is not None)
+
+    def resolve(self, split: int | float | str) -> tuple[int, str]:
+        """(index of the first deep block, its cut node) for a split as a user gives it.
+
+        split: block index, negative index, fraction of FLOPs between 0 and 1, dotted name of the
+        first deep module, or ``"auto"`` (half of the FLOPs). Raises SplitError, with this map.
+        """
+        n = len(self.blocks)
+        if isinstance(split, str) and split != "auto":
+            return self._resolve_name(split)
+        if isinstance(split, bool) or not isinstance(split, (int, float, str)):
+            raise self._error(split, "a block index, a fraction of FLOPs, a module name or 'auto'")
+        if not n:
+            raise self._error(split, "a model with blocks: no cut point lies between its weights")
+        if isinstance(split, int):
+            index = split + n if split < 0 else split
+            if not 0 <= index < n:
+                raise self._error(split, f"an index from {-n} to {n - 1}")
+        else:
+            fraction = 0.5 if isinstance(split, str) else split
+            if not 0 < fraction < 1:
+                raise self._error(split, "a fraction between 0 and 1, both excluded")
+            index = self._by_flops(fraction)
+        return index, self._exit_before(index, split)
+
+    def _by_flops(self, fraction: float) -> int:
+        """The block whose beginning is nearest to this fraction of the blocks' FLOPs."""
+        goal = fraction * sum(b.flops for b in self.blocks)
+        done, ends = 0, []
+        for block in self.blocks[:-1]:
+            done += block.flops
+            ends.append(abs(done - goal))
+        return 1 + ends.index(min(ends)) if ends else 0
+
+    def _exit_before(self, index: int, split: object) -> str:
+        before = self.blocks[index - 1] if index else self.stem
+        if before is None and self.source is not None:
+            return self.source
+        if before is None or before.exit not in {name for _, name in self.points}:
+            raise self._error(split, "a later block: nothing with features lies before this one")
+        return before.exit
+
+    def _resolve_name(self, name: str) -> tuple[int, str]:
+        start = self.starts.get(name)
+        if start is None:
+            raise self._error(name, "the dotted name of a module that the graph runs")
+        before = [(at, node) for at, node in self.points if at < start]
+        if not before and self.source is not None:
+            return 0, self.source
+        if not before:
+            raise self._error(name, "a later module: no cut point lies before this one")
+        at, node = before[-1]
+        index = sum(b.last <= at for b in self.blocks)
+        if index >= len(self.blocks):
+            raise self._error(name, "a module inside the blocks: this one comes after them")
+        return index, node
+
+    def _error(self, split: object, expected: str) -> SplitError:
+        return SplitError(f"split={split!r}: expected {expected}. The model's blocks:\n{self}")

@@ -1,0 +1,34 @@
+"""Which graphs make the same nodes, whatever these are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ..utils.content_key import content_key
+
+
+def target_of(node: fx.Node) -> Any:
+    return node.target
+
+
+def same_code(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> tuple:
+    """Equal for such graphs. target: what takes the place of a node's target there.
+
+    Arguments that are neither nodes nor plain values compare by their own ``==``.
+    """
+    number = {node: i for i, node in enumerate(graph.nodes)}
+
+    def other(value: Any) -> Any:
+        return (fx.Node, number[value]) if isinstance(value, fx.Node) else (type(value), value)
+
+    return tuple(
+        (
+            node.op,
+            None if node.op in ("placeholder", "output") else target(node),
+            content_key((node.args, node.kwargs), other),
+        )
+        for node in graph.nodes
+    )

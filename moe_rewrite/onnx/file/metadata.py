@@ -1,0 +1,126 @@
+"""What an exported file says about itself, read with distrust."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from ...errors import CheckpointError
+from ..trace.weights import Stack
+
+FORMAT = 1
+PREFIX = "moe_rewrite."
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # of a file in the same folder
+
+
+@dataclass(frozen=True)
+class Facts:
+    """base: digest of the frozen weights. experts: names. stacks: tensors that hold all experts.
+    cache: the graph takes and gives the key-value cache."""
+
+    base: str
+    experts: list[str]
+    stacks: dict[str, Stack]
+    cache: bool
+
+
+def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
+    """The facts of a file, and the model without external weights. Raises CheckpointError for a
+    file that is damaged, not ours, newer, or that names weights outside its folder."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors have no common base
+        raise CheckpointError(f"{path}: not an ONNX file ({error})") from None
+    raw = {p.key: p.value for p in model.metadata_props}
+    if not model.graph.node or PREFIX + "format" not in raw:
+        raise CheckpointError(f"{path}: was not written by export_onnx(); use onnxruntime itself")
+    try:
+        said = {k.removeprefix(PREFIX): json.loads(v) for k, v in raw.items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata is no JSON ({error})") from None
+    if said["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {said['format']!r}, this version reads {FORMAT}: upgrade moe_rewrite"
+        )
+    facts = _facts(path, said, {t.name: t for t in model.graph.initializer})
+    if model.functions or model.graph.sparse_initializer:
+        raise CheckpointError(f"{path}: holds functions or sparse weights, which no export writes")
+    for tensor in _tensors(model.graph):
+        _require_inside(path, tensor)
+    return facts, model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Everything that could be told to lie elsewhere, constants and subgraphs included."""
+    yield from graph.initializer
+    for attribute in (a for node in graph.node for a in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
+def _facts(path: Path, said: dict[str, Any], tensors: dict[str, onnx.TensorProto]) -> Facts:
+    base, experts, stacks = said.get("base"), said.get("experts"), said.get("stacks")
+    exported = said.get("export")
+    well_formed = (
+        isinstance(base, str) and isinstance(stacks, dict)
+        and isinstance(exported, dict) and isinstance(exported.get("cache"), bool)
+        and isinstance(experts, list) and all(isinstance(e, str) for e in experts)
+        and all(n in tensors and _is_stack(s, tensors[n]) for n, s in stacks.items())
+    )  # fmt: skip
+    if not well_formed:
+        raise CheckpointError(f"{path}: its metadata is malformed")
+    assert isinstance(base, str) and isinstance(experts, list) and isinstance(stacks, dict)
+    return Facts(base, experts, {n: Stack(*s) for n, s in stacks.items()}, exported["cache"])  # type: ignore[index]
+
+
+def _is_stack(said: Any, tensor: onnx.TensorProto) -> bool:
+    if not (isinstance(said, list) and len(said) == 2 and all(type(n) is int for n in said)):
+        return False
+    dim, each = said
+    return 0 <= dim < len(tensor.dims) and each >= 1 and tensor.dims[dim] % each == 0
+
+
+def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
+    """External weights lie in the model's own folder, and are all there."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return
+    entry = {e.key: e.value for e in tensor.external_data}
+    name = entry.get("location", "")
+    file = path.parent / name
+    if not PLAIN_NAME.fullmatch(name) or file.is_symlink():
+        raise CheckpointError(
+            f"{path}: {tensor.name} lies in {name!r}: expected a file of the same folder"
+        )
+    try:
+        offset, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
+        if min(offset, length) < 0:
+            raise ValueError(entry)
+    except ValueError:
+        raise CheckpointError(f"{path}: {tensor.name} has a malformed place in {name}") from None
+    if not file.is_file() or file.stat().st_size < offset + length:
+        raise CheckpointError(f"{file}: missing or shorter than {path.name} says")
+
+
+def require_stack(name: str, stack: Stack, old: onnx.TensorProto, new: torch.Tensor) -> int:
+    """How many experts a tensor holds that is to take the place of an initializer."""
+    from .write import KINDS
+
+    open_ = [d if i != stack.dim else None for i, d in enumerate(old.dims)]
+    given = [d if i != stack.dim else None for i, d in enumerate(new.shape)]
+    count, rest = divmod(new.shape[stack.dim] if open_ == given else 1, stack.each)
+    if open_ != given or rest or KINDS.get(new.dtype) != old.data_type:
+        raise CheckpointError(
+            f"{name}: {tuple(new.shape)} of {new.dtype} cannot take the place of "
+            f"{tuple(old.dims)}, of which dimension {stack.dim} is open in steps of {stack.each}"
+        )
+    return count

@@ -1,0 +1,1 @@
+"""Exported files in ONNX Runtime."""

@@ -1,0 +1,116 @@
+"""Experts and router as a file of their own, for a model that is deployed already."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+
+from ...errors import CheckpointError, ConfigError
+from ...routing.token_gate import TokenGate
+from ...utils.atomic_files import replace_file
+from ..file.metadata import FORMAT, Facts, require_stack
+from ..trace.functional import Plain
+from ..trace.weights import ROWS, tensors_of
+
+if TYPE_CHECKING:
+    from ...converted.model import MoEModel
+
+ALONE = 1e4  # a router's bias for an expert that gets every row
+
+
+def export_experts(
+    moe: MoEModel, file: str | os.PathLike, example_inputs: Any = None
+) -> dict[str, tuple[int, ...]]:
+    """Write the active experts and the router as safetensors; returns shapes by name.
+
+    Any file that `export_onnx` wrote of this model, with however many experts, runs with them
+    (of feed-forward experts one with ``open_experts=True``): `moe_rewrite.onnx.load(path,
+    experts=file)`. Raises ConfigError where experts are not stacked (regions, widened heads):
+    export the model anew.
+    """
+    from safetensors.torch import save
+
+    from ..export import base_of
+
+    plain = Plain(moe, example_inputs, open_experts=True)
+    plain.require_open()
+    tensors = {n: plain.tensors[n].cpu().contiguous() for n in plain.stacks}
+    facts = {
+        "format": FORMAT, "base": base_of(plain), "experts": [moe.names[e] for e in plain.active],
+    }  # fmt: skip
+    target = Path(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, save(tensors, {"moe_rewrite": json.dumps(facts)}))
+    return {n: tuple(t.shape) for n, t in tensors.items()}
+
+
+def read_experts(
+    file: Path, facts: Facts, model: onnx.ModelProto
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of an experts' file and their names. Raises CheckpointError for one that is
+    damaged, newer, of another base model, or does not fit."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            said = json.loads((opened.metadata() or {}).get("moe_rewrite", "null"))
+            tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: no experts can be read ({error})") from None
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        version = said.get("format") if isinstance(said, dict) else None
+        raise CheckpointError(f"{file}: format {version!r}, this version reads {FORMAT}")
+    if said.get("base") != facts.base:
+        raise CheckpointError(
+            f"{file}: these experts were trained on another base model or cut; export them of the "
+            "model that the ONNX file was made of"
+        )
+    if set(tensors) != set(facts.stacks):
+        odd = sorted(set(tensors) ^ set(facts.stacks))[:3]
+        raise CheckpointError(f"{file}: other tensors than the model's, such as {odd}")
+    old = {t.name: t for t in model.graph.initializer}
+    counts = {require_stack(n, facts.stacks[n], old[n], t) for n, t in tensors.items()}
+    names = said.get("experts")
+    if not isinstance(names, list) or counts != {len(names)}:
+        raise CheckpointError(f"{file}: {sorted(counts)} experts in its tensors, named {names}")
+    return tensors, [str(n) for n in names]
+
+
+def export_adapter(
+    moe: MoEModel, name: str | int, file: str | os.PathLike, example_inputs: Any = None
+) -> None:
+    """Write one expert alone, with gate 1 everywhere, as an adapter file of ONNX Runtime.
+
+    It works on a file that was exported with ``open_inputs=True``: read it with
+    ``onnxruntime.LoraAdapter`` and add it to a call's RunOptions. Raises ConfigError for experts
+    that are not stacked or are chosen by patches.
+    """
+    import onnxruntime as ort
+
+    index, router = moe._index(name), moe.router
+    if not isinstance(router, TokenGate):
+        raise ConfigError("export_adapter: a PatchRouter's experts choose patches")
+    plain = Plain(moe, example_inputs, open_experts=True)
+    plain.require_open()
+    alone = torch.zeros(1, router.size)
+    alone[0, -1] = ALONE
+    tensors = tensors_of(moe, plain.graph, (index,), open_experts=True)[0] | {ROWS: alone}
+    arrays = {key: tensors[key].cpu().contiguous().numpy() for key in plain.stacks}
+    parameters = {key: ort.OrtValue.ortvalue_from_numpy(a) for key, a in arrays.items()}
+    made = ort.AdapterFormat()
+    made.set_adapter_version(1)
+    made.set_model_version(FORMAT)
+    made.set_parameters(parameters)
+    target = Path(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.part")
+    try:
+        made.export_adapter(str(fresh))
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)

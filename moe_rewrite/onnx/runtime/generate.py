@@ -1,0 +1,122 @@
+"""Exported models in ONNX Runtime: a call, and greedy generation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import CheckpointError, ConfigError, InputError
+from ..file.metadata import read_facts
+from .expert_files import read_experts
+from .session import open_session, run
+
+
+class OnnxModel:
+    """An exported file in ONNX Runtime. experts: the names of those that it runs with."""
+
+    def __init__(
+        self, path: str | os.PathLike, experts: str | os.PathLike | None = None,
+        providers: list[Any] | None = None, options: Any = None,
+    ) -> None:  # fmt: skip
+        self.path = Path(path)
+        self.facts, model = read_facts(self.path)
+        self.experts, replaced = self.facts.experts, None
+        if experts is not None:
+            replaced, self.experts = read_experts(Path(experts), self.facts, model)
+        del model
+        try:
+            self.session = open_session(self.path, replaced, providers, options)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise CheckpointError(
+                f"{self.path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})"
+            ) from None
+        inputs = (i.name for i in self.session.get_inputs())
+        self.inputs = [n for n in inputs if n not in self.facts.stacks]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs by name. Raises InputError for inputs that are not the graph's."""
+        missing, unknown = set(self.inputs) - set(inputs), set(inputs) - set(self.inputs)
+        if missing or unknown:
+            raise InputError(
+                f"{self.path.name} takes {', '.join(self.inputs)}; "
+                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        return dict(zip(self.outputs, run(self.session, inputs), strict=True))
+
+
+def load(
+    path: str | os.PathLike, experts: str | os.PathLike | None = None,
+    providers: list[Any] | None = None,
+) -> OnnxModel:  # fmt: skip
+    """Open an exported file. experts: a file of `export_experts` to run with instead of its own.
+
+    Raises CheckpointError, with the reason, for files that are damaged, newer, not ours, of
+    another base model, or that name weights outside their folder.
+    """
+    return OnnxModel(path, experts, providers)
+
+
+class Generator(OnnxModel):
+    """Greedy generation on a file that was exported with ``cache=True``: one graph reads the
+    prompt and writes every token behind it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.facts.cache or "input_ids" not in self.inputs:
+            raise ConfigError(f"{self.path.name} keeps no cache: export it with cache=True")
+        self._shapes = {
+            i.name: (i.shape, np.dtype(np.float16 if "16" in i.type else np.float32))
+            for i in self.session.get_inputs()
+            if i.name.startswith(("past_key_values.", "past_router."))
+        }
+
+    def generate(
+        self, input_ids: torch.Tensor, max_new_tokens: int, eos_token_id: int | None = None,
+        pad_token_id: int = 0, attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(B, S + new) ids. A row that has written `eos_token_id` goes on with `pad_token_id`; it
+        ends when all have, or after `max_new_tokens`."""
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise InputError(
+                f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, length)"
+            )
+        ids = input_ids.numpy()
+        mask = np.ones_like(ids) if attention_mask is None else attention_mask.numpy()
+        state = {n: np.zeros(_empty(s, len(ids)), d) for n, (s, d) in self._shapes.items()}
+        written, new = [ids], ids
+        going = np.ones(len(ids), bool)
+        for _ in range(max_new_tokens):
+            feeds = {"input_ids": new, "attention_mask": mask, **state}
+            made = dict(
+                zip(
+                    self.outputs,
+                    self.session.run(None, {n: feeds[n] for n in self.inputs}),
+                    strict=True,
+                )
+            )
+            best = made["logits"][:, -1].argmax(-1)
+            new = np.where(going, best, pad_token_id).astype(ids.dtype)[:, None]
+            written.append(new)
+            if eos_token_id is not None:
+                going &= new[:, 0] != eos_token_id
+                if not going.any():
+                    break
+            mask = np.concatenate([mask, np.ones_like(new)], 1)
+            state = {n: made[_present(n)] for n in self._shapes}
+        return torch.from_numpy(np.concatenate(written, 1))
+
+
+def _present(past: str) -> str:
+    if past.startswith("past_router."):
+        return "present_router." + past.removeprefix("past_router.")
+    return "present." + past.removeprefix("past_key_values.")
+
+
+def _empty(shape: list[Any], batch: int) -> list[int]:
+    """The size of a state before the first token: open dimensions are the batch, then no past."""
+    return [batch, *(0 if isinstance(size, str) else size for size in shape[1:])]

@@ -1,0 +1,101 @@
+"""ONNX Runtime sessions on tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+
+if TYPE_CHECKING:
+    from ..file.write import Place
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_session(
+    path: Path, replaced: dict[str, torch.Tensor] | None = None,
+    providers: list[Any] | None = None, options: Any = None,
+    shared: dict[str, torch.Tensor] | None = None, **given: Any,
+) -> Any:  # fmt: skip
+    """A session on a file. replaced: other values, of other sizes too, for some initializers. shared:
+    values of initializers that are to be read where they are, and not in the file. given: further
+    arguments of InferenceSession."""
+    import onnxruntime as ort
+
+    options = options or ort.SessionOptions()
+    options.log_severity_level = 3
+    if not options.intra_op_num_threads:
+        options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work too
+    values = {name: _value(tensor) for name, tensor in (shared or {}).items()}
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    source: Any = str(path)
+    if replaced:
+        model = onnx.load(path, load_external_data=False)
+        replace_initializers(model, replaced)
+        options.add_session_config_entry(FOLDER, str(path.parent.resolve()))
+        source = model.SerializeToString()
+        del model
+    session = ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"], **given)
+    session.shared_values = values  # they must live as long as it does
+    return session
+
+
+def _value(tensor: torch.Tensor) -> Any:
+    """An OrtValue on the memory of a tensor."""
+    import onnxruntime as ort
+
+    from ..file.write import KINDS
+
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype != torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy(plain.numpy())
+    kind = KINDS[plain.dtype]
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), kind)
+
+
+FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
+
+
+def frugal_options(level: str = "ENABLE_ALL") -> Any:
+    """For a session that computes as any other in little memory, with FRUGAL: weights stay where
+    they are, in one copy. level: of ONNX Runtime's optimizations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def replace_initializers(
+    model: onnx.ModelProto,
+    replaced: dict[str, torch.Tensor],
+    places: dict[str, Place] | None = None,
+) -> None:
+    """places: of those whose bytes lie in a file."""
+    from ..file.write import KINDS, raw
+
+    for tensor in model.graph.initializer:
+        if tensor.name in replaced:
+            new = replaced[tensor.name]
+            fresh = onnx.TensorProto(name=tensor.name, dims=new.shape, data_type=KINDS[new.dtype])
+            if places and tensor.name in places:
+                places[tensor.name].mark(fresh)
+            else:
+                fresh.raw_data = bytes(raw(new))
+            tensor.CopyFrom(fresh)
+
+
+def run(session: Any, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All outputs; feeds that the graph does not take are passed over. A file takes and gives
+    float32 where it computes in bfloat16."""
+    taken = {i.name for i in session.get_inputs()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in feeds.items() if n in taken}
+    given = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
+    return [torch.from_numpy(np.array(o)) for o in session.run(None, given)]

@@ -1,0 +1,1 @@
+"""A converted model as ONNX graphs, traced segment by segment."""

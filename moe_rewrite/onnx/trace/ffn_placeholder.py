@@ -1,0 +1,80 @@
+"""Feed-forward experts in a trace: one placeholder a site, whose lowering is chosen afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...experts.ffn.call import FeedForwardCall, Weights
+from ...ir.program import Code
+from ...routing.dispatch import RowGates
+
+DOMAIN, OPERATOR = "moe_rewrite", "FeedForwardExperts"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """experts: how many a trace takes, the frozen region included where `base`. per_row: to how many
+    a row goes at most; None: no bound but their number."""
+
+    experts: int
+    per_row: int | None
+    base: bool
+
+
+class TracedFeedForward(FeedForwardCall):
+    """A region's call that leaves a placeholder (x, gates, weights of expert 0, of 1, ...) in a
+    trace, and elsewhere computes what the call does."""
+
+    routing: Routing | None = None  # of the last call
+    open: tuple[bool, ...] = ()  # of the last call: the region's tensors that are stacks
+
+    def __init__(self, call: FeedForwardCall, number: int, name: str) -> None:
+        self.__dict__.update(call.__dict__)
+        self.number, self.name = number, name
+
+    def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
+        """Where experts come in stacks, a trace takes these for one expert, whose number is open."""
+        self.open = tuple(isinstance(own, torch.Tensor) for own in experts)
+        if any(self.open) and torch.compiler.is_exporting():
+            stacks = [d if own is None else own for d, own in zip(dense, experts, strict=True)]
+            return [list(dense), stacks] if base else [stacks]
+        lists = tuple(own if own is None else list(own) for own in experts)
+        return super().by_expert(base, dense, lists)
+
+    def run(
+        self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
+    ) -> torch.Tensor:
+        taken = 1 + gates.base if any(self.open) else len(weights)
+        self.routing = Routing(taken, gates.per_row, gates.base)
+        if not torch.compiler.is_exporting():
+            return super().run(x_TD, gates, lead, weights)
+        gates_TE = gates.gates.expand(*lead, -1).reshape(-1, gates.gates.shape[-1]).to(x_TD.dtype)
+        inputs = [x_TD, gates_TE, *(w for own in weights for w in own)]
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OPERATOR}", inputs, {"number": self.number}, dtype=x_TD.dtype,
+            shape=x_TD.shape, version=1,
+        )  # fmt: skip
+
+
+def with_placeholders(
+    code: Code, owned: tuple[tuple[str, str], ...], calls: list[TracedFeedForward]
+) -> Code:
+    """The same code with a traced call in the place of every region's, put behind `calls`.
+
+    owned: what the code takes first, by which a region's site is known.
+    """
+    if not any(isinstance(n.target, FeedForwardCall) for n in code.module.graph.nodes):
+        return code
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(code.module.graph, {}))
+    sites = [name.partition(":")[0] if kind == "expert" else "" for kind, name in owned]
+    site_of = dict(zip(graph.find_nodes(op="placeholder"), sites, strict=False))
+    for node in graph.nodes:
+        if isinstance(node.target, FeedForwardCall):
+            name = next(site_of[n] for n in node.all_input_nodes if site_of.get(n))
+            calls.append(TracedFeedForward(node.target, len(calls), name))
+            node.target = calls[-1]
+    return Code(fx.GraphModule(code.module, graph))

@@ -1,0 +1,179 @@
+"""A part -> an ONNX graph of its tensors, of the values that it takes and of those that it gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ...errors import CaptureError
+from .dynamic_dims import two_calls
+from .functional import Plain
+from .segments import Leaf, Part, spread
+from .torch_export import onnx_program, quiet
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor or size in two calls of other sizes. open: the dimensions that are open by the
+    capture, or were others where that does not know the value; an open size has the dimension 0.
+    """
+
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    open: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None  # None: it is a size
+
+    @classmethod
+    def of(cls, leaf: Leaf, other: Leaf, captured: tuple[Any, ...] | None) -> Seen:
+        """captured: the sizes, or the size itself, as the capture has them, where it knows them."""
+        if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
+            sizes = tuple(leaf.shape), tuple(other.shape)
+            rest: tuple[Any, Any] = leaf.stride(), leaf.dtype
+        else:
+            sizes, rest = ((int(leaf),), (int(other),)), ((), None)
+        numbers = captured or sizes[0]
+        pairs = zip(*sizes, numbers, strict=True)
+        opened = (d for d, (a, b, n) in enumerate(pairs) if a != b or not isinstance(n, int))
+        return cls(sizes, tuple(opened), *rest)
+
+    @property
+    def traced(self) -> bool:
+        """Whether it is a value of the graph, and not a number in it."""
+        return self.dtype is not None or bool(self.open)
+
+    def example(self) -> Any:
+        """Never written to: it takes no memory."""
+        if self.dtype is None:
+            return self.sizes[0][0]
+        return torch.empty_strided(self.sizes[0], self.strides, dtype=self.dtype)
+
+    def free(self) -> Any:
+        """What stays open in a trace."""
+        auto = torch.export.Dim.AUTO
+        return auto if self.dtype is None else dict.fromkeys(self.open, auto)
+
+
+@dataclass(frozen=True)
+class Template:
+    """model: a piece's graph, serialized. sizes: by the place of an input that is a size, the symbol
+    that it has in the graph's shapes. calls: the numbers that its feed-forward regions have."""
+
+    model: bytes
+    sizes: dict[int, str]
+    calls: tuple[int, ...]
+
+
+def pieces(plain: Plain) -> list[Piece]:
+    """Each part as two calls of other sizes see it, which fill the caches of tables, too: no trace
+    may fill these."""
+    calls = two_calls(plain)
+    runs = [plain.values(leaves, state) for leaves, _, state in calls]
+    made = []
+    with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
+        for part in plain.parts:
+            taken = [[values[n] for n in part.takes] for values in runs]
+            for (_, tensors, _), values in zip(calls, runs, strict=True):
+                require_own(part, values)
+                part(tensors, values)
+            left = [[values[n] for n in part.left] for values in runs]
+            made.append(Piece(part, taken, left, plain.graph.emitted.sizes))
+    return made
+
+
+def require_own(part: Part, values: dict[str, Any]) -> None:
+    """Raises CaptureError where a part writes to what another value shows as well: that would not
+    see it, alone."""
+    tensors = [leaf for value in values.values() for leaf in spread(value)[0]]
+    shown = Counter(t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor))
+    for name in (part.takes[i] for i in part.writes):
+        if shown[values[name].untyped_storage().data_ptr()] > 1:
+            raise CaptureError(f"{part.name} writes to {name}, of which another value is a view")
+
+
+class Piece(nn.Module):
+    """forward(given) -> made, all of them tensors and open sizes.
+
+    given: the tensors of `names`, then what is traced of the values taken. taken, made: of each
+    value taken, and of each that is left, the leaves as two calls saw them. captured: of each that
+    is left, the sizes of its leaves as the capture has them, or None.
+    """
+
+    def __init__(
+        self, part: Part, taken: list[list[Any]], made: list[list[Any]], sizes: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """taken, made: of two calls each: the values taken, and those left. sizes: by the name of a
+        value, those that the capture knows."""
+        super().__init__()
+        self.part = part
+        owned = pytree.tree_leaves(part.owned)
+        self.names = list(dict.fromkeys(name for name in owned if isinstance(name, str)))
+        self.captured = [sizes.get(name) for name in part.left]
+        self.taken = [
+            _seen(a, b, part, sizes.get(n)) for a, b, n in zip(*taken, part.takes, strict=True)
+        ]
+        self.made = [_seen(a, b, part, of) for a, b, of in zip(*made, self.captured, strict=True)]
+        # of a tensor all is known by now, and it may be large
+        self._forms = [None if isinstance(value, Leaf) else value for value in taken[0]]
+
+    def forward(self, given: list[Any]) -> list[Any]:
+        left = iter(given)
+        tensors = {name: next(left) for name in self.names}
+        taken = []
+        for form, seen in zip(self._forms, self.taken, strict=True):
+            leaves: list[Any] = [next(left) if s.traced else s.sizes[0][0] for s in seen]
+            taken.append(leaves[0] if seen and form is None else spread(form)[1](leaves))
+        for i in self.part.writes:
+            taken[i] = torch.clone(taken[i])
+        values = dict(zip(self.part.takes, taken, strict=True))
+        self.part(tensors, values)
+        made = [leaf for name in self.part.left for leaf in spread(values[name])[0]]
+        seen = [s for value in self.made for s in value]
+        return [leaf for leaf, s in zip(made, seen, strict=True) if s.traced]
+
+    def key(self, tensors: dict[str, torch.Tensor]) -> tuple:
+        """Equal for pieces of one plain call that have the same graph."""
+        place = {name: i for i, name in enumerate(self.names)}
+        owned, structure = pytree.tree_flatten(self.part.owned)
+        return (
+            self.part.alike, structure, tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
+            tuple((tensors[n].shape, tensors[n].stride(), tensors[n].dtype) for n in self.names),
+            tuple(map(id, self._forms)),
+            tuple(map(tuple, self.taken)), tuple(map(tuple, self.made)),
+            tuple([*self.part.takes, *self.part.gives].index(n) for n in self.part.left),
+        )  # fmt: skip
+
+    def translated(
+        self, tensors: dict[str, torch.Tensor], shapes: dict[str, Any], opset: int, **options: Any
+    ) -> Template:
+        """tensors: to trace with. shapes: which of their dimensions stay open."""
+        seen = [s for value in self.taken for s in value if s.traced]
+        given = [*(tensors[n] for n in self.names), *(s.example() for s in seen)]
+        free = [*(shapes[n] for n in self.names), *(s.free() for s in seen)]
+        program = onnx_program(self, (given,), (free,), opset, **options)
+        traced = program.exported_program
+        value_of = {n.name: n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")}
+        values = [value_of.get(name) for name in traced.graph_signature.user_inputs]
+        sizes = {i: str(v) for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
+        model = program.model
+        for part in (*model.graph.all_nodes(), *model.graph.inputs):
+            part.meta.clear()
+        return Template(ir.to_proto(model).SerializeToString(), sizes, self.part.calls)
+
+
+def _seen(value: Any, other: Any, part: Part, captured: Any) -> list[Seen]:
+    leaves, others = spread(value)[0], spread(other)[0]
+    known = (
+        captured if captured is not None and len(captured) == len(leaves) else [None] * len(leaves)
+    )
+    opened = any(not isinstance(n, (int, float)) for each in captured or () for n in each)
+    if not leaves and (value != other or opened):
+        raise CaptureError(
+            f"{part.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
+        )
+    return [Seen.of(*each) for each in zip(leaves, others, known, strict=True)]

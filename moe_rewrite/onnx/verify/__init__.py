@@ -1,0 +1,1 @@
+"""Proof of an exported file against PyTorch."""

@@ -1,0 +1,137 @@
+"""A written file read back, for its proof: the same graph, its large weights left where they are.
+
+A protobuf message is a row of fields: a varint of its number and kind, then a varint (kind 0), or
+(kind 2) the length of its content and that content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import onnx
+import torch
+
+from ...errors import EquivalenceError
+from ..file.write import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece, raw, write_data
+from ..runtime.session import replace_initializers
+
+PIECE = 1 << 20
+
+
+def write_twin(path: Path, twin: Path) -> dict[str, Place]:
+    """Write at `twin`, in the same folder, what the file at `path` holds, field by field, but in the
+    place of each large weight where in that file it lies. Returns where each weight lies by what
+    the file says. Raises EquivalenceError for a file that is no row of whole fields."""
+    places, size = {}, path.stat().st_size
+    with open(path, "rb") as file, open(twin, "wb") as out:
+        while (start := file.tell()) < size:
+            number, end = _field(file, size)
+            found = _initializer(file, end) if number == GRAPH else None
+            if found is not None:
+                tensor, length = found
+                place = _said(tensor) or Place(path.name, end - length, length)
+                places[tensor.name] = place
+                if place.file == path.name and large(length):
+                    piece(out, tensor, place)
+                    file.seek(end)
+                    continue
+            file.seek(start)
+            for done in range(start, end, PIECE):
+                out.write(file.read(min(PIECE, end - done)))
+    return places
+
+
+@contextmanager
+def replaced_twin(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Path]:
+    """The graph at `path` with other values, of other sizes too, for some initializers, their bytes
+    in a file of their own: a copy within the graph would be read into memory again and again."""
+    model = onnx.load(path, load_external_data=False)
+    graph, data = (path.with_name(f"other-{path.stem}{end}") for end in (".onnx", ".data"))
+    try:
+        replace_initializers(model, replaced, write_data(replaced, data))
+        graph.write_bytes(model.SerializeToString())
+        del model  # a session on it takes as much again
+        yield graph
+    finally:
+        for file in (graph, data):
+            file.unlink(missing_ok=True)
+
+
+def hold(places: dict[str, Place], weights: dict[str, torch.Tensor], folder: Path) -> bool:
+    """Whether the files hold these weights, byte for byte, read in pieces."""
+    if places.keys() != weights.keys():
+        return False
+    for name, tensor in weights.items():
+        content, place = raw(tensor), places[name]
+        if content.nbytes != place.length:
+            return False
+        with open(folder / place.file, "rb") as file:
+            file.seek(place.offset)
+            for start in range(0, place.length, PIECE):
+                wanted = content[start : start + PIECE]
+                if file.read(len(wanted)) != wanted:
+                    return False
+    return True
+
+
+def _initializer(file: IO[bytes], end: int) -> tuple[onnx.TensorProto, int] | None:
+    """Of a graph that is nothing but one initializer: that without its raw data, which end the
+    graph, and their bytes. None for other graphs."""
+    number, stop = _field(file, end)
+    if number != INITIALIZER or stop != end:
+        return None
+    start = head = file.tell()
+    while head < end:
+        number, stop = _field(file, end)
+        if number == RAW_DATA and stop == end:
+            break
+        head = stop
+        file.seek(head)
+    length = end - file.tell()
+    file.seek(start)
+    return onnx.TensorProto.FromString(file.read(head - start)), length
+
+
+def _said(tensor: onnx.TensorProto) -> Place | None:
+    """Where a weight outside the file lies."""
+    facts = {fact.key: fact.value for fact in tensor.external_data}
+    if not facts:
+        return None
+    return Place(facts["location"], int(facts["offset"]), int(facts["length"]))
+
+
+def _field(file: IO[bytes], end: int) -> tuple[int, int]:
+    """(number, end) of the field that begins here; the file is left where its content begins."""
+    tag = _varint(file)
+    number, kind = tag >> 3, tag & 7
+    if kind == 0:
+        _varint(file)
+        stop = file.tell()
+    else:
+        length = _varint(file)
+        stop = file.tell() + length
+    if kind not in (0, 2) or stop > end:
+        raise _broken(file)
+    return number, stop
+
+
+def _varint(file: IO[bytes]) -> int:
+    number = shift = 0
+    while True:
+        byte = file.read(1)
+        if not byte or shift > 63:
+            raise _broken(file)
+        number |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return number
+        shift += 7
+
+
+def _broken(file: IO[bytes]) -> EquivalenceError:
+    return EquivalenceError(
+        f"{Path(file.name).name} as written is no ONNX file, at byte {file.tell()}: is the disk in "
+        "order?"
+    )

@@ -1,0 +1,20 @@
+"""Insert the router: one node at the cut, whose plan is an edge to every deep site."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..ir.program import Program, routing_plan
+
+
+def route(program: Program) -> Program:
+    """Exact: nothing reads the plan yet."""
+    assert program.cut is not None
+    cut = program.node(program.cut.node)
+    with program.graph.inserting_after(cut):
+        program.graph.call_function(routing_plan, (cut,))
+    return program.after("route", "exact")
+
+
+def router_node(program: Program) -> fx.Node:
+    return program.graph.find_nodes(op="call_function", target=routing_plan)[0]

@@ -1,0 +1,159 @@
+"""Expert choice: every expert scores all patches of a sample and takes its best.
+
+pMoE, arXiv 2306.04073, equations 2 (top-l routing) and 3 (gates). Shapes: B batch, C channels,
+n = g * g patches, E experts that are on, l patches that each takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..config import PatchRouter
+from ..ir import patch_grid as grids
+from ..kernels.patches.op import gather_patches
+from ..kernels.plan.op import largest
+from .plan import RoutingPlan
+from .router import Router
+
+
+class PatchGate(Router):
+    """rows[e]: the scores' weights, (C * h * w,) for patches of h x w, or (C,) of pooled ones.
+
+    spec: with nothing left open. size: (C, H, W) of the map at the cut; of a ViT's tokens the
+    width and the sides of the square that its patch tokens form.
+    """
+
+    def __init__(self, spec: PatchRouter, size: tuple[int, int, int], device: torch.device) -> None:
+        channels, *sides = size
+        self.grid: int = spec.grid or 1
+        self.sides = sides[0], sides[1]
+        self.patch = tuple(grids.largest(n, self.grid) for n in sides)
+        pooled = spec.features == "pooled"
+        super().__init__(spec, channels * (1 if pooled else self.patch[0] * self.patch[1]), device)
+
+    def new_row(self) -> torch.Tensor:
+        row = super().new_row()
+        return row if row.is_meta else row.normal_(0.0, 1.0) * (self.spec.init / self.size**0.5)
+
+    def forward(
+        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any
+    ) -> tuple[RoutingPlan, None]:
+        """The plan for a map (B, C, H, W), or for tokens (B, S, C) that end with H * W patches."""
+        active = self.active_indices()
+        if not active:
+            return self.without_experts(features), None
+        x, rows = self._map(features), self.stacked(active)
+        scale = self._scale(x)
+        few = self._few_matter(len(active)) and torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
+            scores = self._scores(x, rows) * scale
+        picks = largest(scores.detach(), self.spec.per_expert or 1)
+        taken = self._scores_of(x, rows, picks) * scale if few else scores.gather(-1, picks)
+        return self._plan(features, active, picks, self._gates(scores, taken)), None
+
+    def _few_matter(self, experts: int) -> bool:
+        """Whether the gates depend on so few patches that it pays to score those again for the
+        backward pass, rather than to go back through the scores of all."""
+        selected = self.spec.gate == "selected" and self.spec.features == "flat"
+        return selected and experts * (self.spec.per_expert or 1) < self.grid**2
+
+    def without_experts(self, features: torch.Tensor) -> RoutingPlan:
+        rows = self._rows(features)
+        none = features.new_zeros(*rows, 0, dtype=torch.float32)
+        return RoutingPlan((), none, None, len(self), rows, grid=self.grid)
+
+    def everything(self, features: torch.Tensor) -> RoutingPlan:
+        """The plan in which the frozen region takes every patch."""
+        patches = torch.arange(self.grid**2, device=features.device)
+        picks = patches.expand(features.shape[0], 1, -1)
+        kept = torch.ones_like(picks, dtype=torch.float32)
+        dense = self.without_experts(features)
+        return RoutingPlan((), dense.weights, None, len(self), dense.rows, picks, kept, self.grid)
+
+    def _rows(self, features: torch.Tensor) -> tuple[int, int]:
+        tokens = features.shape[1] if features.ndim == 3 else self.grid**2
+        return features.shape[0], tokens
+
+    def _map(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) fp32 features to score."""
+        x = features.float()
+        if x.ndim == 3:
+            x = x[:, self.spec.prefix_tokens :].transpose(1, 2).unflatten(2, self.sides)
+        return x
+
+    def _scores(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(B, E, n): the inner product of each patch with each row."""
+        g = self.grid
+        if self.spec.features == "pooled":
+            down, across = (_means(n, g).to(x) for n in self.sides)
+            pooled = torch.einsum("iy,jx,bcyx->bcij", down, across, x)
+            return torch.einsum("ec,bcn->ben", rows, pooled.flatten(2))
+        weight = rows.unflatten(1, (x.shape[1], *self.patch))
+        if all(n % g == 0 for n in self.sides):
+            return F.conv2d(x, weight, stride=self.patch).flatten(2)
+        table = grids.patches(*self.sides, g)
+        assert table.inside is not None
+        patches = x.flatten(2)[..., table.positions.to(x.device)].unflatten(-1, self.patch)
+        patches = patches * table.inside.to(x)
+        return torch.einsum("echw,bcnhw->ben", weight, patches)
+
+    def _scores_of(self, x: torch.Tensor, rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+        """(B, E, l): the same, of these patches alone."""
+        table = grids.patches(*self.sides, self.grid)
+        positions = table.positions.to(x.device)
+        patches = gather_patches(x, picks, positions, (table.rows, table.cols)).flatten(2)
+        if table.inside is not None:
+            inside = table.inside.to(x).flatten(1)[picks].transpose(0, 1)  # (E, B, l, h * w)
+            patches = patches.unflatten(2, (x.shape[1], -1)) * inside.flatten(1, 2).unsqueeze(2)
+            patches = patches.flatten(2)
+        products = torch.einsum("end,ed->en", patches, rows)
+        return products.view(len(rows), len(x), -1).transpose(0, 1)
+
+    def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
+        """What the scores are multiplied by, (B, 1, 1): scaling them is scaling the features,
+        without a second copy of those."""
+        if not self.spec.normalize:
+            return 1.0
+        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
+        return torch.rsqrt(square + 1e-6)[:, None, None]
+
+    def _gates(self, scores: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+        """(B, E, l): gates of the patches taken, whose scores are `taken`."""
+        if self.spec.gate == "hard":
+            return torch.ones_like(taken)
+        over = scores if self.spec.gate == "all" else taken
+        gates = (taken - over.logsumexp(-1, keepdim=True)).exp()
+        return gates * taken.shape[-1] if self.spec.scale == "mean-one" else gates
+
+    def _plan(
+        self,
+        features: torch.Tensor,
+        active: tuple[int, ...],
+        picks: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> RoutingPlan:
+        batch, experts, _ = picks.shape
+        weights = kept.new_zeros(batch, experts, self.grid**2).scatter(-1, picks, kept)
+        if features.ndim == 3:
+            weights = self._over_tokens(weights, kept)
+        return RoutingPlan(
+            active, weights.transpose(1, 2), None, len(self), self._rows(features), picks, kept,
+            self.grid,
+        )  # fmt: skip
+
+    def _over_tokens(self, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """(B, E, S): each token has its patch's gate, those before them the mean of the gates."""
+        cells = weights.unflatten(2, (self.grid, self.grid))
+        down, across = (grids.shares(n, self.grid).to(weights) for n in self.sides)
+        tokens = torch.einsum("yi,xj,beij->beyx", down, across, cells).flatten(2)
+        before = kept.mean(-1, keepdim=True).expand(-1, -1, self.spec.prefix_tokens)
+        return torch.cat([before, tokens], dim=-1)
+
+
+def _means(length: int, grid: int) -> torch.Tensor:
+    """(g, length) fp32: averages the positions of each patch of an axis."""
+    owned = grids.shares(length, grid).T
+    return owned / owned.sum(1, keepdim=True)

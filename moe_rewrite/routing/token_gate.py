@@ -1,0 +1,169 @@
+"""Token choice: every row chooses its experts by a softmax.
+
+Shapes: B batch, S positions, D width of the features, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..analysis.row_dims import lead_of
+from ..config import TokenRouter
+from ..errors import InputError
+from ..kernels.plan.op import largest, route
+from .plan import RoutingPlan
+from .router import Router
+
+
+@dataclass
+class PrefixState:
+    """Running sum (B, D) and count (B,) of a prefix router, fp32, over the unmasked positions."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+class TokenGate(Router):
+    """rows[e]: (D + 1,), weights and a bias. Output 0 is the frozen model, with logit 0."""
+
+    def __init__(self, spec: TokenRouter, width: int, device: torch.device) -> None:
+        super().__init__(spec, width + 1, device)
+
+    def new_row(self) -> torch.Tensor:
+        row = super().new_row()
+        if row.is_meta or not self.spec.init:
+            return row
+        row[:-1].normal_(0.0, self.spec.init / (self.size - 1) ** 0.5)
+        return row
+
+    def needs_one(self) -> bool:
+        return not self.spec.base
+
+    def without_experts(self, features: torch.Tensor) -> RoutingPlan:
+        lead = lead_of(features.shape)
+        sequence = self.spec.granularity == "sequence" and len(lead) > 1
+        rows = (lead[0], 1) if sequence else lead
+        return RoutingPlan((), features.new_zeros(*rows, 0, dtype=torch.float32), None, 0, lead)
+
+    def one_expert(self, features: torch.Tensor, expert: int) -> RoutingPlan:
+        """The plan that gives every row to one expert, with gate 1."""
+        rows = self.without_experts(features).weights.shape[:-1]
+        gate = features.new_ones(*rows, 1, dtype=torch.float32)
+        base = torch.zeros_like(gate) if self.spec.base else None
+        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape), per_row=1)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: PrefixState | None,
+    ) -> tuple[RoutingPlan, PrefixState | None]:
+        """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
+
+        mask: (B, S) with nonzero for positions that count, or None. state: what a prefix router
+        has seen before these positions; the state after them comes back.
+        """
+        with torch.no_grad():
+            lead = lead_of(features.shape)
+            read, state, seen = self._read(features, mask, state)
+        active = self.active_indices()
+        logits = self._logits(read, active)
+        if seen is not None:
+            logits = self._with_prior(logits, seen)
+        gates, per_row = self._gates(logits, mask)
+        base = None
+        if self.spec.base:
+            base, gates = gates[..., :1], gates[..., 1:]
+        plan = RoutingPlan(active, gates, base, len(self), lead, per_row=per_row, logits=logits)
+        return plan, state
+
+    def _gates(
+        self, logits: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int | None]:
+        """Gates of every row, zero for experts that it does not go to, and how many it goes to."""
+        if self.spec.policy == "expert":
+            return _expert_choice(logits, mask, self.spec.capacity), None
+        k = min(self.spec.top_k or logits.shape[-1], logits.shape[-1])
+        return _gate(logits, k, self.spec.gate == "all"), k
+
+    def _read(
+        self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
+    ) -> tuple[torch.Tensor, PrefixState | None, torch.Tensor | None]:
+        """What the gate reads, fp32: (B, S, D), (B, 1, D) for a sequence gate, or (B, D); the state
+        after it; and of a prefix gate how many positions (B, S, 1) each mean is of."""
+        x = features.float()
+        if x.ndim == 4:
+            x = nn.functional.adaptive_avg_pool2d(x, self.spec.pool).flatten(1)
+        if self.spec.normalize:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        x = self._lifted(x)
+        if x.ndim == 2 or self.spec.granularity == "token":
+            return x, None, None
+        counted = x.new_ones(x.shape[:2]) if mask is None else _own_columns(mask, x).float()
+        # a masked position may hold anything, infinities included: drop it, do not scale it
+        x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
+        if self.spec.granularity == "sequence":
+            total = counted.sum(1, keepdim=True).clamp_min(1)
+            return x.sum(1, keepdim=True) / total.unsqueeze(-1), None, None
+        sums, counts = x.cumsum(1), counted.cumsum(1)
+        if state is not None:
+            sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
+        after = PrefixState(sums[:, -1], counts[:, -1])
+        counts = counts.clamp_min(1).unsqueeze(-1)
+        return sums / counts, after, counts
+
+    def _lifted(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of a position, before positions are averaged."""
+        return x
+
+    def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Logits for a mean of `seen` positions."""
+        return logits
+
+    def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
+        base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
+        if not active:
+            return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
+        rows = self.stacked(active)
+        logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
+        return logits if base is None else torch.cat([base, logits], dim=-1)
+
+
+def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
+    """fp32 softmax with zero for all but the top k, over those or over all outputs."""
+    if top_k == logits.shape[-1]:
+        return logits.softmax(-1)
+    gates, experts = route(logits, top_k, normalize=not over_all)
+    return gates.new_zeros(logits.shape).scatter(-1, experts, gates)
+
+
+def _expert_choice(
+    logits: torch.Tensor, mask: torch.Tensor | None, capacity: float
+) -> torch.Tensor:
+    """(B, S, E): the softmax over experts, where an expert has the row among its best of a sample.
+
+    Expert choice (arXiv 2202.09368, section 3.2); rows that the mask leaves out are not chosen.
+    """
+    gates = logits.softmax(-1)
+    length, experts = gates.shape[1:]
+    taken = max(1, min(length, round(capacity * length / experts)))
+    scores = gates.detach()
+    if mask is not None:
+        scores = scores.masked_fill(~_own_columns(mask, scores).unsqueeze(-1), -1.0)
+    picks = largest(scores.transpose(1, 2), taken).transpose(1, 2)
+    chosen = torch.zeros_like(gates).scatter(1, picks, 1.0)
+    return gates * chosen * (scores >= 0)
+
+
+def _own_columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The part of a (B, past + S) mask that belongs to these S positions."""
+    if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        raise InputError(
+            f"attention_mask of shape {tuple(mask.shape)}: a router that averages positions "
+            f"needs (batch, length) for features {tuple(x.shape)}; use granularity='token' with "
+            "other masks"
+        )
+    return mask[:, mask.shape[1] - x.shape[1] :] != 0
