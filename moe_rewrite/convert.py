@@ -18,8 +18,8 @@ from .frontend.example_inputs import as_arguments
 from .ir.depth_map import DepthMap
 from .ir.program import Code
 from .passes.emit import emit
-from .passes.find_depth import find_depth
 from .passes.pipeline import Compiler
+from .passes.split import find_depth
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:

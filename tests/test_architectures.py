@@ -9,6 +9,7 @@ from sweeps import some
 import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.frontend.example_inputs import example_inputs, random_arguments
+from moe_rewrite.frontend.huggingface import keeps_cache
 
 SCALE = LoRAExperts().scale
 FEW = ("Llama", "GPT2", "Mistral", "Bert", "DebertaV2", "ViT", "ConvNext")
@@ -30,7 +31,7 @@ def with_padding(arguments):
 
 def call(model, arguments):
     """The first output: logits, or the last hidden state; of positions that count."""
-    extra = {"use_cache": False} if moe_rewrite.hf.keeps_cache(model) else {}
+    extra = {"use_cache": False} if keeps_cache(model) else {}
     output = model(**arguments, **extra)
     return getattr(output, "logits", output[0])
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
+from moe_rewrite.frontend.example_inputs import example_inputs
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_blocks_that_are_alike_share_their_code(dropout):
     for layers in (4, 8):
         dense = architectures.with_dropout(architectures.build("Llama", layers=layers), dropout)
         moe = moe_rewrite.convert(dense, split=0.5, num_experts=2)
-        example = moe_rewrite.examples.example_inputs(dense) | {"use_cache": False}
+        example = example_inputs(dense) | {"use_cache": False}
         arguments = moe._arguments((), example)[0]
         graphs = [moe.train(mode)._graph(arguments)[0] for mode in (False, True)]
         steps = ([bound.step for _, bound in graph.steps if bound.step.deep] for graph in graphs)

@@ -12,7 +12,7 @@ from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, PatchRouter, RegionExperts
-from moe_rewrite.frontend.example_inputs import random_arguments
+from moe_rewrite.frontend.example_inputs import example_inputs, random_arguments
 from moe_rewrite.models.patch_cnn import PatchCNN
 
 onnx = pytest.importorskip("onnx")
@@ -45,7 +45,7 @@ def saved_again(moe, example, folder):
 def test_transformer(name, tmp_path):
     other = name in ("Albert", "LlamaClassifier", *IDS)
     model = (architectures.build_other if other else architectures.build)(name)
-    example = moe_rewrite.examples.example_inputs(model)
+    example = example_inputs(model)
     split = 1
     if name in IDS:
         split = IDS[name]
@@ -112,7 +112,7 @@ def test_region_experts_on_their_patches(tmp_path):
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT", "ConvNext", "T5"])
 def test_upcycled(name, tmp_path):
     model = (architectures.build_other if name == "T5" else architectures.build)(name)
-    example = moe_rewrite.examples.example_inputs(model)
+    example = example_inputs(model)
     split = 1
     if name == "T5":
         ids = torch.ones(3, 9, dtype=torch.long)

@@ -17,9 +17,9 @@ from moe_rewrite.errors import EquivalenceError
 
 onnx = pytest.importorskip("onnx")
 from moe_rewrite.onnx import export
-from moe_rewrite.onnx.runtime.session import FRUGAL, frugal_options, open_session  # noqa: E402
-from moe_rewrite.onnx.verify import compare_with_torch as prove  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.verify.late_casts import late_casts  # noqa: E402
+from moe_rewrite.onnx.runtime.session import FRUGAL, frugal_options, open_session
+from moe_rewrite.onnx.verify import compare_with_torch as prove
+from moe_rewrite.onnx.verify.late_casts import late_casts
 
 KIND = {"LoRA": {}, "upcycled": {"mode": "upcycle"}}
 

@@ -18,8 +18,8 @@ from moe_rewrite.errors import CheckpointError, ConfigError, EquivalenceError
 
 onnx = pytest.importorskip("onnx")
 from moe_rewrite.onnx import export
-from moe_rewrite.onnx.file.write import raw  # noqa: E402
-from moe_rewrite.onnx.verify import compare_with_torch as prove  # noqa: E402  (where onnx is there)
+from moe_rewrite.onnx.verify import compare_with_torch as prove
+from moe_rewrite.utils.tensor_bytes import tensor_bytes
 
 
 def converted(router="auto", experts=3, name="Llama", off=1):
@@ -246,7 +246,9 @@ def test_a_file_that_lost_a_bit_is_no_success(llama, tmp_path, monkeypatch):
     def spoilt(skeleton, path, external):
         real(skeleton, path, external)
         content = bytearray(path.read_bytes())
-        content[content.index(bytes(raw(skeleton.weights["model.embed_tokens.weight"])))] ^= 1
+        content[
+            content.index(bytes(tensor_bytes(skeleton.weights["model.embed_tokens.weight"])))
+        ] ^= 1
         path.write_bytes(content)
 
     monkeypatch.setattr(export, "write_model", spoilt)

@@ -15,9 +15,9 @@ from moe_rewrite.errors import CaptureError
 from moe_rewrite.ir.structural_key import same_code
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx.trace import segment_export as pieces  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.trace.functional import Plain  # noqa: E402
-from moe_rewrite.onnx.trace.segments import Part, traced_target  # noqa: E402
+from moe_rewrite.onnx.trace import segment_export as pieces
+from moe_rewrite.onnx.trace.functional import Plain
+from moe_rewrite.onnx.trace.segments import Part, traced_target
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from reference import randomize
 import moe_rewrite
 
 onnx = pytest.importorskip("onnx")
-import onnx_ir as ir  # noqa: E402  (where onnx is there)
-import onnxruntime  # noqa: E402
+import onnx_ir as ir
+import onnxruntime
 
-from moe_rewrite.onnx.rewrites import lora_matmul as low_rank  # noqa: E402
+from moe_rewrite.onnx.rewrites import lora_matmul as low_rank
 from moe_rewrite.onnx.rewrites import rewrite
 
 EXPERTS = {"a1", "a2", "b1", "b2"}

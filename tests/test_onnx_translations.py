@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 onnx = pytest.importorskip("onnx")
-import onnxruntime  # noqa: E402  (where onnx is there)
+import onnxruntime
 
-from moe_rewrite.onnx.trace.torch_export import onnx_program  # noqa: E402
-from moe_rewrite.onnx.trace.translations import TRANSLATIONS  # noqa: E402
+from moe_rewrite.onnx.trace.torch_export import onnx_program
+from moe_rewrite.onnx.trace.translations import TRANSLATIONS
 
 FREE = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
 

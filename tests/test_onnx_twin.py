@@ -8,9 +8,11 @@ import torch
 from moe_rewrite.errors import EquivalenceError
 
 onnx = pytest.importorskip("onnx")
-from moe_rewrite.onnx.file.write import PAGE, raw, write_model  # noqa: E402
-from moe_rewrite.onnx.verify.compare_with_torch import check_file  # noqa: E402  (where onnx is there)
-from moe_rewrite.onnx.verify.reread import hold, write_twin  # noqa: E402
+from moe_rewrite.onnx.file.protobuf import PAGE
+from moe_rewrite.onnx.file.write import write_model
+from moe_rewrite.onnx.verify.compare_with_torch import check_file
+from moe_rewrite.onnx.verify.reread import hold, write_twin
+from moe_rewrite.utils.tensor_bytes import tensor_bytes
 
 WEIGHTS = {
     "large": torch.randn(40, 60), "page": torch.randn(PAGE // 4), "small": torch.randn(3, 2),
@@ -50,7 +52,7 @@ def test_twin_and_file_are_one_model(external, tmp_path):
         seen.append(model)
     assert seen[0] == seen[1]
     assert {t.name: t.raw_data for t in seen[0].graph.initializer} == {
-        n: bytes(raw(w)) for n, w in WEIGHTS.items()
+        n: bytes(tensor_bytes(w)) for n, w in WEIGHTS.items()
     }
     left = {t.name for t in onnx.load(twin, load_external_data=False).graph.initializer
             if t.external_data}  # fmt: skip
@@ -63,7 +65,7 @@ def test_one_bit_is_seen(name, external, tmp_path):
     path = written(tmp_path, external)
     (file,) = tmp_path.glob("*.data") if external else [path]
     content = bytearray(file.read_bytes())
-    content[content.index(bytes(raw(WEIGHTS[name])))] ^= 1
+    content[content.index(bytes(tensor_bytes(WEIGHTS[name])))] ^= 1
     file.write_bytes(content)
     assert not hold(write_twin(path, tmp_path / "twin.onnx"), WEIGHTS, tmp_path)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_rewrite.converted.verify import PIECE, TOLERANCE, compare
+from moe_rewrite.ir.equivalence import PIECE, TOLERANCE, compare
 
 NAN, INF = math.nan, math.inf
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from ..errors import ConversionError
-from ..ir.program import Program, op_name, value
+from ..ir.aten import op_name, value
+from ..ir.program import Program
 from .conv_region import Region
 
 SAME = {

@@ -9,16 +9,8 @@ import torch
 from torch import fx
 
 from ..errors import ConversionError
-from ..ir.program import (
-    Program,
-    alias_root,
-    module_paths,
-    mutated,
-    op_name,
-    reach,
-    routing_plan,
-    value,
-)
+from ..ir.aten import alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.program import Program, routing_plan
 from .spatial import NCHW, Place, Places, follow
 
 

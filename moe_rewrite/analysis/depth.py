@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ..ir.aten import module_paths, value
 from ..ir.depth_map import Block, DepthMap
-from ..ir.program import Program, module_paths, value
+from ..ir.program import Program
 from .flops import Sizes, hint, numel
 from .mainline import Mainline, find_mainline
 

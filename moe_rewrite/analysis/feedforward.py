@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..ir.program import Code, Program, mutated, value
+from ..ir.aten import mutated, value
+from ..ir.program import Code, Program
 from .linear_ops import Product, find_product, place
 from .row_dims import RESHAPES, same_sizes
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..ir.program import Program, expression, op_name, value
+from ..ir.aten import expression, op_name, value
+from ..ir.program import Program
 
 if TYPE_CHECKING:
     import sympy

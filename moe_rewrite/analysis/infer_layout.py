@@ -7,9 +7,10 @@ from typing import Any
 from torch import fx
 
 from ..config import PatchRouter, RouterSpec
-from ..ir.program import Program, value
-from ..routing.plan import Layout
-from .row_dims import flattened_from, lead_of, same_sizes
+from ..ir.aten import value
+from ..ir.gate_layout import Layout
+from ..ir.program import Program, lead_of
+from .row_dims import flattened_from, same_sizes
 from .spatial import NCHW, Place, maps
 
 

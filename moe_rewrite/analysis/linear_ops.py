@@ -13,7 +13,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..ir.program import Program, module_paths, op_name, value
+from ..ir.aten import module_paths, op_name, value
+from ..ir.program import Program
 from .spatial import pair
 
 aten = torch.ops.aten

@@ -14,7 +14,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import SplitError
-from ..ir.program import Program, alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.aten import alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.program import Program
 
 # these take only the size or the dtype of their argument
 SHAPE_ONLY = {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import Program, expression, reach, value
+from ..ir.aten import expression, reach, value
+from ..ir.program import Program, lead_of
 
 aten = torch.ops.aten
 RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
@@ -26,11 +27,6 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(
         expression(x) == expression(y) for x, y in zip(a, b, strict=True)
     )
-
-
-def lead_of(features: Sequence[Any]) -> tuple[Any, ...]:
-    """The row dimensions of a value at the cut: (batch, length), or (batch,) of a feature map."""
-    return tuple(features[:-1]) if len(features) < 4 else tuple(features[:1])
 
 
 def source_of_rows(program: Program, node: fx.Node) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import op_name, value
+from ..ir.aten import op_name, value
 from .flops import hint
 
 

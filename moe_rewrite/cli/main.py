@@ -160,8 +160,9 @@ def patches(
     import moe_rewrite
 
     from ..frontend.example_inputs import as_arguments
-    from .loading import load_model, parse_numbers, parse_split, read_images
+    from .loading import load_model, parse_numbers, parse_split
     from .plot_patches import draw_patches
+    from .read_images import read_images
 
     dense = load_model(model)
     leaf = next(iter(as_arguments(dense, None).values()))

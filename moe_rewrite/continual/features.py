@@ -15,6 +15,7 @@ import torch
 from ..converted import checkpoint
 from ..converted.model import MoEModel
 from ..errors import ConfigError
+from ..utils.tensor_bytes import tensor_bytes
 
 MASK = "attention_mask"
 
@@ -70,12 +71,8 @@ class FeatureCache:
         for name, tensor in sorted(inputs.items()):
             one = tensor[row] if lengths is None or tensor.ndim < 2 else tensor[row, : lengths[row]]
             digest.update(f"{name}{tuple(one.shape)}{one.dtype}".encode())
-            digest.update(_raw(one.detach().cpu()).data)
+            digest.update(tensor_bytes(one))
         return digest.hexdigest()[:32]
-
-
-def _raw(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _fingerprint(moe: MoEModel) -> str:
@@ -163,11 +160,11 @@ class _Mapped:
         return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
     def put(self, key: str, row: torch.Tensor) -> None:
-        raw = _raw(row)
+        raw = tensor_bytes(row)
         self.bytes[self.used : self.used + len(raw)] = raw
         entry = {
             "key": key, "at": self.used, "size": len(raw), "shape": list(row.shape),
-            "dtype": str(row.dtype).removeprefix("torch."), "crc": zlib.crc32(raw.data),
+            "dtype": str(row.dtype).removeprefix("torch."), "crc": zlib.crc32(raw),
         }  # fmt: skip
         with open(self.index, "a") as file:
             file.write(json.dumps(entry) + "\n")

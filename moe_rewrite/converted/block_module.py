@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from ..experts.factory import SEPARATOR, ExpertSite
-from ..passes.emit import Step
+from ..experts.base import SEPARATOR, ExpertSite
+from ..ir.steps import Step
 
 
 class Weights(nn.Module):

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..utils.atomic_files import replace_file
+from ..utils.tensor_bytes import tensor_bytes
 
 FORMAT = 1
 META = "moe_rewrite.json"
@@ -106,8 +107,7 @@ def _describe(tensor: torch.Tensor) -> str:
     shape = "x".join(map(str, tensor.shape))
     if tensor.is_meta:
         return shape
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{shape}:{hashlib.sha256(raw.numpy().data).hexdigest()[:32]}"
+    return f"{shape}:{hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:32]}"
 
 
 def require_base(meta: dict[str, Any], model: nn.Module) -> None:

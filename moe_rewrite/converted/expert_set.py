@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..experts.factory import ExpertSite, HeadColumns, LoRASite
+from ..experts.base import ExpertSite
+from ..experts.head import HeadColumns
+from ..experts.lora.parameters import LoRASite
 from .parameters import Ownership
 from .plan_override import Planning
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,170 +16,15 @@ from torch.utils import _pytree as pytree
 
 from ..errors import EquivalenceError, InputError
 from ..frontend.capture import split_static
-from ..ir.program import CACHE, Program, expression, value
-from ..passes.emit import Emitted, narrowed
+from ..ir.aten import expression, value
+from ..ir.equivalence import compare
+from ..ir.program import CACHE, Program
+from ..ir.steps import Emitted
 from ..passes.pipeline import Compiler
-from ..routing.plan import RoutingPlan, align
-from ..routing.token_gate import PrefixState
+from ..routing.plan import Planner
 from ..utils.content_key import content_key
-from .block_module import Block, Bound
+from .bound_graph import Graph, small_sizes
 from .parameters import Ownership
-from .verify import compare
-
-Planner = Callable[
-    [torch.Tensor, torch.Tensor | None], tuple[RoutingPlan, PrefixState | None]
-]  # features at the cut and their mask -> the plan, and the router's state after these rows
-
-
-@dataclass
-class Graph:
-    """One compiled signature, bound to a model's blocks.
-
-    names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
-    size) that must hold; ties: dimensions that must agree; out_spec: of the outputs, a cache being
-    one leaf; cache_at: the outputs that make up this cache. comparable: the dense model can be put
-    in a mode in which it computes the same. frozen: the shallow part builds no autograd graph.
-    checked: size patterns found equal to
-    the dense model's result; refused: those found different. behind: the steps that run where the
-    features at the cut are given, made when first asked for.
-    """
-
-    names: tuple[str, ...]
-    leaves: tuple[str, ...]
-    static: tuple[tuple[int, int, int], ...]
-    ties: tuple[tuple[tuple[int, int], ...], ...]
-    emitted: Emitted
-    steps: tuple[tuple[Block, Bound], ...]
-    out_spec: Any
-    cache_at: tuple[int, int] | None
-    mode: str
-    frozen: bool
-    comparable: bool
-    checked: set = field(default_factory=set)
-    refused: set = field(default_factory=set)
-    behind: tuple[tuple[Block, Bound], ...] | None = None
-
-    def __deepcopy__(self, memo: dict) -> Graph:
-        """The copy runs the same code on the copied model's blocks."""
-        steps = tuple(
-            (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.refs, memo)))
-            for block, bound in self.steps
-        )
-        return replace(
-            self, steps=steps, checked=set(self.checked), refused=set(self.refused), behind=None
-        )
-
-    def accepts(self, leaves: list[torch.Tensor]) -> bool:
-        fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
-        return fits and small_sizes(leaves) not in self.refused
-
-    def require_ties(self, leaves: list[torch.Tensor]) -> None:
-        for group in self.ties:
-            (i, d), *others = group
-            for j, e in others:
-                if leaves[i].shape[d] != leaves[j].shape[e]:
-                    raise InputError(
-                        f"{self.leaves[j]} has shape {tuple(leaves[j].shape)}: dimension {e} "
-                        f"should be {leaves[i].shape[d]}, as dimension {d} of {self.leaves[i]}"
-                    )
-
-    def features(self, leaves: list[torch.Tensor]) -> torch.Tensor:
-        """What the shallow part gives at the cut."""
-        seen: list[torch.Tensor] = []
-
-        def look(features: torch.Tensor, mask: Any) -> tuple[Any, None]:
-            seen.append(features)
-            return None, None
-
-        self.plan(leaves, look)
-        return seen[0]
-
-    def plan(
-        self, leaves: list[torch.Tensor], planner: Planner, features: torch.Tensor | None = None
-    ) -> tuple[RoutingPlan, PrefixState | None]:
-        """Run up to the cut, for the plan alone; with the features at hand, the router alone."""
-        values = self._values(leaves)
-        if features is not None:
-            return planner(features, values[MASK])
-        for block, bound in self.steps:
-            if bound.step.deep:
-                break
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                _advance(values, bound, block(bound, (), *_taken(values, bound)))
-        return self._plan(values, planner)
-
-    def run(
-        self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False,
-        features: torch.Tensor | None = None,
-    ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:  # fmt: skip
-        """All outputs, the plan, and the router's state behind these positions.
-
-        checkpoint: recompute deep blocks in the backward pass. features: what the shallow part
-        gives at the cut, where that is known: what only serves to compute it does not run.
-        """
-        values = self._values(leaves)
-        steps = self.steps if features is None else self._behind_cut()
-        plan: RoutingPlan | None = None
-        after = None
-        for block, bound in steps:
-            if bound.step.deep and plan is None:
-                if features is not None:
-                    values[self.emitted.cut] = features
-                plan, after = self._plan(values, planner)
-                for name, layout in self.emitted.layouts:
-                    values[name] = align(plan, layout)
-            taken = _taken(values, bound)
-            run = block.checkpointed if checkpoint and bound.step.deep else block
-            wanted = bound.step.deep or not self.frozen
-            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-                _advance(values, bound, run(bound, plan.active if plan else (), *taken))
-        outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
-        assert plan is not None  # something deep follows every cut
-        return outputs, plan, after
-
-    def _behind_cut(self) -> tuple[tuple[Block, Bound], ...]:
-        """The deep steps, and of the shallow ones what they need besides the features."""
-        if self.behind is None:
-            kept = []
-            needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
-            for block, bound in reversed(self.steps):
-                step = bound.step
-                if not step.deep:
-                    step = narrowed(step, needed - {self.emitted.cut})
-                    bound = replace(bound, step=step)
-                if step.deep or step.gives:
-                    kept.append((block, bound))
-                    needed |= set(step.takes)
-            self.behind = tuple(kept[::-1])
-        return self.behind
-
-    def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
-        values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))
-        values[MASK] = values.get(self.emitted.mask) if self.emitted.mask else None
-        return values
-
-    def _plan(
-        self, values: dict[str, Any], planner: Planner
-    ) -> tuple[RoutingPlan, PrefixState | None]:
-        return planner(values[self.emitted.cut], values[MASK])
-
-
-MASK = "mask of the rows"  # no name of a graph: it holds a space
-
-
-def _taken(values: dict[str, Any], bound: Bound) -> list[Any]:
-    return [values[n] for n in bound.step.takes]
-
-
-def _advance(values: dict[str, Any], bound: Bound, given: tuple) -> None:
-    values.update(zip(bound.step.gives, given, strict=True))
-    for name in bound.step.drops:
-        values.pop(name, None)
-
-
-def small_sizes(leaves: list[torch.Tensor]) -> tuple:
-    """Which sizes are 0 or 1: those that a captured graph might have treated as constants."""
-    return tuple(tuple(min(s, 2) for s in t.shape) for t in leaves)
 
 
 class Graphs:

@@ -6,27 +6,28 @@ import inspect
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import Recipe
+from ..config import LoRAExperts, Recipe
 from ..errors import CheckpointError, ConfigError, InputError
-from ..experts.lora import peft as peft_format
+from ..experts.lora import peft
 from ..frontend.capture import bind, is_hf, split_static
 from ..frontend.example_inputs import as_arguments
-from ..ir.program import CACHE, Program, value
-from ..passes.emit import Emitted
+from ..ir.aten import value
+from ..ir.program import CACHE, Program
+from ..ir.steps import Emitted
 from ..passes.pipeline import Compiler, device_and_dtype
-from ..routing.plan import RoutingPlan
+from ..routing.plan import Planner, PrefixState, RoutingPlan
 from ..routing.ridge_gate import AnalyticGate
 from ..routing.select import make_router
-from ..routing.token_gate import PrefixState
 from . import checkpoint
+from .bound_graph import Graph
 from .expert_set import Growing
-from .graph_cache import Graph, Graphs, Planner
+from .graph_cache import Graphs
 from .parameters import ADDED, Ownership, added_tensors, state_to_private, state_to_public
 from .report import Report
 
@@ -283,9 +284,9 @@ class MoEModel(Growing):
     def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
         """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
         activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
-        read = peft_format.read_adapter(self, from_peft)
+        sites, spec = peft.lora_sites(self.expert_sites()), self.recipe.experts
+        read = peft.read_adapter(sites, cast(LoRAExperts, spec), from_peft)
         self.expand(1, name=name)
-        sites = peft_format.lora_sites(self)
         with torch.no_grad():
             for site, (a, b) in read.items():
                 sites[site].a[-1].copy_(a)
@@ -295,7 +296,9 @@ class MoEModel(Growing):
     def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
         """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
         to a head are not in it."""
-        peft_format.write_adapter(self, self._index(name), folder)
+        sites, spec = peft.lora_sites(self.expert_sites()), self.recipe.experts
+        base = getattr(self.config, "_name_or_path", None) or None
+        peft.write_adapter(sites, cast(LoRAExperts, spec), self._index(name), base, folder)
 
     def _saved(self) -> dict[str, torch.Tensor]:
         trained = {DENSE + n: t for n, t in self._owned.own_tensors().items()}

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts.factory import ExpertSite, make_site
+from ..experts.base import ExpertSite
+from ..experts.factory import make_site
 from ..frontend.capture import canonical_names
-from ..ir.program import AnySite
-from ..passes.emit import Emitted, Step
+from ..ir.sites import AnySite
+from ..ir.steps import Emitted, Step
 from .block_module import SEPARATOR, Block, Bound, Ref, Segment
 
 ADDED = "moe_rewrite."

@@ -13,10 +13,9 @@ from ..config import RegionExperts
 from ..errors import ConfigError
 from ..passes.pipeline import Compiler
 from ..routing.patch_gate import PatchGate
-from ..routing.plan import RoutingPlan
+from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 from ..routing.token_gate import TokenGate
-from .graph_cache import Planner
 
 
 class Planning(nn.Module):

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config import FFNExperts, LoRAExperts, PatchRouter
-from ..ir.program import HeadSite, RegionSite
+from ..ir.sites import HeadSite, RegionSite
 from ..utils.text_tables import count, table
 from ..utils.warn import warn
 
 if TYPE_CHECKING:
+    from ..ir.equivalence import EquivalenceReport
     from ..ir.program import Program
     from ..passes.pipeline import Compiler
-    from .verify import EquivalenceReport
 
 
 @dataclass(frozen=True)

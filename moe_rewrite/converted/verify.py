@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,31 +12,10 @@ from torch.utils import _pytree as pytree
 from ..errors import EquivalenceError
 from ..frontend.capture import is_hf, split_static
 from ..frontend.example_inputs import as_arguments, random_arguments
+from ..ir.equivalence import EquivalenceReport, compare, evaluating
 
 if TYPE_CHECKING:
     from .model import MoEModel
-
-# The graph runs the captured operations in order ("exact"), but eager attention may choose another
-# kernel where capture wrote the mask out; a wrong graph is off by orders of magnitude more.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-PIECE = 4096  # values of an output that are compared at once
-
-
-@dataclass(frozen=True)
-class EquivalenceReport:
-    """equal: within tolerance everywhere that counts. exact: bit for bit. max_error, rms_error:
-    over all outputs, relative to the dense output's largest value. shapes: inputs compared."""
-
-    equal: bool
-    exact: bool
-    max_error: float
-    rms_error: float
-    shapes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        word = "exactly equal" if self.exact else "equal" if self.equal else "DIFFERENT"
-        error = f"max error {self.max_error:.2e}, rms {self.rms_error:.2e}"
-        return f"{word} ({error}) on {', '.join(self.shapes) or 'one call'}"
 
 
 def verify(model: nn.Module, moe: nn.Module, inputs: Any) -> EquivalenceReport:
@@ -59,67 +36,6 @@ def verify(model: nn.Module, moe: nn.Module, inputs: Any) -> EquivalenceReport:
     shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
     report = compare(outputs[0], outputs[1], arguments.get("attention_mask"))
     return replace(report, shapes=shapes[:1])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module back in its own mode afterwards."""
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def compare(dense: list[Any], ours: list[Any], mask: Any = None) -> EquivalenceReport:
-    """Compare flattened outputs; caches and other objects that are no tensors are passed over."""
-    theirs = [t for t in dense if isinstance(t, torch.Tensor)]
-    mine = [t for t in ours if isinstance(t, torch.Tensor)]
-    equal = exact = len(theirs) == len(mine)
-    worst = total = 0.0
-    count = 0
-    for a, b in zip(theirs, mine, strict=False):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return EquivalenceReport(False, False, float("inf"), float("inf"))
-        a, b = _counted(a, mask), _counted(b, mask)
-        exact = exact and torch.equal(a, b)
-        if a.numel() == 0:
-            continue
-        tolerance, scale = TOLERANCE.get(a.dtype, 0.0), max(1.0, *map(_largest, _pieces(a)))
-        for x, y in zip(_pieces(a), _pieces(b), strict=True):
-            error = _error(x, y, scale)
-            worst, total = max(worst, float(error.max())), total + float(error.square_().sum())
-        count += a.numel()
-        equal = equal and worst <= tolerance
-    return EquivalenceReport(equal, exact, worst, (total / max(count, 1)) ** 0.5)
-
-
-def _pieces(output: torch.Tensor) -> Iterator[torch.Tensor]:
-    """In float64, a few at a time: outputs may be large."""
-    return (piece.double() for piece in output.reshape(-1).split(PIECE))
-
-
-def _largest(x: torch.Tensor) -> float:
-    """Of the finite values."""
-    return float(x.masked_fill(~x.isfinite(), 0.0).abs().max())
-
-
-def _error(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    """Relative to `scale`; infinite where one alone is no number or infinite."""
-    same = (x == y) | (x.isnan() & y.isnan())
-    error = (x - y).abs_().div_(scale).masked_fill_(same, 0.0)
-    return error.nan_to_num_(nan=float("inf"), posinf=float("inf"))
-
-
-def _counted(output: torch.Tensor, mask: Any) -> torch.Tensor:
-    """The positions of an output that the mask keeps."""
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and output.ndim >= 2:
-        length = output.shape[1]
-        if output.shape[0] == mask.shape[0] and length <= mask.shape[1] and output.ndim == 3:
-            return output[mask[:, mask.shape[1] - length :] != 0]
-    return output
 
 
 def verify_conversion(

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from ..errors import CaptureError, InputError
 from ..ir.program import CACHE
-from ..routing.token_gate import PrefixState
+from ..routing.plan import PrefixState
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 

@@ -16,21 +16,15 @@ import onnx
 import torch
 
 from ..errors import ConfigError, EquivalenceError
+from .file.dtypes import KINDS
 from .file.metadata import FORMAT
-from .file.write import (
-    KINDS,
-    checked_path,
-    digest,
-    in_place,
-    large,
-    needs_external,
-    set_metadata,
-    write_model,
-)
+from .file.protobuf import large
+from .file.skeleton import Skeleton
+from .file.write import checked_path, digest, in_place, needs_external, set_metadata, write_model
 from .lowerings.choose import LOWERINGS, Choice, Chosen
 from .report import OnnxReport
 from .trace.functional import Plain
-from .translate import Skeleton, translate
+from .translate import translate
 from .verify.compare_with_torch import check_file, prove
 from .verify.cuda_support import without_kernel
 from .verify.reread import hold, write_twin

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import onnx
 import onnx_ir as ir
 import torch
 
 from ..errors import CaptureError, ConfigError, MoeRewriteError
+from .file.skeleton import Skeleton
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .rewrites import rewrite
@@ -18,17 +16,6 @@ from .trace.link import joined
 from .trace.segment_export import pieces
 from .trace.torch_export import one_registry, quiet, root_cause
 from .trace.translations import TRANSLATIONS
-
-
-@dataclass
-class Skeleton:
-    """model: the graph; what `weights` names are initializers that it lacks. chosen: the lowering of
-    each site of feed-forward experts. stand_ins: by name, what quantized weights stand for."""
-
-    model: onnx.ModelProto
-    weights: dict[str, torch.Tensor]
-    chosen: dict[str, Chosen]
-    stand_ins: dict[str, torch.Tensor]
 
 
 def translate(plain: Plain, opset: int, choice: Choice, open_inputs: bool) -> Skeleton:

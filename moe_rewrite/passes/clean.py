@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import Program, value
+from ..ir.aten import value
+from ..ir.program import Program
 
 aten = torch.ops.aten
 ASSERTS = {

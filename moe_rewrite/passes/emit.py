@@ -6,87 +6,17 @@ regional compilation, so nothing here closes over a parameter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..ir.program import Code, Program, alias_root, expression, mutated, routing_plan, value
+from ..ir.aten import alias_root, expression, mutated, value
+from ..ir.program import Code, Program, routing_plan
+from ..ir.steps import Emitted, Step, _Constant
 from ..ir.structural_key import same_code
-from ..routing.plan import Layout, align
-
-
-@dataclass(frozen=True)
-class Step:
-    """One block's part of a graph.
-
-    owned: (kind, name) of the weights, buffers and expert parts the code takes first, in order;
-    takes, gives: names of the values it reads and makes; drops: values nobody reads afterwards;
-    writes: positions in `owned` and, behind them, in `takes` that the code writes to in place.
-    """
-
-    block: str
-    deep: bool
-    code: Code
-    owned: tuple[tuple[str, str], ...]
-    takes: tuple[str, ...]
-    gives: tuple[str, ...]
-    drops: tuple[str, ...]
-    writes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it.
-
-    cut: name of the features that the router reads; mask: of the input that masks their rows.
-    sizes: of each value that steps take or give, its tensors' sizes, or its own, as the capture has
-    them: numbers, or expressions of what stays open.
-    """
-
-    steps: tuple[Step, ...]
-    cut: str
-    mask: str | None
-    layouts: tuple[tuple[str, Layout], ...]
-    outputs: tuple[Any, ...]  # value names, or constants of the graph
-    constants: dict[str, torch.Tensor]
-    sizes: dict[str, tuple[tuple[Any, ...], ...]]
-
-
-def narrowed(step: Step, wanted: set[str]) -> Step:
-    """The part of a step that gives only these of its values, and takes only what they need."""
-    gives = tuple(name for name in step.gives if name in wanted)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    made: Any = graph.graph_copy(step.code.module.graph, copies)
-    graph.output(tuple(made[i] for i, name in enumerate(step.gives) if name in wanted))
-    _erase_unneeded(graph)
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    takes = []
-    for name, node in zip(step.takes, placeholders[len(step.owned) :], strict=True):
-        if node.users:
-            takes.append(name)
-        else:
-            graph.erase_node(node)
-    writes = tuple(i for i in step.writes if i < len(step.owned))
-    code = Code(fx.GraphModule(step.code.module, graph))  # which holds what the graph calls
-    return replace(step, code=code, takes=tuple(takes), gives=gives, drops=(), writes=writes)
-
-
-def _erase_unneeded(graph: fx.Graph) -> None:
-    """Everything that the output does not depend on; fx keeps what may be random (attention)."""
-    needed: set[fx.Node] = set()
-    waiting = [graph.output_node()]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    for node in reversed(graph.nodes):
-        if node not in needed and node.op != "placeholder":
-            graph.erase_node(node)
+from ..routing.plan import align
 
 
 def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
@@ -132,13 +62,6 @@ def _sizes(made: Any) -> tuple[tuple[Any, ...], ...]:
     leaves = pytree.tree_leaves(made)
     each = [leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
     return tuple(tuple(map(expression, shape)) for shape in each)
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """An output that is no tensor of the graph (None, an int)."""
-
-    value: Any
 
 
 def _first_deep(parts: list[tuple[str, bool, list[fx.Node]]]) -> int:

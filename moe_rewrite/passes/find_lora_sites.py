@@ -14,8 +14,10 @@ from torch import fx
 from ..analysis.infer_layout import Layouts
 from ..analysis.linear_ops import Product, find_product, place
 from ..config import LoRAExperts, RouterSpec
-from ..ir.program import Program, Rejection, Site, module_paths, value
-from ..routing.plan import Layout
+from ..ir.aten import module_paths, value
+from ..ir.gate_layout import Layout
+from ..ir.program import Program
+from ..ir.sites import Rejection, Site
 from .split import segments
 
 

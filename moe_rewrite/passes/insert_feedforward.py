@@ -14,8 +14,11 @@ from ..analysis.feedforward import FeedForward, find_feedforward
 from ..analysis.infer_layout import Layouts
 from ..config import FFNExperts, RouterSpec
 from ..experts.ffn.call import FeedForwardCall
-from ..ir.program import FeedForwardSite, Input, Part, Program, Rejection, identifier, value
-from ..routing.plan import Layout, align
+from ..ir.aten import identifier, value
+from ..ir.gate_layout import Layout
+from ..ir.program import Input, Program
+from ..ir.sites import FeedForwardSite, Part, Rejection
+from ..routing.plan import align
 from .insert_router import router_node
 from .split import segments
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.program import Input, Program, Rejection, Site, identifier
+from ..ir.aten import identifier
+from ..ir.gate_layout import Layout
+from ..ir.program import Input, Program
+from ..ir.sites import Rejection, Site
 from ..kernels.lora.reference import add_conv_lora_experts, add_lora_experts
-from ..routing.plan import Layout, align
+from ..routing.plan import align
 from .find_lora_sites import Match
 from .insert_router import router_node
 

@@ -25,8 +25,11 @@ from ..experts.region.patch_code import (
     weights_of,
     whole_code,
 )
-from ..ir.program import Code, Input, Part, Program, RegionSite, identifier, mutated, value
-from ..routing.plan import Layout, align
+from ..ir.aten import identifier, mutated, value
+from ..ir.gate_layout import Layout
+from ..ir.program import Code, Input, Program
+from ..ir.sites import Part, RegionSite
+from ..routing.plan import align
 from .insert_router import router_node
 
 

@@ -17,7 +17,9 @@ from ..analysis.linear_ops import Product, find_product
 from ..config import RouterSpec, TokenRouter
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.lora.call import LoRACall
-from ..ir.program import FeedForwardSite, Program, RegionSite, Site, value
+from ..ir.aten import value
+from ..ir.program import Program
+from ..ir.sites import FeedForwardSite, RegionSite, Site
 from ..kernels import cost_model as costs
 from ..kernels.cost_model import CPU, FormName
 from ..kernels.lora.op import unchecked as lora_linear

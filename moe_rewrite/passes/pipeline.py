@@ -28,11 +28,13 @@ from ..config import (
 )
 from ..errors import CaptureError, ConversionError
 from ..frontend.capture import capture
-from ..ir.program import Program, RegionSite, Rejection, value
+from ..ir.aten import value
+from ..ir.program import Program
+from ..ir.sites import RegionSite, Rejection
+from ..ir.steps import Emitted
 from ..routing.select import fit_router
 from .clean import clean
-from .emit import Emitted, emit
-from .find_depth import find_depth
+from .emit import emit
 from .find_lora_sites import find_sites
 from .freeze_shallow import freeze
 from .insert_feedforward import find_feedforward_sites, insert_feedforward
@@ -40,7 +42,7 @@ from .insert_lora import insert_experts
 from .insert_region import insert_region
 from .insert_router import route
 from .lower import Lower
-from .split import shallow_modules, split
+from .split import find_depth, shallow_modules, split
 from .widen_head import widen_head
 
 

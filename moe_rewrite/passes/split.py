@@ -1,12 +1,19 @@
-"""Choose the cut: where the frozen shallow segment ends and the expandable deep one begins."""
+"""Find the depth of the model and choose the cut: where the frozen shallow segment ends and the expandable deep one begins."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+from ..analysis.depth import depth_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
-from ..ir.program import Cut, Program, module_paths, value
+from ..ir.aten import module_paths, value
+from ..ir.program import Cut, Program
+
+
+def find_depth(program: Program, model: str, split: object = None) -> Program:
+    """Record the depth map. Exact: the graph is only read."""
+    return program.after("depth", "exact", depth=depth_map(program, model, split))
 
 
 def split(program: Program, at: int | float | str) -> Program:

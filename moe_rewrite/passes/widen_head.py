@@ -12,10 +12,13 @@ import torch
 from torch import fx
 
 from ..analysis.mainline import find_mainline
-from ..ir.program import HeadSite, Input, Program, value
+from ..ir.aten import value
+from ..ir.gate_layout import Layout
+from ..ir.program import Input, Program
+from ..ir.sites import HeadSite
 from ..kernels.head.reference import append_columns
 from ..kernels.lora.reference import add_lora_experts
-from ..routing.plan import Layout, align
+from ..routing.plan import align
 from .insert_router import router_node
 from .split import segments
 

@@ -5,38 +5,16 @@ Shapes: B batch, S positions, n patches, l patches an expert takes, E experts th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..errors import InputError
+from ..ir.gate_layout import Layout
 from ..ir.patch_grid import shares
 from ..kernels.plan.op import largest
 from .dispatch import RowGates
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the plan's rows lie in a site's input of `ndim` dimensions, for experts of a rank.
-
-    kind: ``"rows"`` (B, S, ...), ``"sample"`` (B, ...), ``"swapped"`` (S, B, ...), ``"flat"``
-    (B*S, D), ``"swapped_flat"`` (S*B, D), ``"map"`` (B, ..., H, W), ``"map_last"`` (B, H, W, ...);
-    ``"plan"``: the plan itself, for a region; ``"head"``: (B, 1 + E) for a head's classes.
-    scale: LoRA's alpha / rank. size: (H, W) of a map that a patch plan is laid over.
-    sorted: whose rows are wanted instead of scales: ``"experts"``, or ``"all"``, the frozen model's
-    too.
-    """
-
-    kind: Literal[
-        "rows", "sample", "swapped", "flat", "swapped_flat", "map", "map_last", "plan", "head"
-    ]
-    ndim: int
-    dtype: torch.dtype
-    rank: int = 1
-    scale: float = 1.0
-    size: tuple[int, int] | None = None
-    sorted: Literal["", "experts", "all"] = ""
 
 
 @dataclass(frozen=True)
@@ -181,3 +159,16 @@ def _for_classes(plan: RoutingPlan) -> torch.Tensor | None:
     if gates.ndim == 3:
         gates = gates.mean(1)
     return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+
+
+@dataclass
+class PrefixState:
+    """Running sum (B, D) and count (B,) of a prefix router, fp32, over the unmasked positions."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+Planner = Callable[
+    [torch.Tensor, torch.Tensor | None], tuple[RoutingPlan, PrefixState | None]
+]  # features at the cut and their mask -> the plan, and the router's state after these rows

@@ -5,25 +5,15 @@ Shapes: B batch, S positions, D width of the features, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from ..analysis.row_dims import lead_of
 from ..config import TokenRouter
 from ..errors import InputError
+from ..ir.program import lead_of
 from ..kernels.plan.op import largest, route
-from .plan import RoutingPlan
+from .plan import PrefixState, RoutingPlan
 from .router import Router
-
-
-@dataclass
-class PrefixState:
-    """Running sum (B, D) and count (B,) of a prefix router, fp32, over the unmasked positions."""
-
-    total: torch.Tensor
-    count: torch.Tensor
 
 
 class TokenGate(Router):

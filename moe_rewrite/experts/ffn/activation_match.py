@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.program import Code, argument, op_name
+from ...ir.aten import argument, op_name
+from ...ir.program import Code
 
 aten = torch.ops.aten
 DIGITS = 6  # of coefficients: models write the square root of 2 / pi with eight digits or more

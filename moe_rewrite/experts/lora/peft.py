@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...config import LoRAExperts
 from ...errors import CheckpointError, ConfigError
 from ...utils.atomic_files import replace_file, write_json
-from ..factory import LoRASite
-
-if TYPE_CHECKING:
-    from ...converted.model import MoEModel
+from ..base import ExpertSite
+from .parameters import LoRASite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,20 +28,22 @@ REFUSED = (
 )
 
 
-def lora_sites(moe: MoEModel) -> dict[str, LoRASite]:
+def lora_sites(sites: Iterable[ExpertSite]) -> dict[str, LoRASite]:
     """The sites with LoRA experts, by module name. Raises ConfigError for other experts."""
-    found = {s.site.name: s for s in moe.expert_sites() if isinstance(s, LoRASite)}
+    found = {s.site.name: s for s in sites if isinstance(s, LoRASite)}
     if not found:
         raise ConfigError("PEFT's format holds LoRA experts: this model's are of another kind")
     return found
 
 
-def write_adapter(moe: MoEModel, expert: int, folder: str | os.PathLike) -> None:
-    """Write an expert as an adapter that computes what the expert does with gate 1."""
+def write_adapter(
+    sites: dict[str, LoRASite], spec: LoRAExperts, expert: int, base: str | None,
+    folder: str | os.PathLike,
+) -> None:  # fmt: skip
+    """Write an expert as an adapter that computes what the expert does with gate 1. base: the name
+    or path of the model that it belongs to, where that is known."""
     from safetensors.torch import save
 
-    sites, spec = lora_sites(moe), moe.recipe.experts
-    assert isinstance(spec, LoRAExperts)
     tensors = {}
     for name, site in sites.items():
         for part, weight in (("A", site.a[expert]), ("B", site.b[expert])):
@@ -51,7 +52,7 @@ def write_adapter(moe: MoEModel, expert: int, folder: str | os.PathLike) -> None
         "peft_type": "LORA", "task_type": None, "r": spec.rank, "lora_alpha": spec.alpha,
         "target_modules": sorted(sites), "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": any(s.site.transposed for s in sites.values()),
-        "base_model_name_or_path": getattr(moe.config, "_name_or_path", None) or None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
     }  # fmt: skip
     target = Path(folder)
@@ -61,15 +62,13 @@ def write_adapter(moe: MoEModel, expert: int, folder: str | os.PathLike) -> None
 
 
 def read_adapter(
-    moe: MoEModel, folder: str | os.PathLike
+    sites: dict[str, LoRASite], spec: LoRAExperts, folder: str | os.PathLike
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) of an adapter by site, with this model's rank and scale.
+    """(A, B) of an adapter by site, with the rank and scale of these.
 
-    A smaller rank is filled up with zeros. Raises CheckpointError for what cannot be an expert of
-    this model: another kind of adapter, a larger rank, modules that are no sites, other shapes.
+    A smaller rank is filled up with zeros. Raises CheckpointError for what cannot be an expert at
+    these sites: another kind of adapter, a larger rank, modules that are no sites, other shapes.
     """
-    sites, spec = lora_sites(moe), moe.recipe.experts
-    assert isinstance(spec, LoRAExperts)
     config, tensors = _read(Path(folder))
     rank, scale = _rank_and_scale(Path(folder), config, spec)
     given: dict[str, dict[str, torch.Tensor]] = {}

@@ -18,8 +18,9 @@ from ...analysis.conv_region import Region, map_size
 from ...analysis.spatial import NCHW, Window, padding_of, pair, windows
 from ...errors import ConversionError
 from ...ir import patch_grid as grids
+from ...ir.aten import op_name, value
 from ...ir.patch_grid import Span
-from ...ir.program import Code, Program, op_name, value
+from ...ir.program import Code, Program
 from .patch_code import PatchCode, device_of, dry_run, one_patch, resize, weights_of
 
 aten = torch.ops.aten

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...analysis.conv_region import Region, map_size
 from ...errors import ConversionError
 from ...ir import patch_grid as grids
+from ...ir.aten import op_name, value
 from ...ir.patch_grid import Table
-from ...ir.program import Code, Program, op_name, value
+from ...ir.program import Code, Program
 
 aten = torch.ops.aten
 DRY = 2  # samples in a dry run: batch statistics of a single value are an error

@@ -48,7 +48,7 @@ def route(
     """
     if torch.compiler.is_exporting() and normalize:  # TopK gives the values too
         values, chosen = logits_TE.topk(k, dim=-1)
-        return values.float().softmax(-1), chosen
+        return _wide(values).softmax(-1), chosen
     if torch.compiler.is_exporting():
         return _softmax_of(logits_TE, largest(logits_TE, k), normalize)
     if not logits_TE.is_floating_point():
@@ -98,10 +98,14 @@ def _plain_route(
 def _softmax_of(
     logits: torch.Tensor, experts: torch.Tensor, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = _wide(logits)
     if normalize:
         return wide.gather(-1, experts).softmax(-1), experts
     return wide.softmax(-1).gather(-1, experts), experts
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 # a token at a time, an op's dispatch would show: `route` goes around it where it can

@@ -113,7 +113,7 @@ def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
 
 def require_stack(name: str, stack: Stack, old: onnx.TensorProto, new: torch.Tensor) -> int:
     """How many experts a tensor holds that is to take the place of an initializer."""
-    from .write import KINDS
+    from .dtypes import KINDS
 
     open_ = [d if i != stack.dim else None for i, d in enumerate(old.dims)]
     given = [d if i != stack.dim else None for i, d in enumerate(new.shape)]

@@ -15,51 +15,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import onnx
 import torch
 
 from ...errors import ConfigError
+from ...utils.tensor_bytes import tensor_bytes
+from .dtypes import KINDS
+from .protobuf import PAGE, Place, large, piece
 
 if TYPE_CHECKING:
-    from ..translate import Skeleton
+    from .skeleton import Skeleton
 
-GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto, TensorProto
-PAGE = 4096  # bytes from which a weight is large: it begins at an offset that can be mapped
 PROTOBUF_LIMIT = 2**31
 EMBEDDED = 1_500_000_000  # bytes of weights that stay in the .onnx file unless told otherwise
-KINDS = {
-    torch.float32: onnx.TensorProto.FLOAT, torch.float64: onnx.TensorProto.DOUBLE,
-    torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32,
-    torch.int16: onnx.TensorProto.INT16, torch.int8: onnx.TensorProto.INT8,
-    torch.uint8: onnx.TensorProto.UINT8, torch.bool: onnx.TensorProto.BOOL,
-}  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where the bytes of a weight lie: the name of a file, and offset and length in bytes."""
-
-    file: str
-    offset: int
-    length: int
-
-    def mark(self, tensor: onnx.TensorProto) -> None:
-        """Make it a tensor whose bytes lie here."""
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in zip(("location", "offset", "length"), self, strict=True):
-            tensor.external_data.add(key=key, value=str(value))
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor; of one in row-major order on the CPU no copy is made."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")  # type: ignore[arg-type]
-
-
-def large(length: int) -> bool:
-    return length >= PAGE
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -67,7 +37,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
-        total.update(raw(tensor))
+        total.update(tensor_bytes(tensor))
     return total.hexdigest()
 
 
@@ -87,7 +57,7 @@ def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) ->
         file.write(skeleton.model.SerializeToString())
         for name, tensor in skeleton.weights.items():
             header = onnx.TensorProto(name=name, dims=tensor.shape, data_type=KINDS[tensor.dtype])
-            piece(file, header, elsewhere.get(name) or raw(tensor))
+            piece(file, header, elsewhere.get(name) or tensor_bytes(tensor))
         _flush(file)
 
 
@@ -96,41 +66,13 @@ def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]
     places = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
-            content = raw(tensor)
+            content = tensor_bytes(tensor)
             if large(content.nbytes):
                 file.write(bytes(-file.tell() % PAGE))
             places[name] = Place(path.name, file.tell(), content.nbytes)
             file.write(content)
         _flush(file)
     return places
-
-
-def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | Place) -> None:
-    """A ModelProto that holds nothing but one initializer, of these bytes or of those that lie
-    elsewhere; bytes come last."""
-    behind = memoryview(b"")
-    if isinstance(content, Place):
-        content.mark(tensor)
-        head = tensor.SerializeToString()
-    else:
-        head, behind = tensor.SerializeToString() + _tag(RAW_DATA, content.nbytes), content
-    size = len(head) + behind.nbytes
-    within = _tag(INITIALIZER, size) + head
-    file.write(_tag(GRAPH, size + len(within) - len(head)) + within)
-    file.write(behind)
-
-
-def _tag(field: int, size: int) -> bytes:
-    """The tag of a field with a length in front, and that length, as protobuf's varints."""
-    return _varint(field << 3 | 2) + _varint(size)
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes((*out, number))
 
 
 def _flush(file: IO[bytes]) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import torch
 
+from ...utils.tensor_bytes import tensor_bytes
+
 if TYPE_CHECKING:
-    from ..file.write import Place
+    from ..file.protobuf import Place
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -49,7 +51,7 @@ def _value(tensor: torch.Tensor) -> Any:
     """An OrtValue on the memory of a tensor."""
     import onnxruntime as ort
 
-    from ..file.write import KINDS
+    from ..file.dtypes import KINDS
 
     plain = tensor.detach().cpu().contiguous()
     if plain.dtype != torch.bfloat16:
@@ -79,7 +81,7 @@ def replace_initializers(
     places: dict[str, Place] | None = None,
 ) -> None:
     """places: of those whose bytes lie in a file."""
-    from ..file.write import KINDS, raw
+    from ..file.dtypes import KINDS
 
     for tensor in model.graph.initializer:
         if tensor.name in replaced:
@@ -88,7 +90,7 @@ def replace_initializers(
             if places and tensor.name in places:
                 places[tensor.name].mark(fresh)
             else:
-                fresh.raw_data = bytes(raw(new))
+                fresh.raw_data = bytes(tensor_bytes(new))
             tensor.CopyFrom(fresh)
 
 

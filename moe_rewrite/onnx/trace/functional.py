@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ...converted.graph_cache import Graph
+from ...converted.bound_graph import Graph
 from ...converted.parameters import ADDED
-from ...converted.verify import evaluating
 from ...errors import ConfigError
 from ...frontend.capture import example_like, is_hf, split_static
 from ...frontend.example_inputs import as_arguments
+from ...ir.equivalence import evaluating
 from ...ir.program import CACHE, Code
 from ...ir.structural_key import same_code
-from ...routing.plan import RoutingPlan, align
-from ...routing.token_gate import PrefixState, TokenGate
+from ...routing.plan import PrefixState, RoutingPlan, align
+from ...routing.token_gate import TokenGate
 from .ffn_placeholder import TracedFeedForward, with_placeholders
 from .segments import Part, arranged, traced_target, whole
 from .weights import ROWS, tensors_of

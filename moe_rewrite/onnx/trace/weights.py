@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...converted.graph_cache import Graph
+from ...converted.bound_graph import Graph
 from ...converted.parameters import ADDED
-from ...experts.factory import ExpertSite, HeadColumns, LoRASite
-from ...ir.program import FeedForwardSite
+from ...experts.base import ExpertSite
+from ...experts.head import HeadColumns
+from ...experts.lora.parameters import LoRASite
+from ...ir.sites import FeedForwardSite
 
 if TYPE_CHECKING:
     from ...converted.model import MoEModel

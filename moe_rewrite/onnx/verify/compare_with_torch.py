@@ -12,11 +12,11 @@ import onnx
 import torch
 from torch.utils import _pytree as pytree
 
-from ...converted.verify import compare, evaluating
 from ...errors import EquivalenceError
 from ...frontend.capture import split_static
 from ...frontend.example_inputs import random_arguments
 from ...frontend.trace_memory import release_memory
+from ...ir.equivalence import compare, evaluating
 from ...ir.program import CACHE
 from ..report import Check
 from ..runtime.session import FRUGAL, open_session, run

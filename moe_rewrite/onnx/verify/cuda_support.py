@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx
 import torch
 
-from ..file.write import KINDS
+from ..file.dtypes import KINDS
 
 INTEGERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"
 FLOATS = "float double float16"  # where there is no kernel for bfloat16

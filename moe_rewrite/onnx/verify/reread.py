@@ -15,7 +15,9 @@ import onnx
 import torch
 
 from ...errors import EquivalenceError
-from ..file.write import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece, raw, write_data
+from ...utils.tensor_bytes import tensor_bytes
+from ..file.protobuf import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece
+from ..file.write import write_data
 from ..runtime.session import replace_initializers
 
 PIECE = 1 << 20
@@ -65,7 +67,7 @@ def hold(places: dict[str, Place], weights: dict[str, torch.Tensor], folder: Pat
     if places.keys() != weights.keys():
         return False
     for name, tensor in weights.items():
-        content, place = raw(tensor), places[name]
+        content, place = tensor_bytes(tensor), places[name]
         if content.nbytes != place.length:
             return False
         with open(folder / place.file, "rb") as file:

@@ -1,0 +1,78 @@
+"""Experts that are copies of a region's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..ir.sites import FeedForwardSite, Part, RegionSite
+from .base import SEPARATOR, ExpertSite
+
+
+class RegionCopies(ExpertSite):
+    """Experts that each have the weights and statistics of a region, all or a share of them."""
+
+    site: RegionSite | FeedForwardSite
+
+    def __init__(self, site: RegionSite | FeedForwardSite) -> None:
+        super().__init__()
+        self.site = site
+        self.parts = self.replaced = tuple(p.name for p in site.parts)
+        self.copies = nn.ModuleDict({p.name.replace(".", SEPARATOR): _Copies() for p in site.parts})
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        new = []
+        for part, copies in self._by_part():
+            tensor = _share(dense[part.name], part, len(copies))
+            copies.put(tensor, part.kind == "weight")
+            if part.kind == "weight":
+                new.append(copies[-1])
+        return new  # type: ignore[return-value]
+
+    def _by_part(self) -> list[tuple[Part, _Copies]]:
+        return list(zip(self.site.parts, self.copies.values(), strict=True))  # type: ignore[arg-type]
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(c.parameters()) for p, c in self._by_part() if p.kind == "weight"]
+
+    def remove_last(self) -> None:
+        for _, copies in self._by_part():
+            copies.pop()
+
+    def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
+        return tuple([copies[e] for e in active] for _, copies in self._by_part())
+
+
+class _Copies(nn.Module):
+    """One part of every expert, by number: parameters or buffers."""
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([*self._parameters.values(), *self._buffers.values()])  # type: ignore[list-item]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return list(self)[index]
+
+    def put(self, tensor: torch.Tensor, parameter: bool) -> None:
+        if parameter:
+            self.register_parameter(str(len(self)), nn.Parameter(tensor))
+        else:
+            self.register_buffer(str(len(self)), tensor)
+
+    def pop(self) -> None:
+        delattr(self, str(len(self) - 1))
+
+
+def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:
+    """A copy of what an expert has of a dense tensor: of every shared dimension its own slice, as
+    far as there are such, then from the front again."""
+    share = dense.detach()
+    for dim, kept in part.kept:
+        full = dense.shape[dim]
+        index = (expert * kept + torch.arange(kept, device=dense.device)) % full
+        share = share.index_select(dim, index)
+    return share.clone()

@@ -1,0 +1,68 @@
+"""The columns that experts add to a classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ir.sites import HeadSite
+from .base import ExpertSite
+
+
+class HeadColumns(ExpertSite):
+    """The columns that experts added to a classification head.
+
+    weight[e]: (classes, in), bias[e]: (classes,); of no classes for an expert that added none.
+    """
+
+    site: HeadSite
+    parts = ("columns",)
+
+    def __init__(self, site: HeadSite) -> None:
+        super().__init__()
+        self.site = site
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        """Nothing to train yet: `widen` gives the expert its columns."""
+        like = dense[self.site.weight]
+        self.weight.append(nn.Parameter(like.new_empty(0, self.site.in_features)))
+        self.bias.append(nn.Parameter(like.new_empty(0)))
+        return []
+
+    def widen(self, expert: int, classes: int) -> list[nn.Parameter]:
+        """Give an expert columns, drawn as nn.Linear draws its own."""
+        bound = self.site.in_features**-0.5
+        new = []
+        for of_part, shape in (
+            (self.weight, (classes, self.site.in_features)),
+            (self.bias, (classes,)),
+        ):
+            fresh = of_part[expert].new_empty(shape)
+            of_part[expert] = nn.Parameter(
+                fresh if fresh.is_meta else fresh.uniform_(-bound, bound)
+            )
+            new.append(of_part[expert])
+        return new
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(self.weight), list(self.bias)]
+
+    def remove_last(self) -> None:
+        self.weight, self.bias = self.weight[:-1], self.bias[:-1]
+
+    def stacked(self, active: Sequence[int]) -> tuple[list[tuple[Any, ...] | int], ...]:
+        """(weight, bias, place in `active`) of each expert with columns up to the last one that is
+        on; of those among them that are off, how many columns."""
+        wide = [e for e in range(len(self.weight)) if len(self.bias[e])]
+        last = max((e for e in wide if e in active), default=-1)
+        columns: list[tuple[Any, ...] | int] = []
+        for e in (e for e in wide if e <= last):
+            if e in active:
+                columns.append((self.weight[e], self.bias[e], list(active).index(e)))
+            else:
+                columns.append(len(self.bias[e]))
+        return (columns,)

@@ -1,0 +1,85 @@
+"""The parameters of LoRA experts, one module a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...ir.sites import Site
+from ..base import ExpertSite
+
+
+class LoRASite(ExpertSite):
+    """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
+    or (out, rank, 1, 1); b starts at zero."""
+
+    site: Site
+    parts = ("a", "b")
+
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        self.site, self.rank = site, rank
+        self.a = nn.ParameterList()
+        self.b = nn.ParameterList()
+        self._stack: tuple[object, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+        like = dense[self.site.weight]
+        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel)
+        if not a.is_meta:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = self._no_b(like, self.rank)
+        self.a.append(nn.Parameter(a))
+        self.b.append(nn.Parameter(b))
+        return [self.a[-1], self.b[-1]]
+
+    def _no_b(self, like: torch.Tensor, rank: int) -> torch.Tensor:
+        return like.new_zeros(self.site.out_features, rank, *(1 for _ in self.site.kernel))
+
+    def parameter_lists(self) -> list[list[nn.Parameter]]:
+        return [list(self.a), list(self.b)]
+
+    def remove_last(self) -> None:
+        self.a, self.b = self.a[:-1], self.b[:-1]
+        self.forget()
+
+    def forget(self) -> None:
+        self._stack = None
+
+    def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
+        """A as (active * rank, in, ...) and B as (out, active * rank, ...); of a linear map that is
+        trained, lists of parts: a stack of the older, frozen experts, and the others by themselves.
+
+        Stacks are kept from call to call while no parameter changes.
+        """
+        if len(active) == 1:
+            return self.a[active[0]], self.b[active[0]]
+        if not active:
+            like = self.a[0]
+            return like[:0], self._no_b(like, 0)
+        a, b = [self.a[e] for e in active], [self.b[e] for e in active]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
+            if self.site.kernel:
+                return torch.cat(a), torch.cat(b, dim=1)
+            frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
+            if frozen < 2:
+                return a, b
+            older = self._kept(a[:frozen], b[:frozen])
+            return [older[0], *a[frozen:]], [older[1], *b[frozen:]]
+        return self._kept(a, b)
+
+    def _kept(
+        self, a: list[torch.Tensor], b: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
+        if self._stack is None or self._stack[0] != key:
+            with torch.no_grad():
+                self._stack = key, (torch.cat(a), torch.cat(b, dim=1))
+        return self._stack[1]

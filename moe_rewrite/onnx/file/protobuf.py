@@ -1,0 +1,58 @@
+"""Protobuf messages in pieces: an initializer at a time."""
+
+from __future__ import annotations
+
+from typing import IO, NamedTuple
+
+import onnx
+
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto, TensorProto
+
+
+PAGE = 4096  # bytes from which a weight is large: it begins at an offset that can be mapped
+
+
+class Place(NamedTuple):
+    """Where the bytes of a weight lie: the name of a file, and offset and length in bytes."""
+
+    file: str
+    offset: int
+    length: int
+
+    def mark(self, tensor: onnx.TensorProto) -> None:
+        """Make it a tensor whose bytes lie here."""
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in zip(("location", "offset", "length"), self, strict=True):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def large(length: int) -> bool:
+    return length >= PAGE
+
+
+def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | Place) -> None:
+    """A ModelProto that holds nothing but one initializer, of these bytes or of those that lie
+    elsewhere; bytes come last."""
+    behind = memoryview(b"")
+    if isinstance(content, Place):
+        content.mark(tensor)
+        head = tensor.SerializeToString()
+    else:
+        head, behind = tensor.SerializeToString() + _tag(RAW_DATA, content.nbytes), content
+    size = len(head) + behind.nbytes
+    within = _tag(INITIALIZER, size) + head
+    file.write(_tag(GRAPH, size + len(within) - len(head)) + within)
+    file.write(behind)
+
+
+def _tag(field: int, size: int) -> bytes:
+    """The tag of a field with a length in front, and that length, as protobuf's varints."""
+    return _varint(field << 3 | 2) + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes((*out, number))
