@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from moe_rewrite.kernels import cost_model as costs
-from moe_rewrite.kernels.cost_model import CPU, FormName, Machine, best
+from moe_rewrite.kernels import cost_model
+from moe_rewrite.kernels.cost_model import CPU, Execution, Machine, best
 from moe_rewrite.kernels.ffn.op import ffn_dense, ffn_experts
 from moe_rewrite.kernels.lora.grouped import lora_grouped
 from moe_rewrite.kernels.lora.op import lora_linear
@@ -53,30 +53,30 @@ def chosen(T: int, E: int, k: int) -> torch.Tensor:
     return torch.rand(T, E).argsort(-1)[:, :k].contiguous()
 
 
-def lora_cell(T: int, E: int, r: int, k: int) -> tuple[dict[FormName, Callable], dict]:
+def lora_cell(T: int, E: int, r: int, k: int) -> tuple[dict[Execution, Callable], dict]:
     x, weight = torch.randn(T, WIDTH), torch.randn(WIDTH, WIDTH)
     a, b = torch.randn(E * r, WIDTH), torch.randn(WIDTH, E * r)
     experts = chosen(T, E, k)
     plan, gates = sort_plan(experts, E), torch.rand(T, k)
     scales = torch.zeros(T, E).scatter(1, experts, gates).repeat_interleave(r, 1)
-    forms: dict[FormName, Callable] = {
+    forms: dict[Execution, Callable] = {
         "dense": lambda: lora_linear(x, weight, None, scales, a, b),
         "grouped": lambda: lora_grouped(x, weight, None, gates, plan, a, b, r),
     }
     base = CPU.product(T, WIDTH, WIDTH)
-    expected = costs.lora(CPU, T, WIDTH, WIDTH, E, r, k)
+    expected = cost_model.lora(CPU, T, WIDTH, WIDTH, E, r, k)
     return forms, {form: base + s for form, s in expected.items()}
 
 
-def ffn_cell(T: int, E: int, H: int, k: int) -> tuple[dict[FormName, Callable], dict]:
+def ffn_cell(T: int, E: int, H: int, k: int) -> tuple[dict[Execution, Callable], dict]:
     x, experts, gates = torch.randn(T, WIDTH), chosen(T, E, k), torch.rand(T, k)
     up, down, gate = torch.randn(E, H, WIDTH), torch.randn(E, WIDTH, H), torch.randn(E, H, WIDTH)
     plan, every = sort_plan(experts, E), torch.zeros(T, E).scatter(1, experts, gates)
-    forms: dict[FormName, Callable] = {
+    forms: dict[Execution, Callable] = {
         "dense": lambda: ffn_dense(x, every, up, down, gate),
         "grouped": lambda: ffn_experts(x, gates, experts, plan, up, down, gate),
     }
-    return forms, costs.ffn(CPU, T, WIDTH, H, E, k, 3)
+    return forms, cost_model.ffn(CPU, T, WIDTH, H, E, k, 3)
 
 
 def measure(what: str, size: tuple[int, ...], repeats: int) -> dict[str, Any]:

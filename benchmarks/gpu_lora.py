@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from moe_rewrite.kernels.lora import stacked as products
+from moe_rewrite.kernels.lora import stacked
 from moe_rewrite.kernels.lora.op import lora_linear
 
 from .common import arguments, finish, save
@@ -69,7 +69,7 @@ def _only(name: str, value: float | None) -> dict[str, float]:
 
 def _forced(step: Step, fused: bool) -> Step:
     def run() -> torch.Tensor:
-        with patch.object(products, "fuses", lambda *_: fused):
+        with patch.object(stacked, "fuses", lambda *_: fused):
             return step()
 
     return run

@@ -122,12 +122,12 @@ def accuracy(model: torch.nn.Module, data: Images) -> float:
 
 
 @torch.no_grad()
-def kept(model: torch.nn.Module, data: Images) -> float | None:
+def patch_gates(model: torch.nn.Module, data: Images) -> float | None:
     """How often some expert takes the patch that decides."""
     if not isinstance(model, MoEModel):
         return None
-    picks = torch.cat([model.route(x).picks.flatten(1) for x in data.x.split(200)])
-    return float((picks == data.where[:, None]).any(1).float().mean())
+    patch_ids = torch.cat([model.route(x).patch_ids.flatten(1) for x in data.x.split(200)])
+    return float((patch_ids == data.where[:, None]).any(1).float().mean())
 
 
 def macs(model: torch.nn.Module, experts: int = 0) -> dict[str, int]:
@@ -165,7 +165,7 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int, tests: int) -> dict
                 found = [accuracy(m, test) for m in models]
                 table[size] = {
                     "accuracy": found, "mean": mean(found), "spread": pstdev(found),
-                    "kept": [kept(m, test) for m in models],
+                    "kept": [patch_gates(m, test) for m in models],
                 }  # fmt: skip
             results[method] = {
                 "lr": lr, "lr_scores": scores, "by_size": table, "macs": macs(models[-1]),

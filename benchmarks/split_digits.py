@@ -82,11 +82,13 @@ def job(
     digits = drawn("mnist", (12 * train, tested), seed, part)
     stream = split_classes(*digits, per_task=2, first_column=10, name="digits", limit=train)[:tasks]
     base = drawn("cifar-10-batches-py", (10 * train, base_tested), seed, part)
-    own = Task("CIFAR-10", *(items_of(images, {c: c for c in range(10)}) for images in base))
+    base_task = Task("CIFAR-10", *(items_of(images, {c: c for c in range(10)}) for images in base))
     training = Training(epochs=epochs, lr=lr, batch_size=32, seed=seed)
     setup = Setup(split="layer3", training=training, replay=REPLAY, **options)
     problem = ImageProblem(32)
-    return run(method, pretrained(), problem, stream, setup, own, "accuracy", folder).figures()
+    return run(
+        method, pretrained(), problem, stream, setup, base_task, "accuracy", folder
+    ).figures()
 
 
 def main() -> None:

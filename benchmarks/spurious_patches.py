@@ -17,7 +17,17 @@ import torch
 from rich.progress import Progress
 
 from .common import arguments, cifar10, finish, mnist, save
-from .mnist_patches import CLASSES, GRID, METHODS, PATCH, RATES, Images, accuracy, kept, train
+from .mnist_patches import (
+    CLASSES,
+    GRID,
+    METHODS,
+    PATCH,
+    RATES,
+    Images,
+    accuracy,
+    patch_gates,
+    train,
+)
 
 AEROPLANE, FROG = 0, 6
 CHOOSING = (97, 98, 99)  # several seeds: with a rate that is too high, filters die in some of them
@@ -86,7 +96,7 @@ def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
                 model = train(method, data, lr, epochs, seed, tick)
                 found["worst"].append(worst_group(model, test, background))
                 found["mean"].append(accuracy(model, test))
-                found["kept"].append(kept(model, test))
+                found["kept"].append(patch_gates(model, test))
             results[method] = {"lr": lr, "lr_scores": scores, **found}
     return results
 
@@ -121,7 +131,7 @@ def main() -> None:
     results = measure(size, seeds, epochs, tests)
     rows = [
         (m, r["lr"], f"{mean(r['worst']):.3f} ± {pstdev(r['worst']):.3f}", f"{mean(r['mean']):.3f}",
-         "" if r["kept"][0] is None else f"{mean(r['kept']):.3f}")
+         "" if r["kept"][0] is None else f"{mean(r['patch_gates']):.3f}")
         for m, r in results.items()
     ]  # fmt: skip
     figures: dict[str, Any] = {"images": size, "seeds": seeds, "epochs": epochs, "methods": results}

@@ -67,9 +67,9 @@ def job(
         Task(t.name, t.train[:items], getattr(t, part)[:tested], epochs=epochs)
         for t in read_stream([data() / "TRACE"])[:tasks]
     ]
-    own = problem.own_task(dense, items, STORIES, seed)
+    base_task = problem.base_task_of(dense, items, STORIES, seed)
     setup = Setup(split=split, training=Training(epochs=epochs, lr=lr, seed=seed), **options)
-    return run(method, dense, problem, stream, setup, own, "loss", folder).figures()
+    return run(method, dense, problem, stream, setup, base_task, "loss", folder).figures()
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,35 +1,35 @@
-"""What a user can ask for: routers, experts and the recipes (modes) that combine them.
+"""What a user can ask for: routers and experts.
 
 Everything here is a frozen dataclass that checks itself, so a wrong value fails before any work.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from .errors import ConfigError
 
 Granularity = Literal["token", "prefix", "sequence"]
 
 
-def _require(ok: bool, what: str, value: object, expected: str) -> None:
+def require(ok: bool, what: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{what}={value!r}: expected {expected}")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _choose(spec: object, name: str, *choices: str) -> None:
     value = getattr(spec, name)
     expected = " or ".join(map(repr, choices))
-    _require(value in choices, f"{type(spec).__name__} {name}", value, expected)
+    require(value in choices, f"{type(spec).__name__} {name}", value, expected)
 
 
 @dataclass(frozen=True)
@@ -80,32 +80,32 @@ class TokenRouter:
 
     def __post_init__(self) -> None:
         k = self.top_k
-        _require(k is None or (_is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
+        require(k is None or (is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
         _choose(self, "granularity", "token", "prefix", "sequence")
         _choose(self, "fit", "gradient", "analytic")
         _choose(self, "gate", "selected", "all")
         _choose(self, "policy", "token", "expert")
         if self.policy == "expert":
             plain = self.granularity == "token" and self.fit == "gradient" and k is None
-            _require(
+            require(
                 plain and not self.base, "TokenRouter policy", self.policy,
                 "base=False, top_k=None, granularity='token' and fit='gradient' beside 'expert'",
             )  # fmt: skip
         n = self.projection
-        _require(_is_int(n) and n >= 1, "TokenRouter projection", n, "int >= 1")
-        ok = _is_int(self.pool) and self.pool >= 1
-        _require(ok, "TokenRouter pool", self.pool, "int >= 1")
+        require(is_int(n) and n >= 1, "TokenRouter projection", n, "int >= 1")
+        ok = is_int(self.pool) and self.pool >= 1
+        require(ok, "TokenRouter pool", self.pool, "int >= 1")
         for name in ("prior", "init"):
             value = getattr(self, name)
-            ok = _is_number(value) and value >= 0
-            _require(ok, f"TokenRouter {name}", value, "a number >= 0")
+            ok = is_number(value) and value >= 0
+            require(ok, f"TokenRouter {name}", value, "a number >= 0")
         for name in ("ridge", "sharpness", "capacity"):
             value = getattr(self, name)
-            ok = _is_number(value) and value > 0
-            _require(ok, f"TokenRouter {name}", value, "a number > 0")
+            ok = is_number(value) and value > 0
+            require(ok, f"TokenRouter {name}", value, "a number > 0")
         for name in ("base", "normalize"):
             value = getattr(self, name)
-            _require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")
+            require(isinstance(value, bool), f"TokenRouter {name}", value, "True or False")
 
     @property
     def sums_to_one(self) -> bool:
@@ -146,26 +146,31 @@ class PatchRouter:
     init: float = 0.01
     prefix_tokens: int | None = None
 
+    granularity: ClassVar[str] = "token"
+    policy: ClassVar[str] = "patch"
+    top_k: ClassVar[None] = None
+    sums_to_one: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name, low in (("grid", 1), ("per_expert", 1), ("prefix_tokens", 0)):
             n = getattr(self, name)
-            ok = n is None or (_is_int(n) and n >= low)
-            _require(ok, f"PatchRouter {name}", n, f"None or int >= {low}")
+            ok = n is None or (is_int(n) and n >= low)
+            require(ok, f"PatchRouter {name}", n, f"None or int >= {low}")
         _choose(self, "gate", "selected", "all", "hard")
         _choose(self, "scale", "mean-one", "paper")
         _choose(self, "features", "flat", "pooled")
-        _require(
+        require(
             isinstance(self.normalize, bool), "PatchRouter normalize", self.normalize,
             "True or False",
         )  # fmt: skip
-        _require(
-            _is_number(self.init) and self.init >= 0, "PatchRouter init", self.init, "a number >= 0"
+        require(
+            is_number(self.init) and self.init >= 0, "PatchRouter init", self.init, "a number >= 0"
         )
         if self.grid is not None and self.per_expert is not None:
             self._require_enough(self.grid**2)
 
     def _require_enough(self, patches: int) -> None:
-        _require(
+        require(
             self.per_expert is None or self.per_expert <= patches,
             "PatchRouter per_expert", self.per_expert, f"at most the grid's {patches} patches",
         )  # fmt: skip
@@ -175,7 +180,7 @@ class PatchRouter:
         grid = self.grid
         if grid is None:
             grid = max(g for g in range(1, 9) if height % g == 0 and width % g == 0)
-        _require(
+        require(
             grid <= min(height, width), "PatchRouter grid", grid,
             f"at most the smaller side of the {height}x{width} map at the cut",
         )  # fmt: skip
@@ -204,12 +209,12 @@ class LoRAExperts:
 
     def __post_init__(self) -> None:
         rank, alpha, sites = self.rank, self.alpha, self.sites
-        _require(_is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
-        _require(_is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
+        require(is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
+        require(is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
         if isinstance(sites, list):
             object.__setattr__(self, "sites", tuple(sites))
         named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
-        _require(
+        require(
             self.sites in ("all", "all+head") or (named and len(self.sites) > 0),
             "LoRAExperts sites", sites, "'all', 'all+head' or a list of module name endings",
         )  # fmt: skip
@@ -239,18 +244,16 @@ class FFNExperts:
     sites: str | tuple[str, ...] = "all"
 
     def __post_init__(self) -> None:
-        _require(
-            self.num is None or (_is_int(self.num) and self.num >= 1),
+        require(
+            self.num is None or (is_int(self.num) and self.num >= 1),
             "FFNExperts num", self.num, "None or int >= 1",
         )  # fmt: skip
-        _require(
-            _is_int(self.every) and self.every >= 1, "FFNExperts every", self.every, "int >= 1"
-        )
+        require(is_int(self.every) and self.every >= 1, "FFNExperts every", self.every, "int >= 1")
         sites = self.sites
         if isinstance(sites, list):
             object.__setattr__(self, "sites", tuple(sites))
         named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
-        _require(
+        require(
             self.sites == "all" or (named and len(self.sites) > 0),
             "FFNExperts sites", sites, "'all' or a list of endings of regions' names",
         )  # fmt: skip
@@ -288,6 +291,8 @@ class RegionExperts:
     width: float = 1.0
     combine: Literal["sum", "concat"] = "sum"
 
+    on_patches: ClassVar[bool] = True  # only a PatchRouter will do
+
     def __post_init__(self) -> None:
         region = self.region
         if isinstance(region, list):
@@ -296,10 +301,10 @@ class RegionExperts:
         ok = names is None or (
             isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
         )
-        _require(bool(ok), "RegionExperts region", region, "None, a module's name or several")
-        _require(isinstance(self.halo, bool), "RegionExperts halo", self.halo, "True or False")
-        ok = _is_number(self.width) and 0 < self.width <= 1
-        _require(ok, "RegionExperts width", self.width, "a share, 0 < width <= 1")
+        require(bool(ok), "RegionExperts region", region, "None, a module's name or several")
+        require(isinstance(self.halo, bool), "RegionExperts halo", self.halo, "True or False")
+        ok = is_number(self.width) and 0 < self.width <= 1
+        require(ok, "RegionExperts width", self.width, "a share, 0 < width <= 1")
         _choose(self, "combine", "sum", "concat")
 
     @property
@@ -310,99 +315,3 @@ class RegionExperts:
 
 
 RouterSpec = TokenRouter | PatchRouter
-Experts = LoRAExperts | FFNExperts | RegionExperts
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything about a conversion that is decided before the model is looked at."""
-
-    mode: str
-    split: int | float | str
-    router: RouterSpec | None  # None: chosen from what the cut carries
-    experts: Experts
-    num_experts: int
-    batch_norm: Literal["frozen", "update"]
-    freeze: bool
-    backend: str = "auto"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; routers and experts with their class as ``kind``."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {k: _with_kind(plain[k]) for k in ("router", "experts")}
-
-    @staticmethod
-    def from_dict(saved: dict[str, Any]) -> Recipe:
-        """Raises TypeError, KeyError or ConfigError where `saved` is no recipe."""
-        plain = ("mode", "split", "num_experts", "batch_norm", "freeze")
-        return make_recipe(
-            **{k: saved[k] for k in plain},
-            backend=saved.get("backend", "auto"),
-            router=_of_kind(saved["router"], TokenRouter, PatchRouter),
-            experts=_of_kind(saved["experts"], LoRAExperts, FFNExperts, RegionExperts),
-        )
-
-
-def _with_kind(spec: Any) -> dict[str, Any]:
-    return {"kind": type(spec).__name__, **asdict(spec)}
-
-
-def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
-    by_name = {k.__name__: k for k in kinds}
-    return by_name[saved["kind"]](**{k: v for k, v in saved.items() if k != "kind"})
-
-
-ROUTERS: dict[str, RouterSpec | None] = {
-    "auto": None, "token": TokenRouter(), "patch": PatchRouter(),
-}  # fmt: skip
-MODES = ("pmoe", "upcycle")
-UPCYCLE = TokenRouter(
-    top_k=2, base=False, init=0.5
-)  # random, or all rows would go to the first two
-BACKENDS = ("auto", "reference", "dense", "grouped")
-
-
-def make_recipe(
-    mode: str = "pmoe",
-    split: int | float | str = "auto",
-    router: str | RouterSpec = "auto",
-    experts: Experts | None = None,
-    num_experts: int | None = None,
-    backend: str = "auto",
-    batch_norm: str = "frozen",
-    freeze: bool | None = None,
-) -> Recipe:
-    """Check the arguments of `convert` and return them as one Recipe. Raises ConfigError."""
-    _require(mode in MODES, "mode", mode, " or ".join(map(repr, MODES)))
-    _require(backend in BACKENDS, "backend", backend, " or ".join(map(repr, BACKENDS)))
-    _require(batch_norm in ("frozen", "update"), "batch_norm", batch_norm, "'frozen' or 'update'")
-    freeze = mode != "upcycle" if freeze is None else freeze
-    _require(isinstance(freeze, bool), "freeze", freeze, "None, True or False")
-    spec = ROUTERS.get(router) if isinstance(router, str) else router
-    named = isinstance(router, str) and router in ROUTERS
-    _require(
-        named or isinstance(spec, (TokenRouter, PatchRouter)), "router", router,
-        "'auto', 'token', 'patch', a TokenRouter or a PatchRouter",
-    )  # fmt: skip
-    upcycle = mode == "upcycle"
-    experts = experts or (FFNExperts() if upcycle else LoRAExperts())
-    _require(
-        isinstance(experts, (LoRAExperts, FFNExperts, RegionExperts)), "experts", experts,
-        "None, LoRAExperts(...), FFNExperts(...) or RegionExperts(...)",
-    )  # fmt: skip
-    _require(
-        isinstance(experts, FFNExperts) or not upcycle, "experts", experts,
-        "FFNExperts(...) with mode='upcycle'",
-    )  # fmt: skip
-    spec = UPCYCLE if upcycle and router == "token" else spec
-    if isinstance(experts, RegionExperts):
-        _require(
-            not isinstance(spec, TokenRouter), "router", router,
-            "'patch' or a PatchRouter, since RegionExperts work on patches",
-        )  # fmt: skip
-        spec = spec or PatchRouter()
-    count = num_experts
-    if count is None:
-        count = getattr(experts, "num", None) or (8 if upcycle else 1)
-    _require(_is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
-    return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]

@@ -1,4 +1,8 @@
-"""convert(): capture -> depth -> split -> freeze -> route -> insert experts -> emit -> verify."""
+"""convert(): what it does is the list of passes in `passes.pipeline`, on two graphs of the model.
+
+capture -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
+lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,24 @@ from typing import Any
 
 from torch import nn
 
-from .config import Experts, Recipe, RouterSpec, make_recipe
+from .config import RouterSpec
 from .converted import checkpoint
 from .converted.model import MoEModel
 from .converted.report import Report
 from .converted.verify import verify_conversion
 from .errors import CheckpointError, ConfigError, ConversionError
-from .frontend.capture import is_hf, make_host
-from .frontend.example_inputs import as_arguments
+from .frontend.adapters import host_of
+from .frontend.capture import program_of
+from .frontend.structural_copy import structural_copy
 from .ir.depth_map import DepthMap
 from .ir.program import Code
+from .passes.base import Decisions
+from .passes.clean import Clean
+from .passes.decide import plan_conversion
 from .passes.emit import emit
-from .passes.pipeline import Compiler
-from .passes.split import find_depth
+from .passes.pipeline import Timer, run
+from .passes.recipe import Experts, Recipe, make_recipe
+from .passes.split import FindDepth
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
@@ -30,9 +39,8 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     model cannot be captured.
     """
     _require_dense(model)
-    compiler = Compiler(make_host(model), make_recipe())
-    captured = compiler.dense(_arguments(model, example_inputs), "eval")
-    depth = find_depth(captured, type(model).__name__).depth
+    program = program_of(model, example_inputs)
+    depth = run((Clean(), FindDepth()), program, Decisions("auto")).depth
     assert depth is not None
     return depth
 
@@ -80,20 +88,20 @@ def _convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
     _require_dense(model)
-    arguments = _arguments(model, example_inputs)
-    compiler = Compiler(make_host(model), recipe)
-    programs = compiler.decide(arguments)
+    host, timed = host_of(structural_copy(model)), Timer()
+    arguments = host.arguments(example_inputs)
+    compiler, programs = plan_conversion(host, recipe, arguments, timed)
     report = Report.of(programs[0], compiler)
     report.warn_of_costs()
     if dry_run:
         return report
     codes: dict[tuple, Code] = {}  # those of training and evaluation are mostly the same
-    emitted = [compiler.timed("emit", emit, program, codes) for program in programs]
+    emitted = [timed("emit", emit, program, codes) for program in programs]
     moe = MoEModel(model, compiler, programs[0], emitted[0], report, checked=verify)
     for program, code in zip(programs, emitted, strict=True):
         moe.adopt(arguments, program, code)
     if verify:
-        report.equivalence = compiler.timed("verify", verify_conversion, model, moe, arguments)
+        report.equivalence = timed("verify", verify_conversion, model, moe, arguments)
     return moe
 
 
@@ -112,27 +120,11 @@ def load(
         recipe = Recipe.from_dict(facts["recipe"])
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
-    names, expansions, classes = facts["names"], facts["expansions"], facts["classes"]
-    trained = facts.get("trained")  # absent in saves of before there was such a flag
-    well_formed = (
-        len(set(map(str, names))) == recipe.num_experts
-        and len(expansions) == recipe.num_experts
-        and all(isinstance(n, str) for n in names)
-        and all(isinstance(e, int) for e in expansions)
-        and len(classes) in (0, recipe.num_experts)
-        and all(isinstance(c, int) and 0 <= c < 10**6 for c in classes)
-        and (trained is None or _is_flags(trained, recipe.num_experts))
-    )
-    if not well_formed:
-        raise CheckpointError(f"{folder}: the saved names of experts are malformed: {names}")
+    of_experts = checkpoint.Facts.of(folder, facts, recipe.num_experts)
     moe = _convert(model, recipe, example_inputs, verify)
     assert isinstance(moe, MoEModel)
-    moe.restore(tensors, names, expansions, classes, trained)
+    moe.restore(tensors, of_experts)
     return moe
-
-
-def _is_flags(given: Any, count: int) -> bool:
-    return isinstance(given, list) and [type(x) for x in given] == [bool] * count
 
 
 def _require_dense(model: object) -> None:
@@ -143,13 +135,3 @@ def _require_dense(model: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
-
-
-def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The example call. It keeps no key-value cache: graphs that do come when they are asked for."""
-    arguments = as_arguments(model, example_inputs)
-    if not is_hf(model):
-        return arguments
-    from .frontend.huggingface import without_cache
-
-    return without_cache(model, arguments)

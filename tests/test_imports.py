@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moe_rewrite"
@@ -47,6 +48,17 @@ def test_imports_run_downward(file):
             assert mine in ("cli", "demo"), f"{file.name} imports {name} from the package's face"
         elif other != mine:
             assert FLOOR[other] < FLOOR[mine], f"{file.name} in {mine} imports {name} of {other}"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    names = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts): f for f in FILES}
+    graph = nx.DiGraph()
+    for name, file in names.items():
+        for target in imported(file):
+            found = [t for t in (target, target.rpartition(".")[0]) if t in names]
+            graph.add_edges_from((name, t) for t in found[:1] if t != name)
+    circles = [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+    assert not circles and graph.number_of_edges() > 500
 
 
 def test_every_room_has_a_floor_and_four_files_lie_loose():

@@ -59,17 +59,11 @@ def test_every_file_is_linted():
         assert set((ROOT / folder).rglob("*.py")) <= seen
 
 
-def factory():
-    import torch
-
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-
-
 def test_command_line():
     runner = CliRunner()
     for command in ([], ["inspect"], ["convert"], ["demo"]):
         assert runner.invoke(app, [*command, "--help"]).exit_code == 0
-    result = runner.invoke(app, ["inspect", "test_package:factory"])
+    result = runner.invoke(app, ["inspect", "factories:mlp"])
     assert result.exit_code == 0 and "blocks" in result.output
     done = runner.invoke(app, ["convert", "no.such:thing"])
     assert done.exit_code == 1 and "no.such" in str(done.exception)

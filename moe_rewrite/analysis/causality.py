@@ -5,32 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..frontend.capture import is_hf, split_static
+from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
+from ..frontend.host import Host
 from ..ir.program import Program
 
 
 @torch.no_grad()
-def is_causal(program: Program, host: nn.Module, arguments: dict[str, Any]) -> bool:
+def is_causal(program: Program, host: Host, arguments: dict[str, Any]) -> bool:
     """Whether gates must not read later rows than their own.
 
     False only where that is certain: an output at some row was seen to change with the last row at
     the cut, or no output has rows (one a sample: there is nothing ahead of it). A model that was
     not seen to look ahead counts as causal, since gates that look back are right for every model.
-    On the meta device nothing can be seen: Hugging Face's word is taken, else True.
+    On the meta device nothing can be seen: the model's own word is taken.
     """
     assert program.cut is not None
-    if any(p.is_meta for p in host.parameters()):
-        if not is_hf(host):
-            return True
-        from ..frontend.huggingface import is_causal_lm
-
-        return is_causal_lm(host) or (program.cut.rows or "").startswith("decoder_")
+    if any(p.is_meta for p in host.module.parameters()):
+        return host.declares_causal(program.cut.rows)
     try:
-        run = _Run(program, host, random_arguments(arguments, host))
+        run = _Run(program, host, random_arguments(arguments, host.vocabulary()))
         before, again, changed = run.outputs(), run.outputs(), run.outputs(changed=True)
     except (IndexError, RuntimeError, ValueError):
         return True
@@ -46,11 +43,11 @@ def is_causal(program: Program, host: nn.Module, arguments: dict[str, Any]) -> b
 class _Run(fx.Interpreter):
     """The program on one call, on copies of what it may write to."""
 
-    def __init__(self, program: Program, host: nn.Module, arguments: dict[str, Any]) -> None:
+    def __init__(self, program: Program, host: Host, arguments: dict[str, Any]) -> None:
         super().__init__(program.root, graph=program.graph)
         assert program.cut is not None
         self.program, self.cut = program, program.cut.node
-        self.tensors = dict([*host.named_parameters(), *host.named_buffers()])
+        self.tensors = dict([*host.module.named_parameters(), *host.module.named_buffers()])
         self.leaves = pytree.tree_leaves(split_static(arguments)[0])
         self.changed, self.rows = False, torch.Size()
 
@@ -59,7 +56,7 @@ class _Run(fx.Interpreter):
         self.changed, users, given = changed, iter(self.leaves), []
         for node in self.program.graph.find_nodes(op="placeholder"):
             of = self.program.inputs[node.name]
-            if of.kind == "user":
+            if of.kind in ("user", "cache"):
                 tensor = next(users)
             else:
                 tensor = (

@@ -12,14 +12,11 @@ from typing import Any
 from torch import fx
 
 from ..errors import ConversionError
-from ..ir.aten import op_name, value
+from ..ir.aten import value
+from ..ir.ops import argument, op, op_name
 from ..ir.program import Program
 from .conv_region import Region
-
-SAME = {
-    "batch_norm", "layer_norm", "rms_norm", "max_pool2d", "avg_pool2d", "permute", "transpose",
-    "dropout", "feature_dropout", "clone", "contiguous", "softmax", "slice", "prelu",
-}  # fmt: skip
+from .spatial import axis
 
 
 @dataclass
@@ -75,21 +72,22 @@ def find_channels(program: Program, region: Region) -> Channels:
 
 
 def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> int:
-    name = op_name(node).removesuffix("_")
+    of, name = op(node), op_name(node)
     sources = [n for n in node.all_input_nodes if n in region.places]
     inside = found.of[sources[0]]
-    if name in ("conv2d", "convolution"):
-        return _conv(program, node, inside, found)
-    if name == "linear":
-        out = found.new(int(value(node.args[1]).shape[0]))
-        _tie(found, node.args[1], {0: out, 1: inside})
-        _tie(found, node.args[2] if len(node.args) > 2 else None, {0: out})
+    if of.product == "filter":
+        return _conv(node, inside, found)
+    if of.product == "linear":
+        weight = argument(node, "weight")
+        out = found.new(int(value(weight).shape[0]))
+        _tie(found, weight, {0: out, 1: inside})
+        _tie(found, argument(node, "bias"), {0: out})
         return out
     channels = region.places[node].channels
     size = value(node).shape[channels] if not isinstance(value(node), (tuple, list)) else None
     keeps = size == found.sizes[found.root(inside)]
-    if name in SAME and keeps and not _along_channels(node, channels):
-        if name in ("layer_norm", "rms_norm"):
+    if of.channels and keeps and not (of.positions == "slice" and axis(node) == channels):
+        if of.normalized:
             found.counts[node] = inside
         for weight in node.all_input_nodes:
             if weight not in region.places:
@@ -98,7 +96,7 @@ def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> 
     alike = all(
         value(n).ndim == value(node).ndim and value(n).shape[channels] == size for n in sources
     )
-    if keeps and alike and name not in ("cat", "pad", "constant_pad_nd", "chunk", "split"):
+    if keeps and alike and of.positions not in ("cat", "pad", "split"):
         for other in sources[1:]:
             found.join(inside, found.of[other])
         for weight in node.all_input_nodes:
@@ -114,18 +112,8 @@ def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> 
     return out
 
 
-def _along_channels(node: fx.Node, channels: int) -> bool:
-    if op_name(node) != "slice":
-        return False
-    dim: Any = node.args[1] if len(node.args) > 1 else 0
-    return dim % value(node).ndim == channels
-
-
-def _conv(program: Program, node: fx.Node, inside: int, found: Channels) -> int:
-    weight: Any = node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else None
-    at = 8 if op_name(node) == "convolution" else 6
-    groups: Any = node.args[at] if len(node.args) > at else 1
+def _conv(node: fx.Node, inside: int, found: Channels) -> int:
+    weight, groups = argument(node, "weight"), argument(node, "groups")
     out_channels, per_group = (int(s) for s in value(weight).shape[:2])
     if groups == 1:
         out = found.new(out_channels)
@@ -138,7 +126,7 @@ def _conv(program: Program, node: fx.Node, inside: int, found: Channels) -> int:
         out = found.new(out_channels)
         for group in (inside, out):
             found.fix(group, f"{node.name} is a grouped convolution")
-    _tie(found, bias, {0: out})
+    _tie(found, argument(node, "bias"), {0: out})
     return out
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ..errors import ConversionError
-from ..ir.aten import alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.aten import module_paths, reach, value
+from ..ir.ops import alias_root, mutated, out_of_place
 from ..ir.program import Program, routing_plan
-from .spatial import NCHW, Place, Places, follow
+from .spatial import NCHW, SpatialDims, SpatialMap, propagate
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Region:
     entry: fx.Node
     exit: fx.Node
     nodes: tuple[fx.Node, ...]
-    places: dict[fx.Node, Place]
+    places: dict[fx.Node, SpatialDims]
     ends: str
 
     def maps(self) -> list[fx.Node]:
@@ -53,8 +53,8 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
             "width): split at a convolutional stage"
         )
     deep = [n for n in program.graph.nodes if n.target is not routing_plan]
-    _write_nowhere(program, follow(deep, cut))
-    places = follow(deep, cut)
+    _write_nowhere(program, propagate(deep, cut))
+    places = propagate(deep, cut)
     if names:
         return _named(program, names, places)
     points = [program.node(name) for _, name in program.depth.points]
@@ -71,7 +71,7 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
     )
 
 
-def _named(program: Program, names: tuple[str, ...], places: Places) -> Region:
+def _named(program: Program, names: tuple[str, ...], places: SpatialMap) -> Region:
     def inside(node: fx.Node, name: str) -> bool:
         return any(p == name or p.startswith(name + ".") for p, _ in module_paths(node))
 
@@ -108,7 +108,7 @@ def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: s
     between.discard(entry)
     if value(entry).ndim != 4:
         raise ConversionError(f"region {name!r} starts at {entry.name}, which is no feature map")
-    places = follow(sorted(between, key=order.__getitem__), entry)
+    places = propagate(sorted(between, key=order.__getitem__), entry)
     lost = [r for r in places.values() if isinstance(r, str)]
     if lost:
         raise ConversionError(f"region {name!r}: {lost[0]}, which a region cannot hold")
@@ -121,7 +121,7 @@ def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: s
                 f"region {name!r}: {outside[0].name} reads {node.name} inside it: expected one exit"
             )
     nodes = between | _weights_side(program, name, between, entry)
-    kept = {n: p for n, p in places.items() if isinstance(p, Place)}
+    kept = {n: p for n, p in places.items() if isinstance(p, SpatialDims)}
     return Region(name, entry, exit_, tuple(sorted(nodes, key=order.__getitem__)), kept, ends)
 
 
@@ -148,25 +148,20 @@ def _weights_side(
     return found
 
 
-def _write_nowhere(program: Program, places: Places) -> None:
+def _write_nowhere(program: Program, places: SpatialMap) -> None:
     """Turn in-place operations on the followed maps into plain ones.
 
     Every later reader of what was written reads the result instead, which is what it saw before.
     """
     order = {n: i for i, n in enumerate(program.graph.nodes)}
-    for node in [n for n, p in places.items() if isinstance(p, Place)]:
-        name = op_name(node)
-        written = mutated(node)
-        if not written or not name.endswith("_"):
+    for node in [n for n, p in places.items() if isinstance(p, SpatialDims)]:
+        written, plain = mutated(node), out_of_place(node)
+        if not written or plain is None:
             continue
         target = written[0]
         if alias_root(target) is not target or target.op == "placeholder":
             continue  # a view: the node keeps its place, and the region is refused by its users
-        packet = getattr(torch.ops.aten, name[:-1], None)
-        overload = str(node.target).rpartition(".")[2]
-        if packet is None or overload not in packet.overloads():
-            continue
-        node.target = getattr(packet, overload)
+        node.target = plain
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)

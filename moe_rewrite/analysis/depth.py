@@ -52,24 +52,24 @@ class _Module:
         return self.path.startswith(path + ".")
 
 
-def depth_map(program: Program, model: str, split: object = None) -> DepthMap:
+def depth_map(program: Program, split: object = None) -> DepthMap:
     """The depth map of a captured program.
 
     split: where the user wants to cut; a dotted name chooses the mainline in models that have
     several (an encoder and a decoder). Without one, the whole model is shown where it has at least
     two blocks, else the stack with the most.
     """
-    line = find_mainline(program, model)
-    whole = _map(program, line, model, None)
+    line = find_mainline(program)
+    whole = _map(program, line, None)
     stacks = line.stacks()
     if isinstance(split, str) and split != "auto":
         named = [s for s in stacks if split == s or split.startswith(s + ".")]
         if not named or _separates(whole, split):
             return whole
-        return _map(program, line, model, named[0])
+        return _map(program, line, named[0])
     if len(whole) > 1 or not stacks:
         return whole
-    maps = [whole, *(_map(program, line, model, s) for s in stacks)]
+    maps = [whole, *(_map(program, line, s) for s in stacks)]
     return max(maps, key=len)
 
 
@@ -84,7 +84,7 @@ def _separates(depth: DepthMap, name: str) -> bool:
     return any(low < at < start for at, _ in depth.points)
 
 
-def _map(program: Program, line: Mainline, model: str, stack: str | None) -> DepthMap:
+def _map(program: Program, line: Mainline, stack: str | None) -> DepthMap:
     nodes = list(program.graph.nodes)
     points = line.cut_points(stack)
     places = [at for at, _ in points]
@@ -97,7 +97,7 @@ def _map(program: Program, line: Mainline, model: str, stack: str | None) -> Dep
     starts: dict[str, int] = {}
     for module in modules:
         starts[module.name] = min(module.first, starts.get(module.name, module.first))
-    return _measure(program, line, spans, points, starts, model, stack)
+    return _measure(program, line, spans, points, starts, stack)
 
 
 def _modules(line: Mainline, program: Program) -> list[_Module]:
@@ -270,7 +270,6 @@ def _measure(
     spans: list[_Span],
     points: list[tuple[int, fx.Node]],
     starts: dict[str, int],
-    model: str,
     stack: str | None,
 ) -> DepthMap:
     """Blocks with sizes, parameters and FLOPs; a weight counts where it is used first."""
@@ -289,8 +288,10 @@ def _measure(
     named = tuple((at, node.name) for at, node in points)
     end = len(nodes) - 1
     if not spans:
-        whole = block(model, 0, end, line.sink)
-        return DepthMap(model, whole, (), None, named, starts, stack, line.source(), lengths)
+        whole = block(program.model, 0, end, line.sink)
+        return DepthMap(
+            program.model, whole, (), None, named, starts, stack, line.source(), lengths
+        )
     before = [at for at, _ in points if at < spans[0].first]
     stem = block("stem", 0, before[-1], nodes[before[-1]]) if before else None
     blocks, low = [], before[-1] + 1 if before else 0
@@ -298,5 +299,5 @@ def _measure(
         blocks.append(block(span.name, low, span.last, nodes[span.last]))
         low = span.last + 1
     head = block("head", low, end, line.sink) if line.positions[line.sink] >= low else None
-    made = (model, stem, tuple(blocks), head, named, starts, stack, line.source(), lengths)
+    made = (program.model, stem, tuple(blocks), head, named, starts, stack, line.source(), lengths)
     return DepthMap(*made)

@@ -10,30 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..ir.aten import mutated, value
+from ..ir.aten import value
+from ..ir.ops import argument, first, is_pointwise, mutated, op, op_name, set_argument
 from ..ir.program import Code, Program
-from .linear_ops import Product, find_product, place
-from .row_dims import RESHAPES, same_sizes
-
-aten = torch.ops.aten
-CASTS = {aten.to.dtype, aten.clone.default, aten.contiguous.default, aten._to_copy.default}
-# pointwise operations that bear no such tag
-POINTWISE = CASTS | {
-    aten.dropout.default, aten.gelu_.default, aten.hardswish.default, aten.hardswish_.default,
-    aten.hardsigmoid.default, aten.hardsigmoid_.default,
-}  # fmt: skip
-VIEWS = RESHAPES | {aten.unsqueeze.default, aten.squeeze.dim, aten._unsafe_view.default}
-SPLITS = {  # operation -> where its dimension stands among the arguments
-    aten.chunk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2,
-    aten.slice.Tensor: 1, aten.glu.default: 1,
-}  # fmt: skip
-NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+from .linear_ops import Product, find_product, innermost_module
+from .row_dims import same_sizes
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,7 @@ class FeedForward:
             if len(set(level)) > 1:
                 break
             shared.append(level[0])
-        return ".".join(shared) or place(self.exit)
+        return ".".join(shared) or innermost_module(self.exit)
 
     @property
     def hidden(self) -> int:
@@ -94,7 +80,7 @@ def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedFor
         try:
             found = _Reader(program, set(nodes)).read(product)
         except _Unfit as error:
-            yield place(node), str(error)
+            yield innermost_module(node), str(error)
             continue
         if found is not None and taken.isdisjoint(found.nodes):
             taken.update(found.nodes)
@@ -220,48 +206,38 @@ class _Reader:
         return self.copies[node]
 
     def _copy_operation(self, node: fx.Node) -> fx.Node:
-        given: Any
-        target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
         self.inside.add(node)
-        if target in VIEWS and self.channels == -1:
-            given = args[0]
+        of, given = op(node), first(node)
+        if of.view and self.channels == -1:
             if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
                 raise _Foreign
             return self._copy(given)
-        if target is aten.dropout.default and not (args[1] and args[2]):
-            return self._copy(args[0])  # type: ignore[arg-type]
+        if op_name(node) == "dropout" and not (argument(node, "p") and argument(node, "train")):
+            return self._copy(given)
         self._check(node)
-        if target in SPLITS:
-            at = SPLITS[target]
-            args[at:] = [-1, *args[at + 1 :]]
-            kwargs.pop("dim", None)
-        self.worked |= target not in CASTS | NORMS | set(SPLITS) | {operator.getitem}
-        args, kwargs = pytree.tree_map_only(fx.Node, self._copy, (args, kwargs))
-        return self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
+        plain = of.cast or of.normalized or of.along or node.target is operator.getitem
+        self.worked |= not plain
+        args, kwargs = pytree.tree_map_only(fx.Node, self._copy, (node.args, dict(node.kwargs)))
+        made = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        if of.along:  # where features are the last dimension
+            set_argument(made, of.along, -1)
+        return made
 
     def _check(self, node: fx.Node) -> None:
         """Raise _Foreign unless the operation works on each row of features by itself."""
-        given: Any = node.args[0] if node.args else None
-        target = node.target
-        if target is operator.getitem:
+        of = op(node)
+        if node.target is operator.getitem:
             return
-        if target in SPLITS:
-            rank = value(given).ndim
-            at = SPLITS[target]
-            dim: Any = (
-                node.args[at]
-                if len(node.args) > at
-                else node.kwargs.get("dim", -1 if target is aten.glu.default else 0)
-            )
-            if dim % rank != self.channels % rank:
+        if of.along:
+            rank = value(first(node)).ndim
+            if argument(node, of.along) % rank != self.channels % rank:
                 raise _Foreign
             return
-        if target in NORMS:
-            if self.channels == 1 or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        if of.normalized:
+            if self.channels == 1 or len(argument(node, of.normalized)) != 1:
                 raise _Foreign
             return
-        tags = getattr(target, "tags", ())
-        if target not in POINTWISE and torch.Tag.pointwise not in tags:
+        if not is_pointwise(node):
             raise _Foreign
         for written in mutated(node):
             if len(written.users) > 1:
@@ -269,8 +245,8 @@ class _Reader:
 
     def _unviewed(self, node: fx.Node) -> fx.Node:
         """Rows before they were merged into one dimension, which each product may do for itself."""
-        while node.target in VIEWS and self.channels == -1:
-            given: Any = node.args[0]
+        while op(node).view and self.channels == -1:
+            given = first(node)
             if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
                 break
             node = given

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..ir.aten import expression, op_name, value
+from ..ir.aten import expression, value
+from ..ir.ops import argument, op, op_name
 from ..ir.program import Program
 
 if TYPE_CHECKING:
@@ -77,14 +78,14 @@ class Sizes:
         def numel(tensor: torch.Tensor) -> int:
             return math.prod(map(self.of_sample, tensor.shape))
 
-        name, out = op_name(node), numel(value(node))
-        operands = [value(n) for n in node.args if isinstance(n, fx.Node)]
-        if name in ("linear", "matmul", "mm", "bmm"):
-            return 2 * out * self.of_sample(operands[0].shape[-1])
-        if name in ("addmm", "baddbmm"):
-            return 2 * out * self.of_sample(operands[1].shape[-1])
-        if name in ("conv1d", "conv2d", "conv3d", "convolution"):
-            return 2 * out * math.prod(map(self.of_sample, operands[1].shape[1:]))
-        if name == "scaled_dot_product_attention":
-            return 2 * self.of_sample(operands[1].shape[-2]) * (numel(operands[0]) + out)
+        out, of = numel(value(node)), op(node)
+        if of.product == "filter":
+            return (
+                2 * out * math.prod(map(self.of_sample, value(argument(node, "weight")).shape[1:]))
+            )
+        if of.summed:
+            return 2 * out * self.of_sample(value(argument(node, of.summed)).shape[-1])
+        if op_name(node) == "scaled_dot_product_attention":
+            query, key = (value(argument(node, name)) for name in ("query", "key"))
+            return 2 * self.of_sample(key.shape[-2]) * (numel(query) + out)
         return 0

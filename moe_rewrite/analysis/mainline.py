@@ -14,14 +14,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import SplitError
-from ..ir.aten import alias_root, module_paths, mutated, op_name, reach, value
+from ..ir.aten import module_paths, reach, value
+from ..ir.ops import alias_root, mutated, op, output_of
 from ..ir.program import Program
 
-# these take only the size or the dtype of their argument
-SHAPE_ONLY = {
-    "new_ones", "new_zeros", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
-    "empty_like", "rand_like", "randn_like", "sym_size", "sym_numel",
-}  # fmt: skip
 CUT_RANKS = (2, 3, 4)
 
 
@@ -94,7 +90,7 @@ class Mainline:
         return list(tops) if len(tops) > 1 else []
 
 
-def find_mainline(program: Program, model: str) -> Mainline:
+def find_mainline(program: Program) -> Mainline:
     """Raises SplitError where no output depends on both an input and a parameter."""
     user: dict[fx.Node, bool] = {}
     parameter: dict[fx.Node, bool] = {}
@@ -105,8 +101,8 @@ def find_mainline(program: Program, model: str) -> Mainline:
         kind = program.inputs[node.name].kind if node.op == "placeholder" else ""
         sources = [n for n in node.all_input_nodes if _carries_value(n)]
         sources += [writers[r] for r in map(alias_root, sources) if r in writers]
-        by_shape = op_name(node) in SHAPE_ONLY
-        user[node] = kind == "user" or (not by_shape and any(user[s] for s in sources))
+        by_shape = op(node).sizes_only
+        user[node] = kind in ("user", "cache") or (not by_shape and any(user[s] for s in sources))
         parameter[node] = kind == "weight" or (not by_shape and any(parameter[s] for s in sources))
         if node.op == "output" or kind or not (user[node] and parameter[node]):
             continue
@@ -115,7 +111,7 @@ def find_mainline(program: Program, model: str) -> Mainline:
             edges[node] = list(dict.fromkeys(s for s in sources if s in positions))
             for written in mutated(node):
                 writers[alias_root(written)] = node
-    sink = _sink(program, positions, edges, model)
+    sink = _sink(program, positions, edges)
     return Mainline(positions, edges, sink, tuple(program.leaves()))
 
 
@@ -129,13 +125,13 @@ def _is_float(val: object) -> bool:
 
 
 def _sink(
-    program: Program, positions: dict[fx.Node, int], edges: dict[fx.Node, list[fx.Node]], model: str
+    program: Program, positions: dict[fx.Node, int], edges: dict[fx.Node, list[fx.Node]]
 ) -> fx.Node:
     """The output that the longest computation leads to (the logits, not a cached key)."""
-    outputs = pytree.tree_leaves(program.graph.output_node().args)
+    outputs = pytree.tree_leaves(output_of(program.graph))
     candidates = [n for n in outputs if isinstance(n, fx.Node) and n in positions]
     if not candidates:
-        raise SplitError(f"{model}: no output depends on both an input and a parameter")
+        raise SplitError(f"{program.model}: no output depends on both an input and a parameter")
     return max(candidates, key=lambda n: len(reach(n, edges.__getitem__)))
 
 

@@ -12,15 +12,8 @@ import torch
 from torch import fx
 
 from ..ir.aten import expression, reach, value
+from ..ir.ops import first, is_pointwise, op
 from ..ir.program import Program, lead_of
-
-aten = torch.ops.aten
-RESHAPES = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
-ROW_PRESERVING = {
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.dropout.default, aten.contiguous.default, aten.clone.default,
-    aten.to.dtype, aten.softmax.int, aten._unsafe_view.default,
-}  # fmt: skip
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -52,13 +45,12 @@ def mask_of_rows(program: Program, source: str | None) -> str | None:
 def flattened_from(node: fx.Node) -> fx.Node | None:
     """The value whose two leading dimensions were merged into this one's rows, order kept."""
     while node.op == "call_function":
-        if node.target in RESHAPES:
-            node = _argument(node)
+        if op(node).rows == "merged":
+            node = first(node)
             if value(node).ndim > 2:
                 return node
             continue
-        tags = getattr(node.target, "tags", ())
-        if node.target not in ROW_PRESERVING and torch.Tag.pointwise not in tags:
+        if op(node).rows != "kept" and not is_pointwise(node):
             return None
         rows = value(node).shape[:1]
         sources = [
@@ -70,9 +62,3 @@ def flattened_from(node: fx.Node) -> fx.Node | None:
             return None
         node = sources[0]
     return None
-
-
-def _argument(node: fx.Node) -> fx.Node:
-    given = node.args[0]
-    assert isinstance(given, fx.Node)
-    return given

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.aten import op_name, value
+from ..ir.aten import value
+from ..ir.ops import argument, first, is_pointwise, op, op_name, takes
 from .flops import hint
 
 
 @dataclass(frozen=True)
-class Place:
+class SpatialDims:
     """The dimensions of a value that hold rows, columns and channels; dimension 0 is the batch."""
 
     rows: int = 2
@@ -44,28 +45,19 @@ class Window:
         return (given + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
 
-class Mixes(Exception):
+class NotLocal(Exception):
     """An operation that does not keep positions; the message says why."""
 
 
-Places = dict[fx.Node, Place | str]
-Known = Mapping[fx.Node, Place | str]
-NCHW = Place()
-POINTWISE_TOO = {
-    "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "to", "_to_copy", "detach", "alias",
-    "lift_fresh_copy", "hardswish", "mish", "hardsigmoid", "selu", "celu", "relu6", "softsign",
-    "log_sigmoid", "tanhshrink", "rrelu",
-}  # fmt: skip
-ALL_POSITIONS = {
-    "mean", "sum", "amax", "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "view",
-    "reshape", "scaled_dot_product_attention", "group_norm", "instance_norm", "matmul", "bmm",
-}  # fmt: skip
+SpatialMap = dict[fx.Node, SpatialDims | str]
+Known = Mapping[fx.Node, SpatialDims | str]
+NCHW = SpatialDims()
 
 
-def follow(nodes: Iterable[fx.Node], entry: fx.Node) -> Places:
+def propagate(nodes: Iterable[fx.Node], entry: fx.Node) -> SpatialMap:
     """The place of every node that depends on `entry`, a (B, C, H, W) map, or the reason why it
     cannot be computed patch by patch. Nodes that do not depend on it are left out."""
-    places: Places = {entry: NCHW}
+    places: SpatialMap = {entry: NCHW}
     for node in nodes:
         sources = [n for n in node.all_input_nodes if n in places]
         if not sources or node.op != "call_function" or node is entry:
@@ -73,53 +65,51 @@ def follow(nodes: Iterable[fx.Node], entry: fx.Node) -> Places:
         lost = next((r for n in sources if isinstance(r := places[n], str)), None)
         try:
             places[node] = lost if lost is not None else _place(node, places, apart=True)
-        except Mixes as error:
+        except NotLocal as error:
             places[node] = str(error)
     return places
 
 
-def maps(nodes: Iterable[fx.Node], entry: fx.Node) -> dict[fx.Node, Place]:
+def maps(nodes: Iterable[fx.Node], entry: fx.Node) -> dict[fx.Node, SpatialDims]:
     """The place of every map over `entry`'s positions, whatever else goes into its values."""
-    places: dict[fx.Node, Place] = {entry: NCHW}
+    places: dict[fx.Node, SpatialDims] = {entry: NCHW}
     for node in nodes:
         if node.op == "call_function" and any(n in places for n in node.all_input_nodes):
             try:
                 places[node] = _place(node, places, apart=False)
-            except Mixes:
+            except NotLocal:
                 continue
     return places
 
 
-def _place(node: fx.Node, places: Known, apart: bool) -> Place:
+def _place(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
     """apart: all that goes into a position must come from its window."""
-    name = op_name(node).removesuffix("_")
-    rule = RULES.get(name)
-    if rule is not None:
-        return rule(node, places)
-    pointwise = name in POINTWISE_TOO or torch.Tag.pointwise in getattr(node.target, "tags", ())
-    normalized = not apart and name in ("group_norm", "instance_norm")
-    if pointwise or normalized or node.target is operator.getitem:
+    kind, name = op(node).positions, op_name(node)
+    if kind in RULES:
+        return RULES[kind](node, places)
+    pointwise = kind == "pointwise" or is_pointwise(node) or node.target is operator.getitem
+    if pointwise or (kind == "norm" and not apart):
         return _pointwise(node, places, apart)
-    if name in ALL_POSITIONS:
-        raise Mixes(f"{node.name} ({name}) mixes all positions")
-    raise Mixes(f"{node.name} ({name}) is not known to keep positions")
+    if kind in ("all", "norm"):
+        raise NotLocal(f"{node.name} ({name}) mixes all positions")
+    raise NotLocal(f"{node.name} ({name}) is not known to keep positions")
 
 
-def _of(node: Any, places: Known) -> Place:
+def _of(node: Any, places: Known) -> SpatialDims:
     found = places.get(node)
-    if not isinstance(found, Place):
-        raise Mixes(f"{node} is not a feature map of this region")
+    if not isinstance(found, SpatialDims):
+        raise NotLocal(f"{node} is not a feature map of this region")
     return found
 
 
-def _pointwise(node: fx.Node, places: Known, apart: bool) -> Place:
+def _pointwise(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
     """All maps lie alike; other operands have one value for all positions, where that counts."""
-    found: Place | None = None
+    found: SpatialDims | None = None
     for source in node.all_input_nodes:
         if source in places:
             place = _of(source, places)
             if found not in (None, place):
-                raise Mixes(f"{node.name} joins maps whose dimensions lie differently")
+                raise NotLocal(f"{node.name} joins maps whose dimensions lie differently")
             found = place
     assert found is not None
     out = value(node)
@@ -130,167 +120,152 @@ def _pointwise(node: fx.Node, places: Known, apart: bool) -> Place:
     return found
 
 
-def _require_same_everywhere(node: fx.Node, operand: Any, place: Place, ndim: int) -> None:
+def _require_same_everywhere(node: fx.Node, operand: Any, place: SpatialDims, ndim: int) -> None:
     for dim in (place.rows, place.cols):
         at = dim - ndim + operand.ndim  # dimensions are matched from the last one
         if at >= 0 and operand.shape[at] != 1:
-            raise Mixes(f"{node.name} reads a value of its own for each position")
+            raise NotLocal(f"{node.name} reads a value of its own for each position")
 
 
-def _conv(node: fx.Node, places: Known) -> Place:
-    if op_name(node) == "convolution" and node.args[6]:
-        raise Mixes(f"{node.name} is a transposed convolution")
+def _conv(node: fx.Node, places: Known) -> SpatialDims:
+    if takes(node, "transposed") and argument(node, "transposed"):
+        raise NotLocal(f"{node.name} is a transposed convolution")
     return _nchw(node, places)
 
 
-def _nchw(node: fx.Node, places: Known) -> Place:
-    if _of(node.args[0], places) != NCHW or value(node.args[0]).ndim != 4:
-        raise Mixes(f"{node.name} works on a map whose dimensions were moved")
-    others = [n for n in node.all_input_nodes[1:] if n in places]
-    if others:
-        raise Mixes(f"{node.name} takes a weight computed from the map")
+def _nchw(node: fx.Node, places: Known) -> SpatialDims:
+    if _of(first(node), places) != NCHW or value(first(node)).ndim != 4:
+        raise NotLocal(f"{node.name} works on a map whose dimensions were moved")
+    if any(n in places for n in node.all_input_nodes if n is not first(node)):
+        raise NotLocal(f"{node.name} takes a weight computed from the map")
     return NCHW
 
 
-def _pool(node: fx.Node, places: Known) -> Place:
-    ceil_mode = (5, 4)[op_name(node) == "avg_pool2d"]
-    if len(node.args) > ceil_mode and node.args[ceil_mode]:
-        raise Mixes(f"{node.name} pools with ceil_mode=True")
+def _pool(node: fx.Node, places: Known) -> SpatialDims:
+    if argument(node, "ceil_mode"):
+        raise NotLocal(f"{node.name} pools with ceil_mode=True")
     if op_name(node) == "avg_pool2d":
-        if len(node.args) > 6 and node.args[6] is not None:
-            raise Mixes(f"{node.name} pools with a divisor of its own")
-        counts_padding = node.args[5] if len(node.args) > 5 else True
-        if not counts_padding and any(w.padding for w in windows(node)):
-            raise Mixes(f"{node.name} averages with count_include_pad=False over a padded border")
+        if argument(node, "divisor_override") is not None:
+            raise NotLocal(f"{node.name} pools with a divisor of its own")
+        if not argument(node, "count_include_pad") and any(w.padding for w in windows(node)):
+            raise NotLocal(
+                f"{node.name} averages with count_include_pad=False over a padded border"
+            )
     return _nchw(node, places)
 
 
-def _pad(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
-    if op_name(node) == "pad" and len(node.args) > 2 and node.args[2] != "constant":
-        raise Mixes(f"{node.name} pads by {node.args[2]}")
+def _pad(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
+    if takes(node, "mode") and argument(node, "mode") != "constant":
+        raise NotLocal(f"{node.name} pads by {argument(node, 'mode')}")
     if len(padding_of(node)) // 2 >= value(node).ndim:
-        raise Mixes(f"{node.name} pads the batch")
+        raise NotLocal(f"{node.name} pads the batch")
     return place
 
 
-def _slice(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
-    dim = axis(node, 1, 0)
+def _slice(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
+    dim = axis(node)
     if dim == 0:
-        raise Mixes(f"{node.name} takes a part of the batch")
+        raise NotLocal(f"{node.name} takes a part of the batch")
     if dim in (place.rows, place.cols):
-        size = hint(value(node.args[0]).shape[dim])
-        end = node.args[3] if len(node.args) > 3 else None
-        start = node.args[2] if len(node.args) > 2 else 0
-        if (end is not None and end < size) or (start or 0) < 0:  # type: ignore[operator]
-            raise Mixes(f"{node.name} takes a part of the map")
+        size = hint(value(first(node)).shape[dim])
+        start, end = argument(node, "start"), argument(node, "end")
+        if (end is not None and end < size) or (start or 0) < 0:
+            raise NotLocal(f"{node.name} takes a part of the map")
     return place
 
 
-def axis(node: fx.Node, position: int, default: int) -> int:
-    """A dimension among a node's arguments, counted from the front."""
-    dim: Any = node.args[position] if len(node.args) > position else default
-    ndim = value(node.args[0]).ndim if isinstance(node.args[0], fx.Node) else value(node).ndim
-    return dim % ndim
+def axis(node: fx.Node) -> int:
+    """The dimension that a node works along, counted from the front."""
+    ndim = value(first(node) if isinstance(first(node), fx.Node) else node).ndim
+    return argument(node, "dim") % ndim
 
 
-def _permuted(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
+def _permuted(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
     ndim = value(node).ndim
     order = list(range(ndim))
-    if op_name(node) == "permute":
-        order = [d % ndim for d in node.args[1]]  # type: ignore[union-attr]
+    if takes(node, "dims"):
+        order = [d % ndim for d in argument(node, "dims")]
     else:
-        a, b = (d % ndim for d in node.args[1:3])
+        a, b = (argument(node, name) % ndim for name in ("dim0", "dim1"))
         order[a], order[b] = order[b], order[a]
     if order[0] != 0:
-        raise Mixes(f"{node.name} moves the batch")
-    return Place(*(order.index(d) for d in (place.rows, place.cols, place.channels)))
+        raise NotLocal(f"{node.name} moves the batch")
+    return SpatialDims(*(order.index(d) for d in (place.rows, place.cols, place.channels)))
 
 
-def _over_last(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
+def _over_last(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
     if len([n for n in node.all_input_nodes if n in places]) > 1:
-        raise Mixes(f"{node.name} takes a weight computed from the map")
+        raise NotLocal(f"{node.name} takes a weight computed from the map")
     last = place.channels == value(node).ndim - 1
-    over = node.args[1] if op_name(node) in ("layer_norm", "rms_norm") else [0]
-    if not last or len(over) != 1:  # type: ignore[arg-type]
-        raise Mixes(f"{node.name} ({op_name(node)}) works along more than channels")
+    normalized = op(node).normalized
+    if not last or (normalized and len(argument(node, normalized)) != 1):
+        raise NotLocal(f"{node.name} ({op_name(node)}) works along more than channels")
     return place
 
 
-def _over_channels(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
-    if axis(node, 1, -1) != place.channels:
-        raise Mixes(f"{node.name} ({op_name(node)}) works along positions")
+def _over_channels(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
+    if axis(node) != place.channels:
+        raise NotLocal(f"{node.name} ({op_name(node)}) works along positions")
     return place
 
 
-def _split(node: fx.Node, places: Known) -> Place:
-    place = _of(node.args[0], places)
-    if axis(node, 2, 0) != place.channels:
-        raise Mixes(f"{node.name} splits the map")
+def _split(node: fx.Node, places: Known) -> SpatialDims:
+    place = _of(first(node), places)
+    if axis(node) != place.channels:
+        raise NotLocal(f"{node.name} splits the map")
     return place
 
 
-def _cat(node: fx.Node, places: Known) -> Place:
-    parts: Any = node.args[0]
-    found = {_of(p, places) for p in parts}
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value(node).ndim
-    if len(found) != 1 or dim != next(iter(found)).channels:
-        raise Mixes(f"{node.name} joins maps along something other than channels")
+def _cat(node: fx.Node, places: Known) -> SpatialDims:
+    found = {_of(part, places) for part in argument(node, "tensors")}
+    if len(found) != 1 or axis(node) != next(iter(found)).channels:
+        raise NotLocal(f"{node.name} joins maps along something other than channels")
     return found.pop()
 
 
-RULES: dict[str, Callable[[fx.Node, Known], Place]] = {
-    "conv2d": _conv, "convolution": _conv, "batch_norm": _nchw, "prelu": _nchw,
-    "max_pool2d": _pool, "avg_pool2d": _pool, "pad": _pad, "constant_pad_nd": _pad,
-    "slice": _slice, "permute": _permuted, "transpose": _permuted,
-    "linear": _over_last, "layer_norm": _over_last, "rms_norm": _over_last,
-    "softmax": _over_channels, "log_softmax": _over_channels, "cat": _cat,
-    "chunk": _split, "split": _split, "split_with_sizes": _split,
+RULES: dict[str, Callable[[fx.Node, Known], SpatialDims]] = {
+    "convolution": _conv, "map": _nchw, "pool": _pool, "pad": _pad, "slice": _slice,
+    "permute": _permuted, "features": _over_last, "softmax": _over_channels, "split": _split,
+    "cat": _cat,
 }  # fmt: skip
 
 
 def padding_of(node: fx.Node) -> list[int]:
     """(low, high) of a padding node for each dimension, the last one first, as a flat list."""
-    return list(node.args[1])  # type: ignore[arg-type]
+    return list(argument(node, "pad"))
 
 
-def windows(node: fx.Node, place: Place = NCHW) -> tuple[Window, Window]:
+def windows(node: fx.Node, place: SpatialDims = NCHW) -> tuple[Window, Window]:
     """What an output position of this node reads, along rows and along columns.
 
-    place: of its output. Only for nodes that `follow` gives a place.
+    place: of its output. Only for nodes that `propagate` gives a place.
     """
-    name = op_name(node)
-    if name in ("conv2d", "convolution"):
-        return _conv_windows(node)
-    if name in ("max_pool2d", "avg_pool2d"):
-        return _pool_windows(node)
-    if name in ("pad", "constant_pad_nd"):
-        pads = padding_of(node)
-        ndim = value(node).ndim
+    of = WINDOWS.get(op(node).positions)
+    return of(node, place) if of is not None else (Window(), Window())
 
-        def low(dim: int) -> int:
-            at = 2 * (ndim - 1 - dim)
-            return pads[at] if at < len(pads) else 0
 
-        fill: Any = node.args[-1] if len(node.args) > (3 if name == "pad" else 2) else 0.0
-        return (
-            Window(padding=low(place.rows), fill=fill or 0.0),
-            Window(padding=low(place.cols), fill=fill or 0.0),
-        )
-    if name == "slice":
-        dim = axis(node, 1, 0)
-        start: Any = node.args[2] if len(node.args) > 2 else 0
-        step: Any = node.args[4] if len(node.args) > 4 else 1
-        taken = Window(stride=step, padding=-(start or 0))
-        return (
-            taken if dim == place.rows else Window(),
-            taken if dim == place.cols else Window(),
-        )
-    return Window(), Window()
+def _pad_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
+    pads, ndim, fill = padding_of(node), value(node).ndim, argument(node, "value") or 0.0
+
+    def low(dim: int) -> int:
+        at = 2 * (ndim - 1 - dim)
+        return pads[at] if at < len(pads) else 0
+
+    return Window(padding=low(place.rows), fill=fill), Window(padding=low(place.cols), fill=fill)
+
+
+def _slice_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
+    dim, start = axis(node), argument(node, "start") or 0
+    taken = Window(stride=argument(node, "step"), padding=-start)
+    return (
+        taken if dim == place.rows else Window(),
+        taken if dim == place.cols else Window(),
+    )
 
 
 def pair(given: Any) -> tuple[int, int]:
@@ -299,28 +274,30 @@ def pair(given: Any) -> tuple[int, int]:
     return (given[0], given[-1])
 
 
-def _conv_windows(node: fx.Node) -> tuple[Window, Window]:
-    kernel = tuple(int(s) for s in value(node.args[1]).shape[2:])
-    options: list[Any] = [1, 0, 1]  # stride, padding, dilation
-    given = node.args[3:6]
-    options[: len(given)] = given
-    stride, dilation = pair(options[0]), pair(options[2])
-    if options[1] == "same":
+def _conv_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
+    kernel = tuple(int(s) for s in value(argument(node, "weight")).shape[2:])
+    stride, dilation = pair(argument(node, "stride")), pair(argument(node, "dilation"))
+    padding = argument(node, "padding")
+    if padding == "same":
         padding = tuple((d * (k - 1)) // 2 for k, d in zip(kernel, dilation, strict=True))
     else:
-        padding = (0, 0) if options[1] == "valid" else pair(options[1])
+        padding = (0, 0) if padding == "valid" else pair(padding)
     return tuple(  # type: ignore[return-value]
         Window(*one) for one in zip(kernel, stride, padding, dilation, strict=True)
     )
 
 
-def _pool_windows(node: fx.Node) -> tuple[Window, Window]:
-    largest = op_name(node) == "max_pool2d"
-    kernel: Any = pair(node.args[1])
-    stride = pair(node.args[2]) if len(node.args) > 2 and node.args[2] else kernel
-    padding = pair(node.args[3]) if len(node.args) > 3 else (0, 0)
-    dilation = pair(node.args[4]) if largest and len(node.args) > 4 else (1, 1)
-    fill = float("-inf") if largest else 0.0
+def _pool_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
+    kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
+    stride = pair(argument(node, "stride") or kernel)
+    dilation = pair(argument(node, "dilation")) if takes(node, "dilation") else (1, 1)
+    fill = float("-inf") if op_name(node) == "max_pool2d" else 0.0
     return tuple(  # type: ignore[return-value]
         Window(*one, fill) for one in zip(kernel, stride, padding, dilation, strict=True)
     )
+
+
+WINDOWS: dict[str, Callable[[fx.Node, SpatialDims], tuple[Window, Window]]] = {
+    "convolution": _conv_windows, "pool": _pool_windows, "pad": _pad_windows,
+    "slice": _slice_windows,
+}  # fmt: skip

@@ -88,11 +88,13 @@ def _run(
     text = hasattr(dense, "generate")
     size = batch_size or (8 if text else 32)
     if text:
-        problem, stream, own = _text(
+        problem, stream, base_task = _text(
             model, dense, folders, base, max_samples, epochs, max_length, size, seed
         )
     else:
-        problem, stream, own = _images(dense, folders, base, max_samples, per_task, size, mean, std)
+        problem, stream, base_task = _images(
+            dense, folders, base, max_samples, per_task, size, mean, std
+        )
     training = replace(training, batch_size=size)
     results = {}
     for method in methods:
@@ -102,7 +104,7 @@ def _run(
             parse_split(split), rank, alpha, granularity, top_k, replay, training=training,
             cache=kept,
         )  # fmt: skip
-        results[method] = run(method, dense, problem, stream, setup, own, score, folder)
+        results[method] = run(method, dense, problem, stream, setup, base_task, score, folder)
         typer.echo(matrix_table(method, results[method]))
         if out is not None or json_file is not None:
             write_results(results, out, json_file)
@@ -111,8 +113,8 @@ def _run(
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command, typer being told of `_run`'s options behind the command's own."""
-    own, shared = (signature(f, eval_str=True).parameters.values() for f in (command, _run))
-    kept = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    mine, shared = (signature(f, eval_str=True).parameters.values() for f in (command, _run))
+    kept = [p for p in mine if p.kind is not p.VAR_KEYWORD]
     kept += [p for p in shared if p.name != "methods"]
     told: Any = command
     told.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept])
@@ -168,7 +170,7 @@ def _text(
     if base is not None:
         return problem, stream, replace(read_stream([base], max_samples)[0], epochs=None)
     count = min(300, max_samples or 300)
-    return problem, stream, problem.own_task(dense, count, min(64, count), seed)
+    return problem, stream, problem.base_task_of(dense, count, min(64, count), seed)
 
 
 def _images(
@@ -179,10 +181,10 @@ def _images(
 
     from ..continual.images import ImageProblem, fit_images, items_of, read_images, split_classes
     from ..continual.tasks import Task
-    from ..frontend.example_inputs import as_arguments
+    from ..frontend.adapters import host_of
     from .loading import parse_numbers
 
-    name, leaf = next(iter(as_arguments(dense, None).items()))
+    name, leaf = next(iter(host_of(dense).arguments(None).items()))
     if leaf.ndim != 4:
         takes = ", ".join(inspect.signature(dense.forward).parameters)
         raise ConfigError(f"the model takes {takes}: expected a language model or one of images")
@@ -197,12 +199,14 @@ def _images(
         made = split_classes(train, test, per_task, first, folder.name, max_samples)
         stream += made
         first += per_task * len(made)
-    own = None
+    base_task = None
     if base is not None:
         train, test = (fit_images(i.limited(max_samples), shape, *scale) for i in read_images(base))
         same = {c: c for c in range(columns)}
-        own = Task("base", items_of(train, same)[:max_samples], items_of(test, same)[:max_samples])
-    return ImageProblem(batch_size, name), stream, own
+        base_task = Task(
+            "base", items_of(train, same)[:max_samples], items_of(test, same)[:max_samples]
+        )
+    return ImageProblem(batch_size, name), stream, base_task
 
 
 def _logits(dense: Any, leaf: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..errors import ConfigError, MoeRewriteError
-from . import continual as commands
+from . import continual
 from .onnx import export
 
 app = typer.Typer(
@@ -159,13 +159,13 @@ def patches(
     """
     import moe_rewrite
 
-    from ..frontend.example_inputs import as_arguments
+    from ..frontend.adapters import host_of
     from .loading import load_model, parse_numbers, parse_split
     from .plot_patches import draw_patches
     from .read_images import read_images
 
     dense = load_model(model)
-    leaf = next(iter(as_arguments(dense, None).values()))
+    leaf = next(iter(host_of(dense).arguments(None).values()))
     if leaf.ndim != 4:
         raise ConfigError(f"{model} takes {tuple(leaf.shape)}: expected a model of images")
     x = read_images(images, tuple(leaf.shape[1:]))[:count]
@@ -211,8 +211,8 @@ def demo(
 
 
 app.command()(export)
-app.command()(commands.learn)
-app.command()(commands.compare)
+app.command()(continual.learn)
+app.command()(continual.compare)
 
 
 def main() -> None:

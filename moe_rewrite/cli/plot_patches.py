@@ -24,7 +24,7 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
     """
     with torch.no_grad():
         plan = moe.route(images)
-    if plan.picks is None or plan.kept is None:
+    if plan.patch_ids is None or plan.patch_gates is None:
         raise InputError("no expert of this model takes patches: convert it with a PatchRouter")
     import matplotlib
 
@@ -41,7 +41,9 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
         row[0].imshow(shown.numpy())
         for e, axis in enumerate(row[1:]):
             light = torch.full(shown.shape[:2], DIM)
-            for patch, gate in zip(plan.picks[i, e].tolist(), plan.kept[i, e], strict=True):
+            for patch, gate in zip(
+                plan.patch_ids[i, e].tolist(), plan.patch_gates[i, e], strict=True
+            ):
                 (top, bottom), (left, right) = _place(patch, plan.grid, shown.shape)
                 light[top:bottom, left:right] = 1.0
                 axis.text(

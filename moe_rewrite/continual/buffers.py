@@ -8,7 +8,7 @@ from collections import Counter
 from ..errors import ConfigError
 from .tasks import Task
 
-Kept = tuple[int, int]  # number of the task, index of its training item
+ReplayItem = tuple[int, int]  # number of the task, index of its training item
 
 
 class Buffer:
@@ -22,7 +22,7 @@ class Buffer:
         if not 0 <= ratio <= 1:
             raise ConfigError(f"replay={ratio!r}: expected a share of the items, 0 to 1")
         self.ratio, self.balanced, self.seed = ratio, balanced, seed
-        self.kept: list[Kept] = []
+        self.kept: list[ReplayItem] = []
         self.seen = 0
 
     def add(self, number: int, task: Task) -> None:
@@ -43,7 +43,7 @@ class Buffer:
         while sum(counts.values()) > size:
             largest = max(counts, key=lambda n: (counts[n], n))
             counts[largest] -= 1
-        left: list[Kept] = []
+        left: list[ReplayItem] = []
         for kept in self.kept:
             if counts[kept[0]] > 0:
                 counts[kept[0]] -= 1

@@ -20,9 +20,9 @@ from .features import FeatureCache
 from .methods.base import Method
 from .problem import Batch, Problem
 from .tasks import Item, Task
-from .training import Owned, Training, adamw, fit
+from .training import TaskItem, Training, adamw, fit
 
-OWN = -1  # the task number of what the model could do before
+BASE = -1  # the task number of what the model could do before
 
 
 class Learner(Method):
@@ -59,22 +59,24 @@ class Learner(Method):
         self.router_rate, self.router_loss, self.balance = router_rate, router_loss, balance
         self.cache = cache
         self.learnt: list[str] = []
-        self._own: list[Item] = []
+        self._base_items: list[Item] = []
         self._weights: dict[int, float] = {}
         self.router_optimizer: torch.optim.AdamW | None = None
 
     # -- the stream -----------------------------------------------------------------------------
 
-    def begin(self, own: Task | None) -> None:
+    def begin(self, base_task: Task | None) -> None:
         """Tell the router what the model could do before: an analytic one once, for good; one
         trained by gradient gets a share of it replayed with every task."""
-        if own is None:
+        if base_task is None:
             return
         if self.analytic:
             if not bool(self.model.router.moments[0].any()):  # type: ignore[index]
-                self._observe(None, own)
+                self._observe(None, base_task)
         elif self.buffer.ratio:
-            self._own = list(own.train)[: max(1, round(self.buffer.ratio * len(own.train)))]
+            self._base_items = list(base_task.train)[
+                : max(1, round(self.buffer.ratio * len(base_task.train)))
+            ]
 
     def learn(self, tasks: Sequence[Task], number: int) -> None:
         task = tasks[number]
@@ -94,7 +96,7 @@ class Learner(Method):
         moe.train()
         fit(
             f"pmoe: {task.name}", self.problem, self._items(tasks, number),
-            lambda batch, owners: self._loss(batch, owners, expert), optimizers,
+            lambda batch, task_ids: self._loss(batch, task_ids, expert), optimizers,
             self.training, self.epochs(task), self.validator(task),
         )  # fmt: skip
         moe.eval()
@@ -114,10 +116,10 @@ class Learner(Method):
         batches = self.problem.batches(task.train, self.device)
         self.model.fit_router(expert, (self.problem.inputs(batch) for batch in batches))
 
-    def _items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
+    def _items(self, tasks: Sequence[Task], number: int) -> list[TaskItem]:
         older = [(n, tasks[n].train[i]) for n, i in self.buffer.kept]
-        own = [(OWN, item) for item in self._own]
-        items = [(number, item) for item in tasks[number].train] + older + own
+        base = [(BASE, item) for item in self._base_items]
+        items = [(number, item) for item in tasks[number].train] + older + base
         counts = Counter(owner for owner, _ in items)
         self._weights = {n: len(items) / len(counts) / count for n, count in counts.items()}
         return items
@@ -132,18 +134,18 @@ class Learner(Method):
             self.router_optimizer.add_param_group({"params": new, "lr": rate, "initial_lr": rate})
         return self.router_optimizer
 
-    def _loss(self, batch: Batch, owners: torch.Tensor, expert: int) -> torch.Tensor:
+    def _loss(self, batch: Batch, task_ids: torch.Tensor, expert: int) -> torch.Tensor:
         moe = self.model
         inputs = self.problem.inputs(batch)
-        own = moe.use_expert(expert) if self.gates == "own" else nullcontext()
-        with self._features(inputs), own:
+        alone = moe.use_expert(expert) if self.gates == "own" else nullcontext()
+        with self._features(inputs), alone:
             loss = self.problem.loss(moe, batch)
         if self.analytic or not (self.router_loss or self.balance):
             return loss
         with self._features(inputs):
             plan = moe.route(**inputs)
         if self.router_loss:
-            loss = loss + self.router_loss * self._identity_loss(plan, batch, owners)
+            loss = loss + self.router_loss * self._identity_loss(plan, batch, task_ids)
         if self.balance:
             loss = loss + self.balance * _imbalance(plan.weights, batch.get("attention_mask"))
         return loss
@@ -153,19 +155,21 @@ class Learner(Method):
             return nullcontext()
         return self.model.use_features(self.cache.features(inputs))
 
-    def _identity_loss(self, plan: RoutingPlan, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
+    def _identity_loss(
+        self, plan: RoutingPlan, batch: Batch, task_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Cross entropy of the gates against the task that an item came from, each task weighing
         as much however few of its items were kept."""
         gates = plan.gates
         first = 0 if plan.base is None else 1
         offset = self.model.num_experts - 1 - len(self.learnt)  # experts before this stream's
-        place = torch.where(owners == OWN, 0, owners + offset + first)
+        place = torch.where(task_ids == BASE, 0, task_ids + offset + first)
         shape = (-1, *(1,) * (gates.ndim - 2))
         target = place.view(shape).expand(gates.shape[:-1])
         losses = F.nll_loss(
             gates.clamp_min(1e-9).log().flatten(0, -2), target.flatten(), reduction="none"
         ).view(target.shape)
-        weights = torch.tensor([self._weights[n] for n in owners.tolist()], device=losses.device)
+        weights = torch.tensor([self._weights[n] for n in task_ids.tolist()], device=losses.device)
         losses = losses * weights.view(shape)
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != losses.shape:

@@ -60,6 +60,6 @@ class Problem(ABC):
             rows += len(targets)
         return total / max(rows, 1)
 
-    def own_task(self, model: Any, count: int, test: int, seed: int) -> Task | None:
+    def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:
         """What the model can do by itself, as a task, where that can be made of the model alone."""
         return None

@@ -33,7 +33,7 @@ def run(
     problem: Problem,
     tasks: Sequence[Task],
     setup: Setup,
-    own: Task | None = None,
+    base_task: Task | None = None,
     score: str = "accuracy",
     out: Path | None = None,
 ) -> Result:
@@ -50,19 +50,19 @@ def run(
             "score='loss': these tasks add classes, and the loss of a class that a head does not "
             "have yet is infinite; use 'accuracy'"
         )
-    identity = _identity(name, tasks, setup, own, score)
-    kept = None if out is None else _Kept(out, identity)
+    identity = _identity(name, tasks, setup, base_task, score)
+    kept = None if out is None else _RunFolder(out, identity)
     learnt, result = (0, None) if kept is None else kept.read()
     if result is not None and learnt == len(tasks):
         return result
     _seed(setup, "start", 0)
     saved = kept.state(learnt) if kept is not None and learnt else None
     method = make_method(name, dense, problem, setup, saved)
-    method.begin(own)
+    method.begin(base_task)
     if result is None:
-        scores = _Scores(method, tasks, own)
+        scores = _Scores(method, tasks, base_task)
         result = Result(
-            [t.name for t in tasks], score, scores.of_tasks(score), [scores.of_own(score)],
+            [t.name for t in tasks], score, scores.of_tasks(score), [scores.of_base_task(score)],
             keeps_data=method.keeps_data,
         )  # fmt: skip
     elif saved is not None:
@@ -72,14 +72,14 @@ def run(
         start = time.perf_counter()
         method.learn(tasks, number)
         result.seconds += time.perf_counter() - start
-        scores = _Scores(method, tasks, own)
+        scores = _Scores(method, tasks, base_task)
         result.R.append(scores.of_tasks(score))
-        result.base.append(scores.of_own(score))
+        result.base.append(scores.of_base_task(score))
         if number + 1 == len(tasks):
             result.other = scores.others(score)
         result.trainable, result.total = method.trainable(), method.total()
         if isinstance(method, Learner):
-            everything = list(tasks) if own is None else [*tasks, own]
+            everything = list(tasks) if base_task is None else [*tasks, base_task]
             result.router_use = router_use(method, everything)
         if kept is not None:
             kept.write(number + 1, method, result)
@@ -94,21 +94,21 @@ def _seed(setup: Setup, name: str, number: int) -> None:
 class _Scores:
     """Of a method as it is now."""
 
-    def __init__(self, method: Method, tasks: Sequence[Task], own: Task | None) -> None:
-        self.method, self.tasks, self.own = method, tasks, own
+    def __init__(self, method: Method, tasks: Sequence[Task], base_task: Task | None) -> None:
+        self.method, self.tasks, self.base_task = method, tasks, base_task
 
     def of_tasks(self, kind: str) -> list[float]:
         return [self._score(i, task, kind) for i, task in enumerate(self.tasks)]
 
-    def of_own(self, kind: str) -> float | None:
-        if self.own is None:
+    def of_base_task(self, kind: str) -> float | None:
+        if self.base_task is None:
             return None
-        return self._score(None, self.own, "accuracy" if kind == "task" else kind)
+        return self._score(None, self.base_task, "accuracy" if kind == "task" else kind)
 
     def others(self, kind: str) -> dict[str, list[float | None]]:
         """Every other score that one forward pass of an item gives: of the tasks, then its own."""
         kinds = [k for k in ("accuracy", "loss") if k != kind]
-        return {k: [*self.of_tasks(k), self.of_own(k)] for k in kinds}
+        return {k: [*self.of_tasks(k), self.of_base_task(k)] for k in kinds}
 
     def _score(self, number: int | None, task: Task, kind: str) -> float:
         model = self.method.model_for(number)
@@ -116,16 +116,22 @@ class _Scores:
 
 
 def _identity(
-    name: str, tasks: Sequence[Task], setup: Setup, own: Task | None, score: str
+    name: str, tasks: Sequence[Task], setup: Setup, base_task: Task | None, score: str
 ) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     facts = json.loads(json.dumps(asdict(setup)))
     facts.pop("cache")
     sizes = [[t.name, len(t.train), len(t.test), t.epochs] for t in tasks]
-    return {"method": name, "tasks": sizes, "setup": facts, "own": own is not None, "score": score}
+    return {
+        "method": name,
+        "tasks": sizes,
+        "setup": facts,
+        "own": base_task is not None,
+        "score": score,
+    }
 
 
-class _Kept:
+class _RunFolder:
     """The folder of a run: a state for each number of tasks learnt, and which one counts."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:

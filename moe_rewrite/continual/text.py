@@ -79,7 +79,7 @@ class TextProblem(Problem):
         return self.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True).strip()
 
     @torch.no_grad()
-    def own_task(self, model: Any, count: int, test: int, seed: int) -> Task | None:
+    def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:
         """Texts sampled from the model itself."""
         first = self.tokenizer.bos_token_id
         device = next(model.parameters()).device

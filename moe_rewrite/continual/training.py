@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .problem import Batch, Problem
 from .tasks import Item
 
-Owned = tuple[int, Item]  # number of the task that an item belongs to, and the item
+TaskItem = tuple[int, Item]  # number of the task that an item belongs to, and the item
 Loss = Callable[[Batch, torch.Tensor], torch.Tensor]  # of a batch and its (B,) task numbers
 
 
@@ -66,7 +66,7 @@ def accelerator(training: Training) -> Any:
 def fit(
     label: str,
     problem: Problem,
-    items: Sequence[Owned],
+    items: Sequence[TaskItem],
     loss: Loss,
     optimizers: Sequence[torch.optim.Optimizer],
     training: Training,
@@ -86,10 +86,10 @@ def fit(
     stale = 0
     with _bar(label, steps) as advance:
         for epoch in range(epochs):
-            for batch, owners in _batches(problem, items, training, f"{label}/{epoch}"):
+            for batch, task_ids in _batches(problem, items, training, f"{label}/{epoch}"):
                 batch = {k: v.to(helper.device) for k, v in batch.items()}
                 with helper.autocast():
-                    value = loss(batch, owners.to(helper.device))
+                    value = loss(batch, task_ids.to(helper.device))
                 helper.backward(value)
                 helper.clip_grad_norm_(parameters, training.clip)
                 for optimizer in prepared:
@@ -129,7 +129,7 @@ def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) 
 
 
 def _batches(
-    problem: Problem, items: Sequence[Owned], training: Training, name: str
+    problem: Problem, items: Sequence[TaskItem], training: Training, name: str
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     order = list(range(len(items)))
     random.Random(f"{training.seed}/{name}").shuffle(order)

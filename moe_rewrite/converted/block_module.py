@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from ..experts.base import SEPARATOR, ExpertSite
+from ..experts.base import SEPARATOR, ExpertParameters
 from ..ir.steps import Step
 
 
@@ -31,7 +31,7 @@ class Weights(nn.Module):
 
 
 @dataclass(frozen=True)
-class Ref:
+class Slot:
     """Where a tensor lives: looked up at each call, so that moving a model just works."""
 
     module: nn.Module
@@ -50,10 +50,10 @@ class Bound:
     """A step with the places of its tensors: refs[i] is a Ref, a constant, or (site, number of its part)."""
 
     step: Step
-    refs: tuple[Any, ...]
+    slots: tuple[Any, ...]
 
 
-class Block(nn.Module):
+class BlockModule(nn.Module):
     """One block of the model. Its graphs (eval, train, decode) come as steps; none is owned."""
 
     def __init__(self, name: str) -> None:
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.experts = nn.ModuleDict()
         self._recomputing = False
 
-    def add_site(self, name: str, site: ExpertSite) -> ExpertSite:
+    def add_site(self, name: str, site: ExpertParameters) -> ExpertParameters:
         self.experts[name.replace(".", SEPARATOR)] = site
         return site
 
@@ -73,8 +73,8 @@ class Block(nn.Module):
         """Run one step on the values it takes; `active` are the experts that are on."""
         stacks: dict[int, tuple[Any, ...]] = {}
         owned = []
-        for ref in bound.refs:
-            if type(ref) is Ref:
+        for ref in bound.slots:
+            if type(ref) is Slot:
                 owned.append(getattr(ref.module, ref.table)[ref.key])
             elif type(ref) is tuple:
                 site, part = ref
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
     def checkpointed(self, bound: Bound, active: tuple[int, ...], *values: Any) -> Any:
         """The same, recomputed in the backward pass instead of kept (non-reentrant)."""
-        first = len(bound.refs)
+        first = len(bound.slots)
         if any(i >= first for i in bound.step.writes):  # carries written in place: keep them whole
             values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
             return self(bound, active, *values)
@@ -110,18 +110,18 @@ class Block(nn.Module):
             self._recomputing = False
 
 
-class Segment(nn.Module):
+class BlockRun(nn.Module):
     """A run of blocks: the shallow or the deep half of the model."""
 
-    def __init__(self, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[BlockModule]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[BlockModule]:
         return iter(self.blocks)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Block:
+    def __getitem__(self, index: int) -> BlockModule:
         return self.blocks[index]  # type: ignore[return-value]

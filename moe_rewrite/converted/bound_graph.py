@@ -10,12 +10,12 @@ import torch
 
 from ..errors import InputError
 from ..ir.steps import Emitted, narrowed
-from ..routing.plan import Planner, PrefixState, RoutingPlan, align
-from .block_module import Block, Bound
+from ..routing.plan import Planner, PrefixState, RoutingPlan
+from .block_module import BlockModule, Bound
 
 
 @dataclass
-class Graph:
+class BoundGraph:
     """One compiled signature, bound to a model's blocks.
 
     names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
@@ -32,7 +32,7 @@ class Graph:
     static: tuple[tuple[int, int, int], ...]
     ties: tuple[tuple[tuple[int, int], ...], ...]
     emitted: Emitted
-    steps: tuple[tuple[Block, Bound], ...]
+    steps: tuple[tuple[BlockModule, Bound], ...]
     out_spec: Any
     cache_at: tuple[int, int] | None
     mode: str
@@ -40,12 +40,12 @@ class Graph:
     comparable: bool
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
-    behind: tuple[tuple[Block, Bound], ...] | None = None
+    behind: tuple[tuple[BlockModule, Bound], ...] | None = None
 
-    def __deepcopy__(self, memo: dict) -> Graph:
+    def __deepcopy__(self, memo: dict) -> BoundGraph:
         """The copy runs the same code on the copied model's blocks."""
         steps = tuple(
-            (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.refs, memo)))
+            (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.slots, memo)))
             for block, bound in self.steps
         )
         return replace(
@@ -109,8 +109,8 @@ class Graph:
                 if features is not None:
                     values[self.emitted.cut] = features
                 plan, after = self._plan(values, planner)
-                for name, layout in self.emitted.layouts:
-                    values[name] = align(plan, layout)
+                for name, view in self.emitted.views:
+                    values[name] = view.of(plan)
             taken = _taken(values, bound)
             run = block.checkpointed if checkpoint and bound.step.deep else block
             wanted = bound.step.deep or not self.frozen
@@ -120,7 +120,7 @@ class Graph:
         assert plan is not None  # something deep follows every cut
         return outputs, plan, after
 
-    def _behind_cut(self) -> tuple[tuple[Block, Bound], ...]:
+    def _behind_cut(self) -> tuple[tuple[BlockModule, Bound], ...]:
         """The deep steps, and of the shallow ones what they need besides the features."""
         if self.behind is None:
             kept = []

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..utils.tensor_bytes import tensor_bytes
 
 FORMAT = 1
 META = "moe_rewrite.json"
+DENSE = "moe_rewrite.dense."  # before the names of dense tensors that training may have changed
 REQUIRED = {
     "recipe": dict,
     "names": list,
@@ -29,6 +32,54 @@ REQUIRED = {
     "fingerprint": dict,
     "sha256": str,
 }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a save says of its experts: of each its name, the expansion that it came with, and
+    columns that it added to a head; whether it was trained, None in saves that do not say it."""
+
+    names: list[str]
+    expansions: list[int]
+    classes: list[int]
+    trained: list[bool] | None
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int) -> Facts:
+        """Raises CheckpointError unless they are facts of so many experts."""
+        kinds = {"names": str, "expansions": int, "classes": int, "trained": bool}
+        said = {name: meta.get(name) for name in kinds}
+        counts = {"classes": (0, experts), "trained": (experts,)}
+        for name, given in said.items():
+            if name == "trained" and given is None:
+                continue
+            right = isinstance(given, list) and all(type(x) is kinds[name] for x in given)
+            if not right or len(given) not in counts.get(name, (experts,)):  # type: ignore[arg-type]
+                raise CheckpointError(
+                    f"{folder}: the saved {name} of experts are malformed: {given}"
+                )
+        facts = cls(**said)  # type: ignore[arg-type]
+        if len(set(facts.names)) != experts or not all(0 <= c < 10**6 for c in facts.classes):
+            raise CheckpointError(
+                f"{folder}: the saved names of experts are malformed: {facts.names}"
+            )
+        return facts
+
+
+def dense_names(tensors: Iterable[str]) -> list[str]:
+    """Of saved tensors, the dense ones by their state-dict names."""
+    return [name.removeprefix(DENSE) for name in tensors if name.startswith(DENSE)]
+
+
+@torch.no_grad()
+def fill(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+    """Copy saved tensors to those of the same names, every one or none. Raises CheckpointError."""
+    shapes, given = ({k: t.shape for k, t in x.items()} for x in (own, saved))
+    if shapes != given:
+        odd = sorted(k for k in shapes | given if shapes.get(k) != given.get(k))[:3]
+        raise CheckpointError(f"the saved tensors do not fit this model, such as {odd}")
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)
 
 
 def write(

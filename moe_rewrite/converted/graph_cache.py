@@ -1,7 +1,7 @@
 """The graphs of a converted model: which one serves a call, and how it runs.
 
 A graph is compiled on the first call of its signature (argument names, dtypes, ranks, constants)
-and held against the dense model on the first call of each pattern of sizes that capture could
+and compared with the dense model on the first call of each pattern of sizes that capture could
 have taken for constants.
 """
 
@@ -15,29 +15,33 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import EquivalenceError, InputError
-from ..frontend.capture import split_static
+from ..frontend.arguments import split_static
 from ..ir.aten import expression, value
 from ..ir.equivalence import compare
-from ..ir.program import CACHE, Program
+from ..ir.program import Program
 from ..ir.steps import Emitted
+from ..passes.modes import modules_in_mode
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
 from ..utils.content_key import content_key
-from .bound_graph import Graph, small_sizes
-from .parameters import Ownership
+from .bound_graph import BoundGraph, small_sizes
+from .parameters import ParameterStore
 
 
-class Graphs:
-    """Every graph of one model. check: hold graphs against the dense model on first use, with the
+class GraphCache:
+    """Every graph of one model. check: compare graphs with the dense model on first use, with the
     plan that `dense` makes."""
 
-    def __init__(self, compiler: Compiler, owned: Ownership, check: bool, dense: Planner) -> None:
-        self._compiler, self._owned, self._check, self._dense = compiler, owned, check, dense
-        self._kept: dict[tuple, list[Graph]] = {}
+    def __init__(
+        self, compiler: Compiler, store: ParameterStore, check: bool, dense: Planner
+    ) -> None:
+        self._compiler, self._store, self._check, self._dense = compiler, store, check, dense
+        self._kept: dict[tuple, list[BoundGraph]] = {}
+        self._caches: tuple[Any, Any] = None, None
 
     def get(
         self, arguments: dict[str, Any], leaves: list[torch.Tensor], training: bool, where: tuple
-    ) -> Graph:
+    ) -> BoundGraph:
         """The graph that serves this call, compiled and checked where that is not done yet.
 
         where: device and dtype of the model, which a graph has baked in.
@@ -67,7 +71,7 @@ class Graphs:
 
     def adopt(
         self, arguments: dict[str, Any], program: Program, emitted: Emitted, where: tuple
-    ) -> Graph:
+    ) -> BoundGraph:
         """Bind a compiled program to the blocks and keep it for calls of its signature."""
         traced, _ = split_static(arguments)
         nodes = program.leaves()
@@ -77,31 +81,43 @@ class Graphs:
             for d, size in enumerate(value(node).shape):
                 if isinstance(size, int):
                     static.append((i, d, size))
-                elif not node.name.startswith(CACHE):
+                elif program.inputs[node.name].kind != "cache":
                     ties.setdefault(expression(size), []).append((i, d))
-        self._owned.unshare_written(emitted.steps)
+        self._store.copy_written(emitted.steps)
         spec, at = _without_cache(program.out_spec)
-        graph = Graph(
+        graph = BoundGraph(
             tuple(traced), tuple(n.name for n in nodes), tuple(static),
             tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted,
-            self._owned.bind(emitted), spec, at, program.mode, self._compiler.recipe.freeze,
-            not program.held,
+            self._store.bind(emitted), spec, at, program.mode, self._compiler.recipe.freeze,
+            not program.shallow_reruns,
         )  # fmt: skip
         self._kept.setdefault(signature(arguments, program.mode, where), []).append(graph)
         return graph
 
+    def cache_format(self, where: tuple) -> Any:
+        """What makes key-value caches for a device and dtype."""
+        if self._caches[0] != where:
+            self._store.load_into(self._compiler.host.module)
+            with self._in_mode("eval"):
+                self._caches = where, self._compiler.host.cache_format()
+        return self._caches[1]
+
     def _compile(
         self, arguments: dict[str, Any], mode: str, where: tuple, static_ones: bool
-    ) -> Graph:
-        self._owned.show_to(self._compiler.host)
+    ) -> BoundGraph:
+        self._store.load_into(self._compiler.host.module)
         program, emitted = self._compiler.compile(arguments, mode, static_ones)
         return self.adopt(arguments, program, emitted, where)
 
+    def _in_mode(self, mode: str) -> Any:
+        of = self._compiler
+        return modules_in_mode(of.host, mode, of.recipe, of.decisions)
+
     @torch.no_grad()
-    def _equals_dense(self, graph: Graph, arguments: dict[str, Any], leaves: list) -> bool:
+    def _equals_dense(self, graph: BoundGraph, arguments: dict[str, Any], leaves: list) -> bool:
         """Run both without experts, from the same random state; statistics stay as they were."""
-        self._owned.show_to(self._compiler.host)
-        buffers = self._owned.unshared_buffers()
+        self._store.load_into(self._compiler.host.module)
+        buffers = self._store.copied_buffers()
         before = {n: b.clone() for n, b in buffers.items()}
 
         def restore() -> None:
@@ -110,15 +126,16 @@ class Graphs:
 
         devices = {t.device for t in leaves if t.device.type == "cuda"}
         try:
-            with torch.random.fork_rng(devices), self._compiler.as_in(graph.mode):
+            with torch.random.fork_rng(devices), self._in_mode(graph.mode):
                 given = {k: _fresh(v) for k, v in arguments.items()}
-                dense = pytree.tree_leaves(self._compiler.host(**given))
+                dense = pytree.tree_leaves(self._compiler.host.module(**given))
             restore()
             with torch.random.fork_rng(devices):
                 ours, *_ = graph.run([t.clone() for t in leaves], self._dense)
         finally:
             restore()
-        return compare(dense, ours, arguments.get(graph.emitted.mask or "")).equal
+        mask = arguments.get(graph.emitted.mask or "")
+        return compare(dense, ours, mask, graph.emitted.numerics).equal
 
 
 def signature(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import LoRAExperts, Recipe
-from ..errors import CheckpointError, ConfigError, InputError
+from ..experts.base import ExpertParameters
 from ..experts.lora import peft
-from ..frontend.capture import bind, is_hf, split_static
-from ..frontend.example_inputs import as_arguments
+from ..frontend.arguments import split_static
+from ..frontend.host import Host
 from ..ir.aten import value
-from ..ir.program import CACHE, Program
+from ..ir.program import Program
 from ..ir.steps import Emitted
-from ..passes.pipeline import Compiler, device_and_dtype
-from ..routing.plan import Planner, PrefixState, RoutingPlan
-from ..routing.ridge_gate import AnalyticGate
+from ..passes.kinds import kind_of, site_modules
+from ..passes.pipeline import Compiler
+from ..passes.recipe import Recipe
+from ..routing.plan import Planner, RoutingPlan
 from ..routing.select import make_router
 from . import checkpoint
-from .bound_graph import Graph
-from .expert_set import Growing
-from .graph_cache import Graphs
-from .parameters import ADDED, Ownership, added_tensors, state_to_private, state_to_public
+from .bound_graph import BoundGraph
+from .expert_set import ExpertSet
+from .graph_cache import GraphCache
+from .parameters import Original, ParameterStore, device_and_dtype
+from .plan_override import PlanOverride
 from .report import Report
-
-DENSE = ADDED + "dense."  # dense tensors that training may have changed
-
-
-@dataclass
-class Original:
-    """Holds the dense model outside the module tree; a deep copy keeps the same one."""
-
-    model: nn.Module
-
-    def __deepcopy__(self, memo: dict) -> Original:
-        return self
+from .state_dict import added_tensors, use_public_names
 
 
-class MoEModel(Growing):
+class MoEModel(nn.Module):
     """What `convert` returns. `shallow`, `router`, `deep` are its parts; `report` says what was
     done. Calls take the original's arguments and give its outputs."""
 
@@ -53,32 +43,34 @@ class MoEModel(Growing):
         report: Report, checked: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        assert program.cut is not None and compiler.router is not None
+        assert program.cut is not None
         recipe = compiler.recipe
         self._original, self._compiler, self.report = Original(model), compiler, report
-        self._signature = inspect.signature(compiler.host.forward)
-        rank = getattr(recipe.experts, "rank", 1)
-        self._owned = Ownership(compiler.host, program.sites, emitted, rank)
+        store = ParameterStore(compiler.host.module, emitted, site_modules(program, recipe))
         if not recipe.freeze:
-            self._owned.unfreeze()
-        self._graphs = Graphs(compiler, self._owned, checked, self._plan_dense)
+            store.unfreeze()
+        self._store = store
         self._checkpointing = False
-        self._cache_format: Any = None
-        self.names: list[str] = []
-        self.trained: list[bool] = []
-        self._expansions: list[int] = []
-        self.shallow, self.deep = self._owned.shallow, self._owned.deep
-        self.rest = self._owned.rest
+        self.shallow, self.deep, self.rest = store.shallow, store.deep, store.rest
         features = value(program.node(program.cut.node))
-        self.router = make_router(compiler.router, features.shape, self.device)
-        self._add([None] * recipe.num_experts, active=True)
+        self.router = make_router(compiler.decisions.chosen, features.shape, self.device)
+        self._override = PlanOverride(self.router)
+        self._graphs = GraphCache(compiler, store, checked, self._override.dense)
+        fixed = kind_of(recipe.experts).fixed(recipe)
+        self._experts = ExpertSet(self.router, store.sites.values(), store.tensors, fixed)
+        self._experts.add([None] * recipe.num_experts, active=True)
         self.train(model.training)
-        self._register_state_dict_hook(_collect_public)
-        self.register_load_state_dict_pre_hook(_accept_public)
+        self.aliases = store.aliases
+        use_public_names(self)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
         """Keep a compiled program for calls with such arguments."""
         self._graphs.adopt(arguments, program, emitted, device_and_dtype(self))
+
+    @property
+    def host(self) -> Host:
+        """A structural copy of the original on this model's tensors, from which graphs are captured."""
+        return self._compiler.host
 
     # -- calls ----------------------------------------------------------------------------------
 
@@ -89,14 +81,15 @@ class MoEModel(Growing):
     def with_plan(self, *args: Any, **kwargs: Any) -> tuple[Any, RoutingPlan]:
         """(outputs, RoutingPlan) of a call, for losses on the routing: ``outputs.loss + 0.01 *
         plan.load_balance_loss() + 0.001 * plan.z_loss()``."""
-        arguments, cache = self._arguments(args, kwargs)
-        graph, leaves = self._graph(arguments)
+        arguments, cache = self.normalized(args, kwargs)
+        graph, leaves = self.graph_for(arguments)
         checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
-        outputs, plan, after = graph.run(leaves, self._planner(cache), checkpointing, self._given)
+        features = self._override.features
+        outputs, plan, after = graph.run(leaves, self._planner(cache), checkpointing, features)
         if graph.cache_at is not None:
             start, stop = graph.cache_at
-            self._fill(cache, outputs[start:stop], after)
-            outputs = [*outputs[:start], cache, *outputs[stop:]]
+            cache.fill(outputs[start:stop], after)
+            outputs = [*outputs[:start], cache.cache, *outputs[stop:]]
         return pytree.tree_unflatten(outputs, graph.out_spec), plan
 
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:
@@ -104,15 +97,15 @@ class MoEModel(Growing):
 
         Runs the shallow segment only.
         """
-        arguments, cache = self._arguments(args, kwargs)
-        graph, leaves = self._graph(arguments)
-        return graph.plan(leaves, self._planner(cache), self._given)[0]
+        arguments, cache = self.normalized(args, kwargs)
+        graph, leaves = self.graph_for(arguments)
+        return graph.plan(leaves, self._planner(cache), self._override.features)[0]
 
     @torch.no_grad()
     def features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the shallow segment gives at the cut for these inputs, for `use_features`."""
-        arguments, _ = self._arguments(args, kwargs)
-        graph, leaves = self._graph(arguments)
+        arguments, _ = self.normalized(args, kwargs)
+        graph, leaves = self.graph_for(arguments)
         return graph.features(leaves)
 
     def fit_router(self, expert: str | int | None, batches: Iterable[Any]) -> None:
@@ -123,13 +116,8 @@ class MoEModel(Growing):
         kept; samples add to those of former calls, in any order. Raises ConfigError for a router
         that is not analytic.
         """
-        router = self.router
-        if not isinstance(router, AnalyticGate):
-            raise ConfigError(
-                "fit_router: this router is trained; convert with "
-                "router=TokenRouter(fit='analytic') to solve it in closed form"
-            )
-        host, index = self._compiler.host, None if expert is None else self._index(expert)
+        router, index = self.router, None if expert is None else self._experts.index(expert)
+        router.require_analytic()
 
         def observe(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
             router.observe(features, mask, index)
@@ -137,59 +125,31 @@ class MoEModel(Growing):
 
         with torch.no_grad():
             for batch in batches:
-                arguments = as_arguments(host, batch)
-                if is_hf(host):
-                    from ..frontend.huggingface import without_cache
-
-                    arguments = without_cache(host, arguments)
-                arguments, _ = self._arguments((), arguments)
-                graph, leaves = self._graph(arguments)
+                arguments, _ = self.normalized((), self.host.arguments(batch))
+                graph, leaves = self.graph_for(arguments)
                 graph.plan(leaves, observe)
         router.solve()
         if index is not None:
-            self.trained[index] = True
+            self._experts.trained[index] = True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate() on the converted graphs, with its arguments."""
-        host = self._compiler.host
-        if not is_hf(host):
-            raise InputError(f"{type(host).__name__} has no generate()")
-        from ..frontend.huggingface import generate
-
-        self._owned.show_to(host)
+        self._store.load_into(self.host.module)
         with torch.no_grad():
-            return generate(host, self, *args, **kwargs)
+            return self.host.generate(self, *args, **kwargs)
 
-    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Arguments by name, and the key-value cache where this call keeps one."""
+    def normalized(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """A call's arguments by name, and the key-value cache where it keeps one."""
         if self.training:
-            self._begin_training()
-        host = self._compiler.host
-        arguments = bind(self._signature, type(host).__name__, args, kwargs)
-        if not is_hf(host):
+            self._experts.begin_training()
+        arguments = self.host.bind(args, kwargs)
+        arguments, keeps, cache = self.host.split_cache(arguments, self.training)
+        if not keeps:
             return arguments, None
-        from ..frontend.huggingface import call_arguments
+        caches = self._graphs.cache_format(device_and_dtype(self))
+        return arguments, caches.adopt(cache, arguments)
 
-        arguments, keep, cache = call_arguments(host, arguments, self.training)
-        return (arguments, self._adopt_cache(arguments, cache)) if keep else (arguments, None)
-
-    def _adopt_cache(self, arguments: dict[str, Any], cache: Any) -> Any:
-        """A cache of the form that the graphs take; `arguments` gets its keys and values."""
-        from ..frontend.kv_cache import CacheFormat, bare_cache
-
-        current = device_and_dtype(self)
-        if self._cache_format is None or self._cache_format[0] != current:
-            self._owned.show_to(self._compiler.host)
-            with self._compiler.as_in("eval"):
-                self._cache_format = current, CacheFormat(self._compiler.host)
-        main = arguments.get("input_ids", arguments.get("inputs_embeds"))
-        if main is None:
-            raise InputError("pass input_ids or inputs_embeds")
-        cache = self._cache_format[1].adopt(cache, main.shape[0])
-        arguments[CACHE] = bare_cache(cache)
-        return cache
-
-    def _graph(self, arguments: dict[str, Any]) -> tuple[Graph, list[torch.Tensor]]:
+    def graph_for(self, arguments: dict[str, Any]) -> tuple[BoundGraph, list[torch.Tensor]]:
         """The graph that serves these arguments, and the tensors that it takes."""
         traced, _ = split_static(arguments)
         leaves = pytree.tree_leaves(traced)
@@ -197,21 +157,94 @@ class MoEModel(Growing):
         return self._graphs.get(arguments, leaves, self.training, where), leaves
 
     def _planner(self, cache: Any) -> Planner:
-        if self._forced is not None:
-            return self._forced
+        if self._override.planner is not None:
+            return self._override.planner
         state = None
-        if cache is not None and self.router.spec.granularity == "prefix":
-            from ..frontend.kv_cache import router_state
-
-            state = router_state(cache).load()
+        if cache is not None and self.router.keeps_state:
+            state = cache.router_state().load()
         return lambda features, mask: self.router(features, mask, state)
 
-    def _fill(self, cache: Any, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
-        from ..frontend.kv_cache import fill_cache, router_state
+    # -- plans that replace the router's --------------------------------------------------------
 
-        if after is not None:
-            router_state(cache).store(after, leaves[0].shape[2])
-        fill_cache(cache, leaves)
+    def disable_experts(self) -> AbstractContextManager[None]:
+        """Compute what the dense model computes, as PEFT's disable_adapter does."""
+        return self._override.planning_by(self._override.dense)
+
+    def dense_plan(self) -> AbstractContextManager[None]:
+        """Route so that experts fresh from a conversion give the dense model's output: at LoRA
+        sites and with gates that sum to one as ever; where a region is replaced, the frozen one
+        takes every patch (the whole map, if patches are isolated or experts narrower)."""
+        return self._override.of_fresh_experts(self._compiler.fresh)
+
+    def use_plan(self, plan: RoutingPlan) -> AbstractContextManager[None]:
+        """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
+        return self._override.planning_by(self._override.plan(plan))
+
+    def use_expert(self, name: str | int) -> AbstractContextManager[None]:
+        """Route every row to one expert with gate 1, as if its task were known; it need not be on.
+
+        Raises ConfigError where patches choose: an expert then takes the patches it prefers.
+        """
+        return self._override.planning_by(self._override.one_expert(self._experts.index(name)))
+
+    def use_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
+        """Take these for what the shallow segment gives at the cut, as `features` gave them for the
+        same samples: the shallow blocks are not run."""
+        return self._override.given_features(features)
+
+    # -- experts --------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Of the experts, in their order."""
+        return self._experts.names
+
+    @property
+    def trained(self) -> list[bool]:
+        """Of each expert, whether it was trained since it came, or its row of the router fitted."""
+        return self._experts.trained
+
+    @property
+    def num_experts(self) -> int:
+        return len(self._experts)
+
+    def expand(
+        self, n: int = 1, name: str | None = None, classes: int | None = None
+    ) -> list[nn.Parameter]:
+        """Add n experts, freeze the older ones, and return the new parameters.
+
+        The new ones are off, so no output changes, until `activate(name)` or the first forward
+        in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
+        ``name.0``, ``name.1``, ... classes: columns that the expert (of the last, if several)
+        brings to a classification head, after the present ones, which stay as they are; while it
+        is off they are minus infinity, or absent where none after them is on. Raises ConfigError.
+        """
+        return self._experts.expand(n, name, classes)
+
+    def activate(self, name: str | int) -> None:
+        """Let an expert, by name or index, take part in routing."""
+        self._experts.set_active(name, True)
+
+    def deactivate(self, name: str | int) -> None:
+        """Take an expert out of routing; its parameters stay."""
+        self._experts.set_active(name, False)
+
+    def remove_last(self) -> None:
+        """Remove the newest expert; the router is bitwise what it was before it came."""
+        self._experts.remove_last()
+
+    def expert_index(self, name: str | int) -> int:
+        """The place of an expert that goes by this name or index. Raises ConfigError."""
+        return self._experts.index(name)
+
+    def expert_sites(self) -> list[ExpertParameters]:
+        """Where experts work, each with the parameters of all of them."""
+        return list(self._experts.sites)
+
+    @property
+    def sites(self) -> list[str]:
+        """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
+        return [s.site.name for s in self._experts.sites if s.as_adapter]
 
     # -- what people expect ---------------------------------------------------------------------
 
@@ -239,12 +272,15 @@ class MoEModel(Growing):
 
     @property
     def recipe(self) -> Recipe:
-        """Everything that was decided at conversion."""
-        return self._compiler.recipe
+        """Everything that was decided at conversion, as it is now: its router and experts."""
+        return replace(
+            self._compiler.recipe, split=self._compiler.decisions.split, router=self.router.spec,
+            num_experts=self.num_experts,
+        )  # fmt: skip
 
     @property
     def config(self) -> Any:
-        return getattr(self._compiler.host, "config", None)
+        return self.host.config
 
     @property
     def device(self) -> torch.device:
@@ -267,72 +303,46 @@ class MoEModel(Growing):
 
         A crash leaves the folder's previous save whole.
         """
-        recipe = replace(
-            self._compiler.recipe, split=self._compiler.at, router=self.router.spec,
-            num_experts=self.num_experts,
-        )  # fmt: skip
-        facts = {
+        checkpoint.write(folder, self.saved_tensors(), self._facts(), self.to_dense())
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What a save holds: the tensors added, and the dense ones that training may have changed."""
+        written = {checkpoint.DENSE + n: t for n, t in self._store.written_tensors().items()}
+        return dict(added_tensors(self)) | written
+
+    def _facts(self) -> dict[str, Any]:
+        experts, head = self._experts, self._experts.head
+        return {
             "model": type(self.to_dense()).__name__,
-            "recipe": recipe.to_dict(),
-            "names": self.names,
-            "trained": self.trained,
-            "expansions": self._expansions,
-            "classes": [] if self._head is None else [len(b) for b in self._head.bias],
+            "recipe": self.recipe.to_dict(),
+            "names": experts.names,
+            "trained": experts.trained,
+            "expansions": experts.expansions,
+            "classes": [] if head is None else head.classes,
         }
-        checkpoint.write(folder, self._saved(), facts, self.to_dense())
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: checkpoint.Facts) -> None:
+        """Take over saved tensors, every one or none. Raises CheckpointError."""
+        experts = self._experts
+        if experts.head is not None:
+            experts.head.widen_all(facts.classes)
+        self._store.copy_on_write(*checkpoint.dense_names(tensors))
+        checkpoint.fill(self.saved_tensors(), tensors)
+        flags = facts.trained or [bool(row.any()) for row in self.router.rows]
+        experts.take_over(facts.names, flags, facts.expansions)
 
     def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
         """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
         activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
-        sites, spec = peft.lora_sites(self.expert_sites()), self.recipe.experts
-        read = peft.read_adapter(sites, cast(LoRAExperts, spec), from_peft)
+        sites = peft.lora_sites(self._experts.sites)
+        read = peft.read_adapter(sites, self.recipe.experts, from_peft)
         self.expand(1, name=name)
-        with torch.no_grad():
-            for site, (a, b) in read.items():
-                sites[site].a[-1].copy_(a)
-                sites[site].b[-1].copy_(b)
+        peft.fill_newest(sites, read)
         self.trained[-1] = True
 
     def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
         """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
         to a head are not in it."""
-        sites, spec = peft.lora_sites(self.expert_sites()), self.recipe.experts
+        sites = peft.lora_sites(self._experts.sites)
         base = getattr(self.config, "_name_or_path", None) or None
-        peft.write_adapter(sites, cast(LoRAExperts, spec), self._index(name), base, folder)
-
-    def _saved(self) -> dict[str, torch.Tensor]:
-        trained = {DENSE + n: t for n, t in self._owned.own_tensors().items()}
-        return dict(added_tensors(self)) | trained
-
-    def restore(
-        self, tensors: dict[str, torch.Tensor], names: list[str], expansions: list[int],
-        classes: list[int], trained: list[bool] | None = None,
-    ) -> None:  # fmt: skip
-        """Take over saved tensors, every one or none. trained: None for a save that does not say it:
-        then experts count as trained whose row of the router is not zero. Raises CheckpointError.
-        """
-        for expert, count in enumerate(classes):
-            if count and self._head is not None:
-                self._head.widen(expert, count)
-        for name in (k.removeprefix(DENSE) for k in tensors if k.startswith(DENSE)):
-            if name in self._owned.refs:
-                self._owned.unshare(name)
-        own = self._saved()
-        shapes, saved = ({k: t.shape for k, t in x.items()} for x in (own, tensors))
-        if shapes != saved:
-            odd = sorted(k for k in shapes | saved if shapes.get(k) != saved.get(k))[:3]
-            raise CheckpointError(f"the saved tensors do not fit this model, such as {odd}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
-        self.names, self._expansions = list(names), list(expansions)
-        self.trained = [bool(r.any()) for r in self.router.rows] if trained is None else trained
-        self._train_newest()
-
-
-def _accept_public(module: Any, state: dict, prefix: str, *rest: Any) -> None:
-    state_to_private(module, module._owned.aliases, state, prefix)
-
-
-def _collect_public(module: MoEModel, state: Any, prefix: str, metadata: Any) -> None:
-    state_to_public(module._owned.aliases, state, prefix)
+        peft.write_adapter(sites, self.recipe.experts, self.expert_index(name), base, folder)

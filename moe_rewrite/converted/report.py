@@ -5,35 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..config import FFNExperts, LoRAExperts, PatchRouter
-from ..ir.sites import HeadSite, RegionSite
-from ..utils.text_tables import count, table
+from ..ir.sites import Macs
+from ..passes.kinds import kind_of
+from ..utils.text_tables import table
 from ..utils.warn import warn
 
 if TYPE_CHECKING:
     from ..ir.equivalence import EquivalenceReport
-    from ..ir.program import Program
+    from ..ir.program import Numerics, Program
     from ..passes.pipeline import Compiler
-
-
-@dataclass(frozen=True)
-class Macs:
-    """Multiply-adds of one sample: of the dense region, and of what takes its place."""
-
-    dense: int
-    experts: int
-    router: int
-
-    @property
-    def routed(self) -> int:
-        return self.experts + self.router
-
-    def __str__(self) -> str:
-        share = f"{100 * self.routed / self.dense:.1f}%" if self.dense else "100%"
-        return (
-            f"{count(self.experts)} multiply-adds a sample and {count(self.router)} of the router, "
-            f"{share} of the dense region's {count(self.dense)}"
-        )
 
 
 @dataclass
@@ -52,7 +32,7 @@ class Report:
     router: str
     sites: list[tuple[str, Any, Any]]
     rejected: list[tuple[str, str]]
-    numerics: list[tuple[str, str]]
+    numerics: list[tuple[str, Numerics]]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
     macs: Macs | None = None
@@ -63,24 +43,24 @@ class Report:
     @staticmethod
     def of(program: Program, compiler: Compiler) -> Report:
         assert program.cut is not None
-        region = next((s for s in program.sites if isinstance(s, RegionSite)), None)
+        recipe, decisions = compiler.recipe, compiler.decisions
+        kind = kind_of(recipe.experts)
+        macs = [kind.macs(site, recipe, decisions.chosen) for site in program.sites]
+        ends = [getattr(site, "ends", "") for site in program.sites]
+        notes = [f"the region ends where it does since {reason}" for reason in ends if reason]
         return Report(
-            model=type(compiler.host).__name__,
-            mode=compiler.recipe.mode,
+            model=program.model,
+            mode=recipe.mode,
             split=f"block {program.cut.index} ({program.cut.label})",
             cut=program.cut.node,
-            router=str(compiler.router),
-            sites=[
-                (s.name, s.in_features, s.out_features)
-                for s in program.sites
-                if not isinstance(s, HeadSite)
-            ],
-            rejected=[(r.name, r.reason) for r in compiler.rejected],
+            router=str(decisions.router),
+            sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
+            rejected=[(r.name, r.reason) for r in decisions.rejected],
             numerics=list(program.numerics),
-            seconds=compiler.seconds,
-            notes=[n for n in (compiler.train_note, _ends(region)) if n],
-            macs=None if region is None else _macs(region, compiler),
-            experts=_experts(compiler),
+            seconds=compiler.timed.seconds,
+            notes=[decisions.train_note, *notes] if decisions.train_note else notes,
+            macs=next((m for m in macs if m is not None), None),
+            experts=kind.words(recipe),
             lowered=list(program.lowered),
         )
 
@@ -123,26 +103,3 @@ class Report:
         if self.lowered:
             parts.append(table(["sites", "how they are computed"], self._how()))
         return "\n".join(parts)
-
-
-def _experts(compiler: Compiler) -> str:
-    """What is at the sites."""
-    experts = compiler.recipe.experts
-    if isinstance(experts, LoRAExperts):
-        return "LoRA experts"
-    if isinstance(experts, FFNExperts):
-        count = compiler.recipe.num_experts
-        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
-    return "experts on patches"
-
-
-def _ends(region: RegionSite | None) -> str:
-    return f"the region ends where it does since {region.ends}" if region and region.ends else ""
-
-
-def _macs(region: RegionSite, compiler: Compiler) -> Macs:
-    router = compiler.router
-    assert isinstance(router, PatchRouter) and router.per_expert is not None
-    experts = compiler.recipe.num_experts
-    patches = experts * router.per_expert
-    return Macs(region.dense_macs, patches * region.expert_macs, experts * region.score_macs)

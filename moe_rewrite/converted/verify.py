@@ -10,38 +10,36 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EquivalenceError
-from ..frontend.capture import is_hf, split_static
-from ..frontend.example_inputs import as_arguments, random_arguments
+from ..frontend.adapters import host_of
+from ..frontend.arguments import split_static
+from ..frontend.example_inputs import random_arguments
 from ..ir.equivalence import EquivalenceReport, compare, evaluating
 
 if TYPE_CHECKING:
     from .model import MoEModel
 
 
-def verify(model: nn.Module, moe: nn.Module, inputs: Any) -> EquivalenceReport:
+def verify(model: nn.Module, moe: MoEModel, inputs: Any) -> EquivalenceReport:
     """Run both models in eval mode on these inputs (tensor, tuple or dict) and compare outputs.
 
+    The tolerance is that of the numerics which the passes declare (`ir.equivalence.TOLERANCE`).
     Positions that an attention_mask leaves out do not count, nor do key-value caches. Both models
     keep their mode.
     """
-    arguments = as_arguments(model, inputs)
-    if is_hf(model):
-        from ..frontend.huggingface import without_cache
-
-        arguments = without_cache(model, arguments)
+    arguments = host_of(model).arguments(inputs)
     outputs: list[list[Any]] = []
     for module in (model, moe):
         with torch.no_grad(), evaluating(module):
             outputs.append(pytree.tree_leaves(module(**arguments)))
     shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
-    report = compare(outputs[0], outputs[1], arguments.get("attention_mask"))
+    report = compare(outputs[0], outputs[1], arguments.get("attention_mask"), moe.report.numerics)
     return replace(report, shapes=shapes[:1])
 
 
 def verify_conversion(
     model: nn.Module, moe: MoEModel, arguments: dict[str, Any]
 ) -> EquivalenceReport | None:
-    """Hold a fresh conversion against its original at several batch sizes; raise on a difference.
+    """Compare a fresh conversion with its original at several batch sizes; raise on a difference.
 
     None for a model on the meta device, which computes nothing.
     """
@@ -49,7 +47,7 @@ def verify_conversion(
         return None
     reports = []
     for batch in (2, 1):
-        given = random_arguments(arguments, model, batch)
+        given = random_arguments(arguments, host_of(model).vocabulary(), batch)
         if not _runs(model, given):
             given = arguments  # content that the model does not take: compare on the user's own
         with moe.dense_plan():

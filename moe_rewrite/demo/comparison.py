@@ -54,12 +54,12 @@ def train(
         x.append(kept.x.repeat(repeats, *[1] * (kept.x.ndim - 1)))
         y.append(kept.y.repeat(repeats, *[1] * (kept.y.ndim - 1)))
         owner.append(torch.full((len(kept.x) * repeats,), older))
-    mixed, owners = Part(torch.cat(x), torch.cat(y)), torch.cat(owner)
+    mixed, task_ids = Part(torch.cat(x), torch.cat(y)), torch.cat(owner)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(task)
     for _ in track(range(epochs), description=f"{label:<32}"):
         for index in mixed.batches(batch, generator):
-            loss = step(mixed.x[index], mixed.y[index], owners[index])
+            loss = step(mixed.x[index], mixed.y[index], task_ids[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ir.sites import AnySite
-
 SEPARATOR = "/"  # a module's name may hold no dot, so state-dict names are kept with this
 
 
-class ExpertSite(nn.Module):
-    """What every kind of expert has. site: where they work. parts: names of an expert's tensors; a graph takes each part
-    of all active experts together."""
+class ExpertParameters(nn.Module):
+    """The experts of one site.
 
-    site: AnySite
+    site: where they work.
+    parts: names of an expert's tensors; a graph takes each part of all active experts together.
+    replaced: state-dict names of the weights whose work experts take over.
+    as_adapter: an expert can be written as an adapter in PEFT's format.
+    """
+
+    site: Any
     parts: tuple[str, ...]
-    replaced: tuple[str, ...] = ()  # state-dict names of the weights whose work experts take over
+    replaced: tuple[str, ...] = ()
+    as_adapter = False
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         """Add an expert; dense: the site's frozen tensors by state-dict name. Returns its
@@ -44,6 +48,25 @@ class ExpertSite(nn.Module):
     def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
         """What the graph takes for each part, of the active experts."""
         raise NotImplementedError
+
+    def expert_dim(self, part: str) -> tuple[int, int] | None:
+        """Where a stack of a part holds its experts: the dimension, and how many elements of it
+        each has; None where it holds tensors apart."""
+        return None
+
+    def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
+        """Of each part one tensor (E, ...) of all active experts, where all are of one shape and
+        what runs at the site may take them so."""
+        return None
+
+    def named(
+        self, part: str, stack: Any, active: Sequence[int]
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """What `stacked` gave for a part with names instead of tensors, and the tensors by name."""
+        if isinstance(stack, torch.Tensor):
+            return part, {part: stack.detach()}
+        names = [f"{part}.{expert}" for expert in active]
+        return names, dict(zip(names, (t.detach() for t in stack), strict=True))
 
     def forget(self) -> None:
         """Drop what is kept from call to call."""

@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 from ..ir.sites import FeedForwardSite, Part, RegionSite
-from .base import SEPARATOR, ExpertSite
+from .base import SEPARATOR, ExpertParameters
 
 
-class RegionCopies(ExpertSite):
+class CopiedParameters(ExpertParameters):
     """Experts that each have the weights and statistics of a region, all or a share of them."""
 
     site: RegionSite | FeedForwardSite
 
-    def __init__(self, site: RegionSite | FeedForwardSite) -> None:
+    def __init__(self, site: RegionSite | FeedForwardSite, alike: bool = False) -> None:
+        """alike: every expert's tensors are of one shape, and may come as one."""
         super().__init__()
+        self._alike = alike
         self.site = site
         self.parts = self.replaced = tuple(p.name for p in site.parts)
         self.copies = nn.ModuleDict({p.name.replace(".", SEPARATOR): _Copies() for p in site.parts})
@@ -40,6 +42,11 @@ class RegionCopies(ExpertSite):
     def remove_last(self) -> None:
         for _, copies in self._by_part():
             copies.pop()
+
+    def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
+        if not self._alike or not active:
+            return None
+        return tuple(torch.stack(list(of_part)) for of_part in self.stacked(active))
 
     def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
         return tuple([copies[e] for e in active] for _, copies in self._by_part())

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..ir.sites import HeadSite
-from .base import ExpertSite
+from .base import ExpertParameters
 
 
-class HeadColumns(ExpertSite):
+class HeadColumns(ExpertParameters):
     """The columns that experts added to a classification head.
 
     weight[e]: (classes, in), bias[e]: (classes,); of no classes for an expert that added none.
@@ -48,11 +48,37 @@ class HeadColumns(ExpertSite):
             new.append(of_part[expert])
         return new
 
+    @property
+    def classes(self) -> list[int]:
+        """How many each expert added."""
+        return [len(bias) for bias in self.bias]
+
+    def widen_all(self, classes: Sequence[int]) -> None:
+        """Give every expert as many columns as a save says."""
+        for expert, count in enumerate(classes):
+            if count:
+                self.widen(expert, count)
+
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(self.weight), list(self.bias)]
 
     def remove_last(self) -> None:
         self.weight, self.bias = self.weight[:-1], self.bias[:-1]
+
+    def named(
+        self, part: str, stack: Any, active: Sequence[int]
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        columns: list[Any] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for column in stack:
+            if isinstance(column, int):
+                columns.append(column)
+                continue
+            *pair, place = column
+            names = [f"{kind}.{active[place]}" for kind in ("weight", "bias")]
+            tensors.update(zip(names, (t.detach() for t in pair), strict=True))
+            columns.append((*names, place))
+        return columns, tensors
 
     def stacked(self, active: Sequence[int]) -> tuple[list[tuple[Any, ...] | int], ...]:
         """(weight, bias, place in `active`) of each expert with columns up to the last one that is

@@ -6,12 +6,10 @@ are changed where a size would be taken for a constant (1) or for another one (b
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,91 +17,24 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from ..ir.program import CACHE, Input, Program
+from ..ir.program import Input, Program
+from .adapters import host_of
+from .arguments import is_cache, split_static
+from .host import Host
+from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
 
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
 SHORT = 9  # stands in for a sequence of length one
 
 
-def is_hf(model: nn.Module) -> bool:
-    """Whether this is a Hugging Face model; never imports transformers by itself."""
-    module = sys.modules.get("transformers.modeling_utils")
-    return module is not None and isinstance(model, module.PreTrainedModel)
-
-
-def make_host(model: nn.Module) -> nn.Module:
-    """A structural copy of the model whose tensors are objects of its own over the same storage.
-
-    The copy can be put in any mode, cast or traced without the original noticing. Its parameters
-    do not require gradients: a dense weight is frozen.
-    """
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
-    for b in model.buffers():
-        memo[id(b)] = b.detach()
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied in structure ({error}). Remove attributes "
-            "that Python's copy.deepcopy refuses (open files, locks, non-leaf tensors)."
-        ) from error
-
-
-def bind(
-    signature: inspect.Signature, model: str, args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The call's arguments by name, without those that are None or equal their default.
-
-    Raises InputError where the model's forward would raise TypeError.
-    """
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(f"{model}: {error}. It takes {signature}; pass these arguments.") from None
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        parameter = signature.parameters[name]
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(value)
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            raise InputError(
-                f"{model}.forward takes *{name}, which cannot be captured by name. "
-                "Give forward named arguments."
-            )
-        elif not (parameter.default is not parameter.empty and _same(value, parameter.default)):
-            named[name] = value
-    return {k: v for k, v in named.items() if v is not None}
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
-
-
-def split_static(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that hold tensors, and the others, which are constants of the captured graph."""
-    traced, static = {}, {}
-    for name, value in arguments.items():
-        leaves = pytree.tree_leaves(value)
-        tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        if tensors and all(tensors):
-            traced[name] = value
-        elif any(tensors):
-            raise InputError(f"{name} mixes tensors and other values: pass tensors only")
-        else:
-            static[name] = value
-    return traced, static
-
-
-def dynamic_dims(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+def dynamic_dims(name: str, tensor: torch.Tensor, cached: bool = False) -> tuple[int, ...]:
     """The dimensions of an argument that may differ from call to call: batch, then lengths."""
     mask = "mask" in name
     if tensor.ndim == 0:
         return ()
     if tensor.ndim == 4:
-        if name.startswith(CACHE):
+        if cached:
             return (0, 2)  # (batch, heads, length, width)
         return (0, 2, 3) if mask else (0,)  # an attention mask, or an image
     if tensor.is_floating_point() and tensor.ndim == 2 and not mask:
@@ -117,13 +48,14 @@ def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str,
     A dynamic dimension of size one becomes larger (export would take it for a constant, which is
     wanted only with `static_ones`), and the batch gets a size that nothing else has.
     """
+    caches = [name for name, given in traced.items() if is_cache(given)]
     sizes = {s for t in pytree.tree_leaves(traced) for s in t.shape}
     batch = next(b for b in (*BATCH_SIZES, 1009) if b not in sizes)
     old_batch = next((t.shape[0] for t in pytree.tree_leaves(traced) if t.ndim), None)
 
     def enlarge(name: str, tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
-        for dim in dynamic_dims(name, tensor):
+        for dim in dynamic_dims(name, tensor, name in caches):
             if static_ones and shape[dim] == 1:
                 continue
             if dim == 0 and shape[0] in (old_batch, 1):
@@ -133,27 +65,28 @@ def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str,
         return tensor.new_zeros(shape)
 
     example = {n: pytree.tree_map(lambda t, n=n: enlarge(n, t), v) for n, v in traced.items()}
-    if CACHE in traced and getattr(example.get("attention_mask"), "ndim", 0) == 2:
+    if caches and getattr(example.get("attention_mask"), "ndim", 0) == 2:
         main: Any = example.get("input_ids", example.get("inputs_embeds"))
-        past = pytree.tree_leaves(example[CACHE])[0].shape[2]
+        (name,) = caches
+        past = pytree.tree_leaves(example[name])[0].shape[2]
         mask = example["attention_mask"]
         example["attention_mask"] = mask.new_zeros(mask.shape[0], past + main.shape[1])
     return example
 
 
-def _dynamic_shapes(name: str, value: Any, static_ones: bool) -> Any:
+def _dynamic_shapes(name: str, value: Any, static_ones: bool, cached: bool = False) -> Any:
     """The `dynamic_shapes` of torch.export for one argument."""
     if isinstance(value, torch.Tensor):
-        dims = dynamic_dims(name, value)
+        dims = dynamic_dims(name, value, cached)
         if static_ones:
             dims = tuple(d for d in dims if value.shape[d] != 1)
         return dict.fromkeys(dims, torch.export.Dim.AUTO)
     if isinstance(value, dict):
-        return {k: _dynamic_shapes(name, v, static_ones) for k, v in value.items()}
+        return {k: _dynamic_shapes(name, v, static_ones, cached) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_dynamic_shapes(name, v, static_ones) for v in value)
+        return type(value)(_dynamic_shapes(name, v, static_ones, cached) for v in value)
     children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
-    return [_dynamic_shapes(name, v, static_ones) for v in children]
+    return [_dynamic_shapes(name, v, static_ones, is_cache(value)) for v in children]
 
 
 @contextmanager
@@ -179,9 +112,14 @@ def _explicit_forward(host: nn.Module, names: list[str], static: dict[str, Any])
             host.forward = had
 
 
-def capture(
-    host: nn.Module, arguments: dict[str, Any], mode: str, static_ones: bool = False
-) -> Program:
+def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval") -> Program:
+    """A model's graph, all of it in one mode. example_inputs: tensor, tuple or dict; inferred where
+    that is possible. Raises InputError and CaptureError."""
+    host = host_of(structural_copy(model).train(mode == "train"))
+    return capture(host, host.arguments(example_inputs), mode)
+
+
+def capture(host: Host, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Program:
     """Capture `host` as it stands (its submodules' training flags included) on these arguments.
 
     arguments: by name; only sizes and dtypes of tensors matter. mode: "eval" records no autograd
@@ -202,8 +140,8 @@ def capture(
     lines = [line for line in str(first).strip().splitlines() if line.strip()]
     reason = lines[0] if lines else type(first).__name__
     raise CaptureError(
-        f"{type(host).__name__} could not be captured on inputs of shapes {shapes}: "
-        f"{type(first).__name__}: {reason}{_place(host, first)}. Check that these inputs run "
+        f"{host.name} could not be captured on inputs of shapes {shapes}: "
+        f"{type(first).__name__}: {reason}{_place(host.module, first)}. Check that these inputs run "
         "through the model; a forward whose Python control flow depends on tensor values cannot be "
         "captured."
     ) from first
@@ -222,36 +160,22 @@ def _place(host: nn.Module, error: Exception) -> str:
 
 
 def _export(
-    host: nn.Module, example: dict[str, Any], static: dict[str, Any], mode: str, static_ones: bool
+    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, static_ones: bool
 ) -> Program:
     shapes = {n: _dynamic_shapes(n, v, static_ones) for n, v in example.items()}
-    context: Any = nullcontext()
-    if is_hf(host):
-        from .huggingface import patched
-
-        context = patched(host)
-    forward = _explicit_forward(host, list(example), static)
-    with torch.set_grad_enabled(mode == "train"), context, forward, tracing():
+    forward = _explicit_forward(host.module, list(example), static)
+    with torch.set_grad_enabled(mode == "train"), host.traced(), forward, tracing():
         exported = torch.export.export(
-            host, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
+            host.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )
     forget_inputs(exported)
-    return _to_program(host, exported, mode)
+    return _to_program(host, exported, mode, example)
 
 
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every state-dict name, tied ones included, to the first name of the same tensor."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            names[name] = first.setdefault(id(tensor), name)
-    return names
-
-
-def _to_program(host: nn.Module, exported: Any, mode: str) -> Program:
+def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -> Program:
     kinds = {"PARAMETER": "weight", "BUFFER": "buffer", "USER_INPUT": "user"}
-    names = canonical_names(host)
+    names = canonical_names(host.module)
+    caches = tuple(f"{name}_" for name, given in example.items() if is_cache(given))
     graph = exported.graph
     inputs: dict[str, Input] = {}
     owner: dict[str, Any] = {}
@@ -259,12 +183,15 @@ def _to_program(host: nn.Module, exported: Any, mode: str) -> Program:
     for spec in exported.graph_signature.input_specs:
         node = by_name[spec.arg.name]
         kind = kinds.get(spec.kind.name, "constant")
+        if kind == "user" and spec.arg.name.startswith(caches) and spec.arg.name not in example:
+            kind = "cache"
         name = names.get(spec.target, spec.target) if spec.target else spec.arg.name
-        if kind == "user" and not isinstance(node.meta.get("val"), torch.Tensor):
+        called = kind in ("user", "cache")
+        if called and not isinstance(node.meta.get("val"), torch.Tensor):
             raise CaptureError(f"argument {name} is not a tensor in the captured graph")
         if kind in ("weight", "buffer") and name in owner:  # a tied name: one placeholder is enough
             node.replace_all_uses_with(owner[name])
-        if kind != "user" and (not node.users or owner.get(name, node) is not node):
+        if not called and (not node.users or owner.get(name, node) is not node):
             graph.erase_node(node)
             continue
         owner[name] = node
@@ -283,4 +210,7 @@ def _to_program(host: nn.Module, exported: Any, mode: str) -> Program:
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         mode=mode,
+        model=host.name,
+        # eager attention may choose another kernel where the graph has the mask written out
+        numerics=(("capture", "reordered"),),
     )

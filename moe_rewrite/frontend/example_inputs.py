@@ -10,15 +10,11 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .capture import bind, is_hf, make_host
+from .structural_copy import structural_copy
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Inputs to capture a model with, where they can be inferred; else InputError says what to do."""
-    if is_hf(model):
-        from .huggingface import example_inputs as hf_examples
-
-        return hf_examples(model)
+def infer_inputs(model: nn.Module) -> dict[str, Any]:
+    """Inputs of a plain module, where they can be inferred; else InputError says what to do."""
     parameters = [
         p for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind is not p.VAR_KEYWORD
@@ -52,7 +48,7 @@ def _candidates(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _runs(model: nn.Module, value: torch.Tensor) -> bool:
-    host = make_host(model).eval()
+    host = structural_copy(model).eval()
     try:
         with torch.no_grad():
             host(value)
@@ -61,27 +57,8 @@ def _runs(model: nn.Module, value: torch.Tensor) -> bool:
     return True
 
 
-def as_arguments(model: nn.Module, example: Any) -> dict[str, Any]:
-    """`example_inputs` as a user gives them (tensor, tuple or dict) as arguments by name."""
-    if example is None:
-        return example_inputs(model)
-    signature, name = inspect.signature(model.forward), type(model).__name__
-    if isinstance(example, torch.Tensor):
-        return bind(signature, name, (example,), {})
-    if isinstance(example, (tuple, list)):
-        return bind(signature, name, tuple(example), {})
-    try:  # a dict, a tokenizer's BatchEncoding and the like
-        named = dict(example)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"example_inputs={type(example).__name__}: expected a tensor, a tuple or a dict"
-        ) from None
-    return bind(signature, name, (), named)
-
-
-def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2) -> dict[str, Any]:
+def random_arguments(arguments: dict[str, Any], vocabulary: int, batch: int = 2) -> dict[str, Any]:
     """Arguments of the same form with random content: ids in the vocabulary, normal floats."""
-    top = _vocabulary(host)
     generator = torch.Generator().manual_seed(0)
 
     def fill(name: str, t: torch.Tensor) -> torch.Tensor:
@@ -90,7 +67,7 @@ def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2)
             return t.new_ones(shape) if "mask" in name else t.new_zeros(shape)
         if t.is_floating_point():
             return torch.randn(shape, generator=generator).to(t)
-        return torch.randint(1, max(top, 2), shape, generator=generator).to(t)
+        return torch.randint(1, max(vocabulary, 2), shape, generator=generator).to(t)
 
     def fit(name: str, v: Any) -> Any:
         if isinstance(v, torch.Tensor) and v.ndim:
@@ -98,16 +75,3 @@ def random_arguments(arguments: dict[str, Any], host: nn.Module, batch: int = 2)
         return v
 
     return {n: fit(n, v) for n, v in arguments.items()}
-
-
-def _vocabulary(host: nn.Module) -> int:
-    """How many ids the model takes."""
-    if is_hf(host):
-        model: Any = host
-        try:
-            table = model.get_input_embeddings()
-        except NotImplementedError:  # a model without a vocabulary
-            return 2
-        if isinstance(table, nn.Embedding):
-            return table.num_embeddings
-    return next((m.num_embeddings for m in host.modules() if isinstance(m, nn.Embedding)), 2)

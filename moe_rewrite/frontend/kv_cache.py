@@ -17,9 +17,9 @@ from transformers.cache_utils import (
 )
 
 from ..errors import CaptureError, InputError
-from ..ir.program import CACHE
 from ..routing.plan import PrefixState
 
+CACHE = "past_key_values"  # the argument and output that hold a key-value cache
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -63,11 +63,20 @@ class CacheFormat:
             )
             cache.layers.append(layer)
 
-    def adopt(self, cache: Any, batch: int) -> Any:
-        """Make a cache that the user or generate() passes one of full-length plain layers.
+    def adopt(self, cache: Any, arguments: dict[str, Any]) -> CallCache:
+        """The cache of a call, which these arguments get: full-length plain layers.
 
-        An empty cache of any layer kinds is refitted in place; a used one must be ours already.
+        cache: what the user or generate() passes, or None. An empty one of any layer kinds is
+        refitted in place; a used one must be ours already. Raises InputError.
         """
+        main = arguments.get("input_ids", arguments.get("inputs_embeds"))
+        if main is None:
+            raise InputError("pass input_ids or inputs_embeds")
+        adopted = CallCache(self._adopted(cache, main.shape[0]))
+        arguments[CACHE] = adopted.bare()
+        return adopted
+
+    def _adopted(self, cache: Any, batch: int) -> Any:
         if cache is None:
             return self.new(batch)
         if not isinstance(cache, Cache):
@@ -96,21 +105,37 @@ def kv_layers(cache: Any) -> list[Any]:
     return [layer for layer in cache.layers if not isinstance(layer, RouterState)]
 
 
-def cache_leaves(cache: Any) -> list[torch.Tensor]:
-    """Keys and values in the order in which torch.export flattens a cache."""
-    return [t for layer in kv_layers(cache) for t in (layer.keys, layer.values)]
+class CallCache:
+    """The key-value cache that a call takes and gives. cache: as the caller knows it."""
 
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
-def fill_cache(cache: Any, leaves: list[torch.Tensor]) -> None:
-    for i, layer in enumerate(kv_layers(cache)):
-        layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]
+    def bare(self) -> Any:
+        """The same layers in a cache without the router's state, as graphs take it."""
+        bare = DynamicCache()
+        bare.layers = kv_layers(self.cache)
+        return bare
 
+    def router_state(self) -> RouterState:
+        """The router's state in it, added where it has none yet."""
+        for layer in self.cache.layers:
+            if isinstance(layer, RouterState):
+                return layer
+        if kv_layers(self.cache)[0].get_seq_length() > 0:
+            raise InputError(
+                "this cache was filled without the router's state: start from an empty one"
+            )
+        state = RouterState()
+        self.cache.layers.append(state)
+        return state
 
-def bare_cache(cache: Any) -> Any:
-    """The same layers in a cache without the router's state, as capture wants it."""
-    bare = DynamicCache()
-    bare.layers = kv_layers(cache)
-    return bare
+    def fill(self, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
+        """Put in what a call gave: keys and values layer by layer, and the router's state."""
+        if after is not None:
+            self.router_state().store(after, leaves[0].shape[2])
+        for i, layer in enumerate(kv_layers(self.cache)):
+            layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]
 
 
 class RouterState(CacheLayerMixin):
@@ -178,17 +203,3 @@ class RouterState(CacheLayerMixin):
                 "a prefix router's running mean cannot be cropped (assisted decoding does that): "
                 "generate without an assistant, or convert with TokenRouter(granularity='token')"
             )
-
-
-def router_state(cache: Any) -> RouterState:
-    """The cache's router state, added where it has none yet."""
-    for layer in cache.layers:
-        if isinstance(layer, RouterState):
-            return layer
-    if kv_layers(cache)[0].get_seq_length() > 0:
-        raise InputError(
-            "this cache was filled without the router's state: start from an empty one"
-        )
-    state = RouterState()
-    cache.layers.append(state)
-    return state

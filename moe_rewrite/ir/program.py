@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from ..errors import InvariantError
-from .aten import reach
+from .aten import reach, value
 from .depth_map import DepthMap
-from .sites import AnySite, Rejection
+from .ops import op_name, output_of
+from .sites import AnySite, Found, HeadSite
 
-CACHE = "past_key_values"  # the argument and output that hold a key-value cache
 Numerics = Literal["exact", "reordered", "approximate"]
 
 
@@ -28,7 +28,7 @@ class Input:
     """What a placeholder stands for.
 
     kind: ``"weight"`` (a parameter), ``"buffer"``, ``"constant"``, ``"user"`` (a leaf of the call's
-        arguments), ``"state"`` (the router's running state) or ``"expert"``.
+        arguments), ``"cache"`` (one of its key-value cache) or ``"expert"``.
     name: the state-dict name, the argument's path, or the site and part of an expert.
     """
 
@@ -67,13 +67,22 @@ class Cut:
 class Program:
     """A captured graph on its way to a converted one. See the module docstring.
 
+    ``print(program)`` is a listing, a line a node.
+
     graph: lifted FX graph; node.meta["val"] holds fake values with symbolic sizes.
     root: owns the sub-graphs of higher-order operators, nothing else.
     inputs: what each placeholder stands for, by node name.
-    constants: values of the "constant" inputs. out_spec: pytree of the output.
+    constants: values of the "constant" inputs.
+    in_spec, out_spec: pytrees of the call and of the output.
+    mode: "eval" or "train".
+    model: name of the class that was captured.
+    found: sites that could hold experts, until these are inserted.
+    sites: those that do hold some.
+    head: the classification head that they can widen.
     lowered: (name of a site, how it is computed).
-    mode: "eval" or "train". held: freezing turned something off before the cut that also runs
-    behind it (a shared layer), so that no setting of the modules' modes computes the same.
+    shallow_reruns: freezing turned something off before the cut that also runs after it (a shared
+        layer), so that no setting of the modules' modes computes the same.
+    numerics: what each pass declares.
     """
 
     graph: fx.Graph
@@ -83,12 +92,14 @@ class Program:
     in_spec: Any
     out_spec: Any
     mode: str
+    model: str = ""
     depth: DepthMap | None = None
     cut: Cut | None = None
+    found: Found | None = None
     sites: tuple[AnySite, ...] = ()
-    rejected: tuple[Rejection, ...] = ()
+    head: HeadSite | None = None
     lowered: tuple[tuple[str, str], ...] = ()
-    held: bool = False
+    shallow_reruns: bool = False
     numerics: tuple[tuple[str, Numerics], ...] = field(default=())
 
     def node(self, name: str) -> fx.Node:
@@ -97,7 +108,15 @@ class Program:
     def leaves(self) -> list[fx.Node]:
         """Placeholders of the user's inputs, in the order of the flattened call."""
         placeholders = self.graph.find_nodes(op="placeholder")
-        return [n for n in placeholders if self.inputs[n.name].kind == "user"]
+        return [n for n in placeholders if self.inputs[n.name].kind in ("user", "cache")]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model or 'a program'} ({self.mode}):"]
+        for node in self.graph.nodes:
+            lines.append(_line(node, self.inputs))
+            if self.cut is not None and node.name == self.cut.node:
+                lines.append(f"-- deep from {self.cut.label} --")
+        return "\n    ".join(lines)
 
     def names(self, *kinds: str) -> set[str]:
         return {i.name for i in self.inputs.values() if i.kind in kinds}
@@ -107,6 +126,34 @@ class Program:
         done = replace(self, numerics=(*self.numerics, (pass_name, numerics)), **changes)
         check(done)
         return done
+
+
+def _line(node: fx.Node, inputs: dict[str, Input]) -> str:
+    if node.op == "output":
+        return f"return {_shown(output_of(node.graph))}"
+    if node.op == "placeholder":
+        given = inputs[node.name]
+        line = f"{node.name}: {given.kind} {given.name}"
+    else:
+        named = [f"{k}={_shown(v)}" for k, v in node.kwargs.items()]
+        called = op_name(node) if hasattr(node.target, "_schema") else _called(node.target)
+        line = f"{node.name} = {called}({', '.join([*map(_shown, node.args), *named])})"
+    made = value(node)
+    if not isinstance(made, torch.Tensor):
+        return line
+    return f"{line}  # {str(made.dtype).removeprefix('torch.')}{list(made.shape)}"
+
+
+def _called(target: Any) -> str:
+    """A function by its name, an object that is called by its class."""
+    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+
+
+def _shown(argument: Any) -> str:
+    if isinstance(argument, (list, tuple)):
+        inside = ", ".join(map(_shown, argument))
+        return f"[{inside}]" if isinstance(argument, list) else f"({inside})"
+    return argument.name if isinstance(argument, fx.Node) else repr(argument)
 
 
 def routing_plan(features: torch.Tensor) -> Any:
@@ -140,8 +187,9 @@ def _check_router(program: Program) -> None:
     if not routers:
         return
     assert program.cut is not None
-    if routers[0].args[0].name != program.cut.node:
-        raise InvariantError(f"the router reads {routers[0].args[0]}, not the cut")
+    (read,) = routers[0].args
+    if read is not program.node(program.cut.node):
+        raise InvariantError(f"the router reads {read}, not the cut")
     fed = reach(routers[0], lambda n: n.users)
     for node in program.graph.find_nodes(op="placeholder"):
         if program.inputs[node.name].kind == "expert" and not set(node.users) <= fed:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ..utils.text_tables import count
 
 
 @dataclass(frozen=True)
-class Site:
+class LoRASite:
     """A place where LoRA experts work: one frozen weight and every node that applies it.
 
     name: dotted name of the module that owns the weight, or of a bare parameter.
@@ -96,7 +99,27 @@ class HeadSite:
         return (self.weight,)
 
 
-AnySite = Site | RegionSite | FeedForwardSite | HeadSite
+AnySite = Any  # with a name, in_features, out_features and the names of its weights
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one sample: of the dense region, and of what replaces it."""
+
+    dense: int
+    experts: int
+    router: int
+
+    @property
+    def routed(self) -> int:
+        return self.experts + self.router
+
+    def __str__(self) -> str:
+        share = f"{100 * self.routed / self.dense:.1f}%" if self.dense else "100%"
+        return (
+            f"{count(self.experts)} multiply-adds a sample and {count(self.router)} of the router, "
+            f"{share} of the dense region's {count(self.dense)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,3 +128,11 @@ class Rejection:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """sites: each with what inserting experts there needs to know of its uses in one graph."""
+
+    sites: dict[Any, Any]
+    rejected: tuple[Rejection, ...] = ()

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from .gate_layout import Layout
-from .program import Code
+from .program import Code, Numerics
 
 
 @dataclass(frozen=True)
 class Step:
     """One block's part of a graph.
 
-    owned: (kind, name) of the weights, buffers and expert parts the code takes first, in order;
-    takes, gives: names of the values it reads and makes; drops: values nobody reads afterwards;
-    writes: positions in `owned` and, behind them, in `takes` that the code writes to in place.
+    owned: (kind, name) of the weights, buffers and expert parts the code takes first, in order.
+    takes, gives: names of the values it reads and makes.
+    drops: values nobody reads afterwards.
+    writes: positions in `owned` followed by `takes` that the code writes to in place.
     """
 
     block: str
@@ -33,20 +33,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A program as the model runs it: steps up to the cut, the plan's layouts, steps after it.
+    """A program as the model runs it: steps up to the cut, views of the plan, steps after it.
 
-    cut: name of the features that the router reads; mask: of the input that masks their rows.
+    cut: name of the features that the router reads.
+    mask: name of the input that masks their rows.
+    views: of the plan, by the name of the value that they give.
+    outputs: names of values, or constants of the graph.
     sizes: of each value that steps take or give, its tensors' sizes, or its own, as the capture has
-    them: numbers, or expressions of what stays open.
+        them: numbers, or expressions of what stays open.
+    numerics: what each pass declares.
     """
 
     steps: tuple[Step, ...]
     cut: str
     mask: str | None
-    layouts: tuple[tuple[str, Layout], ...]
-    outputs: tuple[Any, ...]  # value names, or constants of the graph
+    views: tuple[tuple[str, Any], ...]
+    outputs: tuple[Any, ...]
     constants: dict[str, torch.Tensor]
     sizes: dict[str, tuple[tuple[Any, ...], ...]]
+    numerics: tuple[tuple[str, Numerics], ...]
 
 
 def narrowed(step: Step, wanted: set[str]) -> Step:

@@ -14,7 +14,7 @@ def target_of(node: fx.Node) -> Any:
     return node.target
 
 
-def same_code(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> tuple:
+def structural_key(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> tuple:
     """Equal for such graphs. target: what takes the place of a node's target there.
 
     Arguments that are neither nodes nor plain values compare by their own ``==``.

@@ -18,14 +18,14 @@ LARGE = 1 << 20  # bytes
 MOST = 1 << 30  # bytes that are kept, in all
 
 
-class Kept(NamedTuple):
+class CachedBuffer(NamedTuple):
     """Memory, and how many users were counted when it was handed out once, itself among them."""
 
     values: torch.Tensor
     users: int
 
     @classmethod
-    def of(cls, made: torch.Tensor) -> Kept:
+    def of(cls, made: torch.Tensor) -> CachedBuffer:
         values = made.detach()
         return cls(values, _users(values))
 
@@ -42,8 +42,8 @@ def _users(values: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
 
 
-_of_weights: MutableMapping[torch.Tensor, dict[str, Kept]] = WeakIdKeyDictionary()
-_of_calls: dict[str, Kept] = {}  # what no call needs any more when it returns
+_of_weights: MutableMapping[torch.Tensor, dict[str, CachedBuffer]] = WeakIdKeyDictionary()
+_of_calls: dict[str, CachedBuffer] = {}  # what no call needs any more when it returns
 
 
 def reused(like: torch.Tensor, *size: int, owner: torch.Tensor | None, use: str) -> torch.Tensor:
@@ -65,5 +65,5 @@ def reused(like: torch.Tensor, *size: int, owner: torch.Tensor | None, use: str)
     made = like.new_empty(size)
     everywhere = [_of_calls, *_of_weights.values()]
     if needed + sum(k.bytes() for uses in everywhere for k in uses.values()) <= MOST:
-        known[use] = Kept.of(made)
+        known[use] = CachedBuffer.of(made)
     return made

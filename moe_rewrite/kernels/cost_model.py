@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FormName = Literal["dense", "grouped"]
+Execution = Literal["dense", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ CPU = Machine(flops=9.4e10, numbers=6.9e9, call=8e-6)
 TURN = 12  # calls of one LoRA expert's turn
 
 
-def lora(machine: Machine, T: int, D: int, O: int, E: int, r: int, k: int) -> dict[FormName, float]:  # noqa: E741
+def lora(
+    machine: Machine, T: int, D: int, O: int, E: int, r: int, k: int,  # noqa: E741
+) -> dict[Execution, float]:  # fmt: skip
     """Seconds of a forward pass behind the base product."""
     R, busy = E * r, _busy(T, E, k)
     share = T * k / busy
@@ -49,7 +51,7 @@ def lora(machine: Machine, T: int, D: int, O: int, E: int, r: int, k: int) -> di
 
 def ffn(
     machine: Machine, T: int, D: int, H: int, E: int, k: float, products: int
-) -> dict[FormName, float]:
+) -> dict[Execution, float]:
     """Seconds of a forward pass; products: 3 with a gate, else 2."""
     times: list[float] = []
     busy = _busy(T, E, k)
@@ -65,5 +67,5 @@ def _busy(T: int, E: int, k: float) -> float:
     return E * (1 - (1 - min(k / E, 1)) ** T)
 
 
-def best(times: dict[FormName, float]) -> FormName:
+def best(times: dict[Execution, float]) -> Execution:
     return min(times, key=lambda form: times[form])

@@ -12,7 +12,7 @@ import torch
 from .triton import capability
 
 
-class Blocks(NamedTuple):
+class TileSizes(NamedTuple):
     """M x N: a program's part of the output; depth: what it multiplies at a time."""
 
     m: int
@@ -38,22 +38,22 @@ def aligned(*sizes: int) -> bool:
     return all(n % 16 == 0 for n in sizes)
 
 
-def product(x: torch.Tensor, rows: float, wide: bool, accumulators: int = 1) -> Blocks:
+def product(x: torch.Tensor, rows: float, wide: bool, accumulators: int = 1) -> TileSizes:
     """Blocks of a product with about so many rows a group and so many sums held at once; wide:
     whether what it reads and writes is `aligned`."""
     m = bucket(rows)
     if x.dtype == torch.float32:  # no matrix units without loss of precision
-        return Blocks(min(m, 32), 64, 16, 4, 2)
+        return TileSizes(min(m, 32), 64, 16, 4, 2)
     if not wide:
-        return Blocks(min(m, 64), 64, 32, 8 if m >= 64 else 4, 2)
+        return TileSizes(min(m, 64), 64, 32, 8 if m >= 64 else 4, 2)
     if m < 128:
-        return Blocks(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
+        return TileSizes(m, 128 // accumulators if m == 64 else 128, 64, 4, 3 if m == 64 else 4)
     if capability(x) >= 9:  # a warp group multiplies from shared memory
-        return Blocks(128, 256 // accumulators, 64, 8, 4)
-    return Blocks(128, 128 // accumulators, 32, 8, 3)
+        return TileSizes(128, 256 // accumulators, 64, 8, 4)
+    return TileSizes(128, 128 // accumulators, 32, 8, 3)
 
 
-def activated(x: torch.Tensor, rows: float, wide: bool, gated: bool, biased: bool) -> Blocks:
+def activated(x: torch.Tensor, rows: float, wide: bool, gated: bool, biased: bool) -> TileSizes:
     """Blocks of a product, or two, whose epilogue adds biases and applies the activation."""
     size = product(x, rows, wide, 2 if gated else 1)
     most = 64 if gated and biased else 128
@@ -65,10 +65,10 @@ def ranks(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
-def gradient(x: torch.Tensor, wide: bool) -> Blocks:
+def gradient(x: torch.Tensor, wide: bool) -> TileSizes:
     """Blocks of a weight's gradient: depth is over rows."""
     if x.dtype == torch.float32:
-        return Blocks(64, 64, 16, 8, 2)
+        return TileSizes(64, 64, 16, 8, 2)
     if not wide:
-        return Blocks(64, 64, 32, 8, 2)
-    return Blocks(128, 256, 64, 8, 4) if capability(x) >= 9 else Blocks(128, 128, 32, 8, 3)
+        return TileSizes(64, 64, 32, 8, 2)
+    return TileSizes(128, 256, 64, 8, 4) if capability(x) >= 9 else TileSizes(128, 128, 32, 8, 3)

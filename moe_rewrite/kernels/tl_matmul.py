@@ -14,7 +14,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def place(columns, bound, GROUP: tl.constexpr):
+def program_tile(columns, bound, GROUP: tl.constexpr):
     """(tile, column) of this program: GROUP tiles go through all columns before the next do, so
     that both the rows and the weights of a group stay in the cache."""
     pid = tl.program_id(0)

@@ -68,13 +68,15 @@ def export_onnx(
     require()
     from ..converted.model import MoEModel
     from .export import export
+    from .options import ExportOptions
 
     if not isinstance(moe, MoEModel):
         raise ConfigError(f"moe={type(moe).__name__}: expected a converted model; call convert()")
-    return export(
-        moe, path, lowering, dtype, opset, example_inputs, cache, external_data, open_experts,
-        open_inputs, verify,
+    options = ExportOptions(
+        lowering, dtype, opset, example_inputs, cache, external_data, open_experts, open_inputs,
+        verify,
     )  # fmt: skip
+    return export(moe, path, options)
 
 
 def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:

@@ -10,35 +10,39 @@ from .file.skeleton import Skeleton
 from .lowerings.choose import Choice, Chosen
 from .lowerings.expand import expand
 from .rewrites import rewrite
-from .rewrites.float16_casts import settle_halves
-from .trace.functional import Plain
-from .trace.link import joined
-from .trace.segment_export import pieces
+from .rewrites.float16_casts import insert_float16_casts
+from .trace.functional import FunctionalModel
+from .trace.link import linked
+from .trace.segment_export import segment_modules
 from .trace.torch_export import one_registry, quiet, root_cause
 from .trace.translations import TRANSLATIONS
 
 
-def translate(plain: Plain, opset: int, choice: Choice, open_inputs: bool) -> Skeleton:
+def translate(
+    functional: FunctionalModel, opset: int, choice: Choice, open_inputs: bool
+) -> Skeleton:
     """open_inputs: a call may bring experts, which are left apart from other weights then. Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
     lowering that does not fit."""
     with one_registry():
-        model, chosen = _model(plain, opset, choice)
+        model, chosen = _model(functional, opset, choice)
         with torch.no_grad(), quiet():
-            return _skeleton(model, plain, opset, chosen, choice.bits, open_inputs)
+            return _skeleton(model, functional, opset, chosen, choice.bits, open_inputs)
 
 
-def _model(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int, Chosen]]:
+def _model(
+    functional: FunctionalModel, opset: int, choice: Choice
+) -> tuple[ir.Model, dict[int, Chosen]]:
     """Part by part; or all parts as one, where something between them can be no value of a graph or
     a part alone does not show that sizes are related."""
     try:
-        return _translated(plain, opset, choice)
+        return _translated(functional, opset, choice)
     except ConfigError:
         raise
     except Exception:  # of many kinds
-        if len(plain.parts) > 1:
-            plain.as_one()
+        if len(functional.segments) > 1:
+            functional.as_one()
     try:
-        return _translated(plain, opset, choice)
+        return _translated(functional, opset, choice)
     except MoeRewriteError:
         raise
     except Exception as error:  # all mean "not exported"
@@ -50,33 +54,35 @@ def _model(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int
         ) from error
 
 
-def _translated(plain: Plain, opset: int, choice: Choice) -> tuple[ir.Model, dict[int, Chosen]]:
-    parts = pieces(plain)
-    chosen = {c.number: choice.of(c, c.routing) for c in plain.calls if c.routing is not None}
-    return joined(plain, parts, opset, TRANSLATIONS), chosen
+def _translated(
+    functional: FunctionalModel, opset: int, choice: Choice
+) -> tuple[ir.Model, dict[int, Chosen]]:
+    segments = segment_modules(functional)
+    chosen = {c.number: choice.of(c, c.routing) for c in functional.calls if c.routing is not None}
+    return linked(functional, segments, opset, TRANSLATIONS), chosen
 
 
 def _skeleton(
-    model: ir.Model, plain: Plain, opset: int, chosen: dict[int, Chosen], bits: int | None,
+    model: ir.Model, functional: FunctionalModel, opset: int, chosen: dict[int, Chosen], bits: int | None,
     open_inputs: bool,
 ) -> Skeleton:  # fmt: skip
     graph = model.graph
-    done = expand(model, plain.calls, plain.tensors, chosen, bits, opset)
-    tensors = plain.tensors | done.weights
+    done = expand(model, functional.calls, functional.tensors, chosen, bits, opset)
+    tensors = functional.tensors | done.weights
     weights = {}
     for value in list(graph.inputs):
         if value.name in tensors:
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 weights[value.name] = tensors[value.name]
-    rewrite(model, () if open_inputs else plain.stacks)
+    rewrite(model, () if open_inputs else functional.stacks)
     if any(t.dtype.is_floating_point and t.itemsize == 2 for t in tensors.values()):
-        settle_halves(graph, opset)
-    _name_outputs(graph, plain.outputs)
+        insert_float16_casts(graph, opset)
+    _name_outputs(graph, functional.outputs)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # which hold lines of source code and paths
         node.doc_string = None
-    sites = {plain.calls[number].name: how for number, how in chosen.items()}
+    sites = {functional.calls[number].name: how for number, how in chosen.items()}
     return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
 
 

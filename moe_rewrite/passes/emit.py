@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..ir.aten import alias_root, expression, mutated, value
+from ..ir.aten import expression, value
+from ..ir.ops import alias_root, mutated, output_of
 from ..ir.program import Code, Program, routing_plan
 from ..ir.steps import Emitted, Step, _Constant
-from ..ir.structural_key import same_code
-from ..routing.plan import align
+from ..ir.structural_key import structural_key
+from ..routing.plan_views import view_plan
 
 
 def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
@@ -25,7 +26,7 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     codes = {} if codes is None else codes
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
-    planned = [n for n in program.graph.nodes if n.target is align]
+    planned = [n for n in program.graph.nodes if n.target is view_plan]
     skip = {router, *planned}
     parts = [
         (name, deep, [n for n in nodes if n not in skip])
@@ -46,15 +47,16 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     )
     outputs = tuple(
         o.name if isinstance(o, fx.Node) else _Constant(o)
-        for o in pytree.tree_leaves(program.graph.output_node().args[0])
+        for o in pytree.tree_leaves(output_of(program.graph))
     )
-    layouts = tuple((n.name, n.args[1]) for n in planned)
+    views = tuple((n.name, view) for n in planned for _, view in [n.args])
     between = {name for step in steps for name in (*step.takes, *step.gives)}
     known = (n for n in program.graph.nodes if n.name in between and value(n) is not None)
     sizes = {n.name: _sizes(value(n)) for n in known}
     return Emitted(
-        steps, program.cut.node, program.cut.mask, layouts, outputs, program.constants, sizes
-    )
+        steps, program.cut.node, program.cut.mask, views, outputs, program.constants, sizes,
+        program.numerics,
+    )  # fmt: skip
 
 
 def _sizes(made: Any) -> tuple[tuple[Any, ...], ...]:
@@ -108,7 +110,7 @@ def _step(
     sources = {s for n in nodes for s in n.all_input_nodes if owner.get(s) != index}
     sources = {s for s in sources if s.op != "get_attr"}
     # gates last, so that the first deep block takes what those behind it take
-    ordered = sorted(sources, key=lambda n: (n.target is align, order[n]))
+    ordered = sorted(sources, key=lambda n: (n.target is view_plan, order[n]))
     owned = [s for s in ordered if _is_owned(program, s)]
     takes = [s for s in ordered if s not in owned]
     gives = [n for n in nodes if last_use.get(n, -1) > index and n.op != "get_attr"]
@@ -131,7 +133,7 @@ def _step(
     graph.output(tuple(copies[n] for n in gives))
     written = {alias_root(w) for n in nodes for w in mutated(n)}
     writes = tuple(i for i, s in enumerate((*owned, *takes)) if s in written)
-    key = same_code(graph), program.root if _attributes(nodes) else None
+    key = structural_key(graph), program.root if _attributes(nodes) else None
     if key not in codes:
         codes[key] = Code(fx.GraphModule(program.root, graph))
     return Step(

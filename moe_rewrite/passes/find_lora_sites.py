@@ -12,12 +12,13 @@ from typing import Any
 from torch import fx
 
 from ..analysis.infer_layout import Layouts
-from ..analysis.linear_ops import Product, find_product, place
+from ..analysis.linear_ops import Product, find_product, innermost_module
 from ..config import LoRAExperts, RouterSpec
 from ..ir.aten import module_paths, value
-from ..ir.gate_layout import Layout
+from ..ir.gate_layout import GateLayout
 from ..ir.program import Program
-from ..ir.sites import Rejection, Site
+from ..ir.sites import Found, LoRASite, Rejection
+from .base import Decisions, Pass
 from .split import segments
 
 
@@ -27,44 +28,57 @@ class Match:
 
     node: fx.Node
     rows: fx.Node
-    layout: Layout
+    layout: GateLayout
     options: tuple[Any, ...] = ()  # stride, padding and dilation of a convolution
 
 
-def find_sites(
-    program: Program, experts: LoRAExperts, router: RouterSpec
-) -> tuple[dict[Site, list[Match]], list[Rejection]]:
-    """Sites that can hold experts with their nodes, and those that cannot with the reason."""
-    _, deep = segments(program)
-    products: dict[str, list[Product]] = {}
-    rejected: dict[str, str] = {}
-    for node in deep:
-        found = find_product(program, node)
-        if isinstance(found, Product):
-            products.setdefault(program.inputs[found.weight.name].name, []).append(found)
-        elif found is not None:
-            rejected.setdefault(place(node), found)
-    head = _head(program, deep, products)
-    layouts = Layouts(program, deep, router, rank=experts.rank, scale=experts.scale)
-    sites: dict[Site, list[Match]] = {}
-    named: set[str] = set()
-    for weight, uses in products.items():
-        name = _site_name(weight, uses[0].node)
-        if name in named:  # a module that applies several weights of others
-            name = weight.removesuffix(".weight")
-        named.add(name)
-        if not experts.wants(name):
-            rejected[name] = f"not named in sites={experts.sites}"
-        elif weight == head and experts.sites == "all":
-            rejected[name] = "output head: left out by sites='all' (\"all+head\" takes it in)"
-        else:
-            matches = [_match(layouts, use) for use in uses]
-            reason = next((m for m in matches if isinstance(m, str)), None)
-            if reason is not None:
-                rejected[name] = reason
+@dataclass(frozen=True)
+class FindLoRASites(Pass):
+    """Exact: the graph is only read."""
+
+    experts: LoRAExperts
+    name = "sites"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        sites, rejected = self._find(program, decisions.chosen)
+        reasons = tuple(Rejection(n, r) for n, r in rejected.items())
+        return self.done(program, found=Found(sites, reasons))
+
+    def _find(
+        self, program: Program, router: RouterSpec
+    ) -> tuple[dict[LoRASite, list[Match]], dict[str, str]]:
+        """Sites that can hold experts with their nodes, and those that cannot with the reason."""
+        _, deep = segments(program)
+        products: dict[str, list[Product]] = {}
+        rejected: dict[str, str] = {}
+        for node in deep:
+            found = find_product(program, node)
+            if isinstance(found, Product):
+                products.setdefault(program.inputs[found.weight.name].name, []).append(found)
+            elif found is not None:
+                rejected.setdefault(innermost_module(node), found)
+        head, experts = _head(program, deep, products), self.experts
+        layouts = Layouts(program, deep, router)
+        sites: dict[LoRASite, list[Match]] = {}
+        named: set[str] = set()
+        for weight, uses in products.items():
+            name = _site_name(weight, uses[0].node)
+            if name in named:  # a module that applies several weights of others
+                name = weight.removesuffix(".weight")
+            named.add(name)
+            if not experts.wants(name):
+                rejected[name] = f"not named in sites={experts.sites}"
+            elif weight == head and experts.sites == "all":
+                rejected[name] = "output head: left out by sites='all' (\"all+head\" takes it in)"
             else:
-                sites[_site(name, weight, uses[0])] = [m for m in matches if isinstance(m, Match)]
-    return sites, [Rejection(n, r) for n, r in rejected.items()]
+                matches = [_match(layouts, use) for use in uses]
+                reason = next((m for m in matches if isinstance(m, str)), None)
+                if reason is not None:
+                    rejected[name] = reason
+                else:
+                    of = [m for m in matches if isinstance(m, Match)]
+                    sites[_site(name, weight, uses[0])] = of
+        return sites, rejected
 
 
 def _match(layouts: Layouts, use: Product) -> Match | str:
@@ -73,18 +87,18 @@ def _match(layouts: Layouts, use: Product) -> Match | str:
     return layout if isinstance(layout, str) else Match(use.node, use.rows, layout, use.options)
 
 
-def _site(name: str, weight: str, use: Product) -> Site:
+def _site(name: str, weight: str, use: Product) -> LoRASite:
     rows, columns, *kernel = (int(s) for s in value(use.weight).shape)
     if kernel:  # grouped or not, the experts read every input channel
-        return Site(name, weight, int(value(use.rows).shape[1]), rows, False, tuple(kernel))
+        return LoRASite(name, weight, int(value(use.rows).shape[1]), rows, False, tuple(kernel))
     inside, out = (rows, columns) if use.transposed else (columns, rows)
-    return Site(name, weight, inside, out, use.transposed)
+    return LoRASite(name, weight, inside, out, use.transposed)
 
 
 def _site_name(weight: str, node: fx.Node) -> str:
     """The module that applies the weight: of a tied one, the head and not the embedding."""
     owner = weight.removesuffix(".weight")
-    at = place(node)
+    at = innermost_module(node)
     inside = owner == at or owner.startswith(at + ".")
     return owner if inside or not module_paths(node) else at
 

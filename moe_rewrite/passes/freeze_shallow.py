@@ -6,40 +6,33 @@ the cut are captured in eval mode already; this catches what a module around the
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from dataclasses import dataclass
 
 from ..errors import CaptureError
+from ..ir.ops import argument, is_random, op, set_argument
 from ..ir.program import Program
-from .clean import DROPOUTS
+from .base import Decisions, Pass
 from .split import segments
 
-aten = torch.ops.aten
-OFF = {  # operator -> (position of the argument, the value it has in evaluation)
-    **dict.fromkeys(DROPOUTS, (2, False)),
-    aten.scaled_dot_product_attention.default: (4, 0.0),
-    aten.batch_norm.default: (5, False),
-    aten.rrelu.default: (3, False),
-}
 
-
-def freeze(program: Program) -> Program:
+@dataclass(frozen=True)
+class FreezeShallow(Pass):
     """Raises CaptureError where the shallow segment draws random numbers that cannot be held."""
-    shallow, _ = segments(program)
-    held = False
-    for node in shallow:
-        if node.target in OFF:
-            at, evaluated = OFF[node.target]
-            if len(node.args) > at and node.args[at] != evaluated:
-                held = True
-                node.args = (*node.args[:at], evaluated, *node.args[at + 1 :])
-        elif program.mode == "train" and _is_random(node):
-            raise CaptureError(
-                f"{node.target} draws random numbers before the cut in training mode; the shallow "
-                "segment stays in evaluation: split before it"
-            )
-    return program.after("freeze", "exact", held=held)
 
+    name = "freeze"
 
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        shallow, _ = segments(program)
+        reruns = False
+        for node in shallow:
+            evaluated = op(node).evaluation
+            off = {n: v for n, v in evaluated.items() if argument(node, n) != v}
+            for name, setting in off.items():
+                set_argument(node, name, setting)
+            reruns |= bool(off)
+            if not evaluated and program.mode == "train" and is_random(node):
+                raise CaptureError(
+                    f"{node.target} draws random numbers before the cut in training mode; the "
+                    "shallow segment stays in evaluation: split before it"
+                )
+        return self.done(program, shallow_reruns=reruns)

@@ -6,6 +6,7 @@ Without experts the call runs the region as captured: exact. With them, what the
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,41 +26,89 @@ from ..experts.region.patch_code import (
     weights_of,
     whole_code,
 )
-from ..ir.aten import identifier, mutated, value
-from ..ir.gate_layout import Layout
-from ..ir.program import Code, Input, Program
-from ..ir.sites import Part, RegionSite
-from ..routing.plan import align
-from .insert_router import router_node
+from ..ir.aten import value
+from ..ir.ops import mutated
+from ..ir.program import Code, Program
+from ..ir.sites import Found, Part, RegionSite
+from ..routing.plan_views import WholePlan
+from .base import Decisions, Pass, sites_to_convert
+from .wiring import expert_input, plan_view
 
 
-def insert_region(program: Program, experts: RegionExperts, num_experts: int, grid: int) -> Program:
-    """Raises ConversionError where there is no such region, or it cannot be run on patches."""
-    region = find_region(program, experts.names)
-    small = min(map_size(region.exit))
-    if grid > small:
-        raise ConversionError(
-            f"grid={grid}: the output of region {region.name!r} is a map of "
-            f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region earlier"
-        )
-    weights = weights_of(program, region)
-    parts, sizes = _parts(program, region, experts, num_experts, weights)
-    build = halo_code if experts.halo else isolated_code
-    shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
-    patches = build(program, region, grid, sizes, shares)
-    whole = whole_code(program, region)
-    written = {w for n in region.nodes for w in mutated(n)}
-    call = RegionCall(
-        whole, patches, map_size(region.exit), experts.combine == "concat",
-        tuple(i for i, w in enumerate(weights) if w in written),
-    )  # fmt: skip
-    site = RegionSite(
-        region.name, tuple(p for p in parts if p.kind != "constant"),
-        _shape(region.entry), _shape(region.exit),
-        _dense_macs(region, whole, weights), patches.macs, _score_macs(program), region.ends,
-    )  # fmt: skip
-    inputs = _replace(program, region, weights, parts, call, site)
-    return program.after("insert_region", "reordered", inputs=inputs, sites=(site,))
+@dataclass(frozen=True)
+class Replacement:
+    """region -> call, on its weights, of which experts have these parts."""
+
+    region: Region
+    call: RegionCall
+    weights: list[fx.Node]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class FindRegion(Pass):
+    """Exact: in-place operations of the region become plain ones, its values stay. Raises
+    ConversionError where there is no such region, or it cannot be run on patches."""
+
+    experts: RegionExperts
+    num_experts: int
+    name = "sites"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        grid = getattr(decisions.chosen, "grid", None) or 1
+        region = find_region(program, self.experts.names)
+        small = min(map_size(region.exit))
+        if grid > small:
+            raise ConversionError(
+                f"grid={grid}: the output of region {region.name!r} is a map of "
+                f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region earlier"
+            )
+        weights = weights_of(program, region)
+        parts, sizes = _parts(program, region, self.experts, self.num_experts, weights)
+        build = halo_code if self.experts.halo else isolated_code
+        shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
+        patches = build(program, region, grid, sizes, shares)
+        whole = whole_code(program, region)
+        written = {w for n in region.nodes for w in mutated(n)}
+        call = RegionCall(
+            whole, patches, map_size(region.exit), self.experts.combine == "concat",
+            tuple(i for i, w in enumerate(weights) if w in written),
+        )  # fmt: skip
+        site = RegionSite(
+            region.name, tuple(p for p in parts if p.kind != "constant"),
+            _shape(region.entry), _shape(region.exit),
+            _dense_macs(region, whole, weights), patches.macs, _score_macs(program), region.ends,
+        )  # fmt: skip
+        return self.done(program, found=Found({site: Replacement(region, call, weights, parts)}))
+
+
+@dataclass(frozen=True)
+class InsertRegion(Pass):
+    """Reordered: patches are batches of another shape."""
+
+    name = "insert experts"
+    numerics = "reordered"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        graph, inputs = program.graph, dict(program.inputs)
+        sites = sites_to_convert(program, decisions)
+        for site, new in sites.items():
+            own = [
+                None if p.kind == "constant" else expert_input(program, inputs, site.name, p.name)
+                for p in new.parts
+            ]
+            entry, exit_ = new.region.entry, new.region.exit
+            plan = plan_view(program, WholePlan())
+            with graph.inserting_after(exit_):
+                given: Any = (entry, plan, tuple(new.weights), tuple(own))
+                routed = graph.call_function(new.call, given)
+            routed.meta = dict(exit_.meta)
+            exit_.replace_all_uses_with(routed)
+            for node in reversed(new.region.nodes):
+                if not node.users:
+                    graph.erase_node(node)
+        how = tuple((s.name, "equal groups, the patches of an expert in one batch") for s in sites)
+        return self.done(program, inputs=inputs, sites=tuple(sites), lowered=how, found=None)
 
 
 def _parts(
@@ -132,33 +181,3 @@ def _share(weight: fx.Node, part: Part) -> torch.Tensor:
     for dim, size in part.kept:
         shape[dim] = size
     return torch.empty(shape, dtype=value(weight).dtype, device="meta")
-
-
-def _replace(
-    program: Program, region: Region, weights: list[fx.Node], parts: list[Part],
-    call: RegionCall, site: RegionSite,
-) -> dict[str, Input]:  # fmt: skip
-    graph, plan = program.graph, router_node(program)
-    inputs = dict(program.inputs)
-    first = next(iter(graph.nodes))
-    own: list[fx.Node | None] = []
-    for part in parts:
-        if part.kind == "constant":
-            own.append(None)
-            continue
-        with graph.inserting_before(first):
-            node = graph.placeholder("expert_" + identifier(part.name))
-        inputs[node.name] = Input("expert", f"{site.name}:{part.name}")
-        own.append(node)
-    layout: Any = Layout("plan", 4, value(region.entry).dtype)
-    with graph.inserting_after(plan):
-        aligned = graph.call_function(align, (plan, layout))
-    with graph.inserting_after(region.exit):
-        args: Any = (region.entry, aligned, tuple(weights), tuple(own))
-        routed = graph.call_function(call, args)
-    routed.meta = dict(region.exit.meta)
-    region.exit.replace_all_uses_with(routed)
-    for node in reversed(region.nodes):
-        if not node.users:
-            graph.erase_node(node)
-    return inputs

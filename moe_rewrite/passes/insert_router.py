@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import fx
 
 from ..ir.program import Program, routing_plan
+from .base import Decisions, Pass
 
 
-def route(program: Program) -> Program:
+@dataclass(frozen=True)
+class InsertRouter(Pass):
     """Exact: nothing reads the plan yet."""
-    assert program.cut is not None
-    cut = program.node(program.cut.node)
-    with program.graph.inserting_after(cut):
-        program.graph.call_function(routing_plan, (cut,))
-    return program.after("route", "exact")
+
+    name = "route"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        assert program.cut is not None
+        cut = program.node(program.cut.node)
+        with program.graph.inserting_after(cut):
+            program.graph.call_function(routing_plan, (cut,))
+        return self.done(program)
 
 
 def router_node(program: Program) -> fx.Node:

@@ -1,150 +1,156 @@
 """Replace reference operations by fused ones, where a site allows it, and say how each is computed.
 
-The cost model chooses among forms while a model runs, since it is about rows and experts at hand;
-what is said here is what it chooses for a few numbers of rows and the experts of the conversion.
+The cost model chooses among forms while a model runs, since it depends on a call's rows and on the
+experts that are on; what is said here is what it chooses for a few numbers of rows and the experts
+of the conversion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..analysis.linear_ops import Product, find_product
-from ..config import RouterSpec, TokenRouter
+from ..config import RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.lora.call import LoRACall
 from ..ir.aten import value
 from ..ir.program import Program
-from ..ir.sites import FeedForwardSite, RegionSite, Site
-from ..kernels import cost_model as costs
-from ..kernels.cost_model import CPU, FormName
-from ..kernels.lora.op import unchecked as lora_linear
+from ..ir.sites import FeedForwardSite, LoRASite
+from ..kernels import cost_model
+from ..kernels.cost_model import CPU, Execution
+from ..kernels.lora.op import lora_linear_unchecked
 from ..kernels.lora.reference import add_lora_experts
-from ..routing.plan import align
+from ..routing.plan_views import SortedGates
+from .base import Decisions, Pass
+from .wiring import plan_view
 
 ROWS = (1, 64, 512, 4096)
+Seconds = Callable[[int], dict[Execution, float]]  # of a number of rows
 
 
 @dataclass(frozen=True)
-class Lower:
-    """form: the one to take where it fits, None for the cheaper. router, num_experts: of the
-    conversion.
+class Choice:
+    """requested: the execution to take where it fits, None for the cheaper one. router: of the
+    conversion. num_experts: to begin with."""
 
-    Exact for LoRA experts while their B is zero; a fused feed-forward adds up in another order.
-    """
-
-    form: FormName | None
+    requested: Execution | None
     router: RouterSpec
     num_experts: int
 
-    def __call__(self, program: Program) -> Program:
-        by_name = {s.name: s for s in program.sites}
-        lowered: dict[str, str] = {}
-        for node in list(program.graph.nodes):
-            if isinstance(node.target, FeedForwardCall):
-                node.target = node.target.lowered(self.form)
-                site: Any = by_name[_site_name(program, node.args[3])]
-                lowered[site.name] = self._feed_forward(site, node.target)
-            elif node.target is add_lora_experts:
-                site = by_name[_site_name(program, node.args[3:4])]
-                lowered[site.name] = self._fuse_lora(program, node, site)
-        for site in program.sites:
-            if isinstance(site, Site):
-                lowered.setdefault(site.name, "stacked behind its convolution")
-            elif isinstance(site, RegionSite):
-                lowered[site.name] = "equal groups, the patches of an expert in one batch"
-        reordered = any(isinstance(s, FeedForwardSite) for s in program.sites)
-        return program.after(
-            "lower", "reordered" if reordered else "exact", lowered=tuple(lowered.items())
-        )
-
     @property
-    def _few(self) -> int | None:
+    def few(self) -> int | None:
         """Experts that a row goes to, where that is fewer than all."""
-        return self.router.top_k if isinstance(self.router, TokenRouter) else None
+        return self.router.top_k
 
-    def _fuse_lora(self, program: Program, node: fx.Node, site: Site) -> str:
-        """One op for a product and the experts behind it, where nothing else reads the product."""
-        out: Any
-        rows: Any
-        scales: Any
-        out, rows, scales, *factors = node.args
+    def told(self, times: Seconds) -> str:
+        """What is chosen, in words."""
+        if self.requested is not None:
+            return f"{self.requested} as asked"
+        if self.few is None or self.few >= self.num_experts:
+            return "dense: every row goes to every expert; chosen anew as experts come"
+        said = []
+        for rows in ROWS:
+            of = times(rows)
+            best, other = sorted(of, key=lambda execution: of[execution])
+            share = of[best] / of[other]
+            said.append(f"{best} for {rows} rows ({share:.2f} of the time of {other})")
+        return "; ".join(said).replace(" 1 rows", " 1 row")
+
+
+@dataclass(frozen=True)
+class LowerLoRA(Pass):
+    """Exact while the experts' B is zero."""
+
+    choice: Choice
+    name = "lower"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        lowered = {}
+        for node in list(program.graph.find_nodes(op="call_function", target=add_lora_experts)):
+            _, _, _, *factors = node.args
+            site = _site(program, factors)
+            lowered[site.name] = self._fuse(program, node, site)
+        for site in program.sites:
+            if getattr(site, "kernel", ()):
+                lowered[site.name] = "stacked after its convolution"
+        return self.done(program, lowered=tuple(lowered.items()))
+
+    def _fuse(self, program: Program, node: fx.Node, site: LoRASite) -> str:
+        """One op for a product and the experts after it, where nothing else reads the product."""
+        given: Any = node.args
+        out, rows, scales, *factors = given
         product = find_product(program, out)
         if not isinstance(product, Product) or product.rows is not rows:
             return "stacked, beside a product in a form of its own"
         if set(out.users) != {node}:
             return "stacked, beside a product that others read"
-        graph = program.graph
+        graph, few = program.graph, self.choice.few
+        _, view = scales.args
         with graph.inserting_before(node):
             weight = product.weight
             if product.transposed:
                 weight = graph.call_function(torch.ops.aten.t.default, (weight,))
                 weight.meta = {"val": value(product.weight).t()}
-            given = (rows, weight, product.bias, scales)
-            if self._few is None:
-                fused = graph.call_function(lora_linear, (*given, *factors))
+            dense = (rows, weight, product.bias, scales)
+            if few is None:
+                fused = graph.call_function(lora_linear_unchecked, (*dense, *factors))
             else:
-                call = LoRACall(scales.args[1].scale, self.form)
-                args: Any = (*given, _row_gates(graph, scales), *factors)
-                fused = graph.call_function(call, args)
+                apart = plan_view(program, SortedGates(view.layout, base=False))
+                call: Any = LoRACall(view.scale, self.choice.requested)
+                fused = graph.call_function(call, (*dense, apart, *factors))
         fused.meta = dict(node.meta)
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         graph.erase_node(out)
-        if self._few is None:
+        if few is None:
             return "one op with its product, experts stacked: every row goes to every expert"
-        k, rank = self._few, scales.args[1].rank
-        return "one op with its product, " + self._said(
-            lambda rows: costs.lora(
-                CPU, rows, site.in_features, site.out_features, self.num_experts, rank, k
-            )
+        sizes = site.in_features, site.out_features, self.choice.num_experts, view.rank, few
+        return "one op with its product, " + self.choice.told(
+            lambda rows: cost_model.lora(CPU, rows, *sizes)
         )
 
-    def _feed_forward(self, site: FeedForwardSite, call: FeedForwardCall) -> str:
+
+@dataclass(frozen=True)
+class LowerFeedForward(Pass):
+    """A fused feed-forward adds up in another order."""
+
+    choice: Choice
+    name = "lower"
+    numerics = "reordered"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        lowered = {}
+        for node, call in _feed_forwards(program.graph):
+            _, _, _, experts = node.args
+            site = _site(program, experts)
+            node.target = call.lowered(self.choice.requested)  # type: ignore[assignment]
+            lowered[site.name] = self._told(site, node.target)
+        return self.done(program, lowered=tuple(lowered.items()))
+
+    def _told(self, site: FeedForwardSite, call: Any) -> str:
+        few, router = self.choice.few, self.choice.router
         if call.form is None:
             return "one expert after the other: no fused op computes what is between its products"
-        if self._few is None:
-            chosen = isinstance(self.router, TokenRouter) and self.router.policy == "expert"
-            return f"one op, {'grouped' if chosen else 'dense: every row goes to every expert'}"
-        k, products = self._few, 2 + site.gated
-        return "one op, " + self._said(
-            lambda rows: costs.ffn(
-                CPU, rows, site.features, site.hidden, self.num_experts, k, products
-            )
-        )
-
-    def _said(self, times: Callable[[int], dict[FormName, float]]) -> str:
-        if self.form is not None:
-            return f"{self.form} as asked"
-        if self._few is None or self._few >= self.num_experts:
-            return "dense: every row goes to every expert; chosen anew as experts come"
-        said = []
-        for rows in ROWS:
-            of = times(rows)
-            form, other = sorted(of, key=lambda form: of[form])
-            share = of[form] / of[other]
-            said.append(f"{form} for {rows} rows ({share:.2f} of the time of {other})")
-        return "; ".join(said).replace(" 1 rows", " 1 row")
+        if few is None:
+            grouped = router.policy == "expert"
+            return f"one op, {'grouped' if grouped else 'dense: every row goes to every expert'}"
+        sizes = site.features, site.hidden, self.choice.num_experts, few, 2 + site.gated
+        return "one op, " + self.choice.told(lambda rows: cost_model.ffn(CPU, rows, *sizes))
 
 
-def _site_name(program: Program, parts: Any) -> str:
-    """Of the site that owns these expert inputs."""
+def _feed_forwards(graph: fx.Graph) -> Iterator[tuple[fx.Node, FeedForwardCall]]:
+    for node in list(graph.nodes):
+        if isinstance(node.target, FeedForwardCall):
+            yield node, node.target
+
+
+def _site(program: Program, parts: Any) -> Any:
+    """The site that owns these expert inputs."""
     part = next(p for p in parts if p is not None)
-    return program.inputs[part.name].name.rpartition(":")[0]
-
-
-def _row_gates(graph: fx.Graph, scales: fx.Node) -> fx.Node:
-    """The node of each expert's rows that lie as the rows of these scales."""
-    plan: Any
-    layout: Any
-    plan, layout = scales.args
-    wanted = replace(layout, rank=1, scale=1.0, sorted="experts")
-    for node in plan.users:
-        if node.target is align and node.args[1] == wanted:
-            return node
-    with graph.inserting_after(scales):
-        return graph.call_function(align, (plan, wanted))
+    name = program.inputs[part.name].name.rpartition(":")[0]
+    return next(site for site in program.sites if site.name == name)

@@ -1,6 +1,9 @@
-"""Find the depth of the model and choose the cut: where the frozen shallow segment ends and the expandable deep one begins."""
+"""Find the depth of the model and choose the cut: where the frozen shallow segment ends and the
+expandable deep one begins."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -9,24 +12,35 @@ from ..analysis.depth import depth_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
 from ..ir.aten import module_paths, value
 from ..ir.program import Cut, Program
+from .base import Decisions, Pass
 
 
-def find_depth(program: Program, model: str, split: object = None) -> Program:
+@dataclass(frozen=True)
+class FindDepth(Pass):
     """Record the depth map. Exact: the graph is only read."""
-    return program.after("depth", "exact", depth=depth_map(program, model, split))
+
+    name = "depth"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        return self.done(program, depth=depth_map(program, decisions.split))
 
 
-def split(program: Program, at: int | float | str) -> Program:
-    """Record the cut. Exact. Raises SplitError where `at` is not inside the model."""
-    assert program.depth is not None
-    index, name = program.depth.resolve(at)
-    if program.node(name).op == "placeholder":
-        name = _after_input(program, name)
-    named = isinstance(at, str) and at != "auto"
-    label = str(at) if named else program.depth.blocks[index].name
-    rows = source_of_rows(program, program.node(name))
-    cut = Cut(name, label, index, rows, mask_of_rows(program, rows))
-    return program.after("split", "exact", cut=cut)
+@dataclass(frozen=True)
+class Split(Pass):
+    """Record the cut. Exact. Raises SplitError where the split is not inside the model."""
+
+    name = "split"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        assert program.depth is not None
+        at = decisions.split
+        index, name = program.depth.resolve(at)
+        if program.node(name).op == "placeholder":
+            name = _after_input(program, name)
+        named = isinstance(at, str) and at != "auto"
+        label = str(at) if named else program.depth.blocks[index].name
+        rows = source_of_rows(program, program.node(name))
+        return self.done(program, cut=Cut(name, label, index, rows, mask_of_rows(program, rows)))
 
 
 def _after_input(program: Program, name: str) -> str:

@@ -1,59 +1,59 @@
-"""Let a classification head grow: behind its product, append the columns that experts brought.
+"""Let a classification head grow: after its product, append the columns that experts brought.
 
-Exact while no expert has columns. Only heads that the graph's main output (batch, classes) comes
-from; without one the program is handed back unchanged.
+Only heads that the graph's main output (batch, classes) comes from; without one the program is
+handed back unchanged.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ..analysis.mainline import find_mainline
 from ..ir.aten import value
-from ..ir.gate_layout import Layout
-from ..ir.program import Input, Program
+from ..ir.ops import argument, first, op
+from ..ir.program import Program
 from ..ir.sites import HeadSite
 from ..kernels.head.reference import append_columns
 from ..kernels.lora.reference import add_lora_experts
-from ..routing.plan import align
-from .insert_router import router_node
+from ..routing.plan_views import ClassGates
+from .base import Decisions, Pass
 from .split import segments
+from .wiring import expert_input, plan_view
 
-linear = torch.ops.aten.linear.default
 
+@dataclass(frozen=True)
+class WidenHead(Pass):
+    """Exact while no expert has columns."""
 
-def widen_head(program: Program) -> Program:
-    head = _head(program)
-    if head is None:
-        return program
-    graph, inputs = program.graph, dict(program.inputs)
-    weight: Any = head.args[1]
-    name = inputs[weight.name].name
-    site = HeadSite(f"{name.removesuffix('.weight')}.columns", name, int(value(weight).shape[1]))
-    with graph.inserting_before(next(iter(graph.nodes))):
-        columns = graph.placeholder("expert_columns")
-    inputs[columns.name] = Input("expert", f"{site.name}:columns")
-    logits = next((u for u in head.users if u.target is add_lora_experts), head)
-    layout: Any = Layout("head", 2, value(logits).dtype)
-    with graph.inserting_after(router_node(program)):
-        gates = graph.call_function(align, (router_node(program), layout))
-    with graph.inserting_after(logits):
-        wide = graph.call_function(append_columns, (logits, head.args[0], columns, gates))
-    wide.meta = dict(logits.meta)
-    logits.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
-    return program.after("widen_head", "exact", inputs=inputs, sites=(*program.sites, site))
+    name = "widen head"
+
+    def apply(self, program: Program, decisions: Decisions) -> Program:
+        head = _head(program)
+        if head is None:
+            return program
+        graph, inputs = program.graph, dict(program.inputs)
+        weight = argument(head, "weight")
+        name, width = inputs[weight.name].name, int(value(weight).shape[1])
+        site = HeadSite(f"{name.removesuffix('.weight')}.columns", name, width)
+        columns = expert_input(program, inputs, site.name, "columns")
+        logits = next((u for u in head.users if u.target is add_lora_experts), head)
+        gates = plan_view(program, ClassGates())
+        with graph.inserting_after(logits):
+            wide = graph.call_function(append_columns, (logits, first(head), columns, gates))
+        wide.meta = dict(logits.meta)
+        logits.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+        return self.done(program, inputs=inputs, head=site)
 
 
 def _head(program: Program) -> fx.Node | None:
     """The last deep linear map, if the main output has its width and no positions."""
-    sink = value(find_mainline(program, "the model").sink)
+    sink = value(find_mainline(program).sink)
     _, deep = segments(program)
-    last = next((n for n in reversed(deep) if n.target is linear), None)
+    last = next((n for n in reversed(deep) if op(n).product == "linear"), None)
     if last is None or sink.ndim != 2:
         return None
-    weight: Any = last.args[1]
+    weight = argument(last, "weight")
     parameter = weight.op == "placeholder" and program.inputs[weight.name].kind == "weight"
     return last if parameter and value(weight).shape[0] == sink.shape[1] else None

@@ -31,7 +31,7 @@ class RowGates:
     """
 
     gates: torch.Tensor
-    per_row: int | None
+    top_k: int | None
     base: bool
     _made: dict[tuple[int, ...], Dispatch] = field(default_factory=dict)
 
@@ -40,18 +40,18 @@ class RowGates:
         made for the first site that asks and holds nothing to differentiate."""
         gates_TE = self.gates.expand(*lead, -1).reshape(-1, self.gates.shape[-1])
         if lead not in self._made:
-            self._made[lead] = _dispatch(gates_TE.detach(), self.per_row)
+            self._made[lead] = _dispatch(gates_TE.detach(), self.top_k)
         return gates_TE, self._made[lead]
 
 
-def _dispatch(gates_TE: torch.Tensor, per_row: int | None) -> Dispatch:
+def _dispatch(gates_TE: torch.Tensor, top_k: int | None) -> Dispatch:
     rows, experts = gates_TE.shape
     each = torch.arange(experts, device=gates_TE.device).expand(rows, experts)
-    if per_row is not None and per_row >= experts:
+    if top_k is not None and top_k >= experts:
         return Dispatch(each, dense_plan(rows, experts, gates_TE.device), True)
-    if per_row is None:
+    if top_k is None:
         experts_TK = each.masked_fill(gates_TE == 0, -1)
     else:
-        experts_TK = largest(gates_TE, per_row)
+        experts_TK = largest(gates_TE, top_k)
         experts_TK = experts_TK.masked_fill(gates_TE.gather(1, experts_TK) == 0, -1)
     return Dispatch(experts_TK, sort_plan(experts_TK, experts), False)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ..config import PatchRouter
-from ..ir import patch_grid as grids
+from ..ir import patch_grid
 from ..kernels.patches.op import gather_patches
 from ..kernels.plan.op import largest
 from .plan import RoutingPlan
-from .router import Router
+from .router import GivenRows, Router
 
 
 class PatchGate(Router):
@@ -30,7 +30,7 @@ class PatchGate(Router):
         channels, *sides = size
         self.grid: int = spec.grid or 1
         self.sides = sides[0], sides[1]
-        self.patch = tuple(grids.largest(n, self.grid) for n in sides)
+        self.patch = tuple(patch_grid.largest(n, self.grid) for n in sides)
         pooled = spec.features == "pooled"
         super().__init__(spec, channels * (1 if pooled else self.patch[0] * self.patch[1]), device)
 
@@ -39,20 +39,21 @@ class PatchGate(Router):
         return row if row.is_meta else row.normal_(0.0, 1.0) * (self.spec.init / self.size**0.5)
 
     def forward(
-        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any
-    ) -> tuple[RoutingPlan, None]:
+        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any,
+        given: GivenRows | None = None,
+    ) -> tuple[RoutingPlan, None]:  # fmt: skip
         """The plan for a map (B, C, H, W), or for tokens (B, S, C) that end with H * W patches."""
-        active = self.active_indices()
-        if not active:
+        active, rows = self._chosen(given)
+        if rows is None:
             return self.without_experts(features), None
-        x, rows = self._map(features), self.stacked(active)
+        x = self._map(features)
         scale = self._scale(x)
-        few = self._few_matter(len(active)) and torch.is_grad_enabled()
+        few = given is None and torch.is_grad_enabled() and self._few_matter(len(active))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
             scores = self._scores(x, rows) * scale
-        picks = largest(scores.detach(), self.spec.per_expert or 1)
-        taken = self._scores_of(x, rows, picks) * scale if few else scores.gather(-1, picks)
-        return self._plan(features, active, picks, self._gates(scores, taken)), None
+        patch_ids = largest(scores.detach(), self.spec.per_expert or 1)
+        taken = self._scores_of(x, rows, patch_ids) * scale if few else scores.gather(-1, patch_ids)
+        return self._plan(features, active, patch_ids, self._gates(scores, taken)), None
 
     def _few_matter(self, experts: int) -> bool:
         """Whether the gates depend on so few patches that it pays to score those again for the
@@ -68,10 +69,12 @@ class PatchGate(Router):
     def everything(self, features: torch.Tensor) -> RoutingPlan:
         """The plan in which the frozen region takes every patch."""
         patches = torch.arange(self.grid**2, device=features.device)
-        picks = patches.expand(features.shape[0], 1, -1)
-        kept = torch.ones_like(picks, dtype=torch.float32)
+        patch_ids = patches.expand(features.shape[0], 1, -1)
+        patch_gates = torch.ones_like(patch_ids, dtype=torch.float32)
         dense = self.without_experts(features)
-        return RoutingPlan((), dense.weights, None, len(self), dense.rows, picks, kept, self.grid)
+        return RoutingPlan(
+            (), dense.weights, None, len(self), dense.rows, patch_ids, patch_gates, self.grid
+        )
 
     def _rows(self, features: torch.Tensor) -> tuple[int, int]:
         tokens = features.shape[1] if features.ndim == 3 else self.grid**2
@@ -94,19 +97,21 @@ class PatchGate(Router):
         weight = rows.unflatten(1, (x.shape[1], *self.patch))
         if all(n % g == 0 for n in self.sides):
             return F.conv2d(x, weight, stride=self.patch).flatten(2)
-        table = grids.patches(*self.sides, g)
+        table = patch_grid.patches(*self.sides, g)
         assert table.inside is not None
         patches = x.flatten(2)[..., table.positions.to(x.device)].unflatten(-1, self.patch)
         patches = patches * table.inside.to(x)
         return torch.einsum("echw,bcnhw->ben", weight, patches)
 
-    def _scores_of(self, x: torch.Tensor, rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    def _scores_of(
+        self, x: torch.Tensor, rows: torch.Tensor, patch_ids: torch.Tensor
+    ) -> torch.Tensor:
         """(B, E, l): the same, of these patches alone."""
-        table = grids.patches(*self.sides, self.grid)
+        table = patch_grid.patches(*self.sides, self.grid)
         positions = table.positions.to(x.device)
-        patches = gather_patches(x, picks, positions, (table.rows, table.cols)).flatten(2)
+        patches = gather_patches(x, patch_ids, positions, (table.rows, table.cols)).flatten(2)
         if table.inside is not None:
-            inside = table.inside.to(x).flatten(1)[picks].transpose(0, 1)  # (E, B, l, h * w)
+            inside = table.inside.to(x).flatten(1)[patch_ids].transpose(0, 1)  # (E, B, l, h * w)
             patches = patches.unflatten(2, (x.shape[1], -1)) * inside.flatten(1, 2).unsqueeze(2)
             patches = patches.flatten(2)
         products = torch.einsum("end,ed->en", patches, rows)
@@ -132,28 +137,30 @@ class PatchGate(Router):
         self,
         features: torch.Tensor,
         active: tuple[int, ...],
-        picks: torch.Tensor,
-        kept: torch.Tensor,
+        patch_ids: torch.Tensor,
+        patch_gates: torch.Tensor,
     ) -> RoutingPlan:
-        batch, experts, _ = picks.shape
-        weights = kept.new_zeros(batch, experts, self.grid**2).scatter(-1, picks, kept)
+        batch, experts, _ = patch_ids.shape
+        weights = patch_gates.new_zeros(batch, experts, self.grid**2).scatter(
+            -1, patch_ids, patch_gates
+        )
         if features.ndim == 3:
-            weights = self._over_tokens(weights, kept)
+            weights = self._over_tokens(weights, patch_gates)
         return RoutingPlan(
-            active, weights.transpose(1, 2), None, len(self), self._rows(features), picks, kept,
+            active, weights.transpose(1, 2), None, len(self), self._rows(features), patch_ids, patch_gates,
             self.grid,
         )  # fmt: skip
 
-    def _over_tokens(self, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def _over_tokens(self, weights: torch.Tensor, patch_gates: torch.Tensor) -> torch.Tensor:
         """(B, E, S): each token has its patch's gate, those before them the mean of the gates."""
         cells = weights.unflatten(2, (self.grid, self.grid))
-        down, across = (grids.shares(n, self.grid).to(weights) for n in self.sides)
+        down, across = (patch_grid.shares(n, self.grid).to(weights) for n in self.sides)
         tokens = torch.einsum("yi,xj,beij->beyx", down, across, cells).flatten(2)
-        before = kept.mean(-1, keepdim=True).expand(-1, -1, self.spec.prefix_tokens)
+        before = patch_gates.mean(-1, keepdim=True).expand(-1, -1, self.spec.prefix_tokens)
         return torch.cat([before, tokens], dim=-1)
 
 
 def _means(length: int, grid: int) -> torch.Tensor:
     """(g, length) fp32: averages the positions of each patch of an axis."""
-    owned = grids.shares(length, grid).T
+    owned = patch_grid.shares(length, grid).T
     return owned / owned.sum(1, keepdim=True)

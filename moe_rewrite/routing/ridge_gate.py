@@ -34,6 +34,9 @@ class AnalyticGate(TokenGate):
         self.register_buffer("frozen", torch.zeros(self.size, device=device))
         self.moments = nn.ParameterList([self._no_moments()])
 
+    def require_analytic(self) -> None:
+        pass
+
     def _no_moments(self) -> nn.Parameter:
         zeros = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
         return nn.Parameter(zeros, requires_grad=False)
@@ -92,12 +95,13 @@ class AnalyticGate(TokenGate):
         base = logits[..., :1] + self.spec.sharpness * self.spec.prior / seen
         return torch.cat([base, logits[..., 1:]], dim=-1)
 
-    def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
-        rows = [self.frozen.unsqueeze(0)] * bool(self.spec.base)
-        rows += [self.stacked(active)] * bool(active)
-        if not rows:
+    def _logits(self, read: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        solved = [self.frozen.unsqueeze(0)] if self.spec.base else []
+        if rows is not None:
+            solved.append(rows)
+        if not solved:
             return read.new_zeros(*read.shape[:-1], 0)
-        return self.spec.sharpness * (_with_one(read) @ torch.cat(rows).T)
+        return self.spec.sharpness * (_with_one(read) @ torch.cat(solved).T)
 
 
 def _with_one(f: torch.Tensor) -> torch.Tensor:

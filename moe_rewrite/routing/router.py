@@ -3,6 +3,7 @@ what it was before each expert came."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ from torch import nn
 
 from ..errors import ConfigError
 from .plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Parameters that replace a router's own: rows (E, size) of the experts `active`, None where
+    none is on. open: there may be any number of them."""
+
+    active: tuple[int, ...]
+    rows: torch.Tensor | None
+    open: bool
 
 
 class Router(nn.Module):
@@ -22,6 +33,9 @@ class Router(nn.Module):
 
     active: torch.Tensor
     pending: torch.Tensor
+    by_row = False  # rows choose their experts
+    biased = False  # each row of parameters ends in a bias
+    keeps_state = False  # what it reads of a row depends on the rows before it
 
     def __init__(self, spec: Any, size: int, device: torch.device) -> None:
         super().__init__()
@@ -105,11 +119,51 @@ class Router(nn.Module):
         return self
 
     def forward(
-        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any
-    ) -> tuple[RoutingPlan, Any]:
+        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any,
+        given: GivenRows | None = None,
+    ) -> tuple[RoutingPlan, Any]:  # fmt: skip
         """The plan for the features at the cut, and the state after these rows."""
         raise NotImplementedError
 
+    def _chosen(self, given: GivenRows | None) -> tuple[tuple[int, ...], torch.Tensor | None]:
+        """The experts that are on, and their rows."""
+        if given is not None:
+            return given.active, given.rows
+        active = self.active_indices()
+        return active, self.stacked(active) if active else None
+
     def without_experts(self, features: torch.Tensor) -> RoutingPlan:
         """The plan of the dense model: no expert is on."""
+        raise NotImplementedError
+
+    # -- what only some routers can ---------------------------------------------------------------
+
+    def require_rows(self, what: str) -> None:
+        """Raises ConfigError where experts choose among patches."""
+        if not self.by_row:
+            raise ConfigError(f"{what}: a PatchRouter's experts choose patches; use activate()")
+
+    def one_expert(self, features: torch.Tensor, expert: int) -> RoutingPlan:
+        """The plan that gives every row to one expert, with gate 1."""
+        raise NotImplementedError
+
+    def everything(self, features: torch.Tensor) -> RoutingPlan:
+        """The plan in which the frozen region takes every patch."""
+        raise NotImplementedError
+
+    def require_analytic(self) -> None:
+        """Raises ConfigError unless the router is solved in closed form."""
+        raise ConfigError(
+            "fit_router: this router is trained; convert with router=TokenRouter(fit='analytic') "
+            "to solve it in closed form"
+        )
+
+    def observe(
+        self, features: torch.Tensor, mask: torch.Tensor | None, expert: int | None
+    ) -> None:
+        """Count the rows of these features as an expert's, or (None) as the frozen model's."""
+        raise NotImplementedError
+
+    def solve(self) -> None:
+        """Put the sums of what was observed to use."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ from .router import Router
 from .token_gate import TokenGate
 
 
-def fit_router(
+def resolve_router(
     spec: RouterSpec | None, features: Sequence[Any], causal: bool,
     default: TokenRouter | None = None,
 ) -> RouterSpec:  # fmt: skip

@@ -13,11 +13,17 @@ from ..errors import InputError
 from ..ir.program import lead_of
 from ..kernels.plan.op import largest, route
 from .plan import PrefixState, RoutingPlan
-from .router import Router
+from .router import GivenRows, Router
 
 
 class TokenGate(Router):
     """rows[e]: (D + 1,), weights and a bias. Output 0 is the frozen model, with logit 0."""
+
+    by_row = biased = True
+
+    @property
+    def keeps_state(self) -> bool:  # type: ignore[override]
+        return self.spec.granularity == "prefix"
 
     def __init__(self, spec: TokenRouter, width: int, device: torch.device) -> None:
         super().__init__(spec, width + 1, device)
@@ -43,13 +49,14 @@ class TokenGate(Router):
         rows = self.without_experts(features).weights.shape[:-1]
         gate = features.new_ones(*rows, 1, dtype=torch.float32)
         base = torch.zeros_like(gate) if self.spec.base else None
-        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape), per_row=1)
+        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape), top_k=1)
 
     def forward(
         self,
         features: torch.Tensor,
         mask: torch.Tensor | None,
         state: PrefixState | None,
+        given: GivenRows | None = None,
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
 
@@ -59,25 +66,35 @@ class TokenGate(Router):
         with torch.no_grad():
             lead = lead_of(features.shape)
             read, state, seen = self._read(features, mask, state)
-        active = self.active_indices()
-        logits = self._logits(read, active)
+        active, rows = self._chosen(given)
+        logits = self._logits(read, rows)
         if seen is not None:
             logits = self._with_prior(logits, seen)
-        gates, per_row = self._gates(logits, mask)
+        spare = self.spec.top_k or 0 if given is not None and given.open else 0
+        gates, top_k = self._gates(logits, mask, spare)
         base = None
         if self.spec.base:
             base, gates = gates[..., :1], gates[..., 1:]
-        plan = RoutingPlan(active, gates, base, len(self), lead, per_row=per_row, logits=logits)
+        plan = RoutingPlan(active, gates, base, len(self), lead, top_k=top_k, logits=logits)
         return plan, state
 
     def _gates(
-        self, logits: torch.Tensor, mask: torch.Tensor | None
+        self, logits: torch.Tensor, mask: torch.Tensor | None, spare: int
     ) -> tuple[torch.Tensor, int | None]:
-        """Gates of every row, zero for experts that it does not go to, and how many it goes to."""
+        """Gates of every row, zero for experts that it does not go to, and how many it goes to.
+
+        spare: columns of minus infinity that the top k is taken over as well, so that there is one
+        for any number of experts.
+        """
         if self.spec.policy == "expert":
             return _expert_choice(logits, mask, self.spec.capacity), None
+        count = logits.shape[-1]
+        if spare:
+            none = logits.new_full((*logits.shape[:-1], spare), float("-inf"))
+            logits = torch.cat([logits, none], dim=-1)
         k = min(self.spec.top_k or logits.shape[-1], logits.shape[-1])
-        return _gate(logits, k, self.spec.gate == "all"), k
+        gates = _gate(logits, k, self.spec.gate == "all")
+        return gates[..., :count] if spare else gates, k
 
     def _read(
         self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
@@ -113,11 +130,10 @@ class TokenGate(Router):
         """Logits for a mean of `seen` positions."""
         return logits
 
-    def _logits(self, read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
+    def _logits(self, read: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
-        if not active:
+        if rows is None:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
-        rows = self.stacked(active)
         logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)
 

@@ -18,7 +18,7 @@ from ...errors import ConfigError
 from ..buffers import Buffer
 from ..problem import Batch, Problem
 from ..tasks import Task
-from ..training import Owned, Training, adamw, fit
+from ..training import TaskItem, Training, adamw, fit
 from .base import GrowingHead, Method, growing_head
 
 LEARNT = ("lora_", ".more.")  # in the names of what adapters and columns add
@@ -109,10 +109,10 @@ class Adapters(Method):
         heads = list(self.head.more) if self.keeps_data else [self.head.more[-1]]
         return [p for head in heads for p in head.parameters()]
 
-    def items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
+    def items(self, tasks: Sequence[Task], number: int) -> list[TaskItem]:
         return [(number, item) for item in tasks[number].train]
 
-    def loss(self, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch, task_ids: torch.Tensor) -> torch.Tensor:
         return self.problem.loss(self.model, batch)
 
     def before_task(self, task: Task) -> None:
@@ -154,7 +154,7 @@ class Replay(Adapters):
 
     label, keeps_data = "replay", True
 
-    def items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
+    def items(self, tasks: Sequence[Task], number: int) -> list[TaskItem]:
         older = [(n, tasks[n].train[i]) for n, i in self.buffer.kept]
         return super().items(tasks, number) + older
 
@@ -171,7 +171,7 @@ class Joint(Adapters):
         if number == 0:
             super().learn(tasks, 0)
 
-    def items(self, tasks: Sequence[Task], number: int) -> list[Owned]:
+    def items(self, tasks: Sequence[Task], number: int) -> list[TaskItem]:
         for later in tasks[1:]:
             if later.classes and self.head is not None:
                 self._trained += self.head.grow(later.classes)
@@ -207,17 +207,17 @@ class EWC(Adapters):
         self.fisher = [a + b for a, b in zip(older, squares, strict=True)]
         self.anchor = [p.detach().clone() for p in held]
 
-    def loss(self, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch, task_ids: torch.Tensor) -> torch.Tensor:
         held = self._of(self.names[-1])
         moved = [
             (f * (p - a).square()).sum()
             for f, p, a in zip(self.fisher, held, self.anchor, strict=False)
         ]
-        return super().loss(batch, owners) + self.strength / 2 * sum(moved)
+        return super().loss(batch, task_ids) + self.strength / 2 * sum(moved)
 
     def state(self) -> dict[str, torch.Tensor]:
-        own = {f"fisher.{i}": f for i, f in enumerate(self.fisher)}
-        return super().state() | own
+        fisher = {f"fisher.{i}": f for i, f in enumerate(self.fisher)}
+        return super().state() | fisher
 
     def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
         model = {k: v for k, v in state.items() if not k.startswith("fisher.")}
@@ -238,7 +238,7 @@ class LwF(Adapters):
     def after_task(self, task: Task, number: int) -> None:
         del self.teacher
 
-    def loss(self, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch, task_ids: torch.Tensor) -> torch.Tensor:
         logits, targets = self.problem.predict(self.model, batch)
         with torch.no_grad():
             before, _ = self.problem.predict(self.teacher, batch)
@@ -258,14 +258,14 @@ class OLoRA(Adapters):
 
     label, one_each, strength = "olora", True, 0.5
 
-    def loss(self, batch: Batch, owners: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch, task_ids: torch.Tensor) -> torch.Tensor:
         overlap = torch.zeros((), device=self.device)
         for module in self.model.modules():
             a = getattr(module, "lora_A", None)
             if isinstance(a, nn.ModuleDict) and len(a) > 1:
                 new, *older = (a[n].weight.flatten(1) for n in reversed(self.names))  # type: ignore[operator]
                 overlap = overlap + sum((new @ old.detach().T).abs().sum() for old in older)
-        return super().loss(batch, owners) + self.strength * overlap
+        return super().loss(batch, task_ids) + self.strength * overlap
 
 
 class Oracle(Adapters):

@@ -30,9 +30,9 @@ class Method(ABC):
         self.problem, self.training = problem, training
         self.device: torch.device = accelerator(training).device
 
-    def begin(self, own: Task | None) -> None:
+    def begin(self, base_task: Task | None) -> None:
         """Before the first task: what the model can do already, if that is known."""
-        del own  # most methods make no use of it
+        del base_task  # most methods make no use of it
 
     @abstractmethod
     def learn(self, tasks: Sequence[Task], number: int) -> None:

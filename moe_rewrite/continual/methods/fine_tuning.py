@@ -39,7 +39,7 @@ class FineTuning(Method):
         )
         fit(
             f"full: {task.name}", self.problem, [(number, item) for item in task.train],
-            lambda batch, owners: self.problem.loss(self.model, batch), [optimizer],
+            lambda batch, task_ids: self.problem.loss(self.model, batch), [optimizer],
             self.training, self.epochs(task), self.validator(task),
         )  # fmt: skip
         self.model.eval()

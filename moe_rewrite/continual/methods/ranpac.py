@@ -41,9 +41,9 @@ class RanPAC(Method):
         self.gram = torch.zeros(projection, projection, dtype=torch.float64, device=self.device)
         self.sums = self.gram.new_zeros(projection, head.out_features)
 
-    def begin(self, own: Task | None) -> None:
-        if own is not None:
-            self._observe(own)
+    def begin(self, base_task: Task | None) -> None:
+        if base_task is not None:
+            self._observe(base_task)
 
     def learn(self, tasks: Sequence[Task], number: int) -> None:
         wider = self.sums.new_zeros(len(self.gram), tasks[number].classes or 0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.aten import argument, op_name
+from ...ir.ops import argument, op_name, output_of
 from ...ir.program import Code
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ Polynomial = dict[Term, float]
 
 
 @dataclass(frozen=True)
-class Form:
+class FusedFFN:
     """down(act(up x)), or down(act(gate x) * up x)."""
 
     activation: str
@@ -38,7 +38,7 @@ class Form:
     gate: Half | None = None
 
 
-def find_form(middle: Code, widths: Sequence[int]) -> Form | None:
+def find_fused_form(middle: Code, widths: Sequence[int]) -> FusedFFN | None:
     """The form of a code of products of these widths, or None where no fused one computes the same."""
     try:
         found = _frozen(_read(middle.module.graph, widths))
@@ -132,7 +132,7 @@ ACTIVATIONS: dict[str, Callable[[Polynomial], Polynomial]] = {
 }
 
 
-def _candidates(widths: Sequence[int]) -> Iterator[tuple[Form, Polynomial]]:
+def _candidates(widths: Sequence[int]) -> Iterator[tuple[FusedFFN, Polynomial]]:
     """Each form of products of these widths, with what it computes."""
     pairs: list[tuple[Half, Half]] = []
     if len(widths) == 1:
@@ -141,10 +141,10 @@ def _candidates(widths: Sequence[int]) -> Iterator[tuple[Form, Polynomial]]:
         pairs = [((0, None), (1, None)), ((1, None), (0, None))]
     for name, act in ACTIVATIONS.items():
         if len(widths) == 1:
-            yield Form(name, (0, None)), act(_atom("product", (0, None)))
+            yield FusedFFN(name, (0, None)), act(_atom("product", (0, None)))
         for gate, up in pairs:
             made = _times(act(_atom("product", gate)), _atom("product", up))
-            yield Form(name, up, gate), made
+            yield FusedFFN(name, up, gate), made
 
 
 # -- graphs ----------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def _read(graph: fx.Graph, widths: Sequence[int]) -> Polynomial:
             made[node] = HALVES[node.target](node, _product(made[product], widths))
         else:
             made[node] = _operation(node, value)
-    return value(graph.output_node().args[0])
+    return value(output_of(graph))
 
 
 def _product(given: Any, widths: Sequence[int]) -> tuple[int, int]:

@@ -12,12 +12,12 @@ from torch import fx
 
 from ...analysis.feedforward import FeedForward, Linear
 from ...ir.program import Code
-from ...kernels import cost_model as costs
-from ...kernels.cost_model import FormName
+from ...kernels import cost_model
+from ...kernels.cost_model import Execution
 from ...kernels.ffn.op import ffn_dense, ffn_experts
 from ...kernels.triton import runs_on
 from ...routing.dispatch import Dispatch, RowGates
-from .activation_match import Form, find_form
+from .activation_match import FusedFFN, find_fused_form
 
 Weights = list[torch.Tensor]  # of one expert
 
@@ -58,8 +58,8 @@ class FeedForwardCall:
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
-    form: Form | None = None  # what the fused op that runs computes, once lowered
-    wanted: FormName | None = None  # how it goes about it, None for the cheaper way
+    form: FusedFFN | None = None  # what the fused op that runs computes, once lowered
+    requested: Execution | None = None  # how it goes about it, None for the cheaper way
 
     def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
         """widths: of the products of x. dims: dimensions of the output, which may have the rows
@@ -73,10 +73,10 @@ class FeedForwardCall:
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
 
-    def lowered(self, wanted: FormName | None) -> FeedForwardCall:
+    def lowered(self, requested: Execution | None) -> FeedForwardCall:
         """The same by the fused op, where there is one for what the region computes."""
         call = copy.copy(self)
-        call.form, call.wanted = find_form(self.body.middle, self.widths), wanted
+        call.form, call.requested = find_fused_form(self.body.middle, self.widths), requested
         return call
 
     def __call__(
@@ -134,16 +134,18 @@ class FeedForwardCall:
         gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0))
         return ffn_experts(x_TD, gates_TK, dispatch.experts_TK, dispatch.plan, *given)
 
-    def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> FormName:
-        if self.wanted is not None:
-            return self.wanted
+    def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> Execution:
+        if self.requested is not None:
+            return self.requested
         if x_TD.device.type != "cpu":  # what is dropped is known to the device alone
             return "grouped"
         assert self.form is not None
         rows, width = x_TD.shape
         taken, products = int(dispatch.plan.offsets[-1]) / max(rows, 1), 3 if self.form.gate else 2
         hidden = up[0].shape[0]
-        return costs.best(costs.ffn(costs.CPU, rows, width, hidden, len(up), taken, products))
+        return cost_model.best(
+            cost_model.ffn(cost_model.CPU, rows, width, hidden, len(up), taken, products)
+        )
 
     def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
         """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from ...kernels import cost_model as costs
-from ...kernels.cost_model import FormName
+from ...kernels import cost_model
+from ...kernels.cost_model import Execution
 from ...kernels.lora.grouped import lora_grouped
-from ...kernels.lora.op import Stack, unchecked
+from ...kernels.lora.op import Stack, lora_linear_unchecked
 from ...routing.dispatch import RowGates
 
 
@@ -21,7 +23,7 @@ class LoRACall:
 
     __module__, __qualname__, __name__ = __name__, "LoRACall", "lora_call"
 
-    def __init__(self, scale: float, form: FormName | None) -> None:
+    def __init__(self, scale: float, form: Execution | None) -> None:
         """scale: LoRA's alpha / rank."""
         self.scale, self.form = scale, form
 
@@ -34,6 +36,11 @@ class LoRACall:
     def __hash__(self) -> int:
         return hash((self.scale, self.form))
 
+    @property
+    def trace_key(self) -> Any:
+        """Equal for calls of which a trace for export is the same: it is always the dense form."""
+        return LoRACall
+
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
 
@@ -43,7 +50,7 @@ class LoRACall:
     ) -> torch.Tensor:  # fmt: skip
         form = self._form(x, weight, scales, gates)
         if form == "dense" or gates is None:
-            return unchecked(x, weight, bias, scales, a, b)
+            return lora_linear_unchecked(x, weight, bias, scales, a, b)
         rank = scales.shape[-1] // gates.gates.shape[-1]
         gates_TE, dispatch = gates.over(tuple(x.shape[:-1]))
         gates_TK = gates_TE.gather(1, dispatch.experts_TK.clamp_min(0)) * self.scale
@@ -51,14 +58,16 @@ class LoRACall:
 
     def _form(
         self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gates: RowGates | None
-    ) -> FormName:
-        if gates is None or gates.per_row is None or torch.compiler.is_exporting():
+    ) -> Execution:
+        if gates is None or gates.top_k is None or torch.compiler.is_exporting():
             return "dense"
         experts = gates.gates.shape[-1]
-        if gates.per_row >= experts or x.device.type != "cpu":  # grouped has no kernel elsewhere
+        if gates.top_k >= experts or x.device.type != "cpu":  # grouped has no kernel elsewhere
             return "dense"
         if self.form is not None:
             return self.form
         rows, rank = x.shape[:-1].numel(), scales.shape[-1] // experts
         out, width = weight.shape
-        return costs.best(costs.lora(costs.CPU, rows, width, out, experts, rank, gates.per_row))
+        return cost_model.best(
+            cost_model.lora(cost_model.CPU, rows, width, out, experts, rank, gates.top_k)
+        )

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...ir.sites import Site
-from ..base import ExpertSite
+from ...ir.sites import LoRASite
+from ..base import ExpertParameters
 
 
-class LoRASite(ExpertSite):
+class LoRAParameters(ExpertParameters):
     """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
     or (out, rank, 1, 1); b starts at zero."""
 
-    site: Site
+    site: LoRASite
     parts = ("a", "b")
+    as_adapter = True
 
-    def __init__(self, site: Site, rank: int) -> None:
+    def __init__(self, site: LoRASite, rank: int) -> None:
         super().__init__()
         self.site, self.rank = site, rank
         self.a = nn.ParameterList()
@@ -49,6 +50,9 @@ class LoRASite(ExpertSite):
     def remove_last(self) -> None:
         self.a, self.b = self.a[:-1], self.b[:-1]
         self.forget()
+
+    def expert_dim(self, part: str) -> tuple[int, int] | None:
+        return int(part == "b"), self.rank
 
     def forget(self) -> None:
         self._stack = None

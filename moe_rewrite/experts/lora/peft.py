@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ...config import LoRAExperts
 from ...errors import CheckpointError, ConfigError
 from ...utils.atomic_files import replace_file, write_json
-from ..base import ExpertSite
-from .parameters import LoRASite
+from ..base import ExpertParameters
+from .parameters import LoRAParameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,16 +27,16 @@ REFUSED = (
 )
 
 
-def lora_sites(sites: Iterable[ExpertSite]) -> dict[str, LoRASite]:
+def lora_sites(sites: Iterable[ExpertParameters]) -> dict[str, LoRAParameters]:
     """The sites with LoRA experts, by module name. Raises ConfigError for other experts."""
-    found = {s.site.name: s for s in sites if isinstance(s, LoRASite)}
+    found: Any = {s.site.name: s for s in sites if s.as_adapter}
     if not found:
         raise ConfigError("PEFT's format holds LoRA experts: this model's are of another kind")
     return found
 
 
 def write_adapter(
-    sites: dict[str, LoRASite], spec: LoRAExperts, expert: int, base: str | None,
+    sites: dict[str, LoRAParameters], spec: Any, expert: int, base: str | None,
     folder: str | os.PathLike,
 ) -> None:  # fmt: skip
     """Write an expert as an adapter that computes what the expert does with gate 1. base: the name
@@ -62,7 +61,7 @@ def write_adapter(
 
 
 def read_adapter(
-    sites: dict[str, LoRASite], spec: LoRAExperts, folder: str | os.PathLike
+    sites: dict[str, LoRAParameters], spec: Any, folder: str | os.PathLike
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(A, B) of an adapter by site, with the rank and scale of these.
 
@@ -101,6 +100,14 @@ def read_adapter(
     return made
 
 
+@torch.no_grad()
+def fill_newest(sites: dict[str, LoRAParameters], read: dict[str, Any]) -> None:
+    """Let the newest expert have what `read_adapter` gave."""
+    for name, (a, b) in read.items():
+        sites[name].a[-1].copy_(a)
+        sites[name].b[-1].copy_(b)
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -119,7 +126,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, tensors
 
 
-def _rank_and_scale(folder: Path, config: dict[str, Any], spec: LoRAExperts) -> tuple[int, float]:
+def _rank_and_scale(folder: Path, config: dict[str, Any], spec: Any) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
         raise CheckpointError(f"{folder}: r={rank!r}, lora_alpha={alpha!r} are no rank and scale")

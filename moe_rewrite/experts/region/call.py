@@ -52,47 +52,47 @@ class RegionCall:
     def __call__(
         self, x: torch.Tensor, plan: RoutingPlan, dense: tuple, experts: tuple
     ) -> torch.Tensor:
-        if plan.picks is None or plan.kept is None:
+        if plan.patch_ids is None or plan.patch_gates is None:
             return self.whole.call(x, *dense)
         entry, exit_, *outside = self._on(x.device)
         count = len(plan.active)
         weights = [self._weights(dense, experts, i) for i in range(count)] or [list(dense)]
         size = (self.patches.entry.rows, self.patches.entry.cols)
         code = self.patches.code if torch.is_grad_enabled() else self.frugal
-        gathered = gather_patches(x, plan.picks, entry, size).unbind()
+        gathered = gather_patches(x, plan.patch_ids, entry, size).unbind()
         made = []
         for i, patches in enumerate(gathered):
-            masks = [mask[plan.picks[:, i].flatten()] for mask in outside]
-            made.append(self._own(code.call(patches, *masks, *weights[i]), plan.picks[:, i]))
+            masks = [mask[plan.patch_ids[:, i].flatten()] for mask in outside]
+            made.append(self._own(code.call(patches, *masks, *weights[i]), plan.patch_ids[:, i]))
         if not self.concat or not count:
-            return self._scattered(made, plan.kept, plan.picks, exit_)
+            return self._scattered(made, plan.patch_gates, plan.patch_ids, exit_)
         return self._concatenated(made, plan, exit_)
 
-    def _own(self, y: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    def _own(self, y: torch.Tensor, patch_ids: torch.Tensor) -> torch.Tensor:
         """Positions of a smaller patch that are a neighbour's count as zero."""
         inside = self.patches.exit.inside
         if inside is None:
             return y
-        return y * inside.to(y)[picks.flatten()].unsqueeze(1)
+        return y * inside.to(y)[patch_ids.flatten()].unsqueeze(1)
 
     def _scattered(
-        self, made: list[torch.Tensor], kept: torch.Tensor, picks: torch.Tensor,
+        self, made: list[torch.Tensor], patch_gates: torch.Tensor, patch_ids: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         apart = self.patches.exit.inside is None
-        return scatter_patches(made, kept, picks, positions, self.size, apart)
+        return scatter_patches(made, patch_gates, patch_ids, positions, self.size, apart)
 
     def _concatenated(
         self, made: list[torch.Tensor], plan: RoutingPlan, positions: torch.Tensor
     ) -> torch.Tensor:
         """Expert e fills the e-th slice of the channels; one that is off leaves zeros."""
-        if plan.picks is None or plan.kept is None:
+        if plan.patch_ids is None or plan.patch_gates is None:
             raise InvariantError("a plan without patches")
         slices: list[torch.Tensor | None] = [None] * plan.num_experts
         for i, expert in enumerate(plan.active):
             one = slice(i, i + 1)
             slices[expert] = self._scattered(
-                [made[i]], plan.kept[:, one], plan.picks[:, one], positions
+                [made[i]], plan.patch_gates[:, one], plan.patch_ids[:, one], positions
             )
         like = next(s for s in slices if s is not None)
         return torch.cat([torch.zeros_like(like) if s is None else s for s in slices], dim=1)

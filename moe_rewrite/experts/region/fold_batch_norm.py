@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.ops import argument, first, op, op_name, set_argument
 from ...ir.program import Code
 
 aten = torch.ops.aten
-FRESH = (aten.conv2d.default, aten.batch_norm.default)  # whose results nobody else holds
 IN_PLACE = {
     aten.relu.default: aten.relu_.default,
     aten.hardtanh.default: aten.hardtanh_.default,
@@ -26,39 +26,42 @@ def for_inference(code: Code) -> Code:
     made = graph.graph_copy(code.module.graph, copies)
     graph.output(made)
     for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default and node.args[5] is False:
+        if op_name(node) == "batch_norm" and argument(node, "training") is False:
             _fold(graph, node)
     for node in graph.nodes:
-        source = node.args[0] if node.args else None
+        source = first(node)
         if node.target in IN_PLACE and isinstance(source, fx.Node) and _only_read_by(source, node):
             node.target = IN_PLACE[node.target]
     return Code(fx.GraphModule(torch.nn.Module(), graph))
 
 
 def _only_read_by(source: fx.Node, reader: fx.Node) -> bool:
-    return source.target in FRESH and list(source.users) == [reader]
+    return op(source).fresh and list(source.users) == [reader]
 
 
 def _fold(graph: fx.Graph, norm: fx.Node) -> None:
     """norm(conv(x, w) + b) = conv(x, w * s) + shift - (mean - b) * s, with s = scale / std."""
-    x, scale, shift, mean, variance, _, _, eps = norm.args[:8]
-    if not isinstance(x, fx.Node) or x.target is not aten.conv2d.default:
+    conv = first(norm)
+    scale, shift, mean, variance, eps = (
+        argument(norm, n) for n in ("weight", "bias", "running_mean", "running_var", "eps")
+    )
+    if not isinstance(conv, fx.Node) or conv.target is not aten.conv2d.default:
         return
-    if not _only_read_by(x, norm) or mean is None:
+    if not _only_read_by(conv, norm) or mean is None:
         return
-    args: Any = (*x.args, None)[: max(3, len(x.args))]
-    with graph.inserting_before(x):
+    weight, bias = argument(conv, "weight"), argument(conv, "bias")
+    with graph.inserting_before(conv):
 
-        def op(target: Any, *given: Any) -> fx.Node:
+        def add(target: Any, *given: Any) -> fx.Node:
             return graph.call_function(target, given)
 
-        s = op(aten.rsqrt.default, op(aten.add.Tensor, variance, eps))
-        s = s if scale is None else op(aten.mul.Tensor, s, scale)
-        weight = op(aten.mul.Tensor, args[1], op(aten.view.default, s, [-1, 1, 1, 1]))
-        bias = op(
-            aten.mul.Tensor, mean if args[2] is None else op(aten.sub.Tensor, mean, args[2]), s
-        )
-        bias = op(aten.neg.default, bias) if shift is None else op(aten.sub.Tensor, shift, bias)
-    x.args = (args[0], weight, bias, *args[3:])
-    norm.replace_all_uses_with(x)
+        s = add(aten.rsqrt.default, add(aten.add.Tensor, variance, eps))
+        s = s if scale is None else add(aten.mul.Tensor, s, scale)
+        weight = add(aten.mul.Tensor, weight, add(aten.view.default, s, [-1, 1, 1, 1]))
+        lower = mean if bias is None else add(aten.sub.Tensor, mean, bias)
+        lower = add(aten.mul.Tensor, lower, s)
+        bias = add(aten.neg.default, lower) if shift is None else add(aten.sub.Tensor, shift, lower)
+    set_argument(conv, "weight", weight)
+    set_argument(conv, "bias", bias)
+    norm.replace_all_uses_with(conv)
     graph.erase_node(norm)

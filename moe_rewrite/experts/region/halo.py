@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from ...analysis.conv_region import Region, map_size
-from ...analysis.spatial import NCHW, Window, padding_of, pair, windows
+from ...analysis.spatial import NCHW, Window, padding_of, windows
 from ...errors import ConversionError
-from ...ir import patch_grid as grids
-from ...ir.aten import op_name, value
+from ...ir import patch_grid
+from ...ir.aten import value
+from ...ir.ops import first, op, op_name, set_argument
 from ...ir.patch_grid import Span
 from ...ir.program import Code, Program
 from .patch_code import PatchCode, device_of, dry_run, one_patch, resize, weights_of
@@ -34,10 +35,12 @@ def halo_code(
     """Each patch with the neighbours that it reads: the dense region's values, computed apart."""
     made = _HaloCode(program, region, grid, sizes)
     code = made.build()
-    entry = grids.windows(made.exit_size, grid, made.spans[region.entry], map_size(region.entry))
+    entry = patch_grid.windows(
+        made.exit_size, grid, made.spans[region.entry], map_size(region.entry)
+    )
     outside = tuple(mask for _, mask in made.outside.values())
     _, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
-    return PatchCode(code, entry, grids.patches(*made.exit_size, grid), outside, macs)
+    return PatchCode(code, entry, patch_grid.patches(*made.exit_size, grid), outside, macs)
 
 
 class _HaloCode:
@@ -46,7 +49,7 @@ class _HaloCode:
     ) -> None:
         self.region, self.grid, self.sizes = region, grid, sizes
         self.exit_size = map_size(region.exit)
-        self.patch = tuple(grids.largest(n, grid) for n in self.exit_size)
+        self.patch = tuple(patch_grid.largest(n, grid) for n in self.exit_size)
         self.spans = self._spans()
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {region.entry: self.graph.placeholder("x")}
@@ -78,7 +81,7 @@ class _HaloCode:
                     spans[source] = _join(spans.get(source), needed, self.region, source)
         for node in self.region.maps():
             if node.target is operator.getitem:  # a part of a tuple has what the tuple has
-                spans[node] = spans[node.args[0]]  # type: ignore[index]
+                spans[node] = spans[first(node)]
         return spans
 
     def _map(self, node: fx.Node) -> fx.Node:
@@ -90,24 +93,20 @@ class _HaloCode:
             for s in node.all_input_nodes
             if s in self.region.places
         }
-        name = op_name(node)
-        source = given.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        if name in ("pad", "constant_pad_nd"):
+        kind, source = op(node).positions, None
+        if isinstance(first(node), fx.Node):
+            source = given.get(first(node))
+        if kind == "pad":
             return self._channel_padding(node, source)
-        if name == "slice" and any(w.stride != 1 or w.padding for w in ways):
+        if kind == "slice" and any(w.stride != 1 or w.padding for w in ways):
             return self._strided(source, ways, self.region.places[node])
         copy = self.graph.node_copy(node, lambda n: given.get(n) or self.copies[n])
         copy.meta = {}
         resize(copy, node, self.sizes)
-        if name in ("conv2d", "convolution"):
-            if name == "conv2d":  # whose padding may have been a word
-                copy.target = aten.conv2d.default
-            if len(node.args) > 4:
-                copy.args = (*copy.args[:4], [0, 0], *copy.args[5:])
-        elif name in ("max_pool2d", "avg_pool2d"):
-            rest = copy.args[4:]
-            stride = list(pair(node.args[2])) if len(node.args) > 2 and node.args[2] else []
-            copy.args = (copy.args[0], copy.args[1], stride, [0, 0], *rest)
+        if op_name(node) == "conv2d":  # whose padding may have been a word
+            copy.target = aten.conv2d.default
+        if kind in ("convolution", "pool"):
+            set_argument(copy, "padding", [0, 0])
         return self._clean(copy, node)
 
     def _clean(self, copy: fx.Node, node: fx.Node) -> fx.Node:
@@ -140,7 +139,7 @@ class _HaloCode:
         if self.region.places[node] != NCHW:
             raise ConversionError(f"{node.name}: neighbours are read of a map that was permuted")
         size = map_size(node)
-        inside = grids.windows(self.exit_size, self.grid, spans, size).inside
+        inside = patch_grid.windows(self.exit_size, self.grid, spans, size).inside
         if inside is None:
             return copy
         if (copy, fill) not in self.masked:
@@ -166,8 +165,10 @@ class _HaloCode:
             pads[at : at + 2] = [0, 0][: len(pads) - at] if at < len(pads) else []
         if not any(pads):
             return source
-        args: Any = (source, pads, *node.args[2:])
-        return self.graph.call_function(node.target, args)  # type: ignore[arg-type]
+        copy = self.graph.node_copy(node, lambda n: source if n is first(node) else self.copies[n])
+        copy.meta = {}
+        set_argument(copy, "pad", pads)
+        return copy
 
     def _strided(self, source: Any, ways: tuple[Window, Window], place: Any) -> fx.Node:
         for dim, way in zip((place.rows, place.cols), ways, strict=True):

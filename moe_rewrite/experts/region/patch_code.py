@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...analysis.conv_region import Region, map_size
 from ...errors import ConversionError
-from ...ir import patch_grid as grids
-from ...ir.aten import op_name, value
+from ...ir import patch_grid
+from ...ir.aten import value
+from ...ir.ops import argument, op, set_argument
 from ...ir.patch_grid import Table
 from ...ir.program import Code, Program
 
@@ -70,8 +71,8 @@ def isolated_code(
     weights: list[torch.Tensor],
 ) -> PatchCode:  # fmt: skip
     """Each patch by itself: its borders are padded as the map's are (pMoE, section 3)."""
-    entry = grids.patches(*map_size(region.entry), grid)
-    exit_ = grids.patches(*map_size(region.exit), grid)
+    entry = patch_grid.patches(*map_size(region.entry), grid)
+    exit_ = patch_grid.patches(*map_size(region.exit), grid)
     # the rows that fill up a smaller patch are a neighbour's: outside
     outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
     code = whole_code(program, region, sizes, masked=bool(outside))
@@ -112,8 +113,8 @@ def dry_run(
 
         def run_node(self, n: fx.Node) -> Any:
             out = super().run_node(n)
-            if op_name(n) in ("conv2d", "convolution", "linear"):
-                weight = self.env[n.args[1]]  # type: ignore[index]
+            if op(n).product in ("filter", "linear"):
+                weight = self.env[argument(n, "weight")]
                 channels = weight.shape[0]
                 self.macs += out.numel() // channels * weight.numel()
             return out
@@ -135,9 +136,8 @@ def resize(copy: fx.Node, node: fx.Node, sizes: dict[fx.Node, int]) -> None:
     """Write a smaller group's size into an operation that names it."""
     if node not in sizes:
         return
-    name, size = op_name(node), sizes[node]
-    if name in ("layer_norm", "rms_norm"):
-        copy.args = (copy.args[0], [size], *copy.args[2:])
+    normalized = op(node).normalized
+    if normalized:
+        set_argument(copy, normalized, [sizes[node]])
     else:
-        at = 8 if name == "convolution" else 6
-        copy.args = (*copy.args[:at], size, *copy.args[at + 1 :])
+        set_argument(copy, "groups", sizes[node])

@@ -13,17 +13,17 @@ import torch
 
 from ..buffer_reuse import reused
 from ..cpu_threads import spread
-from . import cpu_padded as equal
+from . import cpu_padded
 from .activations import activate, activation_backward
-from .cpu_plan import Batch, Gradients, Maps, Rows, Weights, combine, dot
+from .cpu_plan import Batch, Gradients, HostPlan, Maps, Weights, combine, dot
 
 
 def forward(
-    x: torch.Tensor, gates: torch.Tensor, rows: Rows, w: Weights, activation: str, save: bool
+    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, D), pre (1 or 2, S, H): up's and, where there is one, the gate's products)."""
-    if w.stacked() and rows.even():
-        return equal.forward(x, gates, rows, w, activation, save)
+    if w.stacked() and rows.fits_padding():
+        return cpu_padded.forward(x, gates, rows, w, activation, save)
     ups, gatings, downs = (
         rows.maps(*k) for k in ((w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias))
     )
@@ -64,7 +64,7 @@ def backward(
     x: torch.Tensor,
     gates: torch.Tensor,
     pre: torch.Tensor,
-    rows: Rows,
+    rows: HostPlan,
     w: Weights,
     activation: str,
     need_x: bool,
@@ -76,8 +76,8 @@ def backward(
     With ungated products throughout: ``dhidden = dy down``, ``dgate = <dhidden, hidden>``; the
     gates weigh the rows of dy, x and dx instead of those of width H.
     """
-    if w.stacked() and rows.even():
-        return equal.backward(dy, x, gates, pre, rows, w, activation, need_x, need_gates, into)
+    if w.stacked() and rows.fits_padding():
+        return cpu_padded.backward(dy, x, gates, pre, rows, w, activation, need_x, need_gates, into)
     up, down, gate, _, _, down_bias = map(rows.each, w)
     grads, trained = Gradients(*map(rows.each, into)), into.some()
     weights_S1 = gates.reshape(-1, 1).index_select(0, rows.order_S).to(x.dtype)
@@ -134,7 +134,7 @@ def backward(
     )
 
 
-def _pairs(rows: Rows, x: torch.Tensor) -> torch.Tensor:
+def _pairs(rows: HostPlan, x: torch.Tensor) -> torch.Tensor:
     """(S, D), zero for dropped pairs, unwritten for others."""
     return rows.clear_dropped(_buffer(x, "pairs", len(rows.order_S), x.shape[1]))
 
@@ -193,7 +193,7 @@ def _up_gradients(
             torch.mv(left.t(), gate[:, 0], out=bias)
 
 
-def _clear_idle(rows: Rows, into: Gradients) -> None:
+def _clear_idle(rows: HostPlan, into: Gradients) -> None:
     """Gradients of experts without rows."""
     idle = set(range(len(rows.bounds) - 1)) - set(rows.experts)
     for kind in into:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..buffer_reuse import reused
 from .activations import activate, activation_backward
-from .cpu_plan import Gradients, Rows, Weights, combine, dot
+from .cpu_plan import Gradients, HostPlan, Weights, combine, dot
 from .reference import Stack
 
 
@@ -28,14 +28,14 @@ class Groups(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, rows: Rows) -> Groups:
+    def of(cls, rows: HostPlan) -> Groups:
         ends, size = torch.tensor(rows.bounds), rows.largest
         within = torch.arange(size)
         taken = (within < ends.diff()[:, None]).view(-1)
         pair = (ends[:-1, None] + within).clamp_(max=len(rows.order_S) - 1).view(-1)
         return cls(taken.nonzero()[:, 0], pair, taken.logical_not_().nonzero()[:, 0], size)
 
-    def gather(self, x_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def gather(self, x_TD: torch.Tensor, rows: HostPlan) -> torch.Tensor:
         """(E, G, D)."""
         given = x_TD.index_select(0, rows.tokens_S[self.pair_EG])
         return given.index_fill_(0, self.filling, 0).view(-1, self.size, x_TD.shape[1])
@@ -47,7 +47,7 @@ class Groups(NamedTuple):
 
 
 def forward(
-    x: torch.Tensor, gates: torch.Tensor, rows: Rows, w: Weights, activation: str, save: bool
+    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As of `cpu.forward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
@@ -71,7 +71,7 @@ def backward(
     x: torch.Tensor,
     gates: torch.Tensor,
     pre: torch.Tensor,
-    rows: Rows,
+    rows: HostPlan,
     w: Weights,
     activation: str,
     need_x: bool,

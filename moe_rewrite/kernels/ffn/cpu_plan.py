@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 Maps = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
 
-class Rows(NamedTuple):
+class HostPlan(NamedTuple):
     """The plan at hand: bounds of the experts' groups on the host, and each pair's row.
 
     dense: every expert takes all rows in their order, so that nothing is gathered.
@@ -103,7 +103,7 @@ class Rows(NamedTuple):
         hidden: int,
         width: int,
         dense: bool,
-    ) -> Rows:
+    ) -> HostPlan:
         bounds = offsets.tolist()
         sizes = [hi - lo for lo, hi in pairwise(bounds)]
         experts = [e for e, n in enumerate(sizes) if n]
@@ -114,7 +114,7 @@ class Rows(NamedTuple):
             max((b.rows for b in batches), default=0), order // k, order, inverse.view(-1, k), dense,
         )  # fmt: skip
 
-    def even(self) -> bool:
+    def fits_padding(self) -> bool:
         """Whether small groups filled up to the largest's size are fewer than twice the rows."""
         few = (len(self.bounds) - 1) * self.largest <= 2 * self.bounds[-1]
         return not self.dense and 0 < self.largest <= SMALL and few
@@ -180,8 +180,8 @@ def _shares(rows: list[int], products: int) -> list[list[int]]:
         least = taken.index(min(taken))
         shares[least].append(i)
         taken[least] += rows[i]
-    even = max(taken) * count * UNEVEN <= sum(rows) * (UNEVEN + 1)
-    return [sorted(s) for s in shares] if even else [every]
+    fits_padding = max(taken) * count * UNEVEN <= sum(rows) * (UNEVEN + 1)
+    return [sorted(s) for s in shares] if fits_padding else [every]
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,7 @@ first: an H100 takes twice the time for rows that lie apart. Offsets are int64.
 import triton
 import triton.language as tl
 
-from ..tl_matmul import dot, product
-from ..tl_matmul import place as grid_place
+from ..tl_matmul import dot, product, program_tile
 from .epilogues import act, act_slope
 
 
@@ -50,7 +49,7 @@ def up_kernel(
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden (S, H) = act(gate x) * (up x), or act(up x); with SAVE what it is made of into pre."""
-    tile, column = grid_place(tl.cdiv(H, N), bound, GROUP)
+    tile, column = program_tile(tl.cdiv(H, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
     expert, start, there = _tile(tiles, starts, offsets, tile, M)
@@ -107,7 +106,7 @@ def rows_kernel(
 ):  # fmt: skip
     """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), with GATHER a (T, C); w an expert
     (N, C) by strides."""
-    tile, column = grid_place(tl.cdiv(N_ALL, N), bound, GROUP)
+    tile, column = program_tile(tl.cdiv(N_ALL, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
     expert, start, there = _tile(tiles, starts, offsets, tile, M)

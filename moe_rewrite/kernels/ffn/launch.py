@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import tile_sizes as blocks
-from ..tile_sizes import Blocks, aligned
+from .. import tile_sizes
+from ..tile_sizes import TileSizes, aligned
 from ..triton import ceil_div, power_of_two, precision
 from . import kernel
 from .cpu_plan import Gradients
@@ -53,12 +53,12 @@ def stack(weights: Sequence[torch.Tensor], dims: int) -> torch.Tensor | None:
     if first.ndim == dims:
         return first
     step = weights[1].data_ptr() - first.data_ptr() if len(weights) > 1 else 0
-    even = all(
+    fits_padding = all(
         w.data_ptr() - first.data_ptr() == e * step and w.stride() == first.stride()
         and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         for e, w in enumerate(weights)
     )  # fmt: skip
-    if even and step >= 0 and step % first.element_size() == 0:
+    if fits_padding and step >= 0 and step % first.element_size() == 0:
         size, strides = (
             (len(weights), *first.shape),
             (step // first.element_size(), *first.stride()),
@@ -92,7 +92,7 @@ def forward(
     pre = x.new_empty(1 if gate is None else 2, S if save else 0, hidden_width)
     hidden = x.new_empty(S, hidden_width)
     wide, biased = aligned(*up.shape[1:], x.stride(0)), up_bias is not None or gate_bias is not None
-    size = blocks.activated(x, S / len(up), wide, gate is not None, biased)
+    size = tile_sizes.activated(x, S / len(up), wide, gate is not None, biased)
     tiles = Tiles.of(order, offsets, size.m)
     gating = up if gate is None else gate
     kernel.up_kernel[_grid(tiles, hidden_width, size)](
@@ -124,7 +124,7 @@ def backward(
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
-    size = blocks.product(x, S / len(up), aligned(x.shape[1], H, dy.stride(0)))
+    size = tile_sizes.product(x, S / len(up), aligned(x.shape[1], H, dy.stride(0)))
     tiles = Tiles.of(order, offsets, size.m)
     hidden = _rows_product(tiles, size, dy, down.transpose(1, 2), gather=gates.shape[1])
     dpre, shares = torch.empty_like(pre), x.new_empty(S, dtype=torch.float32)
@@ -186,7 +186,7 @@ def _pieces(rows: torch.Tensor) -> tuple[int, int]:
 
 def _rows_product(
     tiles: Tiles,
-    size: Blocks,
+    size: TileSizes,
     a: torch.Tensor,
     w_ENC: torch.Tensor,
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -197,7 +197,7 @@ def _rows_product(
     gather: a is (T, C), and the pairs' rows are taken, so many of each."""
     a2, w2 = second or (a, w_ENC)
     width, depth = w_ENC.shape[1:]
-    size = blocks.product(a, size.m, aligned(width, depth, a.stride(0)))
+    size = tile_sizes.product(a, size.m, aligned(width, depth, a.stride(0)))
     out = a.new_empty(len(tiles.order), width)
     kernel.rows_kernel[_grid(tiles, width, size)](
         a, a2, tiles.order, *tiles.given(), w_ENC, w2, _or(bias, a), out, gather, width, depth,
@@ -217,7 +217,7 @@ def _weight_gradient(
     if not len(into):
         return
     shape = len(offsets) - 1, left.shape[1], right.shape[1]
-    size = blocks.gradient(left, aligned(*shape[1:]))
+    size = tile_sizes.gradient(left, aligned(*shape[1:]))
     out = into if isinstance(into, torch.Tensor) else left.new_empty(shape)
     grid = ceil_div(shape[1], size.m) * ceil_div(shape[2], size.n), shape[0]
     kernel.weights_kernel[grid](
@@ -283,11 +283,11 @@ def _or(given: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if given is None else given
 
 
-def _grid(tiles: Tiles, columns: int, size: Blocks) -> tuple[int]:
+def _grid(tiles: Tiles, columns: int, size: TileSizes) -> tuple[int]:
     return (len(tiles.expert) * ceil_div(columns, size.n),)
 
 
-def _options(size: Blocks, depth: int, dtype: torch.dtype) -> dict[str, Any]:
+def _options(size: TileSizes, depth: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "EVEN": depth % size.depth == 0, "PRECISION": precision(dtype), "M": size.m, "N": size.n,
         "BLOCK": size.depth, "GROUP": GROUP, "num_warps": size.warps, "num_stages": size.stages,

@@ -15,7 +15,7 @@ from ..buffer_reuse import reused
 from ..plan.op import Plan, dense_plan
 from ..triton import runs_on
 from .cpu import backward, forward
-from .cpu_plan import Gradients, Rows, Weights
+from .cpu_plan import Gradients, HostPlan, Weights
 from .reference import ACTIVATIONS, Stack
 
 __all__ = ["ffn_dense", "ffn_experts"]
@@ -90,7 +90,9 @@ def _run(
     )
     gates = gates.reshape(-1, gates.shape[-1])
     run: Any = (
-        _ffn if save or torch.compiler.is_compiling() or torch.compiler.is_exporting() else _plain
+        _ffn
+        if save or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        else _ffn_forward
     )
     y, _ = run(flat, gates, *plan, *lists, activation, dense, save)
     return y.view(x.shape)
@@ -172,7 +174,7 @@ def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
     return runs_on(x) and x.numel() > 0 and up[0].numel() > 0
 
 
-def _plain(
+def _ffn_forward(
     x: torch.Tensor,
     gates: torch.Tensor,
     order: torch.Tensor,
@@ -195,12 +197,12 @@ def _plain(
 
         return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
     hidden, width = up[0].shape[-2:]
-    rows = Rows.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
+    rows = HostPlan.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
     return forward(x, gates, rows, _by_expert(lists), activation, save)
 
 
 # a few tokens at a time, an op's dispatch would show: `_run` goes around it where it can
-_ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _plain, mutates_args=())
+_ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _ffn_forward, mutates_args=())
 
 
 @_ffn.register_fake
@@ -241,7 +243,7 @@ def _ffn_backward(
         )  # fmt: skip
         return [g for g in made_first if g is not None] + made
     hidden, width = up[0].shape[-2:]
-    rows = Rows.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
+    rows = HostPlan.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
     dx, dgates = backward(
         dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],
         _gradients_by_expert(into),

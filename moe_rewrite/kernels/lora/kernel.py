@@ -6,7 +6,7 @@ T rows, C what is summed over, N columns, R the ranks of all experts.
 import triton
 import triton.language as tl
 
-from ..tl_matmul import dot, place, product
+from ..tl_matmul import dot, product, program_tile
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def low_rank_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y (T, N) = x w^T + low b^T; w is (N, C) and b (N, R) by their strides."""
-    tile, column = place(tl.cdiv(N_ALL, N), bound, GROUP)
+    tile, column = program_tile(tl.cdiv(N_ALL, N), bound, GROUP)
     rows = tile.to(tl.int64) * M + tl.arange(0, M)
     n = column.to(tl.int64) * N + tl.arange(0, N)
     there, inside = rows < T, n < N_ALL

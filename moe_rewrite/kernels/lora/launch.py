@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import tile_sizes as blocks
+from .. import tile_sizes
 from ..triton import ceil_div, precision
 from . import kernel
 
@@ -17,8 +17,8 @@ def low_rank(
     """(T, N) = x w^T + low b^T; w and b may be transposed views."""
     x = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
     (rows, depth), width, rank = x.shape, w_NC.shape[0], low_TR.shape[1]
-    size = blocks.product(x, rows, blocks.aligned(depth, width, x.stride(0)))
-    ranks = blocks.ranks(rank)
+    size = tile_sizes.product(x, rows, tile_sizes.aligned(depth, width, x.stride(0)))
+    ranks = tile_sizes.ranks(rank)
     y = x.new_empty(rows, width)
     bound = ceil_div(rows, size.m)
     kernel.low_rank_kernel[(bound * ceil_div(width, size.n),)](

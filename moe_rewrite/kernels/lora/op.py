@@ -38,10 +38,10 @@ def lora_linear(
     """
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a_RD, b_OR))
     _check(x_TD, weight_OD, bias_O, scales_TR, a, b)
-    return unchecked(x_TD, weight_OD, bias_O, scales_TR, a, b)
+    return lora_linear_unchecked(x_TD, weight_OD, bias_O, scales_TR, a, b)
 
 
-def unchecked(
+def lora_linear_unchecked(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,

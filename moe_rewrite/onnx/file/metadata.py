@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from ...errors import CheckpointError
-from ..trace.weights import Stack
+from ..trace.weights import ExpertDim
 
 FORMAT = 1
 PREFIX = "moe_rewrite."
@@ -27,7 +27,7 @@ class Facts:
 
     base: str
     experts: list[str]
-    stacks: dict[str, Stack]
+    stacks: dict[str, ExpertDim]
     cache: bool
 
 
@@ -80,7 +80,7 @@ def _facts(path: Path, said: dict[str, Any], tensors: dict[str, onnx.TensorProto
     if not well_formed:
         raise CheckpointError(f"{path}: its metadata is malformed")
     assert isinstance(base, str) and isinstance(experts, list) and isinstance(stacks, dict)
-    return Facts(base, experts, {n: Stack(*s) for n, s in stacks.items()}, exported["cache"])  # type: ignore[index]
+    return Facts(base, experts, {n: ExpertDim(*s) for n, s in stacks.items()}, exported["cache"])  # type: ignore[index]
 
 
 def _is_stack(said: Any, tensor: onnx.TensorProto) -> bool:
@@ -111,7 +111,7 @@ def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
         raise CheckpointError(f"{file}: missing or shorter than {path.name} says")
 
 
-def require_stack(name: str, stack: Stack, old: onnx.TensorProto, new: torch.Tensor) -> int:
+def require_stack(name: str, stack: ExpertDim, old: onnx.TensorProto, new: torch.Tensor) -> int:
     """How many experts a tensor holds that is to take the place of an initializer."""
     from .dtypes import KINDS
 

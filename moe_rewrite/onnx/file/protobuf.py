@@ -12,7 +12,7 @@ GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProt
 PAGE = 4096  # bytes from which a weight is large: it begins at an offset that can be mapped
 
 
-class Place(NamedTuple):
+class FileRange(NamedTuple):
     """Where the bytes of a weight lie: the name of a file, and offset and length in bytes."""
 
     file: str
@@ -30,11 +30,11 @@ def large(length: int) -> bool:
     return length >= PAGE
 
 
-def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | Place) -> None:
+def piece(file: IO[bytes], tensor: onnx.TensorProto, content: memoryview | FileRange) -> None:
     """A ModelProto that holds nothing but one initializer, of these bytes or of those that lie
     elsewhere; bytes come last."""
     behind = memoryview(b"")
-    if isinstance(content, Place):
+    if isinstance(content, FileRange):
         content.mark(tensor)
         head = tensor.SerializeToString()
     else:

@@ -23,7 +23,7 @@ import torch
 from ...errors import ConfigError
 from ...utils.tensor_bytes import tensor_bytes
 from .dtypes import KINDS
-from .protobuf import PAGE, Place, large, piece
+from .protobuf import PAGE, FileRange, large, piece
 
 if TYPE_CHECKING:
     from .skeleton import Skeleton
@@ -44,14 +44,14 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
     """Write the .onnx file at `path` and, if `external`, one file of weights beside it, whose name
     holds their hash: so a file in place always finds the weights that it was written with."""
-    places: dict[str, Place] = {}
+    ranges: dict[str, FileRange] = {}
     if external:
         data = path.with_name(f"{path.stem}-{digest(skeleton.weights)[:16]}.data")
-        places = write_data(skeleton.weights, data)
-    _write_graph(skeleton, path, places)
+        ranges = write_data(skeleton.weights, data)
+    _write_graph(skeleton, path, ranges)
 
 
-def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) -> None:
+def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, FileRange]) -> None:
     """The graph with the weights that are not elsewhere."""
     with open(path, "wb") as file:
         file.write(skeleton.model.SerializeToString())
@@ -61,18 +61,18 @@ def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, Place]) ->
         _flush(file)
 
 
-def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Place]:
+def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, FileRange]:
     """Write their bytes one after the other; large ones begin at a page."""
-    places = {}
+    ranges = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
             content = tensor_bytes(tensor)
             if large(content.nbytes):
                 file.write(bytes(-file.tell() % PAGE))
-            places[name] = Place(path.name, file.tell(), content.nbytes)
+            ranges[name] = FileRange(path.name, file.tell(), content.nbytes)
             file.write(content)
         _flush(file)
-    return places
+    return ranges
 
 
 def _flush(file: IO[bytes]) -> None:

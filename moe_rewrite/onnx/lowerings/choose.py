@@ -54,12 +54,12 @@ class Choice:
 
 
 def _measured(routing: Routing, misfit: str) -> Chosen:
-    if routing.per_row is None:
+    if routing.top_k is None:
         return Chosen("sparse", f"no table for experts that choose rows; contrib not: {misfit}")
-    if routing.per_row >= routing.experts:
+    if routing.top_k >= routing.experts:
         return Chosen("dense", "every row goes to all experts")
     able = tuple(n for n in LOWERINGS[1:] if not (misfit and n == "contrib"))
-    best, worst = fastest(table(), routing.experts, routing.per_row, able)
+    best, worst = fastest(table(), routing.experts, routing.top_k, able)
     ratios = ", ".join(f"{n} {r:.2f}" for n, r in worst.items())
     rest = f"; contrib does not fit: {misfit}" if misfit else ""
     return Chosen(best, f"at most so many times the fastest where measured: {ratios}{rest}")

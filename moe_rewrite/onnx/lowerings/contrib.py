@@ -30,7 +30,7 @@ SMALL = 1e-38  # the least gate of which a logarithm is taken
 def misfit(call: TracedFeedForward, routing: Routing, bits: int | None = None) -> str:
     """Why the operator cannot stand for these experts, or "" where it can."""
     form = call.form
-    if routing.per_row is None:
+    if routing.top_k is None:
         return "experts choose their rows: a row has no largest number of them"
     if form is None:
         return "the region computes none of the fused forms"
@@ -43,7 +43,7 @@ def misfit(call: TracedFeedForward, routing: Routing, bits: int | None = None) -
 
 def contrib(build: Builder, site: Site, bits: int | None = None) -> ir.Value:
     """bits: 4 or 8 for QMoE. The stacks that the operator takes are put into `build.weights`."""
-    form, k = site.call.form, min(site.per_row or 0, len(site.weights))
+    form, k = site.call.form, min(site.top_k or 0, len(site.weights))
     assert form is not None and k
     op = build.op
     total = op("ReduceSum", site.gates, build.constant([1]), keepdims=1)

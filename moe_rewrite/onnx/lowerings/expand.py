@@ -10,7 +10,7 @@ import torch
 
 from ...errors import CaptureError
 from ...experts.ffn.call import Weights, matrix
-from ...ir.structural_key import same_code
+from ...ir.structural_key import structural_key
 from ..trace.ffn_placeholder import DOMAIN, OPERATOR, TracedFeedForward
 from .body import body_graph
 from .builder import Builder
@@ -82,12 +82,12 @@ def _site(
         first = [w[0] if stacked else w for w, stacked in zip(first, call.open, strict=True)]
     width = int(x.shape[-1])  # type: ignore[index, arg-type]
     key = (
-        same_code(call.body.middle.module.graph), call.body.ups, call.body.down, call.body.extra,
+        structural_key(call.body.middle.module.graph), call.body.ups, call.body.down, call.body.extra,
         *(t.shape for t in first), first[0].dtype,
     )  # fmt: skip
     if key not in bodies:
         bodies[key] = body_graph(call, first, width, opset)
-    return Site(call, x, gates, weights, call.routing.per_row, width, bodies[key], tensors)
+    return Site(call, x, gates, weights, call.routing.top_k, width, bodies[key], tensors)
 
 
 def _stand_ins(site: Site, bits: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ class Site:
     x: ir.Value
     gates: ir.Value
     weights: list[list[ir.Value]]
-    per_row: int | None
+    top_k: int | None
     width: int
     body: ir.Graph
     tensors: dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from .site import Site
 
 
 def sparse(build: Builder, site: Site) -> ir.Value:
-    return _unbounded(build, site) if site.per_row is None else _bounded(build, site, site.per_row)
+    return _unbounded(build, site) if site.top_k is None else _bounded(build, site, site.top_k)
 
 
 def _bounded(build: Builder, site: Site, k: int) -> ir.Value:
@@ -37,11 +37,11 @@ def _unbounded(build: Builder, site: Site) -> ir.Value:
     """Any number of experts a row: each adds what it gives to its rows, one after the other."""
     op, const = build.op, build.constant
     gates_ET = op("Transpose", site.gates, perm=[1, 0])
-    places = op("Transpose", op("NonZero", gates_ET), perm=[1, 0])  # (n, 2): expert and row, sorted
+    ranges = op("Transpose", op("NonZero", gates_ET), perm=[1, 0])  # (n, 2): expert and row, sorted
     counts = op("Cast", op("Cast", gates_ET, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     counts = op("ReduceSum", counts, const([1]), keepdims=0)
-    gates = op("Unsqueeze", op("GatherND", gates_ET, places), const([1]))
-    rows = op("Gather", places, const([1]), axis=1)
+    gates = op("Unsqueeze", op("GatherND", gates_ET, ranges), const([1]))
+    rows = op("Gather", ranges, const([1]), axis=1)
     x = op("Gather", site.x, op("Squeeze", rows, const([1])), axis=0)
     parts = _by_expert(build, site, x, counts)
     total = op("Expand", op("CastLike", const(0), site.x), op("Shape", site.x))

@@ -16,7 +16,7 @@ HALVES = (ir.DataType.FLOAT16, HALF)
 BFLOAT16 = "tensor(bfloat16)"
 
 
-def settle_halves(graph: ir.Graph, opset: int) -> None:
+def insert_float16_casts(graph: ir.Graph, opset: int) -> None:
     """graph: of a model with 16-bit values; all that a call gives has a type."""
     _widen(graph)
     for node in list(graph.all_nodes()):

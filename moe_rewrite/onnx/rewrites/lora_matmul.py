@@ -18,7 +18,7 @@ from .nodes import Adder, is_op, made_by, only_use, other_input, sizes
 SMALL = 2**21  # elements of a weight: with more, what a product saves is below 3% of its time
 
 
-class Product(NamedTuple):
+class WeightMatMul(NamedTuple):
     """``node = MatMul(read, Transpose(weight))`` of a matrix that nothing computes."""
 
     node: ir.Node
@@ -26,7 +26,7 @@ class Product(NamedTuple):
     weight: ir.Value
 
     @classmethod
-    def of(cls, value: ir.Value | None) -> Product | None:
+    def of(cls, value: ir.Value | None) -> WeightMatMul | None:
         node = made_by(value, "MatMul")
         turn = made_by(node.inputs[1], "Transpose") if node is not None else None
         weight = turn.inputs[0] if turn is not None else None
@@ -43,7 +43,7 @@ class Product(NamedTuple):
 def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
     """Of all ``(x A) * gates`` with one x, one product that is gated once. experts: names of their
     weights; those that are joined have one shape, the number of experts open or not."""
-    groups: dict[Any, list[tuple[Product, ir.Node]]] = {}
+    groups: dict[Any, list[tuple[WeightMatMul, ir.Node]]] = {}
     for product, gating in products(graph, experts, "Mul"):
         gates, shape = other_input(gating, product.out), sizes(product.weight)
         if gates is not None and gates.shape and shape and 1 not in (gates.shape[-1], shape[0]):
@@ -55,11 +55,16 @@ def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
             _join_first(graph, group, repeated)
 
 
-def products(graph: ir.Graph, experts: Container[str], then: str) -> list[tuple[Product, ir.Node]]:
+def products(
+    graph: ir.Graph, experts: Container[str], then: str
+) -> list[tuple[WeightMatMul, ir.Node]]:
     """Those with experts' weights, and the node of this kind that alone takes each, in the order of
     these nodes."""
     pairs = [
-        (Product.of(value), node) for node in graph if is_op(node, then) for value in node.inputs
+        (WeightMatMul.of(value), node)
+        for node in graph
+        if is_op(node, then)
+        for value in node.inputs
     ]
     return [
         (product, node)
@@ -69,7 +74,9 @@ def products(graph: ir.Graph, experts: Container[str], then: str) -> list[tuple[
 
 
 def _join_first(
-    graph: ir.Graph, group: list[tuple[Product, ir.Node]], repeated: dict[tuple[int, int], ir.Value]
+    graph: ir.Graph,
+    group: list[tuple[WeightMatMul, ir.Node]],
+    repeated: dict[tuple[int, int], ir.Value],
 ) -> None:
     """repeated: gates side by side, by the gates and how often."""
     (first, gating), count = group[0], len(group)
@@ -97,7 +104,7 @@ def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
         if rest is None or only_use(rest, "Add") is not total:
             continue
         biased = made_by(rest, "Add")
-        for base in map(Product.of, biased.inputs if biased is not None else [rest]):
+        for base in map(WeightMatMul.of, biased.inputs if biased is not None else [rest]):
             if base is None or not _fits(base, product) or base.weight.name in experts:
                 continue
             bias = other_input(biased, base.out) if biased is not None else None
@@ -105,7 +112,7 @@ def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
             break
 
 
-def _fits(base: Product, product: Product) -> bool:
+def _fits(base: WeightMatMul, product: WeightMatMul) -> bool:
     """Whether the base's product is small and read nowhere else, and both are of as many rows."""
     read, low = sizes(base.read), sizes(product.read)
     numbers = [n for n in sizes(base.weight) or () if isinstance(n, int)]
@@ -115,7 +122,11 @@ def _fits(base: Product, product: Product) -> bool:
 
 
 def _join_second(
-    graph: ir.Graph, total: ir.Node, base: Product, product: Product, bias: ir.Value | None
+    graph: ir.Graph,
+    total: ir.Node,
+    base: WeightMatMul,
+    product: WeightMatMul,
+    bias: ir.Value | None,
 ) -> None:
     old = total.outputs[0]
     add = Adder(graph, total, old.name)

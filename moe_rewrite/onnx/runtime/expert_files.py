@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 
-from ...errors import CheckpointError, ConfigError
-from ...routing.token_gate import TokenGate
+from ...errors import CheckpointError
 from ...utils.atomic_files import replace_file
 from ..file.metadata import FORMAT, Facts, require_stack
-from ..trace.functional import Plain
+from ..trace.functional import FunctionalModel
 from ..trace.weights import ROWS, tensors_of
 
 if TYPE_CHECKING:
@@ -37,11 +36,11 @@ def export_experts(
 
     from ..export import base_of
 
-    plain = Plain(moe, example_inputs, open_experts=True)
-    plain.require_open()
-    tensors = {n: plain.tensors[n].cpu().contiguous() for n in plain.stacks}
+    functional = FunctionalModel(moe, example_inputs, open_experts=True)
+    functional.require_open()
+    tensors = {n: functional.tensors[n].cpu().contiguous() for n in functional.stacks}
     facts = {
-        "format": FORMAT, "base": base_of(plain), "experts": [moe.names[e] for e in plain.active],
+        "format": FORMAT, "base": base_of(functional), "experts": [moe.names[e] for e in functional.active],
     }  # fmt: skip
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,15 +91,14 @@ def export_adapter(
     """
     import onnxruntime as ort
 
-    index, router = moe._index(name), moe.router
-    if not isinstance(router, TokenGate):
-        raise ConfigError("export_adapter: a PatchRouter's experts choose patches")
-    plain = Plain(moe, example_inputs, open_experts=True)
-    plain.require_open()
+    index, router = moe.expert_index(name), moe.router
+    router.require_rows("export_adapter")
+    functional = FunctionalModel(moe, example_inputs, open_experts=True)
+    functional.require_open()
     alone = torch.zeros(1, router.size)
     alone[0, -1] = ALONE
-    tensors = tensors_of(moe, plain.graph, (index,), open_experts=True)[0] | {ROWS: alone}
-    arrays = {key: tensors[key].cpu().contiguous().numpy() for key in plain.stacks}
+    tensors = tensors_of(moe, functional.graph, (index,), open_experts=True)[0] | {ROWS: alone}
+    arrays = {key: tensors[key].cpu().contiguous().numpy() for key in functional.stacks}
     parameters = {key: ort.OrtValue.ortvalue_from_numpy(a) for key, a in arrays.items()}
     made = ort.AdapterFormat()
     made.set_adapter_version(1)

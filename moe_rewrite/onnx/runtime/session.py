@@ -12,7 +12,7 @@ import torch
 from ...utils.tensor_bytes import tensor_bytes
 
 if TYPE_CHECKING:
-    from ..file.protobuf import Place
+    from ..file.protobuf import FileRange
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -53,11 +53,13 @@ def _value(tensor: torch.Tensor) -> Any:
 
     from ..file.dtypes import KINDS
 
-    plain = tensor.detach().cpu().contiguous()
-    if plain.dtype != torch.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy(plain.numpy())
-    kind = KINDS[plain.dtype]
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), kind)
+    functional = tensor.detach().cpu().contiguous()
+    if functional.dtype != torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy(functional.numpy())
+    kind = KINDS[functional.dtype]
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+        functional.view(torch.uint16).numpy(), kind
+    )
 
 
 FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
@@ -78,7 +80,7 @@ def frugal_options(level: str = "ENABLE_ALL") -> Any:
 def replace_initializers(
     model: onnx.ModelProto,
     replaced: dict[str, torch.Tensor],
-    places: dict[str, Place] | None = None,
+    ranges: dict[str, FileRange] | None = None,
 ) -> None:
     """places: of those whose bytes lie in a file."""
     from ..file.dtypes import KINDS
@@ -87,8 +89,8 @@ def replace_initializers(
         if tensor.name in replaced:
             new = replaced[tensor.name]
             fresh = onnx.TensorProto(name=tensor.name, dims=new.shape, data_type=KINDS[new.dtype])
-            if places and tensor.name in places:
-                places[tensor.name].mark(fresh)
+            if ranges and tensor.name in ranges:
+                ranges[tensor.name].mark(fresh)
             else:
                 fresh.raw_data = bytes(tensor_bytes(new))
             tensor.CopyFrom(fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ class Routing:
     a row goes at most; None: no bound but their number."""
 
     experts: int
-    per_row: int | None
+    top_k: int | None
     base: bool
 
 
@@ -35,6 +36,11 @@ class TracedFeedForward(FeedForwardCall):
         self.__dict__.update(call.__dict__)
         self.number, self.name = number, name
 
+    @property
+    def trace_key(self) -> Any:
+        """Equal for calls of which a trace is the same, but for the number of the placeholder."""
+        return TracedFeedForward, self.channels, self.dims
+
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
         """Where experts come in stacks, a trace takes these for one expert, whose number is open."""
         self.open = tuple(isinstance(own, torch.Tensor) for own in experts)
@@ -48,7 +54,7 @@ class TracedFeedForward(FeedForwardCall):
         self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
     ) -> torch.Tensor:
         taken = 1 + gates.base if any(self.open) else len(weights)
-        self.routing = Routing(taken, gates.per_row, gates.base)
+        self.routing = Routing(taken, gates.top_k, gates.base)
         if not torch.compiler.is_exporting():
             return super().run(x_TD, gates, lead, weights)
         gates_TE = gates.gates.expand(*lead, -1).reshape(-1, gates.gates.shape[-1]).to(x_TD.dtype)

@@ -6,28 +6,27 @@ copies none of them; stacks of experts are arguments whose expert dimension stay
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ...converted.bound_graph import Graph
-from ...converted.parameters import ADDED
+from ...converted.bound_graph import BoundGraph
+from ...converted.state_dict import ADDED
 from ...errors import ConfigError
-from ...frontend.capture import example_like, is_hf, split_static
-from ...frontend.example_inputs import as_arguments
+from ...frontend.arguments import is_cache, split_static
+from ...frontend.capture import example_like
 from ...ir.equivalence import evaluating
-from ...ir.program import CACHE, Code
-from ...ir.structural_key import same_code
-from ...routing.plan import PrefixState, RoutingPlan, align
-from ...routing.token_gate import TokenGate
+from ...ir.program import Code
+from ...ir.structural_key import structural_key
+from ...routing.plan import PrefixState, RoutingPlan
+from ...routing.router import GivenRows
 from .ffn_placeholder import TracedFeedForward, with_placeholders
-from .segments import Part, arranged, traced_target, whole
+from .segments import Segment, as_one_segment, merge_small, traced_target
 from .weights import ROWS, tensors_of
 
 if TYPE_CHECKING:
@@ -37,14 +36,14 @@ ROUTER = 40  # nodes of a plan, about
 STATE = "router"  # prefix of the names of a prefix router's running sums
 
 
-class Plain(nn.Module):
+class FunctionalModel(nn.Module):
     """forward(leaves, tensors, state) -> outputs, all of them tensors.
 
     leaves: the call's tensors, of names `inputs`. tensors: by name, as in `tensors`; stacks: those
     that hold all experts. state: [total (B, D), count (B,)] of a prefix router where the model is
     exported with its cache, else []; the state after the call is put behind the outputs then.
-    outputs: names. example: leaves of sizes that a trace does not confuse. open: per leaf, the
-    dimensions that differ from call to call. mask: name of the input that says which rows count.
+    outputs: names. example: leaves of sizes that a trace does not confuse. cached: per leaf, whether
+    it is one of a key-value cache; open: the dimensions that differ from call to call. mask: name of the input that says which rows count.
     biased: a router's row ends in a bias. calls: of feed-forward regions, placeholders in a trace.
     parts: what is done, in order, from the values of names `given`: leaves, and state as `past`.
     """
@@ -56,10 +55,11 @@ class Plain(nn.Module):
         super().__init__()
         with evaluating(moe):
             self.arguments = _arguments(moe, example_inputs, cache)
-            self.graph, _ = moe._graph(self.arguments)
+            self.graph, _ = moe.graph_for(self.arguments)
         traced, _ = split_static(self.arguments)
         self.example = [t.detach() for t in pytree.tree_leaves(example_like(traced))]
         self.inputs = _input_names(traced)
+        self.cached = [is_cache(v) for v in traced.values() for _ in pytree.tree_leaves(v)]
         self.kept, self.outputs = _outputs(self.graph)
         closed = {(i, d) for i, d, _ in self.graph.static}
         self.open = [
@@ -74,15 +74,15 @@ class Plain(nn.Module):
         )
         taken = {*self.inputs, *self.tensors}  # a weight may be called as an output is
         self.outputs = [f"{name}.out" if name in taken else name for name in self.outputs]
-        self.biased = isinstance(moe.router, TokenGate)
-        self.with_state = cache and getattr(moe.router.spec, "granularity", "") == "prefix"
+        self.biased = moe.router.biased
+        self.with_state = cache and moe.router.keeps_state
         sums = [f"{STATE}.total", f"{STATE}.count"] if self.with_state else []
         self.past, after = ([f"{when}_{name}" for name in sums] for when in ("past", "present"))
         self.given = [*self.graph.leaves, *self.past]
         self.outputs += after
         self.kept += after
-        self._single = list(self._parts(after))
-        self.parts = arranged(self._single, self.kept)
+        self._single = list(self._segments(after))
+        self.segments = merge_small(self._single, self.kept)
 
     def require_open(self) -> None:
         """Raises ConfigError where the number of experts is fixed in the graph."""
@@ -97,36 +97,36 @@ class Plain(nn.Module):
         state: list[torch.Tensor],
     ) -> list[torch.Tensor]:  # fmt: skip
         values = self.values(leaves, state)
-        for part in self.parts:
-            part(tensors, values)
+        for segment in self.segments:
+            segment(tensors, values)
         return [values[name] for name in self.kept]
 
     def as_one(self) -> None:
         """Make of its parts one."""
-        self.parts = whole(self._single, self.kept)
+        self.segments = as_one_segment(self._single, self.kept)
 
     def values(self, leaves: list[torch.Tensor], state: list[torch.Tensor]) -> dict[str, Any]:
         """What the parts begin with, by name."""
         return dict(zip(self.given, [*leaves, *state], strict=True))
 
-    def _parts(self, after: list[str]) -> Iterator[Part]:
+    def _segments(self, after: list[str]) -> Iterator[Segment]:
         """after: names of the router's state behind the call."""
         graph, routed = self.graph, False
         for step in (bound.step for _, bound in graph.steps):
             if step.deep and not routed:
                 mask = [self.mask] if self.mask in graph.leaves else []
                 own = {n: n for n in self.tensors if n.startswith(f"{ADDED}router.")}
-                gives = (*(name for name, _ in graph.emitted.layouts), *after)
+                gives = (*(name for name, _ in graph.emitted.views), *after)
                 takes = (graph.emitted.cut, *mask, *self.past)
-                yield Part("router", own, takes, gives, self._routed, object(), ROUTER)
+                yield Segment("router", own, takes, gives, self._routed, object(), ROUTER)
                 routed = True
             first = len(self.calls)
             code = with_placeholders(step.code, step.owned, self.calls)
             owned = tuple(self._owned(*names) for names in step.owned)
             names = [n for n in pytree.tree_leaves(owned) if isinstance(n, str)]
-            yield Part(
+            yield Segment(
                 step.block, owned, step.takes, step.gives, partial(_run, code),
-                (same_code(code.module.graph, traced_target), *(self.tensors[n].shape for n in names)),
+                (structural_key(code.module.graph, traced_target), *(self.tensors[n].shape for n in names)),
                 len(code.module.graph.nodes) - len(step.owned),
                 tuple(i - len(owned) for i in step.writes if i >= len(owned)),
                 tuple(range(first, len(self.calls))),
@@ -150,39 +150,22 @@ class Plain(nn.Module):
         features, *others = taken
         mask = others.pop(0) if self.mask in self.graph.leaves else None
         plan, after = self._plan(features, mask, tensors, PrefixState(*others) if others else None)
-        aligned = [align(plan, layout) for _, layout in self.graph.emitted.layouts]
+        aligned = [view.of(plan) for _, view in self.graph.emitted.views]
         return [*aligned, after.total, after.count] if self.with_state else aligned
 
     def _plan(
         self, features: torch.Tensor, mask: Any, tensors: dict[str, torch.Tensor], before: Any
     ) -> tuple[RoutingPlan, Any]:
-        """The router's plan with rows and tables taken from `tensors`.
-
-        Top-k is taken over columns of minus infinity as well, so that it is there for any number
-        of experts.
-        """
-        gate: Any = copy.copy(self._held[0])
-        own = gate.__dict__
-        own["_buffers"] = {
-            n: tensors.get(f"{ADDED}router.{n}", b) for n, b in gate._buffers.items()
+        """The router's plan, with rows and tables taken from `tensors`."""
+        (router,) = self._held
+        prefix = f"{ADDED}router."
+        tables = {
+            name: tensors[prefix + name]
+            for name, _ in router.named_buffers()
+            if prefix + name in tensors
         }
-        own["active_indices"] = lambda: self.active
-        if self.active:
-            own["stacked"] = lambda active: tensors[ROWS]
-        own["_few_matter"] = lambda count: False  # that is for a backward pass
-        top_k = getattr(gate.spec, "top_k", None)
-        if not (isinstance(gate, TokenGate) and top_k and self.stacks):
-            return gate.forward(features, mask, before)
-        logits_of = gate._logits
-
-        def padded(read: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
-            logits = logits_of(read, active)
-            none = logits.new_full((*logits.shape[:-1], top_k), float("-inf"))
-            return torch.cat([logits, none], dim=-1)
-
-        own["_logits"] = padded
-        plan, after = gate.forward(features, mask, before)
-        return replace(plan, weights=plan.weights[..., : tensors[ROWS].shape[0]]), after
+        given = GivenRows(self.active, tensors.get(ROWS), open=bool(self.stacks))
+        return functional_call(router, tables, (features, mask, before, given))
 
 
 def _run(code: Code, owned: Any, taken: list[Any]) -> Any:
@@ -190,17 +173,14 @@ def _run(code: Code, owned: Any, taken: list[Any]) -> Any:
 
 
 def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any]:
-    host = moe._compiler.host
-    arguments = as_arguments(host, example_inputs)
-    if is_hf(host):
-        from ...frontend.huggingface import without_cache
-
-        arguments = without_cache(host, arguments) | ({"use_cache": True} if cache else {})
+    arguments = moe.host.arguments(example_inputs)
+    if cache:
+        arguments = moe.host.with_new_cache(arguments)
 
     def cast(t: torch.Tensor) -> torch.Tensor:
         return t.to(moe.dtype) if t.is_floating_point() else t
 
-    return moe._arguments((), pytree.tree_map_only(torch.Tensor, cast, arguments))[0]
+    return moe.normalized((), pytree.tree_map_only(torch.Tensor, cast, arguments))[0]
 
 
 def _input_names(traced: dict[str, Any]) -> list[str]:
@@ -208,8 +188,8 @@ def _input_names(traced: dict[str, Any]) -> list[str]:
     names = []
     for name, given in traced.items():
         count = len(pytree.tree_leaves(given))
-        if name == CACHE:
-            names += _cache_names(CACHE, count)
+        if is_cache(given):
+            names += _cache_names(name, count)
         elif isinstance(given, torch.Tensor):
             names.append(name)
         else:
@@ -221,7 +201,7 @@ def _cache_names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}.{i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
 
 
-def _outputs(graph: Graph) -> tuple[list[str], list[str]]:
+def _outputs(graph: BoundGraph) -> tuple[list[str], list[str]]:
     """The values that are handed back as tensors, and the names of the output's fields."""
     made = list(graph.emitted.outputs)
     fields: list[str] = []

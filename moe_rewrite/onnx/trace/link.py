@@ -12,9 +12,9 @@ from onnx_ir.passes import common as passes
 
 from .dynamic_dims import Dims, input_dims, size_words, to_trace
 from .ffn_placeholder import DOMAIN, OPERATOR
-from .functional import Plain
-from .segment_export import Piece, Seen, Template
-from .segments import Part
+from .functional import FunctionalModel
+from .segment_export import Seen, SegmentModule, Template
+from .segments import Segment
 
 ONCE = ir.passes.Sequential(  # what each part has
     passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass()
@@ -23,31 +23,41 @@ AUTO = torch.export.Dim.AUTO
 SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
-def joined(plain: Plain, pieces: list[Piece], opset: int, translations: Any) -> ir.Model:
+def linked(
+    functional: FunctionalModel, segment_modules: list[SegmentModule], opset: int, translations: Any
+) -> ir.Model:
     """The graph of a whole call, whose inputs bear the names of leaves, tensors and state."""
-    tensors, dims, words = to_trace(plain), input_dims(plain), size_words(plain)
-    given = dict(zip([*plain.inputs, *plain.past], [*plain.example, *plain.state(1)], strict=True))
+    tensors, dims, words = to_trace(functional), input_dims(functional), size_words(functional)
+    given = dict(
+        zip(
+            [*functional.inputs, *functional.past],
+            [*functional.example, *functional.state(1)],
+            strict=True,
+        )
+    )
     inputs = {n: _input(n, dims[n], t) for n, t in (tensors | given).items()}
-    values = {n: [inputs[m]] for n, m in zip(plain.given, given, strict=True)}
-    free = {n: {plain.stacks[n].dim: AUTO} if n in plain.stacks else None for n in tensors}
-    whole = Joined([inputs[name] for name in dims])
+    values = {n: [inputs[m]] for n, m in zip(functional.given, given, strict=True)}
+    free = {
+        n: {functional.stacks[n].dim: AUTO} if n in functional.stacks else None for n in tensors
+    }
+    as_one_segment = GraphLinker([inputs[name] for name in dims])
     templates: dict[Any, Template] = {}
-    for piece in pieces:
-        if (key := piece.key(tensors)) not in templates:
-            templates[key] = piece.translated(
+    for module in segment_modules:
+        if (key := module.key(tensors)) not in templates:
+            templates[key] = module.translated(
                 tensors, free, opset, optimize=True, custom_translation_table=translations
             )
-        taken = [value for name in piece.part.takes for value in values[name]]
-        own = [inputs[name] for name in piece.names]
-        made = iter(whole.add(templates[key], piece.part, [*own, *taken]))
-        for name, seen, of in zip(piece.part.left, piece.made, piece.captured, strict=True):
+        taken = [value for name in module.segment.takes for value in values[name]]
+        own = [inputs[name] for name in module.names]
+        made = iter(as_one_segment.add(templates[key], module.segment, [*own, *taken]))
+        for name, seen, of in zip(module.segment.left, module.made, module.captured, strict=True):
             known = of or [None] * len(seen)
             values[name] = [
                 _sized(next(made), s, captured, words)
                 for s, captured in zip(seen, known, strict=True)
                 if s.traced
             ]
-    return whole.finished([values[name][0] for name in plain.kept])
+    return as_one_segment.finished([values[name][0] for name in functional.kept])
 
 
 def _input(name: str, dims: Dims, like: torch.Tensor) -> ir.Value:
@@ -65,29 +75,29 @@ def _sized(
     return value
 
 
-class Joined:
+class GraphLinker:
     """model: the graph so far, whose open sizes have the words of its inputs."""
 
     def __init__(self, inputs: list[ir.Value]) -> None:
         graph = ir.Graph(inputs, [], nodes=[], name="main_graph")
         self.model = ir.Model(graph, ir_version=0)
-        self._parts: set[str] = set()
+        self._segments: set[str] = set()
         self._same: dict[str, str] = {}  # of words that are one size: the other, the earlier one
 
-    def add(self, template: Template, made_of: Part, given: list[ir.Value]) -> list[ir.Value]:
+    def add(self, template: Template, made_of: Segment, given: list[ir.Value]) -> list[ir.Value]:
         """What the template's graph makes of these values. A given size has its words under
         "size" in its `meta`."""
         name = self._fresh(made_of.name)
-        part = ir.from_proto(onnx.ModelProto.FromString(template.model))
-        self.model.ir_version = part.ir_version
-        self.model.graph.opset_imports.update(part.opset_imports)
-        words = self._words(template, given, list(part.graph.inputs))
+        segment = ir.from_proto(onnx.ModelProto.FromString(template.model))
+        self.model.ir_version = segment.ir_version
+        self.model.graph.opset_imports.update(segment.opset_imports)
+        words = self._words(template, given, list(segment.graph.inputs))
         number_of = dict(zip(template.calls, made_of.calls, strict=True))
-        outputs = _with_inputs(part.graph, given)
-        initializers = list(part.graph.initializers.values())
-        part.graph.initializers.clear()
-        nodes = list(part.graph)
-        for node in part.graph.all_nodes():
+        outputs = _with_inputs(segment.graph, given)
+        initializers = list(segment.graph.initializers.values())
+        segment.graph.initializers.clear()
+        nodes = list(segment.graph)
+        for node in segment.graph.all_nodes():
             node.name = f"{name}/{node.name}"
             for value in node.outputs:
                 value.name = f"{name}/{value.name}"
@@ -95,7 +105,7 @@ class Joined:
             if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
                 number = number_of[node.attributes["number"].as_int()]
                 node.attributes["number"] = ir.AttrInt64("number", number)
-        part.graph.remove(nodes)
+        segment.graph.remove(nodes)
         for value in initializers:
             value.name = f"constants/{name}/{value.name}"
             self.model.graph.register_initializer(value)
@@ -105,10 +115,10 @@ class Joined:
     def _fresh(self, name: str) -> str:
         """The name, or one like it where a part has it."""
         fresh, count = name, 1
-        while fresh in self._parts:
+        while fresh in self._segments:
             count += 1
             fresh = f"{name}.{count}"
-        self._parts.add(fresh)
+        self._segments.add(fresh)
         return fresh
 
     def _words(

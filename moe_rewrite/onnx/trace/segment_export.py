@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from .dynamic_dims import two_calls
-from .functional import Plain
-from .segments import Leaf, Part, spread
+from .functional import FunctionalModel
+from .segments import Leaf, Segment, spread
 from .torch_export import onnx_program, quiet
 
 
@@ -69,34 +69,34 @@ class Template:
     calls: tuple[int, ...]
 
 
-def pieces(plain: Plain) -> list[Piece]:
+def segment_modules(functional: FunctionalModel) -> list[SegmentModule]:
     """Each part as two calls of other sizes see it, which fill the caches of tables, too: no trace
     may fill these."""
-    calls = two_calls(plain)
-    runs = [plain.values(leaves, state) for leaves, _, state in calls]
+    calls = two_calls(functional)
+    runs = [functional.values(leaves, state) for leaves, _, state in calls]
     made = []
     with torch.enable_grad(), quiet():  # without gradients a region folds its norms each call
-        for part in plain.parts:
-            taken = [[values[n] for n in part.takes] for values in runs]
+        for segment in functional.segments:
+            taken = [[values[n] for n in segment.takes] for values in runs]
             for (_, tensors, _), values in zip(calls, runs, strict=True):
-                require_own(part, values)
-                part(tensors, values)
-            left = [[values[n] for n in part.left] for values in runs]
-            made.append(Piece(part, taken, left, plain.graph.emitted.sizes))
+                require_own(segment, values)
+                segment(tensors, values)
+            left = [[values[n] for n in segment.left] for values in runs]
+            made.append(SegmentModule(segment, taken, left, functional.graph.emitted.sizes))
     return made
 
 
-def require_own(part: Part, values: dict[str, Any]) -> None:
+def require_own(segment: Segment, values: dict[str, Any]) -> None:
     """Raises CaptureError where a part writes to what another value shows as well: that would not
     see it, alone."""
     tensors = [leaf for value in values.values() for leaf in spread(value)[0]]
     shown = Counter(t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor))
-    for name in (part.takes[i] for i in part.writes):
+    for name in (segment.takes[i] for i in segment.writes):
         if shown[values[name].untyped_storage().data_ptr()] > 1:
-            raise CaptureError(f"{part.name} writes to {name}, of which another value is a view")
+            raise CaptureError(f"{segment.name} writes to {name}, of which another value is a view")
 
 
-class Piece(nn.Module):
+class SegmentModule(nn.Module):
     """forward(given) -> made, all of them tensors and open sizes.
 
     given: the tensors of `names`, then what is traced of the values taken. taken, made: of each
@@ -105,19 +105,22 @@ class Piece(nn.Module):
     """
 
     def __init__(
-        self, part: Part, taken: list[list[Any]], made: list[list[Any]], sizes: dict[str, Any]
+        self, segment: Segment, taken: list[list[Any]], made: list[list[Any]], sizes: dict[str, Any]
     ) -> None:  # fmt: skip
         """taken, made: of two calls each: the values taken, and those left. sizes: by the name of a
         value, those that the capture knows."""
         super().__init__()
-        self.part = part
-        owned = pytree.tree_leaves(part.owned)
+        self.segment = segment
+        owned = pytree.tree_leaves(segment.owned)
         self.names = list(dict.fromkeys(name for name in owned if isinstance(name, str)))
-        self.captured = [sizes.get(name) for name in part.left]
+        self.captured = [sizes.get(name) for name in segment.left]
         self.taken = [
-            _seen(a, b, part, sizes.get(n)) for a, b, n in zip(*taken, part.takes, strict=True)
+            _seen(a, b, segment, sizes.get(n))
+            for a, b, n in zip(*taken, segment.takes, strict=True)
         ]
-        self.made = [_seen(a, b, part, of) for a, b, of in zip(*made, self.captured, strict=True)]
+        self.made = [
+            _seen(a, b, segment, of) for a, b, of in zip(*made, self.captured, strict=True)
+        ]
         # of a tensor all is known by now, and it may be large
         self._forms = [None if isinstance(value, Leaf) else value for value in taken[0]]
 
@@ -128,24 +131,24 @@ class Piece(nn.Module):
         for form, seen in zip(self._forms, self.taken, strict=True):
             leaves: list[Any] = [next(left) if s.traced else s.sizes[0][0] for s in seen]
             taken.append(leaves[0] if seen and form is None else spread(form)[1](leaves))
-        for i in self.part.writes:
+        for i in self.segment.writes:
             taken[i] = torch.clone(taken[i])
-        values = dict(zip(self.part.takes, taken, strict=True))
-        self.part(tensors, values)
-        made = [leaf for name in self.part.left for leaf in spread(values[name])[0]]
+        values = dict(zip(self.segment.takes, taken, strict=True))
+        self.segment(tensors, values)
+        made = [leaf for name in self.segment.left for leaf in spread(values[name])[0]]
         seen = [s for value in self.made for s in value]
         return [leaf for leaf, s in zip(made, seen, strict=True) if s.traced]
 
     def key(self, tensors: dict[str, torch.Tensor]) -> tuple:
         """Equal for pieces of one plain call that have the same graph."""
         place = {name: i for i, name in enumerate(self.names)}
-        owned, structure = pytree.tree_flatten(self.part.owned)
+        owned, structure = pytree.tree_flatten(self.segment.owned)
         return (
-            self.part.alike, structure, tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
+            self.segment.alike, structure, tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
             tuple((tensors[n].shape, tensors[n].stride(), tensors[n].dtype) for n in self.names),
             tuple(map(id, self._forms)),
             tuple(map(tuple, self.taken)), tuple(map(tuple, self.made)),
-            tuple([*self.part.takes, *self.part.gives].index(n) for n in self.part.left),
+            tuple([*self.segment.takes, *self.segment.gives].index(n) for n in self.segment.left),
         )  # fmt: skip
 
     def translated(
@@ -161,12 +164,12 @@ class Piece(nn.Module):
         values = [value_of.get(name) for name in traced.graph_signature.user_inputs]
         sizes = {i: str(v) for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
         model = program.model
-        for part in (*model.graph.all_nodes(), *model.graph.inputs):
-            part.meta.clear()
-        return Template(ir.to_proto(model).SerializeToString(), sizes, self.part.calls)
+        for segment in (*model.graph.all_nodes(), *model.graph.inputs):
+            segment.meta.clear()
+        return Template(ir.to_proto(model).SerializeToString(), sizes, self.segment.calls)
 
 
-def _seen(value: Any, other: Any, part: Part, captured: Any) -> list[Seen]:
+def _seen(value: Any, other: Any, segment: Segment, captured: Any) -> list[Seen]:
     leaves, others = spread(value)[0], spread(other)[0]
     known = (
         captured if captured is not None and len(captured) == len(leaves) else [None] * len(leaves)
@@ -174,6 +177,6 @@ def _seen(value: Any, other: Any, part: Part, captured: Any) -> list[Seen]:
     opened = any(not isinstance(n, (int, float)) for each in captured or () for n in each)
     if not leaves and (value != other or opened):
         raise CaptureError(
-            f"{part.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
+            f"{segment.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
         )
     return [Seen.of(*each) for each in zip(leaves, others, known, strict=True)]

@@ -15,17 +15,15 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ...experts.lora.call import LoRACall
 from ...routing.dispatch import RowGates
 from ...routing.plan import RoutingPlan
-from .ffn_placeholder import TracedFeedForward
 
 LARGE = 150  # nodes of a part, about those of two blocks of a transformer
 Leaf = torch.Tensor | int | torch.SymInt  # of a value: a tensor, or a size
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """run(owned, taken) -> given. owned: a pytree with names of tensors, and constants as they are.
     takes, gives: names of values. drops: of those that nothing behind it reads. writes: places in
     `taken` that it writes to. calls: numbers of its feed-forward regions, in order. alike: equal
@@ -57,62 +55,60 @@ class Part:
             values.pop(name, None)
 
 
-def arranged(parts: list[Part], kept: Iterable[str]) -> list[Part]:
+def merge_small(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
     """The parts as they are traced: neighbours that no other part is like are one up to a size, for
     a trace takes some time at any; each with what it is the last to read, but for what is kept."""
-    count = Counter(part.alike for part in parts)
-    made: list[list[Part]] = []
-    for part in parts:
-        small = made and sum(p.nodes for p in (*made[-1], part)) <= LARGE
-        if small and all(count[p.alike] == 1 for p in (made[-1][-1], part)):
-            made[-1].append(part)
+    count = Counter(segment.alike for segment in segments)
+    made: list[list[Segment]] = []
+    for segment in segments:
+        small = made and sum(p.nodes for p in (*made[-1], segment)) <= LARGE
+        if small and all(count[p.alike] == 1 for p in (made[-1][-1], segment)):
+            made[-1].append(segment)
         else:
-            made.append([part])
+            made.append([segment])
     return _dropping([_one(neighbours) for neighbours in made], kept)
 
 
-def whole(parts: list[Part], kept: Iterable[str]) -> list[Part]:
+def as_one_segment(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
     """The parts as one."""
-    return _dropping([_one(parts)], kept)
+    return _dropping([_one(segments)], kept)
 
 
-def _one(parts: list[Part]) -> Part:
+def _one(segments: list[Segment]) -> Segment:
     """A part that does what these do one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    gives = tuple(name for part in parts for name in part.gives)
-    takes = tuple(dict.fromkeys(n for part in parts for n in part.takes if n not in gives))
-    written = {part.takes[i] for part in parts for i in part.writes}
+    if len(segments) == 1:
+        return segments[0]
+    gives = tuple(name for segment in segments for name in segment.gives)
+    takes = tuple(dict.fromkeys(n for segment in segments for n in segment.takes if n not in gives))
+    written = {segment.takes[i] for segment in segments for i in segment.writes}
 
     def run(owned: Any, taken: list[Any]) -> list[Any]:
         values = dict(zip(takes, taken, strict=True))
-        for part, own in zip(parts, owned, strict=True):
-            given = part.run(own, [values[n] for n in part.takes])
-            values.update(zip(part.gives, given, strict=True))
+        for segment, own in zip(segments, owned, strict=True):
+            given = segment.run(own, [values[n] for n in segment.takes])
+            values.update(zip(segment.gives, given, strict=True))
         return [values[n] for n in gives]
 
-    return Part(
-        f"{parts[0].name}-{parts[-1].name}", tuple(p.owned for p in parts), takes, gives, run,
-        object(), sum(p.nodes for p in parts),
+    return Segment(
+        f"{segments[0].name}-{segments[-1].name}", tuple(p.owned for p in segments), takes, gives, run,
+        object(), sum(p.nodes for p in segments),
         tuple(i for i, name in enumerate(takes) if name in written),
-        tuple(number for part in parts for number in part.calls),
+        tuple(number for segment in segments for number in segment.calls),
     )  # fmt: skip
 
 
-def _dropping(parts: list[Part], kept: Iterable[str]) -> list[Part]:
+def _dropping(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
     needed, made = set(kept), []
-    for part in reversed(parts):
-        last = {*part.takes, *part.gives} - needed
-        made.append(replace(part, drops=tuple(sorted(last))))
-        needed |= {*part.takes}
+    for segment in reversed(segments):
+        last = {*segment.takes, *segment.gives} - needed
+        made.append(replace(segment, drops=tuple(sorted(last))))
+        needed |= {*segment.takes}
     return made[::-1]
 
 
 def traced_target(node: fx.Node) -> Any:
-    """In the place of a call by its site, what a trace of it depends on."""
-    if isinstance(node.target, TracedFeedForward):
-        return TracedFeedForward, node.target.channels, node.target.dims
-    return LoRACall if isinstance(node.target, LoRACall) else node.target
+    """What a trace of a node depends on: of a call of this package's own, what it says itself."""
+    return getattr(node.target, "trace_key", node.target)
 
 
 def spread(value: Any) -> tuple[list[Leaf], Callable[[list[Any]], Any]]:
@@ -120,7 +116,7 @@ def spread(value: Any) -> tuple[list[Leaf], Callable[[list[Any]], Any]]:
     if isinstance(value, Leaf) and not isinstance(value, bool):
         return [value], lambda given: given[0]
     if isinstance(value, RowGates):
-        return [value.gates], lambda given: RowGates(given[0], value.per_row, value.base)
+        return [value.gates], lambda given: RowGates(given[0], value.top_k, value.base)
     if isinstance(value, RoutingPlan):
         names = [f.name for f in fields(value) if isinstance(getattr(value, f.name), torch.Tensor)]
         tensors = [getattr(value, n) for n in names]

@@ -13,18 +13,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...errors import EquivalenceError
-from ...frontend.capture import split_static
+from ...frontend.arguments import is_cache, split_static
 from ...frontend.example_inputs import random_arguments
 from ...frontend.trace_memory import release_memory
 from ...ir.equivalence import compare, evaluating
-from ...ir.program import CACHE
 from ..report import Check
 from ..runtime.session import FRUGAL, open_session, run
 from ..trace.dynamic_dims import zeros
-from ..trace.functional import Plain
+from ..trace.functional import FunctionalModel
 from ..trace.weights import ROWS
 from .late_casts import late_casts
-from .reread import replaced_twin
+from .reread import view_with_values
 
 if TYPE_CHECKING:
     from ...converted.model import MoEModel
@@ -53,28 +52,28 @@ def check_file(path: Path) -> None:
         ) from error
 
 
-def prove(
-    moe: MoEModel, plain: Plain, path: Path, stand_ins: dict[str, torch.Tensor],
+def compare_with_torch(
+    moe: MoEModel, functional: FunctionalModel, path: Path, stand_ins: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor],
 ) -> list[Check]:  # fmt: skip
     """Raises EquivalenceError where a result differs by more than the dtype's tolerance. stand_ins:
     what quantized weights stand for: PyTorch computes with these. shared: weights of the file that
     are taken from memory. It and the plain call hold the last case's experts afterwards: the two
     sets are as large as the experts each, and need not be in memory at once."""
-    _require_plain(moe, plain)
-    cases = list(_cases(moe, plain))
-    checks = _compared(moe, plain, path, cases, stand_ins, shared)
+    _require_plain(moe, functional)
+    cases = list(_cases(moe, functional))
+    checks = _compared(moe, functional, path, cases, stand_ins, shared)
     release_memory()  # of that session: there is one at a time
-    replaced = _other_experts(plain)
+    replaced = _other_experts(functional)
     if replaced:
-        _exchange(replaced, moe, plain, shared)
-        last = replace(cases[len(SIZES) - 1], name=_others_name(plain))
-        checks += _compared(moe, plain, path, [last], stand_ins | replaced, shared, replaced)
+        _exchange(replaced, moe, functional, shared)
+        last = replace(cases[len(SIZES) - 1], name=_others_name(functional))
+        checks += _compared(moe, functional, path, [last], stand_ins | replaced, shared, replaced)
     return checks
 
 
 def _compared(
-    moe: MoEModel, plain: Plain, path: Path, cases: list[Case], stand_ins: dict[str, torch.Tensor],
+    moe: MoEModel, functional: FunctionalModel, path: Path, cases: list[Case], stand_ins: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor], replaced: dict[str, torch.Tensor] | None = None,
 ) -> list[Check]:  # fmt: skip
     """Calls in one session. replaced: tensors of experts and router in the place of the file's."""
@@ -83,9 +82,9 @@ def _compared(
     for case in cases:
         release_memory()  # of opening, or of the last case
         with torch.no_grad():
-            want = plain(case.leaves, plain.tensors | stand_ins, case.state)
-        names = dict(zip(plain.inputs, case.leaves, strict=True))
-        state = zip(plain.past, case.state, strict=True)
+            want = functional(case.leaves, functional.tensors | stand_ins, case.state)
+        names = dict(zip(functional.inputs, case.leaves, strict=True))
+        state = zip(functional.past, case.state, strict=True)
         with _on_this_cpu():
             got = run(session, names | dict(state))
         release_memory()
@@ -94,11 +93,11 @@ def _compared(
                 f"PyTorch itself gives no finite number ({case.name}): nothing can be proven. "
                 "Check the model's weights, or export with verify=False"
             )
-        report = compare(want, got, _mask(plain, case.leaves))
+        report = compare(want, got, _mask(functional, case.leaves))
         if not report.equal:
             worst = [
                 f"{n} {tuple(a.shape)} -> {tuple(b.shape)}"
-                for n, a, b in zip(plain.outputs, want, got, strict=True)
+                for n, a, b in zip(functional.outputs, want, got, strict=True)
                 if not compare([a], [b]).equal
             ]
             raise EquivalenceError(
@@ -111,10 +110,13 @@ def _compared(
 
 
 def _exchange(
-    replaced: dict[str, torch.Tensor], moe: MoEModel, plain: Plain, shared: dict[str, torch.Tensor]
+    replaced: dict[str, torch.Tensor],
+    moe: MoEModel,
+    functional: FunctionalModel,
+    shared: dict[str, torch.Tensor],
 ) -> None:
     """Put other experts in the place of the file's, whose memory is free then."""
-    for held in (plain.tensors, shared):
+    for held in (functional.tensors, shared):
         held.update({n: t for n, t in replaced.items() if n in held})
     for site in moe.expert_sites():
         site.forget()
@@ -126,7 +128,7 @@ def _opened(
     shared: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> Any:
-    other = replaced_twin(path, replaced) if replaced else nullcontext(path)
+    other = view_with_values(path, replaced) if replaced else nullcontext(path)
     with other as file, late_casts(file, dtype) as (graph, options), _on_this_cpu():
         return open_session(graph, None, options=options, shared=shared, **FRUGAL)
 
@@ -142,24 +144,28 @@ def _on_this_cpu() -> Iterator[None]:
         ) from error
 
 
-def _mask(plain: Plain, leaves: list[torch.Tensor]) -> Any:
-    return leaves[plain.inputs.index(plain.mask)] if plain.mask in plain.inputs else None
+def _mask(functional: FunctionalModel, leaves: list[torch.Tensor]) -> Any:
+    return (
+        leaves[functional.inputs.index(functional.mask)]
+        if functional.mask in functional.inputs
+        else None
+    )
 
 
-def _require_plain(moe: MoEModel, plain: Plain) -> None:
+def _require_plain(moe: MoEModel, functional: FunctionalModel) -> None:
     """The traced function is the converted model: the rest is held against it."""
-    asked = {k: v for k, v in plain.arguments.items() if k != CACHE}
-    arguments = random_arguments(asked, moe._compiler.host, BATCH)
+    asked = {k: v for k, v in functional.arguments.items() if not is_cache(v)}
+    arguments = random_arguments(asked, moe.host.vocabulary(), BATCH)
     given = iter(pytree.tree_leaves(split_static(arguments)[0]))
     leaves = [
-        t.new_zeros(BATCH, t.shape[1], 0, t.shape[3]) if n.startswith(CACHE) else next(given)
-        for n, t in zip(plain.inputs, plain.example, strict=True)
+        t.new_zeros(BATCH, t.shape[1], 0, t.shape[3]) if cached else next(given)
+        for cached, t in zip(functional.cached, functional.example, strict=True)
     ]
-    shown = [n for n in plain.outputs if not n.startswith("present")]
+    shown = [n for n in functional.outputs if not n.startswith("present")]
     with torch.no_grad(), evaluating(moe):
         want = [t for t in pytree.tree_leaves(moe(**arguments)) if isinstance(t, torch.Tensor)]
-        got = plain(leaves, plain.tensors, plain.state(BATCH))
-    report = compare(want[: len(shown)], got[: len(shown)], arguments.get(plain.mask or ""))
+        got = functional(leaves, functional.tensors, functional.state(BATCH))
+    report = compare(want[: len(shown)], got[: len(shown)], arguments.get(functional.mask or ""))
     if not report.equal:
         raise EquivalenceError(
             f"the function that is exported differs from the model by {report.max_error:.2e}: "
@@ -167,42 +173,43 @@ def _require_plain(moe: MoEModel, plain: Plain) -> None:
         )
 
 
-def _cases(moe: MoEModel, plain: Plain) -> Iterator[Case]:
-    host = moe._compiler.host
+def _cases(moe: MoEModel, functional: FunctionalModel) -> Iterator[Case]:
     for batch, length, past in SIZES:
-        leaves = _leaves(plain, host, batch, length, past)
+        leaves = _leaves(functional, moe.host, batch, length, past)
         shape = tuple(leaves[0].shape)
-        yield Case(f"inputs {shape}", leaves, _state(plain, batch, past))
-    mask = _mask(plain, leaves)
+        yield Case(f"inputs {shape}", leaves, _state(functional, batch, past))
+    mask = _mask(functional, leaves)
     if mask is not None and mask.ndim == 2:
         padded = [t.clone() for t in leaves]
-        _mask(plain, padded)[0, : mask.shape[1] // 2] = 0
-        yield Case(f"inputs {shape}, left padding", padded, _state(plain, batch, past))
+        _mask(functional, padded)[0, : mask.shape[1] // 2] = 0
+        yield Case(f"inputs {shape}, left padding", padded, _state(functional, batch, past))
 
 
-def _others_name(plain: Plain) -> str:
-    more = ", one more than exported" if plain.stacks else ""
-    idle = ", one of them idle" if plain.biased and plain.stacks else ""
-    return f"other {'experts' if plain.stacks else 'router'}{more}{idle}"
+def _others_name(functional: FunctionalModel) -> str:
+    more = ", one more than exported" if functional.stacks else ""
+    idle = ", one of them idle" if functional.biased and functional.stacks else ""
+    return f"other {'experts' if functional.stacks else 'router'}{more}{idle}"
 
 
-def _leaves(plain: Plain, host: Any, batch: int, length: int, past: int) -> list[torch.Tensor]:
+def _leaves(
+    functional: FunctionalModel, host: Any, batch: int, length: int, past: int
+) -> list[torch.Tensor]:
     """Random leaves with other open sizes."""
-    leaves = dict(zip(plain.inputs, zeros(plain, batch, length, past), strict=True))
-    return list(random_arguments(leaves, host, batch).values())
+    leaves = dict(zip(functional.inputs, zeros(functional, batch, length, past), strict=True))
+    return list(random_arguments(leaves, host.vocabulary(), batch).values())
 
 
-def _state(plain: Plain, batch: int, past: int) -> list[torch.Tensor]:
+def _state(functional: FunctionalModel, batch: int, past: int) -> list[torch.Tensor]:
     """Sums as they are behind `past` positions."""
-    if not plain.with_state:
+    if not functional.with_state:
         return []
-    total, count = plain.state(batch)
+    total, count = functional.state(batch)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randn(total.shape, generator=generator) * past**0.5
     return [drawn, count + past]
 
 
-def _other_experts(plain: Plain) -> dict[str, torch.Tensor]:
+def _other_experts(functional: FunctionalModel) -> dict[str, torch.Tensor]:
     """Random experts and a router that is sure, so that experts matter even in a model whose own
     are still zero; where their number is open, one more than there are, the last without a row."""
     generator = torch.Generator().manual_seed(0)
@@ -211,16 +218,16 @@ def _other_experts(plain: Plain) -> dict[str, torch.Tensor]:
         return torch.randn(shape, generator=generator) * size
 
     replaced = {}
-    for name in (n for n in plain.tensors if n in plain.stacks or n == ROWS):
-        tensor = plain.tensors[name]
+    for name in (n for n in functional.tensors if n in functional.stacks or n == ROWS):
+        tensor = functional.tensors[name]
         shape = list(tensor.shape)
-        if name in plain.stacks:
-            stack = plain.stacks[name]
+        if name in functional.stacks:
+            stack = functional.stacks[name]
             shape[stack.dim] += stack.each
         taps = tensor[0, 0].numel() if tensor.ndim > 1 else 1
-        each = plain.stacks[name].each if name in plain.stacks else 1
+        each = functional.stacks[name].each if name in functional.stacks else 1
         size = 2.0 * shape[1] ** -0.5 if name == ROWS else 0.1 / taps
         replaced[name] = draw(shape, size if name == ROWS else size / each**0.25).to(tensor)
-    if ROWS in plain.stacks and plain.biased:
+    if ROWS in functional.stacks and functional.biased:
         replaced[ROWS][-1, -1] = OFF
     return replaced

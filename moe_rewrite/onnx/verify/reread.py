@@ -16,26 +16,26 @@ import torch
 
 from ...errors import EquivalenceError
 from ...utils.tensor_bytes import tensor_bytes
-from ..file.protobuf import GRAPH, INITIALIZER, RAW_DATA, Place, large, piece
+from ..file.protobuf import GRAPH, INITIALIZER, RAW_DATA, FileRange, large, piece
 from ..file.write import write_data
 from ..runtime.session import replace_initializers
 
 PIECE = 1 << 20
 
 
-def write_twin(path: Path, twin: Path) -> dict[str, Place]:
+def write_external_view(path: Path, twin: Path) -> dict[str, FileRange]:
     """Write at `twin`, in the same folder, what the file at `path` holds, field by field, but in the
     place of each large weight where in that file it lies. Returns where each weight lies by what
     the file says. Raises EquivalenceError for a file that is no row of whole fields."""
-    places, size = {}, path.stat().st_size
+    ranges, size = {}, path.stat().st_size
     with open(path, "rb") as file, open(twin, "wb") as out:
         while (start := file.tell()) < size:
             number, end = _field(file, size)
             found = _initializer(file, end) if number == GRAPH else None
             if found is not None:
                 tensor, length = found
-                place = _said(tensor) or Place(path.name, end - length, length)
-                places[tensor.name] = place
+                place = _said(tensor) or FileRange(path.name, end - length, length)
+                ranges[tensor.name] = place
                 if place.file == path.name and large(length):
                     piece(out, tensor, place)
                     file.seek(end)
@@ -43,11 +43,11 @@ def write_twin(path: Path, twin: Path) -> dict[str, Place]:
             file.seek(start)
             for done in range(start, end, PIECE):
                 out.write(file.read(min(PIECE, end - done)))
-    return places
+    return ranges
 
 
 @contextmanager
-def replaced_twin(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Path]:
+def view_with_values(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Path]:
     """The graph at `path` with other values, of other sizes too, for some initializers, their bytes
     in a file of their own: a copy within the graph would be read into memory again and again."""
     model = onnx.load(path, load_external_data=False)
@@ -62,12 +62,14 @@ def replaced_twin(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Pat
             file.unlink(missing_ok=True)
 
 
-def hold(places: dict[str, Place], weights: dict[str, torch.Tensor], folder: Path) -> bool:
+def weights_match(
+    ranges: dict[str, FileRange], weights: dict[str, torch.Tensor], folder: Path
+) -> bool:
     """Whether the files hold these weights, byte for byte, read in pieces."""
-    if places.keys() != weights.keys():
+    if ranges.keys() != weights.keys():
         return False
     for name, tensor in weights.items():
-        content, place = tensor_bytes(tensor), places[name]
+        content, place = tensor_bytes(tensor), ranges[name]
         if content.nbytes != place.length:
             return False
         with open(folder / place.file, "rb") as file:
@@ -97,12 +99,12 @@ def _initializer(file: IO[bytes], end: int) -> tuple[onnx.TensorProto, int] | No
     return onnx.TensorProto.FromString(file.read(head - start)), length
 
 
-def _said(tensor: onnx.TensorProto) -> Place | None:
+def _said(tensor: onnx.TensorProto) -> FileRange | None:
     """Where a weight outside the file lies."""
     facts = {fact.key: fact.value for fact in tensor.external_data}
     if not facts:
         return None
-    return Place(facts["location"], int(facts["offset"]), int(facts["length"]))
+    return FileRange(facts["location"], int(facts["offset"]), int(facts["length"]))
 
 
 def _field(file: IO[bytes], end: int) -> tuple[int, int]:

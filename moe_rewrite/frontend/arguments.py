@@ -1,0 +1,63 @@
+"""A call's arguments: by name, and sorted into tensors and constants."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError
+
+
+def bind(
+    signature: inspect.Signature, model: str, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The call's arguments by name, without those that are None or equal their default.
+
+    Raises InputError where the model's forward would raise TypeError.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{model}: {error}. It takes {signature}; pass these arguments.") from None
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(value)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            raise InputError(
+                f"{model}.forward takes *{name}, which cannot be captured by name. "
+                "Give forward named arguments."
+            )
+        elif not (parameter.default is not parameter.empty and _same(value, parameter.default)):
+            named[name] = value
+    return {k: v for k, v in named.items() if v is not None}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+
+
+def split_static(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that hold tensors, and the others, which are constants of the captured graph."""
+    traced, static = {}, {}
+    for name, value in arguments.items():
+        leaves = pytree.tree_leaves(value)
+        tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        if tensors and all(tensors):
+            traced[name] = value
+        elif any(tensors):
+            raise InputError(f"{name} mixes tensors and other values: pass tensors only")
+        else:
+            static[name] = value
+    return traced, static
+
+
+def is_cache(given: Any) -> bool:
+    """Whether an argument is a key-value cache: no tensor and no plain container of some, but an
+    object of a class of its own, whose tensors are (batch, heads, length, width)."""
+    plain = isinstance(given, (torch.Tensor, list, tuple, dict))
+    return not plain and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given))

@@ -1,0 +1,40 @@
+"""A copy of a model's structure over the same storage, and the names of its tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ..errors import CaptureError
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """The model once more, its tensors are objects of its own over the same storage.
+
+    The copy can be put in any mode, cast or traced without the original noticing. Its parameters
+    do not require gradients: a dense weight is frozen.
+    """
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = b.detach()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied in structure ({error}). Remove attributes "
+            "that Python's copy.deepcopy refuses (open files, locks, non-leaf tensors)."
+        ) from error
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every state-dict name, tied ones included, to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names

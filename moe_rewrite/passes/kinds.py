@@ -1,0 +1,185 @@
+"""Kinds of experts: for each, what finds its sites, what inserts it, and what else depends on it.
+
+`register` adds one from outside of this package.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec
+from ..errors import ConfigError
+from ..experts.base import ExpertParameters
+from ..experts.copies import CopiedParameters
+from ..experts.head import HeadColumns
+from ..experts.lora.parameters import LoRAParameters
+from ..ir.program import Program
+from ..ir.sites import Macs
+from .base import Pass
+from .find_lora_sites import FindLoRASites
+from .insert_feedforward import FindFeedForwards, InsertFeedForward
+from .insert_lora import InsertLoRA
+from .insert_region import FindRegion, InsertRegion
+from .lower import Choice, LowerFeedForward, LowerLoRA
+from .recipe import EXPERTS, Recipe
+
+Fresh = Literal["as routed", "everything", "no experts"]
+
+
+class ExpertKind(ABC):
+    """What a conversion asks of a kind of experts. spec: the class that a user configures it by.
+
+    onnx: how such experts are written, and in words why, where there is one way only.
+    """
+
+    spec: type
+    onnx: tuple[str, str] | None = ("dense", "every expert on every row")
+
+    @abstractmethod
+    def find(self, recipe: Recipe) -> Pass:
+        """Sets `found` of a program that is cut."""
+
+    @abstractmethod
+    def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
+        """Puts experts at the sites found that are decided on."""
+
+    def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
+        """What replaces reference operations by faster ones."""
+        return ()
+
+    @abstractmethod
+    def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        """The module that holds the experts of a site."""
+
+    @abstractmethod
+    def words(self, recipe: Recipe) -> str:
+        """What is at a site."""
+
+    def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
+        """The plan by which experts that were just inserted give what the dense model gives:
+        the router's; one in which the frozen region takes every patch; or one without experts."""
+        return "as routed"
+
+    def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
+        """Multiply-adds of one sample, where experts replace what the dense model does."""
+        return None
+
+    def fixed(self, recipe: Recipe) -> str:
+        """Why no expert can be added later, if so."""
+        return ""
+
+
+_KINDS: dict[type, ExpertKind] = {}
+
+
+def register(kind: ExpertKind) -> None:
+    """Let `convert(experts=...)` and `load` take configurations of this kind.
+
+    The class `kind.spec` must be a dataclass, whose fields JSON can hold.
+    """
+    _KINDS[kind.spec] = kind
+    EXPERTS[kind.spec.__name__] = kind.spec
+
+
+def kind_of(experts: Any) -> ExpertKind:
+    if type(experts) not in _KINDS:
+        known = ", ".join(spec.__name__ for spec in _KINDS)
+        raise ConfigError(f"experts={experts!r}: expected one of {known}")
+    return _KINDS[type(experts)]
+
+
+def site_modules(program: Program, recipe: Recipe) -> dict[str, ExpertParameters]:
+    """By the name of a site, the module of its experts; the head's columns too."""
+    kind = kind_of(recipe.experts)
+    made = {site.name: kind.parameters(site, recipe) for site in program.sites}
+    if program.head is not None:
+        made[program.head.name] = HeadColumns(program.head)
+    return made
+
+
+def _choice(recipe: Recipe, router: RouterSpec) -> Choice:
+    requested: Any = None if recipe.backend == "auto" else recipe.backend
+    return Choice(requested, router, recipe.num_experts)
+
+
+class _LoRA(ExpertKind):
+    spec = LoRAExperts
+    onnx = ("dense", "stacked low rank, no shape depends on data")
+
+    def find(self, recipe: Recipe) -> Pass:
+        return FindLoRASites(recipe.experts)
+
+    def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
+        return InsertLoRA(recipe.experts)
+
+    def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
+        return (LowerLoRA(_choice(recipe, router)),)
+
+    def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        return LoRAParameters(site, recipe.experts.rank)
+
+    def words(self, recipe: Recipe) -> str:
+        return "LoRA experts"
+
+
+class _FeedForward(ExpertKind):
+    spec = FFNExperts
+    onnx = None
+
+    def find(self, recipe: Recipe) -> Pass:
+        return FindFeedForwards(recipe.experts)
+
+    def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
+        return InsertFeedForward(router.sums_to_one)
+
+    def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
+        return (LowerFeedForward(_choice(recipe, router)),)
+
+    def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        return CopiedParameters(site, alike=True)
+
+    def words(self, recipe: Recipe) -> str:
+        count = recipe.num_experts
+        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
+
+    def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
+        return "as routed" if router.sums_to_one else "no experts"
+
+
+class _Region(ExpertKind):
+    spec = RegionExperts
+    onnx = ("sparse", "TopK, Gather and Scatter, groups of fixed size")
+
+    def find(self, recipe: Recipe) -> Pass:
+        return FindRegion(recipe.experts, recipe.num_experts)
+
+    def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
+        return InsertRegion()
+
+    def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        return CopiedParameters(site)
+
+    def words(self, recipe: Recipe) -> str:
+        return "experts on patches"
+
+    def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
+        whole = recipe.experts.halo and recipe.experts.width == 1
+        return "everything" if whole else "no experts"
+
+    def fixed(self, recipe: Recipe) -> str:
+        if recipe.experts.combine == "sum":
+            return ""
+        return (
+            "combine='concat': the experts share the region's output channels out among them, none "
+            "is left for another; convert with combine='sum' to expand"
+        )
+
+    def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
+        count = recipe.num_experts
+        patches = count * (getattr(router, "per_expert", None) or 1)
+        return Macs(site.dense_macs, patches * site.expert_macs, count * site.score_macs)
+
+
+for _kind in (_LoRA(), _FeedForward(), _Region()):
+    register(_kind)

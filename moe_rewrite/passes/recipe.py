@@ -1,0 +1,115 @@
+"""A Recipe: the arguments of convert(), checked, before the model is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ..config import (
+    FFNExperts,
+    LoRAExperts,
+    PatchRouter,
+    RegionExperts,
+    RouterSpec,
+    TokenRouter,
+    is_int,
+    require,
+)
+
+Experts = Any  # of one of the classes in EXPERTS
+EXPERTS: dict[str, type] = {k.__name__: k for k in (LoRAExperts, FFNExperts, RegionExperts)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a conversion that is decided before the model is looked at."""
+
+    mode: str
+    split: int | float | str
+    router: RouterSpec | None  # None: chosen from what the cut carries
+    experts: Experts
+    num_experts: int
+    batch_norm: Literal["frozen", "update"]
+    freeze: bool
+    backend: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; routers and experts with their class as ``kind``."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {k: _with_kind(plain[k]) for k in ("router", "experts")}
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> Recipe:
+        """Raises TypeError, KeyError or ConfigError where `saved` is no recipe."""
+        plain = ("mode", "split", "num_experts", "batch_norm", "freeze")
+        return make_recipe(
+            **{k: saved[k] for k in plain},
+            backend=saved.get("backend", "auto"),
+            router=_of_kind(saved["router"], TokenRouter, PatchRouter),
+            experts=_of_kind(saved["experts"], *EXPERTS.values()),
+        )
+
+
+def _with_kind(spec: Any) -> dict[str, Any]:
+    return {"kind": type(spec).__name__, **asdict(spec)}
+
+
+def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
+    by_name = {k.__name__: k for k in kinds}
+    return by_name[saved["kind"]](**{k: v for k, v in saved.items() if k != "kind"})
+
+
+ROUTERS: dict[str, RouterSpec | None] = {
+    "auto": None, "token": TokenRouter(), "patch": PatchRouter(),
+}  # fmt: skip
+MODES = ("pmoe", "upcycle")
+UPCYCLE = TokenRouter(
+    top_k=2, base=False, init=0.5
+)  # random, or all rows would go to the first two
+BACKENDS = ("auto", "reference", "dense", "grouped")
+
+
+def make_recipe(
+    mode: str = "pmoe",
+    split: int | float | str = "auto",
+    router: str | RouterSpec = "auto",
+    experts: Experts | None = None,
+    num_experts: int | None = None,
+    backend: str = "auto",
+    batch_norm: str = "frozen",
+    freeze: bool | None = None,
+) -> Recipe:
+    """Check the arguments of `convert` and return them as one Recipe. Raises ConfigError."""
+    require(mode in MODES, "mode", mode, " or ".join(map(repr, MODES)))
+    require(backend in BACKENDS, "backend", backend, " or ".join(map(repr, BACKENDS)))
+    require(batch_norm in ("frozen", "update"), "batch_norm", batch_norm, "'frozen' or 'update'")
+    freeze = mode != "upcycle" if freeze is None else freeze
+    require(isinstance(freeze, bool), "freeze", freeze, "None, True or False")
+    spec = ROUTERS.get(router) if isinstance(router, str) else router
+    named = isinstance(router, str) and router in ROUTERS
+    require(
+        named or isinstance(spec, (TokenRouter, PatchRouter)), "router", router,
+        "'auto', 'token', 'patch', a TokenRouter or a PatchRouter",
+    )  # fmt: skip
+    upcycle = mode == "upcycle"
+    experts = experts or (FFNExperts() if upcycle else LoRAExperts())
+    require(
+        type(experts) in EXPERTS.values(), "experts", experts,
+        f"None, or one of {', '.join(f'{name}(...)' for name in EXPERTS)}",
+    )  # fmt: skip
+    require(
+        isinstance(experts, FFNExperts) or not upcycle, "experts", experts,
+        "FFNExperts(...) with mode='upcycle'",
+    )  # fmt: skip
+    spec = UPCYCLE if upcycle and router == "token" else spec
+    if getattr(experts, "on_patches", False):
+        require(
+            not isinstance(spec, TokenRouter), "router", router,
+            f"'patch' or a PatchRouter, since {type(experts).__name__} work on patches",
+        )  # fmt: skip
+        spec = spec or PatchRouter()
+    count = num_experts
+    if count is None:
+        count = getattr(experts, "num", None) or (8 if upcycle else 1)
+    require(is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
+    return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""What sites read of a plan: each view is an edge from the router to sites with the same layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir.gate_layout import GateLayout
+from .dispatch import RowGates
+from .plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class ScaledGates:
+    """For stacked LoRA rows: each gate of an expert times alpha / rank, repeated over the rank.
+
+    Gives (..., active * rank) in this dtype, or (B, active * rank, H, W) over a map.
+    """
+
+    layout: GateLayout
+    dtype: torch.dtype
+    rank: int
+    scale: float
+
+    def of(self, plan: RoutingPlan) -> torch.Tensor:
+        scales = (plan.weights * self.scale).repeat_interleave(self.rank, dim=-1).to(self.dtype)
+        return self.layout.lay(scales, plan.rows, plan.grid)
+
+
+@dataclass(frozen=True)
+class SortedGates:
+    """For experts on their own rows. base: with the frozen model's gate, where the router has one.
+
+    Gives RowGates, or None where no expert is on.
+    """
+
+    layout: GateLayout
+    base: bool
+
+    def of(self, plan: RoutingPlan) -> RowGates | None:
+        if not plan.active:
+            return None
+        base = plan.base if self.base else None
+        gates = plan.weights if base is None else torch.cat([base, plan.weights], dim=-1)
+        laid = self.layout.lay(gates, plan.rows, plan.grid)
+        return RowGates(laid, plan.top_k, base is not None)
+
+
+@dataclass(frozen=True)
+class WholePlan:
+    """The plan itself, for a region."""
+
+    def of(self, plan: RoutingPlan) -> RoutingPlan:
+        return plan
+
+
+@dataclass(frozen=True)
+class ClassGates:
+    """For a head's classes: (B, 1 + E) log of each gate of a sample, the frozen model's first.
+
+    None where patches choose, or without a gate of the frozen model: then classes are not weighed.
+    """
+
+    def of(self, plan: RoutingPlan) -> torch.Tensor | None:
+        if plan.base is None or plan.patch_ids is not None:
+            return None
+        gates = torch.cat([plan.base, plan.weights], dim=-1)
+        if gates.ndim == 3:
+            gates = gates.mean(1)
+        return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+
+
+PlanView = ScaledGates | SortedGates | WholePlan | ClassGates
+
+
+def view_plan(plan: RoutingPlan, view: PlanView) -> Any:
+    """The edge in a graph. Emitting takes it out: a model makes each view once a call."""
+    return view.of(plan)

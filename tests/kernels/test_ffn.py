@@ -1,0 +1,178 @@
+"""Feed-forward experts on the CPU: against the float64 reference, forward and backward."""
+
+import pytest
+import torch
+from kernel_inputs import close, ffn_inputs, gradients
+
+from moe_rewrite.kernels.cpu_threads import spread
+from moe_rewrite.kernels.ffn import cpu, cpu_plan
+from moe_rewrite.kernels.ffn.op import _ffn, ffn_dense, ffn_experts
+from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
+from moe_rewrite.kernels.plan.op import sort_plan
+
+GATED = ["up", "down", "gate"]
+ALL = ["up", "down", "gate", "up_bias", "gate_bias", "down_bias"]
+PLAIN = ["up", "down", "up_bias", "down_bias"]
+
+
+def run(given, activation):
+    weights = {k: v for k, v in given.items() if k not in ("x", "gates", "experts")}
+    names = {"up": "up_EHD", "down": "down_EDH", "gate": "gate_EHD", "up_bias": "up_bias_EH"}
+    names |= {"gate_bias": "gate_bias_EH", "down_bias": "down_bias_ED"}
+    return {names[k]: v for k, v in weights.items()} | {"activation": activation}
+
+
+@pytest.fixture(params=[24, cpu_plan.FEW], ids=["many batches", "few batches"])
+def batches(request, monkeypatch):
+    monkeypatch.setattr(cpu_plan, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
+@pytest.mark.parametrize("shape", [
+    # T, D, H, E, K
+    (13, 5, 7, 4, 2), (1, 8, 3, 5, 5), (33, 16, 24, 1, 1), (0, 4, 6, 3, 2), (64, 8, 8, 64, 3), (7, 4, 0, 3, 2),
+])  # fmt: skip
+def test_equals_the_reference(kinds, shape):
+    activation = "silu" if "gate" in kinds else "relu2"
+    given = ffn_inputs(*shape, kinds, seed=sum(shape))
+    expected = gradients(
+        lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, activation)), given
+    )
+    plan = sort_plan(given["experts"], shape[3])
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    got = gradients(
+        lambda g: ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, activation)), small
+    )
+    close(got, expected)
+    apart = {k: list(v) if k in kinds else v for k, v in small.items()}
+    close(
+        gradients(
+            lambda g: ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, activation)),
+            apart,
+        ),
+        expected,
+    )
+
+
+def few(dtype=torch.float32, stacked=True):
+    """Arguments of the op itself: 5 rows, 3 experts, 2 a row; a pair is dropped."""
+    given = ffn_inputs(5, 4, 6, 3, 2, ALL, seed=1)
+    given["experts"][3, 1] = -1
+    small = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    leaves = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in small.items()}
+    lists = [[leaves[k]] if stacked else list(leaves[k].detach().unbind(0)) for k in ALL]
+    if not stacked:
+        lists = [[w.requires_grad_(e != 1) for e, w in enumerate(kind)] for kind in lists]
+    plan = sort_plan(given["experts"], 3)
+    return leaves["x"], leaves["gates"], *plan, *lists, "gelu", False, True
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_opcheck(stacked):
+    torch.library.opcheck(_ffn, few(stacked=stacked))
+
+
+def test_a_compiled_step_gives_the_same():
+    given = ffn_inputs(14, 4, 6, 3, 2, ALL, seed=2)
+    given = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+
+    def step(g):
+        plan = sort_plan(g["experts"], 3)
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, "silu"))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for name, got in gradients(compiled, given).items():
+        torch.testing.assert_close(got, gradients(step, given)[name], msg=name)
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("spread", ["random", "one", "some"])
+@pytest.mark.parametrize("T", [12, 90, 400])
+def test_few_and_many_rows_of_stacks_and_dropped_pairs(T, spread):
+    """Equal groups, and a slice per expert: the same as the reference, twice the same bits."""
+    given = ffn_inputs(T, 6, 10, 4, 2, ALL, seed=T, spread=spread)
+    given["experts"][::5, 0] = -1
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    plan = sort_plan(given["experts"], 4)
+
+    def step(g):
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, "gelu_tanh"))
+
+    first, second = gradients(step, small), gradients(step, small)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    expected = gradients(
+        lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "gelu_tanh")), given
+    )
+    close(first, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(step(small), first["y"])
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["stacked", "apart", "dense"])
+@pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
+def test_shares_of_several_cores(kinds, form, threads, monkeypatch):
+    """Dropped pairs and an expert without a row: the same as the reference and, but for rounding,
+    as one share; twice the same bits."""
+    for name, value in {"SPREAD": 1, "FEW": 1000, "UNEVEN": 1}.items():
+        monkeypatch.setattr(cpu_plan, name, value)
+    given = ffn_inputs(600, 6, 10, 7, 3, kinds, seed=threads)
+    given["experts"][::7, 0] = -1
+    given["experts"][given["experts"] == 4] = 6
+    plan = sort_plan(given["experts"], 7)
+    if form == "dense":
+        given["gates"] = torch.rand(600, 7).double()
+        given["experts"] = torch.arange(7).expand(600, 7)
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    if form == "apart":
+        small = {k: list(v) if k in kinds else v for k, v in small.items()}
+
+    def step(g):
+        if form == "dense":
+            return ffn_dense(g["x"], g["gates"], **run(g, "relu2"))
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **run(g, "relu2"))
+
+    used = []
+    monkeypatch.setattr(cpu, "spread", lambda work, n: used.append(n) or spread(work, n))
+    first, second = gradients(step, small), gradients(step, small)
+    assert set(used) == {threads}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    close(
+        first,
+        gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu2")), given),
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(step(small), first["y"])
+    monkeypatch.setattr(cpu_plan, "SPREAD", 1 << 60)
+    close(gradients(step, small), {k: v.double() for k, v in first.items()})
+    assert used[-1] == 1
+
+
+@pytest.mark.parametrize("sizes, shares", [
+    ([100, 100, 100, 100], [[0, 2], [1, 3]]),
+    ([300, 100, 100, 100], [[0], [1, 2, 3]]),
+    ([301, 100, 50, 50], [[0, 1, 2, 3]]),  # uneven
+    ([10, 10], [[0, 1]]),  # few
+    ([], [[]]),
+])  # fmt: skip
+def test_shares_are_even_and_worth_it(sizes, shares, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert cpu_plan._shares(sizes, 1 << 18) == shares
+
+
+def test_a_row_that_takes_an_expert_twice():
+    given = ffn_inputs(1, 6, 10, 4, 3, ALL, seed=0)
+    given["experts"][:] = torch.tensor([2, 0, 2])
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    close(
+        gradients(lambda g: ffn_experts(g["x"], g["gates"], g["experts"], None, **run(g, "relu")), small),
+        gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu")), given),
+    )  # fmt: skip
