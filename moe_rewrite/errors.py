@@ -1,5 +1,7 @@
 """The errors this package raises. Each names the value, what was expected and what to do."""
 
+from importlib.util import find_spec
+
 
 class MoeRewriteError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -35,3 +37,10 @@ class CheckpointError(MoeRewriteError, RuntimeError):
 
 class InvariantError(MoeRewriteError, AssertionError):
     """A pass left the program in a state that no pass may leave it in. This is a bug; report it."""
+
+
+def require_package(package: str, extra: str, what: str) -> None:
+    """Raise ConfigError, saying which extra to install, where a package that `what` needs is
+    missing."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}: pip install 'moe-rewrite[{extra}]'")

@@ -58,7 +58,7 @@ Patience = Annotated[
 ]
 
 
-def _run(
+def run_methods(
     methods: list[str], *, model: Model, tasks: Tasks, more: More = None, split: Split = "auto",
     epochs: Epochs = None, max_samples: MaxSamples = None, seed: Seed = 0, out: Out = None,
     json_file: Json = None, score: ScoreName = "accuracy", rank: Rank = 8, alpha: Alpha = 16.0,
@@ -67,9 +67,8 @@ def _run(
     per_task: PerTask = 2, mean: Mean = "0", std: Std = "1", cache: Cache = False,
     mixed_precision: Precision = "no", patience: Patience = None,
 ) -> None:  # fmt: skip
+    from ..continual.compare import compare as compare_methods
     from ..continual.registry import METHODS, Setup
-    from ..continual.results import comparison_table, matrix_table, write_results
-    from ..continual.run import run
     from ..continual.training import Training
     from .loading import load_model, parse_split
 
@@ -96,24 +95,16 @@ def _run(
             dense, folders, base, max_samples, per_task, size, mean, std
         )
     training = replace(training, batch_size=size)
-    results = {}
-    for method in methods:
-        folder = None if out is None else out / method
-        kept: str | bool = cache and (str(out / "features") if out is not None else True)
-        setup = Setup(
-            parse_split(split), rank, alpha, granularity, top_k, replay, training=training,
-            cache=kept,
-        )  # fmt: skip
-        results[method] = run(method, dense, problem, stream, setup, base_task, score, folder)
-        typer.echo(matrix_table(method, results[method]))
-        if out is not None or json_file is not None:
-            write_results(results, out, json_file)
-    typer.echo(comparison_table(results))
+    kept: str | bool = cache and (str(out / "features") if out is not None else True)
+    setup = Setup(
+        parse_split(split), rank, alpha, granularity, top_k, replay, training=training, cache=kept,
+    )  # fmt: skip
+    compare_methods(methods, dense, problem, stream, setup, base_task, score, out, json_file)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, typer being told of `_run`'s options behind the command's own."""
-    mine, shared = (signature(f, eval_str=True).parameters.values() for f in (command, _run))
+    """The command with `run_methods`'s options after its own, as typer is told."""
+    mine, shared = (signature(f, eval_str=True).parameters.values() for f in (command, run_methods))
     kept = [p for p in mine if p.kind is not p.VAR_KEYWORD]
     kept += [p for p in shared if p.name != "methods"]
     told: Any = command
@@ -132,7 +123,7 @@ def learn(
 
     Example: moe-rewrite learn --model ./my-llama --tasks ./TRACE --split 16 --out ./run
     """
-    _run([method], **options)
+    run_methods([method], **options)
 
 
 @_with_options
@@ -150,7 +141,7 @@ def compare(
 
     Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
     """
-    _run(methods.split(","), **options)
+    run_methods(methods.split(","), **options)
 
 
 def _text(

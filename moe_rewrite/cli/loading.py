@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_package
 
 
 def load_model(spec: str) -> nn.Module:
@@ -21,12 +20,8 @@ def load_model(spec: str) -> nn.Module:
     """
     if ":" in spec and not Path(spec).exists():
         return _from_factory(spec).eval()
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            f"model {spec!r}: Hugging Face models need transformers: pip install 'moe-rewrite[hf]'"
-        ) from None
+    require_package("transformers", "hf", f"model {spec!r}")
+    import transformers
     from safetensors import SafetensorError
 
     try:
@@ -70,29 +65,3 @@ def parse_numbers(text: str) -> torch.Tensor:
         return torch.tensor([float(part) for part in text.split(",")])
     except ValueError:
         raise ConfigError(f"{text!r}: expected numbers with commas between them") from None
-
-
-def read_tasks(folder: Path, part: str) -> dict[str, list[dict[str, str]]]:
-    """TRACE's format: a folder a task, each with train.json, a list of {"prompt", "answer"}."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; expected one folder a task inside")
-    folders = [folder] if (folder / f"{part}.json").exists() else sorted(folder.iterdir())
-    tasks = {}
-    for task in folders:
-        file = task / f"{part}.json"
-        if not file.exists():
-            continue
-        try:
-            records = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{file}: not JSON ({error})") from None
-        for i, record in enumerate(records):
-            ok = isinstance(record, dict) and all(
-                isinstance(record.get(k), str) for k in ("prompt", "answer")
-            )
-            if not ok:
-                raise ConfigError(f"{file}, record {i}: expected 'prompt' and 'answer' strings")
-        tasks[task.name] = records
-    if not tasks:
-        raise ConfigError(f"{folder}: no task folder with a {part}.json")
-    return tasks

@@ -180,34 +180,32 @@ def patches(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the picture and figures")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of tables, pictures and checkpoints")] = Path(
         "moe-rewrite-demo"
     ),
     model: Annotated[str | None, typer.Option(help="A causal language model instead")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of TRACE-format tasks")] = None,
     split: Split = "auto",
     epochs: Annotated[int, typer.Option(help="Epochs per language task")] = 1,
-    max_samples: Annotated[int, typer.Option(help="Training items per language task")] = 100,
+    max_samples: Annotated[int, typer.Option(help="Items of each part of a task at most")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
 ) -> None:
-    """Teach a converted network new tasks and see what it forgets, against plain fine-tuning.
+    """Teach a converted network new tasks and see what it forgets, compared with fine-tuning.
 
     With no options: handwritten digits, offline, in about a minute.
     Example: moe-rewrite demo --model ./my-llama --data ./TRACE
     """
-    from .loading import load_model, parse_split, read_tasks
+    from ..demo.digits import METHODS, digits
 
     if (model is None) != (data is None):
         raise ConfigError("--model and --data go together")
     if model is None or data is None:
-        from ..demo.digits import digits
-
         digits(out, seed)
         return
-    tasks = {part: read_tasks(data, part) for part in ("train", "test")}
-    from ..demo.language import language
-
-    language(model, load_model(model), tasks, out, parse_split(split), epochs, max_samples, seed)
+    continual.run_methods(
+        list(METHODS), model=model, tasks=[data], split=split, epochs=epochs,
+        max_samples=max_samples, seed=seed, out=out,
+    )  # fmt: skip
 
 
 app.command()(export)

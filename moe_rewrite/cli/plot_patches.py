@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..converted.model import MoEModel
-from ..errors import InputError
+from ..errors import InputError, require_package
 from ..ir.patch_grid import bounds
 from ..utils.atomic_files import write_figure
 
@@ -26,6 +26,7 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
         plan = moe.route(images)
     if plan.patch_ids is None or plan.patch_gates is None:
         raise InputError("no expert of this model takes patches: convert it with a PatchRouter")
+    require_package("matplotlib", "plot", "a picture of patches")
     import matplotlib
 
     matplotlib.use("Agg")

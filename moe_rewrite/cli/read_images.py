@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_package
 
 
 def read_images(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -38,6 +38,7 @@ def read_images(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _read_picture(file: Path) -> torch.Tensor:
+    require_package("PIL", "plot", f"{file.name}")
     from PIL import Image
 
     with Image.open(file) as image:

@@ -2,7 +2,7 @@
 
 The data: `tasks`, `text`, `images` (a `Problem` each), `buffers`, `features`. The methods:
 `learner` (PMoE) and `methods/` (its rivals), by name in `registry`. A run of one over a stream:
-`run`; what came out: `matrix`, `scores`, `results`. The commands: `commands`.
+`run`, of several side by side: `compare`; what came out: `matrix`, `scores`, `results`.
 """
 
 from .features import FeatureCache

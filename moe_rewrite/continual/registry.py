@@ -50,12 +50,15 @@ class Setup:
 
 
 def _converted(
-    dense: nn.Module, setup: Setup, fit: str, dry_run: bool = False
+    dense: nn.Module, setup: Setup, fit: str, example: Any, dry_run: bool = False
 ) -> MoEModel | Report:
     chosen = setup.granularity or _granularity(dense)
     router = TokenRouter(fit=fit, granularity=chosen, top_k=setup.top_k, **setup.router)  # type: ignore[arg-type]
     experts = LoRAExperts(rank=setup.rank, alpha=setup.alpha)
-    return convert(dense, split=setup.split, router=router, experts=experts, dry_run=dry_run)
+    return convert(
+        dense, split=setup.split, router=router, experts=experts, example_inputs=example,
+        dry_run=dry_run,
+    )  # fmt: skip
 
 
 def _granularity(dense: nn.Module) -> str:
@@ -65,9 +68,9 @@ def _granularity(dense: nn.Module) -> str:
 
 def _learner(fit: str) -> Callable[..., Method]:
     def build(
-        dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
+        dense: nn.Module, problem: Problem, setup: Setup, example: Any, saved: Path | None
     ) -> Method:
-        made = load(saved, dense) if saved else _converted(dense, setup, fit)
+        made = load(saved, dense, example) if saved else _converted(dense, setup, fit, example)
         moe = cast(MoEModel, made)
         cache = None
         if setup.cache:
@@ -82,11 +85,15 @@ def _learner(fit: str) -> Callable[..., Method]:
 
 def _rival(kind: Any) -> Callable[..., Method]:
     def build(
-        dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
+        dense: nn.Module, problem: Problem, setup: Setup, example: Any, saved: Path | None
     ) -> Method:
         given: dict[str, Any] = {"replay": setup.replay, "balanced": setup.balanced}
         if issubclass(kind, Adapters):
-            given |= {"sites": _sites(dense, setup), "rank": setup.rank, "alpha": setup.alpha}
+            given |= {
+                "sites": _sites(dense, setup, example),
+                "rank": setup.rank,
+                "alpha": setup.alpha,
+            }
         return kind(dense, problem, setup.training, **given)
 
     return build
@@ -95,12 +102,12 @@ def _rival(kind: Any) -> Callable[..., Method]:
 _SITES: WeakKeyDictionary[nn.Module, dict[Any, list[str]]] = WeakKeyDictionary()
 
 
-def _sites(dense: nn.Module, setup: Setup) -> list[str]:
+def _sites(dense: nn.Module, setup: Setup, example: Any) -> list[str]:
     """Where experts would be; captured once for all rivals of one comparison."""
     known = _SITES.setdefault(dense, {})
     key = (setup.split, setup.granularity)
     if key not in known:
-        report = cast(Report, _converted(dense, setup, "analytic", dry_run=True))
+        report = cast(Report, _converted(dense, setup, "analytic", example, dry_run=True))
         known[key] = [name for name, _, _ in report.sites]
     return known[key]
 
@@ -121,10 +128,14 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def make_method(
-    name: str, dense: nn.Module, problem: Problem, setup: Setup, saved: Path | None = None
-) -> Method:
-    """A method by name, new or with the converted model that it saved. Raises ConfigError."""
+    name: str, dense: nn.Module, problem: Problem, setup: Setup, example: Any = None,
+    saved: Path | None = None,
+) -> Method:  # fmt: skip
+    """A method by name, new or with the converted model that it saved. Raises ConfigError.
+
+    example: a call of the model as `convert` takes it; None: inferred.
+    """
     if name not in METHODS:
         raise ConfigError(f"method {name!r}: expected one of {', '.join(METHODS)}")
     found = saved if saved is not None and (saved / META).exists() else None
-    return METHODS[name](dense, problem, setup, found)
+    return METHODS[name](dense, problem, setup, example, found)

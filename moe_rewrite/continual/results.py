@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import require_package
 from ..utils.atomic_files import write_figure, write_json
 from ..utils.text_tables import count, table
 from .matrix import ScoreMatrix
@@ -98,6 +99,7 @@ def write_results(
 
 
 def _pyplot() -> Any:
+    require_package("matplotlib", "continual", "a folder of results")
     import matplotlib
 
     matplotlib.use("Agg")

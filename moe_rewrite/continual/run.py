@@ -39,9 +39,10 @@ def run(
 ) -> Result:
     """Learn the tasks in order, and score all of them before the first and after each.
 
-    own: what the model could do before, scored too. out: the folder of this method: its state after
-    the last task learnt (of PMoE with a model that `load` reads), and progress.json, which names it
-    and is replaced last. Raises ConfigError where `out` holds another run.
+    base_task: what the model could do before, scored too.
+    out: the folder of this method: its state after the last task learnt (of PMoE with a model that
+        `load` reads), and progress.json, which names it and is replaced last.
+    Raises ConfigError where `out` holds another run.
     """
     if score not in problem.scores:
         raise ConfigError(f"score={score!r}: expected one of {', '.join(problem.scores)}")
@@ -57,7 +58,8 @@ def run(
         return result
     _seed(setup, "start", 0)
     saved = kept.state(learnt) if kept is not None and learnt else None
-    method = make_method(name, dense, problem, setup, saved)
+    example = problem.inputs(problem.batch(tasks[0].train[:2]))
+    method = make_method(name, dense, problem, setup, example, saved)
     method.begin(base_task)
     if result is None:
         scores = _Scores(method, tasks, base_task)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import Any
 
-from ..errors import ConfigError
+from ..errors import require_package
 from .tasks import Item
 
 Score = Callable[[str, Item], float]
@@ -25,13 +24,18 @@ def first_letter(said: str, item: Item) -> float:
 
 def rouge_l(said: str, item: Item) -> float:
     """F1 of the longest common subsequence of words (Lin 2004, section 3)."""
-    rouge = _need("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    return float(rouge.score(item["answer"], said)["rougeL"].fmeasure)
+    require_package("rouge_score", "continual", "this task's score")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"]).score(item["answer"], said)["rougeL"].fmeasure)
 
 
 def edit_similarity(said: str, item: Item) -> float:
     """1 - insertions and deletions / total length."""
-    return float(_need("rapidfuzz.fuzz").ratio(said, item["answer"]) / 100)
+    require_package("rapidfuzz", "continual", "this task's score")
+    from rapidfuzz.fuzz import ratio
+
+    return ratio(said, item["answer"]) / 100
 
 
 def simplification(said: str, item: Item) -> float:
@@ -82,15 +86,3 @@ def task_score(task: str, said: Sequence[str], items: Sequence[Item]) -> float:
     """Mean score of what was said to a task's items; exact match for a task that TRACE has not."""
     score = TRACE_SCORES.get(task, exact_match)
     return mean(score(text, item) for text, item in zip(said, items, strict=True))
-
-
-def _need(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0].replace("_", "-")
-        raise ConfigError(
-            f"this task's score needs {package}: pip install 'moe-rewrite[continual]'"
-        ) from None

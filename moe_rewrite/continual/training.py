@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_package
 from .problem import Batch, Problem
 from .tasks import Item
 
@@ -54,12 +54,9 @@ class Training:
 
 
 def accelerator(training: Training) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise ConfigError(
-            "training needs accelerate: pip install 'moe-rewrite[continual]'"
-        ) from None
+    require_package("accelerate", "continual", "training")
+    from accelerate import Accelerator
+
     return Accelerator(mixed_precision=training.mixed_precision)
 
 

@@ -1,36 +1,39 @@
-"""Handwritten digits: a small vision transformer learns six of them, then two and two more."""
+"""Handwritten digits: a small vision transformer that knows six of them learns two and two more."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import LoRAExperts, TokenRouter
-from ..convert import convert
-from ..converted.model import MoEModel
-from .comparison import Part, Step, compare, train
+from ..continual.compare import compare
+from ..continual.images import ImageProblem, Images, items_of, split_classes
+from ..continual.registry import Setup
+from ..continual.results import Result
+from ..continual.tasks import Task
+from ..continual.training import Training, adamw, fit
+from ..errors import require_package
 
-DIGIT_TASKS = ((0, 1, 2, 3, 4, 5), (6, 7), (8, 9))
+METHODS = ("pmoe", "replay", "full")
+KNOWN = 6  # digits that the network is trained on before
 
 
 class DigitNet(nn.Module):
     """A small vision transformer: 8x8 image, 2x2 patches, 16 tokens."""
 
-    def __init__(self, width: int = 96, depth: int = 4) -> None:
+    def __init__(self, width: int = 96, depth: int = 4, classes: int = KNOWN) -> None:
         super().__init__()
-        self.embed = nn.Linear(4, width)
+        self.embed = nn.Conv2d(1, width, 2, stride=2)
         self.position = nn.Parameter(torch.randn(16, width) * 0.02)
         self.blocks = nn.ModuleList(DigitBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 10)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image: (batch, 16, 4) patches -> (batch, 10) logits."""
-        x = self.embed(image) + self.position
+        """image: (batch, 1, 8, 8) -> (batch, classes) logits."""
+        x = self.embed(image).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))
@@ -50,54 +53,43 @@ class DigitBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def digits(out: Path, seed: int = 0, epochs: int = 40) -> dict[str, Any]:
-    """Train on digits 0-5, convert, teach 6-7 then 8-9; compare with plain fine-tuning.
+def digits(out: Path, seed: int = 0, epochs: int = 40) -> dict[str, Result]:
+    """Train on digits 0 to 5, convert, learn 6-7, then 8-9; and the same by fine-tuning.
 
-    Prints accuracy by task and forgetting, writes digits.json and digits.png into `out`.
+    Prints accuracies and forgetting; writes results.json, pictures and checkpoints into `out`.
     """
     torch.manual_seed(seed)
-    tasks = [_digit_part(c, seed) for c in DIGIT_TASKS]
-    names = ["digits " + "".join(map(str, c)) for c in DIGIT_TASKS]
+    known, stream = _tasks(seed)
+    problem = ImageProblem(32, "image")
+    training = Training(epochs=epochs, batch_size=32, lr=1e-3, seed=seed)
     dense = DigitNet()
-
-    def cross_entropy(model: nn.Module) -> Step:
-        return lambda x, y, task: F.cross_entropy(model(x), y)
-
-    train(
-        "dense network", cross_entropy(dense), list(dense.parameters()), tasks[0][0], None, epochs
-    )
-    dense.eval()
-
-    def accuracy(model: nn.Module, part: Part) -> float:
-        return float((model(part.x).argmax(-1) == part.y).float().mean())
-
-    moe = _convert_digits(dense)
-    return compare(
-        "digits", dense, moe, names, tasks, cross_entropy, accuracy, out, epochs, lr=3e-3
-    )
-
-
-def _convert_digits(dense: nn.Module) -> MoEModel:
-    moe = convert(
-        dense, split=2, router=TokenRouter(granularity="sequence"),
-        experts=LoRAExperts(rank=8, sites="all+head"), example_inputs=torch.zeros(2, 16, 4),
+    fit(
+        "dense network", problem, [(0, item) for item in known.train],
+        lambda batch, task_ids: problem.loss(dense, batch), [adamw(list(dense.parameters()), training)],
+        training, epochs,
     )  # fmt: skip
-    assert isinstance(moe, MoEModel)
-    return moe
+    setup = Setup(split=2, training=training)
+    return compare(METHODS, dense.eval(), problem, stream, setup, known, out=out)
 
 
-def _digit_part(classes: tuple[int, ...], seed: int) -> tuple[Part, Part]:
-    """(train, test) of these digits from scikit-learn's 1,797 images, a quarter for testing."""
+def _tasks(seed: int) -> tuple[Task, list[Task]]:
+    """Digits 0 to 5, and the stream of the others, from scikit-learn's 1,797 images, of which a
+    quarter is for testing."""
+    require_package("sklearn", "demo", "the demonstration")
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.tensor(data.images / 16.0, dtype=torch.float32)
-    patches = images.unfold(1, 2, 2).unfold(2, 2, 2).reshape(-1, 16, 4)
+    pixels = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(data.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = order[torch.isin(labels[order], torch.tensor(classes))]
-    cut = len(chosen) * 3 // 4
-    return (
-        Part(patches[chosen[:cut]], labels[chosen[:cut]]),
-        Part(patches[chosen[cut:]], labels[chosen[cut:]]),
-    )
+    cut = len(order) * 3 // 4
+    train, test = (Images(pixels[part], labels[part]) for part in (order[:cut], order[cut:]))
+    same = {c: c for c in range(KNOWN)}
+    known = Task("digits 0-5", items_of(train, same), items_of(test, same))
+    others, unseen = _without_known(train), _without_known(test)
+    return known, split_classes(others, unseen, per_task=2, first_column=KNOWN, name="digits")
+
+
+def _without_known(images: Images) -> Images:
+    new = images.labels >= KNOWN
+    return Images(images.pixels[new], images.labels[new])

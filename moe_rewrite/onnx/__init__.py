@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_package
 from ..frontend.trace_memory import low_memory_export as low_memory_export
 
 if TYPE_CHECKING:
@@ -17,15 +17,8 @@ if TYPE_CHECKING:
 
 def require() -> None:
     """Raises ConfigError where the optional packages are missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnx_ir  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"ONNX needs the package {error.name}: pip install 'moe-rewrite[onnx]'"
-        ) from None
+    for package in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+        require_package(package, "onnx", "ONNX")
 
 
 def export_onnx(

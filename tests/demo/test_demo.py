@@ -1,48 +1,41 @@
+"""The demonstration as a new user runs it: on digits, and on a language model of one's own."""
+
 import json
 
 import pytest
+from typer.testing import CliRunner
 
-from moe_rewrite import MoeRewriteError
-from moe_rewrite.cli.loading import load_model, parse_split, read_tasks
+from moe_rewrite.cli.main import app
 from moe_rewrite.demo.digits import digits
-from moe_rewrite.demo.language import language
+from moe_rewrite.errors import ConfigError
+
+METHODS = {"pmoe", "replay", "full"}
 
 
-def test_digits_forget_less_than_plain_fine_tuning(tmp_path):
-    report = digits(tmp_path, seed=1, epochs=8)
-    assert json.loads((tmp_path / "digits.json").read_text()) == report
-    assert (tmp_path / "digits.png").stat().st_size > 5000
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.json", "digits.png"]
-    methods = report["methods"]
-    assert methods["PMoE (10% replay)"]["forgot"] < methods["fine-tuning"]["forgot"]
-    assert len(methods["fine-tuning"]["R"]) == 3
+def test_digits_forget_less_than_by_fine_tuning(tmp_path):
+    results = digits(tmp_path, seed=1, epochs=10)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == set(results) == METHODS
+    assert (tmp_path / "matrices.png").stat().st_size > 5000
+    pmoe, full = results["pmoe"], results["full"]
+    assert pmoe.matrix.forgetting < full.matrix.forgetting and not pmoe.keeps_data
+    assert pmoe.base[0] > 0.8 and pmoe.base[-1] > full.base[-1] + 0.2
+    assert all(row[task] > 0.4 for task, row in enumerate(pmoe.R))
 
 
 def test_a_language_model_keeps_more_of_its_own_text_than_by_fine_tuning(data, tmp_path):
     """The pretrained Llama and a real task of TRACE."""
-    folder = str(data / "models" / "stories260K")
-    tasks = {
-        part: {"FOMC": read_tasks(data / "data" / "TRACE", part)["FOMC"]}
-        for part in ("train", "test")
-    }
-    report = language(folder, load_model(folder), tasks, tmp_path, "auto", 1, 24, seed=0)
-    assert report["tasks"] == ["its own text", "FOMC"]
-    methods = report["methods"]
-    assert methods["PMoE (10% replay)"]["forgot"] < methods["fine-tuning"]["forgot"]
-    before, after = methods["PMoE (10% replay)"]["R"]
-    assert before[0] == 1.0 and after[1] > before[1]
-    assert (tmp_path / "language.png").exists()
+    options = ("--max-samples", "24", "--out", str(tmp_path))
+    folders = ("--model", str(data / "models" / "stories260K"), "--data", str(data / "data" / "TRACE" / "FOMC"))  # fmt: skip
+    done = CliRunner().invoke(app, ["demo", *folders, *options])
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert set(figures) == METHODS
+    pmoe, full = figures["pmoe"], figures["full"]
+    assert pmoe["tasks"] == ["FOMC"] and pmoe["op"] > pmoe["before"][0]
+    assert pmoe["base_after"] > full["base_after"]
 
 
-def test_task_files_are_checked(tmp_path):
-    with pytest.raises(MoeRewriteError, match="no task folder"):
-        read_tasks(tmp_path, "train")
-    (tmp_path / "a").mkdir()
-    file = tmp_path / "a" / "train.json"
-    file.write_text('[{"prompt": "x", "answer": "y"}, {"prompt": 1}]')
-    with pytest.raises(MoeRewriteError, match="record 1"):
-        read_tasks(tmp_path, "train")
-    file.write_text("[")
-    with pytest.raises(MoeRewriteError, match="not JSON"):
-        read_tasks(tmp_path, "train")
-    assert [parse_split(t) for t in ("3", "-2", "0.5", "auto")] == [3, -2, 0.5, "auto"]
+def test_a_model_without_tasks_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["demo", "--model", "mine", "--out", str(tmp_path / "none")])
+    assert isinstance(done.exception, ConfigError) and "go together" in str(done.exception)
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import require_package
 from ..buffers import Buffer
 from ..problem import Batch, Problem
 from ..tasks import Task
@@ -57,12 +57,9 @@ class Adapters(Method):
             self.head.grow(task.classes)
 
     def _add_adapter(self, name: str) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise ConfigError(
-                f"method {self.label!r} needs PEFT: pip install 'moe-rewrite[continual]'"
-            ) from None
+        require_package("peft", "continual", f"method {self.label!r}")
+        from peft import LoraConfig, inject_adapter_in_model
+
         config = LoraConfig(r=self.rank, lora_alpha=int(self.alpha), target_modules=self.sites)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the point

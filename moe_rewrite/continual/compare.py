@@ -1,0 +1,40 @@
+"""Several methods over the same stream, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .problem import Problem
+from .registry import Setup
+from .results import Result, comparison_table, matrix_table, write_results
+from .run import run
+from .tasks import Task
+
+
+def compare(
+    methods: Sequence[str],
+    dense: nn.Module,
+    problem: Problem,
+    tasks: Sequence[Task],
+    setup: Setup,
+    base_task: Task | None = None,
+    score: str = "accuracy",
+    out: Path | None = None,
+    json_file: Path | None = None,
+) -> dict[str, Result]:
+    """Run the methods one after the other, print their scores, and write what is done so far.
+
+    out: a folder for tables, pictures and, of each method, the run that goes on from there.
+    Arguments and errors otherwise as for `run`.
+    """
+    results = {}
+    for method in methods:
+        folder = None if out is None else out / method
+        results[method] = run(method, dense, problem, tasks, setup, base_task, score, folder)
+        print(matrix_table(method, results[method]))
+        write_results(results, out, json_file)
+    print(comparison_table(results))
+    return results
