@@ -1,1 +1,1 @@
-"""Measurements: ``python -m benchmarks.NAME [--quick]`` prints a table and a last line of JSON."""
+"""Measurements: ``python -m benchmarks.FOLDER.NAME [--quick]`` ends with a line of JSON."""

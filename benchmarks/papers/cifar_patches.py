@@ -1,16 +1,14 @@
-"""A wide ResNet on CIFAR-10 with its last stage replaced by experts on patches, against the dense.
+"""A wide ResNet on CIFAR-10 with experts on patches as its last stage, against the dense one."""
 
-``python -m benchmarks.cifar_patches [--quick]``: test accuracy by number of training images at
-equal epochs, and multiply-adds. Both pMoE networks come out of `convert` (arXiv 2306.04073, section
-5): 4 experts that take 16 of 64 patches, 8 experts that take 2 of 16; softmax over all patches,
-isolated patches, a quarter of the hidden channels each; all weights are trained from the start.
-"""
+# python -m benchmarks.papers.cifar_patches [--quick]: test accuracy by number of training images at
+# equal epochs, and multiply-adds. Both pMoE networks come out of `convert` (arXiv 2306.04073, section
+# 5): 4 experts that take 16 of 64 patches, 8 experts that take 2 of 16; softmax over all patches,
+# isolated patches, a quarter of the hidden channels each; all weights are trained from the start.
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import mean, pstdev
 from typing import Any
 
 import torch
@@ -21,7 +19,9 @@ import moe_rewrite
 from moe_rewrite import MoEModel, PatchRouter, RegionExperts
 from moe_rewrite.models.resnet import ResNet
 
-from .common import arguments, cifar10, curves, finish, save
+from ..tools.data import cifar10
+from ..tools.plots import curves
+from ..tools.report import finish, is_quick, mean_and_spread, over_seeds, save
 
 SIZES, BATCH, RATE = (1000, 2500, 5000), 64, 0.1
 
@@ -94,13 +94,12 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int) -> dict[str, Any]:
             for size in sizes:
                 found = []
                 for seed in range(seeds):
-                    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[
-                        :size
-                    ]
+                    generator = torch.Generator().manual_seed(seed)
+                    chosen = torch.randperm(len(y), generator=generator)[:size]
                     tick = partial(progress.advance, bar)
                     model = train(method, x[chosen], y[chosen], epochs, seed, tick)
                     found.append(accuracy(model, test_x, test_y))
-                table[size] = {"accuracy": found, "mean": mean(found), "spread": pstdev(found)}
+                table[size] = over_seeds(found)
             results[method] = {"by_size": table, "last_stage_macs": _macs(model)}
     return results
 
@@ -123,11 +122,11 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     sizes, seeds, epochs = ((128,), 1, 1) if quick else (SIZES, 2, 10)
     results = measure(sizes, seeds, epochs)
     rows = [
-        (m, *(f"{v['mean']:.3f} ± {v['spread']:.3f}" for v in r["by_size"].values()),
+        (m, *map(mean_and_spread, r["by_size"].values()),
          f"{r['last_stage_macs']:,}")
         for m, r in results.items()
     ]  # fmt: skip

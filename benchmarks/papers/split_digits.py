@@ -1,10 +1,9 @@
-"""A CIFAR-10 network learns MNIST's digits, two classes a task, and answers over all classes.
+"""A CIFAR-10 network learns MNIST's digits, two classes a task, and answers over all classes."""
 
-``python -m benchmarks.split_digits [--quick]``: the pretrained ResNet-20, digits as RGB of 32 x 32,
-five tasks whose columns widen the head, CIFAR-10 accuracy as the base ability; no task identity at
-inference. PMoE against every rival, at equal trainable parameters for the adapters, each with its
-own learning rate, from `benchmarks.tuning`.
-"""
+# python -m benchmarks.papers.split_digits [--quick]: the pretrained ResNet-20, digits as RGB of 32 x 32,
+# five tasks whose columns widen the head, CIFAR-10 accuracy as the base ability; no task identity at
+# inference. PMoE and every other method, at equal trainable parameters for the adapters, each with
+# its own learning rate, from `benchmarks.tune.tuning`.
 
 from __future__ import annotations
 
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
-from .common import arguments, data, finish, save
-from .streams import accuracies, bars, facts, rows, runs, tuned, without_matrices
+from ..tools.data import CIFAR_MEAN, CIFAR_STD, data, model_folder
+from ..tools.plots import bars
+from ..tools.report import finish, is_quick, save
+from .streams import accuracies, facts, rows, runs, tuned, without_matrices
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 METHODS = (
     "pmoe", "pmoe-gradient", "full", "lora", "replay", "ewc", "lwf", "olora", "ranpac", "oracle",
     "joint",
@@ -36,8 +36,8 @@ def pretrained() -> Any:
     from moe_rewrite.models.resnet import ResNet
 
     model = ResNet(20)
-    folder = data().parent / "models" / "resnet20-cifar10"
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    weights = load_file(model_folder("resnet20-cifar10") / "model.safetensors")
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -63,7 +63,8 @@ def drawn(folder: str, counts: tuple[int, int], seed: int, part: str) -> tuple[A
         others, tested = test, torch.randperm(len(test.labels), generator=draw)[: counts[1]]
     cut = ((train, chosen), (others, tested))
     fitted = [
-        fit_images(Images(i.pixels[at], i.labels[at]), (3, 32, 32), MEAN, STD) for i, at in cut
+        fit_images(Images(i.pixels[at], i.labels[at]), (3, 32, 32), CIFAR_MEAN, CIFAR_STD)
+        for i, at in cut
     ]
     return fitted[0], fitted[1]
 
@@ -92,7 +93,7 @@ def job(
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     methods = ("pmoe", "ranpac") if quick else METHODS
     chosen, sizes = tuned(), QUICK if quick else FULL
     rates, epochs = chosen["rates"], 3 if quick else chosen["epochs"]
@@ -104,7 +105,7 @@ def main() -> None:
     results = {m: accuracies(f) | facts(f) for m, f in found.items()}
     if not quick:
         figures = {"seeds": len(seeds), "sizes": sizes, "epochs": epochs, "rates": rates}
-        save("split_digits", figures | {"methods": results}, bars(results, TITLES))
+        save("split_digits", figures | {"methods": results}, bars({"": results}, TITLES))
     columns = ["method", "last", "BWT", "CIFAR-10", "trained", "keeps data", "training"]
     keys = ["last", "bwt", "base"]
     finish("split_digits", columns, rows(results, keys), methods=without_matrices(results))

@@ -1,11 +1,10 @@
-"""A background that predicts the class in training and not in test.
+"""A background that predicts the class in training and not in test."""
 
-``python -m benchmarks.spurious_patches [--quick]``: images of 4 x 4 patches, one of them a digit
-that decides the class, the others grey crops of aeroplanes or of frogs; in training the background
-agrees with the class for 95 of 100 images, in test for half. Worst-group accuracy (class times
-background) of the patch CNN and of both pMoE networks, each with its best learning rate on images
-apart that are distributed like the training images.
-"""
+# python -m benchmarks.papers.spurious_patches [--quick]: images of 4 x 4 patches, one of them a digit
+# that decides the class, the others grey crops of aeroplanes or of frogs; in training the background
+# agrees with the class for 95 of 100 images, in test for half. Worst-group accuracy (class times
+# background) of the patch CNN and of both pMoE networks, each with its best learning rate on
+# held-out images that are distributed like the training images.
 
 from __future__ import annotations
 
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .common import arguments, cifar10, finish, mnist, save
-from .mnist_patches import (
+from ..tools.data import cifar10, mnist
+from ..tools.plots import subplots
+from ..tools.report import finish, is_quick, save
+from .patch_digits import (
     CLASSES,
     GRID,
     METHODS,
@@ -25,6 +26,9 @@ from .mnist_patches import (
     RATES,
     Images,
     accuracy,
+    best_rate,
+    drawn,
+    joined,
     patch_gates,
     train,
 )
@@ -37,9 +41,6 @@ def compose(digits: Any, photos: Any, count: int, agree: float, seed: int) -> tu
     """Images, and for each the background that it has: -1 or 1."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(pool: torch.Tensor, n: int) -> torch.Tensor:
-        return pool[torch.randint(len(pool), (n,), generator=generator)]
-
     y = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
     same = torch.rand(count, generator=generator) < agree
     background = torch.where(same, y, -y)
@@ -47,12 +48,12 @@ def compose(digits: Any, photos: Any, count: int, agree: float, seed: int) -> tu
     patches = torch.empty(count, GRID**2, PATCH, PATCH)
     for value, (digit, photo) in {-1: (CLASSES[0], AEROPLANE), 1: (CLASSES[1], FROG)}.items():
         on = (background == value).nonzero().flatten()
-        drawn = draw(photos[0][photos[1] == photo], len(on) * GRID**2)
-        patches[on] = drawn.view(len(on), GRID**2, PATCH, PATCH)
+        crops = drawn(photos[0][photos[1] == photo], len(on) * GRID**2, generator)
+        patches[on] = crops.view(len(on), GRID**2, PATCH, PATCH)
         chosen = (y == value).nonzero().flatten()
-        patches[chosen, where[chosen]] = draw(digits[0][digits[1] == digit], len(chosen))
-    x = patches.view(count, GRID, GRID, PATCH, PATCH).transpose(2, 3)
-    return Images(x.reshape(count, 1, GRID * PATCH, GRID * PATCH), y.float(), where), background
+        pool = digits[0][digits[1] == digit]
+        patches[chosen, where[chosen]] = drawn(pool, len(chosen), generator)
+    return Images(joined(patches), y.float(), where), background
 
 
 def grey(part: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +65,8 @@ def grey(part: str) -> tuple[torch.Tensor, torch.Tensor]:
 def worst_group(model: torch.nn.Module, data: Images, background: torch.Tensor) -> float:
     groups = []
     for label in (-1, 1):
-        for behind in (-1, 1):
-            member = (data.y == label) & (background == behind)
+        for ground in (-1, 1):
+            member = (data.y == label) & (background == ground)
             part = Images(data.x[member], data.y[member], data.where[member])
             groups.append(accuracy(model, part))
     return min(groups)
@@ -85,11 +86,7 @@ def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
         tick = partial(progress.advance, bar)
         for method in METHODS:
             choose, _ = compose(*train_sets, size, 0.95, seed=3000)
-            scores = {
-                r: mean(accuracy(train(method, choose, r, epochs, s, tick), held) for s in CHOOSING)
-                for r in RATES
-            }
-            lr = max(scores, key=lambda r: scores[r])
+            lr, scores = best_rate(method, choose, held, epochs, CHOOSING, tick)
             found: dict[str, list[Any]] = {"worst": [], "mean": [], "kept": []}
             for seed in range(seeds):
                 data, _ = compose(*train_sets, size, 0.95, seed)
@@ -102,12 +99,7 @@ def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.5))
+    figure, axis = subplots(1, 1, (6, 3.5))
     for at, which in enumerate(("worst", "mean")):
         values = [r[which] for r in results.values()]
         places = [i + 0.35 * at for i in range(len(values))]
@@ -115,23 +107,20 @@ def draw(results: dict[str, Any]) -> Any:
         label = f"{which} group" if which == "worst" else "all test images"
         axis.bar(places, [mean(v) for v in values], 0.33, yerr=spread, label=label)
     axis.set_xticks([i + 0.17 for i in range(len(results))], list(results), fontsize=8)
-    axis.set(
-        ylabel="test accuracy", title="Background agrees with the class: 95% in training, 50% here"
-    )
-    axis.title.set_fontsize(9)
+    axis.set_ylabel("test accuracy")
+    axis.set_title("Background agrees with the class: 95% in training, 50% here", fontsize=9)
     axis.legend()
-    figure.tight_layout()
     return figure
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     torch.set_num_threads(1)
     size, seeds, epochs, tests = (60, 1, 2, 100) if quick else (1000, 5, 60, 2000)
     results = measure(size, seeds, epochs, tests)
     rows = [
         (m, r["lr"], f"{mean(r['worst']):.3f} ± {pstdev(r['worst']):.3f}", f"{mean(r['mean']):.3f}",
-         "" if r["kept"][0] is None else f"{mean(r['patch_gates']):.3f}")
+         "" if r["kept"][0] is None else f"{mean(r['kept']):.3f}")
         for m, r in results.items()
     ]  # fmt: skip
     figures: dict[str, Any] = {"images": size, "seeds": seeds, "epochs": epochs, "methods": results}

@@ -1,4 +1,4 @@
-"""What the benchmarks over streams of tasks share: runs in a pool that go on, summaries, bars."""
+"""Shared by the benchmarks over streams of tasks: resumable runs in a pool, and summaries."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 
 from moe_rewrite.utils.atomic_files import write_json
 
+from ..tools.report import mean_and_spread, read
+
 Figures = dict[str, Any]
 Spread = dict[str, float]
-RESULTS = Path(__file__).parent / "results"
 
 
 def runs(
@@ -26,8 +27,8 @@ def runs(
 ) -> dict[str, list[Figures]]:
     """``job(folder, seed, **variant)`` of every variant under every seed, two at a time.
 
-    Folders are inside MOE_REWRITE_RUNS, if that is set: started again, what was done is read, and
-    what was begun goes on.
+    Folders are inside MOE_REWRITE_RUNS, if that is set; a later start reads finished runs and
+    resumes the others.
     """
     root = Path(os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp())
     from rich.progress import track
@@ -58,7 +59,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def losses(found: Sequence[Figures]) -> Figures:
-    """Of runs scored by minus the loss, as losses: lower is better."""
+    """Losses of runs that are scored by minus the loss: lower is better."""
     return {
         "loss": spread([-r["op"] for r in found]), "bwt": spread([r["bwt"] for r in found]),
         "base": spread([-r["base_after"] for r in found]),
@@ -68,7 +69,7 @@ def losses(found: Sequence[Figures]) -> Figures:
 
 
 def others(found: Sequence[Figures], kind: str) -> Figures:
-    """Of another score after the last task: its mean over the tasks, and on what was there before."""
+    """Another score after the last task: its mean over the tasks, and on the base task."""
     after = [r["other"][kind] for r in found]
     return {
         kind: spread([mean(a[:-1]) for a in after]),
@@ -77,7 +78,7 @@ def others(found: Sequence[Figures], kind: str) -> Figures:
 
 
 def accuracies(found: Sequence[Figures]) -> Figures:
-    """Of runs scored by accuracy: higher is better."""
+    """Accuracies of runs that are scored by accuracy: higher is better."""
     return {
         "last": spread([r["op"] for r in found]), "bwt": spread([r["bwt"] for r in found]),
         "base": spread([r["base_after"] for r in found]),
@@ -86,7 +87,7 @@ def accuracies(found: Sequence[Figures]) -> Figures:
 
 
 def facts(found: Sequence[Figures]) -> Figures:
-    """What is said of a method beside its scores."""
+    """Facts on a method, apart from its scores."""
     first = found[0]
     return {
         "trainable": first["trainable"], "keeps_data": first["keeps_data"],
@@ -98,33 +99,17 @@ def facts(found: Sequence[Figures]) -> Figures:
 def rows(results: Mapping[str, Figures], keys: Sequence[str]) -> list[tuple[Any, ...]]:
     """A line of a table for each method: means and spreads, then facts."""
     return [
-        (name, *(f"{r[k]['mean']:.3f} ± {r[k]['spread']:.3f}" for k in keys),
+        (name, *(mean_and_spread(r[k]) for k in keys),
          r["trainable"], "yes" if r["keeps_data"] else "no", f"{r['seconds']:.0f} s")
         for name, r in results.items()
     ]  # fmt: skip
 
 
-def bars(results: Mapping[str, Figures], titles: Mapping[str, str]) -> Any:
-    """A figure of one panel a score, one bar a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    height = max(4.0, 1 + 0.25 * len(results))
-    figure, axes = plt.subplots(1, len(titles), figsize=(1 + 4.2 * len(titles), height))
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        means, spreads = ([r[key][k] for r in results.values()] for k in ("mean", "spread"))
-        axis.barh(list(results), means, xerr=spreads, capsize=2)
-        axis.invert_yaxis()
-        axis.set_title(title)
-    figure.tight_layout()
-    return figure
-
-
 def tuned() -> dict[str, Any]:
-    """What `benchmarks.tuning` chose: ``rates`` by method, ``epochs`` and ``pool``."""
-    return json.loads((RESULTS / "tuning.json").read_text())["chosen"]
+    """What `benchmarks.tune.tuning` chose: ``rates`` by method, ``epochs`` and ``pool``."""
+    found = read("tuning")
+    assert found, "run benchmarks.tune.tuning before"
+    return found["chosen"]
 
 
 def without_matrices(results: Mapping[str, Figures]) -> Figures:

@@ -1,9 +1,8 @@
-"""Continual learning on TRACE's eight tasks with a pretrained Llama: PMoE and its rivals.
+"""Continual learning on TRACE's eight tasks with a pretrained Llama: PMoE and other methods."""
 
-``python -m benchmarks.trace [--quick]``: stories260K learns 300 items a task cut to 192 tokens, 3
-epochs, LoRA of rank 8 on layers 3 and 4; mean loss and accuracy of answer tokens after all tasks, BWT
-in nats, and the same scores on stories that the model told before; then each task by itself.
-"""
+# python -m benchmarks.papers.trace [--quick]: stories260K learns 300 items a task cut to 192 tokens, 3
+# epochs, LoRA of rank 8 on layers 3 and 4; mean loss and accuracy of answer tokens after all tasks, BWT
+# in nats, and the same scores on stories that the model generated before; then each task by itself.
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ from typing import Any
 
 from moe_rewrite.utils.text_tables import table
 
-from .common import arguments, data, finish, save
-from .streams import bars, facts, losses, others, rows, runs, without_matrices
+from ..tools.data import data, model_folder
+from ..tools.plots import bars
+from ..tools.report import finish, is_quick, save
+from .streams import facts, losses, others, rows, runs, without_matrices
 
 # the best of 1e-3, 3e-3, 1e-2 and 3e-2 by mean loss on TRACE's eval items (seed 100); O-LoRA, full
 # fine-tuning, oracle and joint training were not searched: a near method's rate
@@ -24,9 +25,8 @@ RATES = {
     "olora": 3e-3, "full": 3e-3, "oracle": 1e-2, "joint": 1e-2,
 }  # fmt: skip
 LENGTH, SPLIT = 192, 3
-STORIES = (
-    200  # own texts to be scored: one that is routed astray counts for a per mille, not for five
-)
+# own texts to score: a single wrongly routed one counts for one per mille, not for five
+STORIES = 200
 # beside the default of 20%
 SPARING = {"replay 5%": {"method": "replay", "lr": RATES["replay"], "replay": 0.05}}
 FULL = {"items": 300, "tested": 40, "tasks": 8, "epochs": 3}
@@ -48,7 +48,7 @@ def pretrained() -> tuple[Any, Any]:
     from moe_rewrite.cli.loading import load_model
     from moe_rewrite.continual.text import TextProblem
 
-    model = data().parent / "models" / "stories260K"
+    model = model_folder("stories260K")
     return load_model(str(model)), TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)
 
 
@@ -85,7 +85,7 @@ def by_task(found: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     methods = ("pmoe", "lora") if quick else tuple(RATES)
     sizes = QUICK if quick else FULL
     seeds = (0,) if quick else (0, 1, 2)
@@ -94,7 +94,7 @@ def main() -> None:
     results = {name: summary(f) for name, f in found.items()}
     if not quick:
         figures = {"seeds": len(seeds), "sizes": sizes, "rates": RATES, "methods": results}
-        save("trace", figures, bars(results, TITLES))
+        save("trace", figures, bars({"": results}, TITLES))
     tasks = next(iter(results.values()))["by_task"]
     each = [
         (name, *(f"{t['loss']:.2f} / {t['accuracy']:.3f}" for t in r["by_task"].values()))

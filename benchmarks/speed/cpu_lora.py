@@ -1,23 +1,18 @@
-"""A converted Llama on the CPU against the dense model and PEFT: forward and training step.
+"""A converted Llama on the CPU against the dense model and PEFT: forward and training step."""
 
-``python -m benchmarks.cpu_lora [--quick]``: 8 layers of width 512, FFN 1408, 4 x 128 tokens, LoRA
-experts of rank 8 on all linears of the deep half, 2 threads. Medians of runs that take turns.
-"""
+# python -m benchmarks.speed.cpu_lora [--quick]: 8 layers of width 512, FFN 1408, 4 x 128 tokens,
+# LoRA experts of rank 8 on all linears of the deep half, 2 threads; medians of rounds side by side.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 
-import moe_rewrite
-from moe_rewrite import MoEModel
-
-from .common import arguments, finish
-from .features import llama
+from ..tools.models import llama, llama_with_experts, training_step
+from ..tools.report import finish, is_quick, save
+from ..tools.timing import Times, side_by_side
 
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
@@ -44,87 +39,51 @@ def with_peft(layers: int, width: int, adapters: int) -> Any:
     return model
 
 
-def ours(layers: int, width: int, experts: int, **given: Any) -> MoEModel:
-    """Experts that came one by one: the older ones are frozen, the newest is trained."""
-    moe = moe_rewrite.convert(llama(layers, width), split=layers // 2, **given)
-    assert isinstance(moe, MoEModel)
-    for _ in range(experts - 1):
-        moe.expand()
-    for index in range(experts):
-        moe.activate(index)
-    with torch.no_grad():
-        for site in moe.expert_sites():
-            for b in site.parameter_lists()[1]:
-                b.normal_(0, 0.02)
-        for row in moe.router.rows:
-            row.normal_(0, 0.02)
-    return moe
-
-
-def rounds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each, the median over rounds in which all take turns; two rounds to warm."""
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values[2:]) for name, values in spent.items()}
-
-
-def cells(quick: bool) -> dict[str, dict[str, float]]:
-    layers, width, experts, repeats = (4, 128, 4, 3) if quick else (8, 512, 8, 15)
+def measured(quick: bool) -> dict[str, Times]:
+    layers, width, experts, rounds = (4, 128, 4, 3) if quick else (8, 512, 8, 15)
     ids = torch.randint(0, 1024, (4, 128))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def forward(model: Any) -> Callable[[], Any]:
         model.eval()
-
-        def run() -> None:
-            with torch.no_grad():
-                model(**inputs)
-
-        return run
+        return lambda: model(**inputs)
 
     def step(model: Any) -> Callable[[], Any]:
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.0)
+        return training_step(lambda: model(**inputs, labels=ids).loss, optimizer)
 
-        def run() -> None:
-            optimizer.zero_grad()
-            model(**inputs, labels=ids).loss.backward()
-            optimizer.step()
-
-        return run
-
-    many = f"ours, {experts} experts"
-    size = (layers, width)
-    forwards = rounds(
-        {
-            "dense": forward(llama(*size)), many: forward(ours(*size, experts)),
-            f"PEFT, {experts} adapters": forward(with_peft(*size, experts)),
-        },
-        repeats,
-    )  # fmt: skip
-    steps = rounds(
-        {
-            "PEFT, 1 adapter": step(with_peft(*size, 1)), many: step(ours(*size, experts)),
-            f"PEFT, {experts} adapters": step(with_peft(*size, experts)),
-        },
-        repeats,
-    )  # fmt: skip
-    return {"forward": forwards, "training step": steps}
+    many, size = f"ours, {experts} experts", (layers, width)
+    peer = f"PEFT, {experts} adapters"
+    forwards = {
+        "dense": forward(llama(*size)), many: forward(llama_with_experts(*size, experts)),
+        peer: forward(with_peft(*size, experts)),
+    }  # fmt: skip
+    with torch.no_grad():
+        times = side_by_side(forwards, rounds)
+    del forwards
+    steps = {
+        "PEFT, 1 adapter": step(with_peft(*size, 1)), many: step(llama_with_experts(*size, experts)),
+        peer: step(with_peft(*size, experts)),
+    }  # fmt: skip
+    return {"forward": times, "training step": side_by_side(steps, rounds)}
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     torch.set_num_threads(2)
-    found = cells(quick)
+    found = measured(quick)
+    middle = {what: times.medians() for what, times in found.items()}
+    figures = {
+        "milliseconds": middle, "quartiles": {what: t.quartiles() for what, t in found.items()},
+    }  # fmt: skip
+    if not quick:
+        save("cpu_lora", figures)
     rows = []
-    for what, times in found.items():
+    for what, times in middle.items():
         base = next(iter(times.values()))
         rows += [(what, n, f"{t:.1f} ms", f"{t / base:.2f}") for n, t in times.items()]
-    finish("cpu_lora", ["", "model", "time", "ratio"], rows, milliseconds=found)
+    finish("cpu_lora", ["", "model", "time", "ratio"], rows, **figures)
 
 
 if __name__ == "__main__":

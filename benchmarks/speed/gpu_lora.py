@@ -1,16 +1,18 @@
-"""LoRA experts on a linear map, on a GPU: ``python -m benchmarks.gpu_lora [--quick]``.
+"""LoRA experts on a linear map, on a GPU."""
 
-bf16, medians of warm calls, all forms in turn: the frozen map alone, it with experts of which the
-newest is trained, the gradient of x as two products and as one with the low-rank part in its
-epilogue, and PEFT's layer with as many adapters added up. Without a GPU the kernel runs in Triton's
-interpreter at a tiny size: that shows that the script runs to its end, its times say nothing.
-"""
+# python -m benchmarks.speed.gpu_lora [--quick]: bf16, medians of warm calls, all forms side by side:
+# the frozen map alone, it with experts of which the newest is trained, the gradient of x as two
+# products and as one with the low-rank part in its epilogue, and PEFT's layer with as many adapters
+# added up. Without a GPU the kernel runs in Triton's interpreter at a tiny size: that shows that the
+# script runs to its end, its times say nothing.
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,8 +21,11 @@ import torch.nn.functional as F
 from moe_rewrite.kernels.lora import stacked
 from moe_rewrite.kernels.lora.op import lora_linear
 
-from .common import arguments, finish, save
-from .gpu import Place, Step, device_name, milliseconds, there, trained
+from ..tools.device import Place, device_name, there
+from ..tools.models import with_backward
+from ..tools.report import finish, is_quick, save
+
+Step = Callable[[], Any]
 
 SHAPES = [  # tokens, width, experts, rank
     (32768, 4096, 8, 16), (32768, 4096, 4, 8), (32768, 4096, 16, 32), (32768, 1024, 8, 16),
@@ -48,29 +53,28 @@ def measured(
     def ours() -> torch.Tensor:
         return lora_linear(x, weight, None, scales, a, b)
 
-    forms: dict[str, tuple[Step, list[torch.Tensor]]] = {
+    forms: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = {
         "base": (lambda: F.linear(x, weight), [x]), "ours": (ours, leaves),
     }  # fmt: skip
     if find_spec("peft") is not None:
         layer = _peft(weight, experts, rank)
         forms["PEFT"] = (lambda: layer(x), [x, *layer.parameters()])
     with torch.no_grad():
-        ahead = milliseconds({name: run for name, (run, _) in forms.items()}, place)
-    steps = {name: trained(run, direction, given) for name, (run, given) in forms.items()}
+        forward = place.milliseconds({name: run for name, (run, _) in forms.items()})
+    steps = {name: with_backward(run, direction, given) for name, (run, given) in forms.items()}
     for name, fused in BACKWARDS.items():
-        steps[name] = _forced(trained(ours, direction, leaves), fused)
-    both = milliseconds(steps, place)
-    return {name: {"both": ms} | _only("forward", ahead.get(name)) for name, ms in both.items()}
-
-
-def _only(name: str, value: float | None) -> dict[str, float]:
-    return {} if value is None else {name: value}
+        steps[name] = _forced(with_backward(ours, direction, leaves), fused)
+    both = place.milliseconds(steps)
+    found = {name: {"both": ms} for name, ms in both.items()}
+    for name, ms in forward.items():
+        found[name]["forward"] = ms
+    return found
 
 
 def _forced(step: Step, fused: bool) -> Step:
-    def run() -> torch.Tensor:
+    def run() -> None:
         with patch.object(stacked, "fuses", lambda *_: fused):
-            return step()
+            step()
 
     return run
 
@@ -95,7 +99,7 @@ def _peft(weight: torch.Tensor, experts: int, rank: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     gpu, place = torch.cuda.is_available(), there(10 if quick else 40)
     shapes = (SHAPES[:1] if quick else SHAPES) if gpu else TINY
     cells = {}

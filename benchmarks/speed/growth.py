@@ -1,13 +1,10 @@
-"""Twenty tasks in a row: how a step's time and the memory grow with the experts.
+"""Twenty tasks in a row: how a step's time and the memory grow with the experts."""
 
-``python -m benchmarks.growth [--quick]``: a 4-layer Llama of width 128, one expert a task, analytic
-router; the slope of a line through the figures, per expert.
-"""
+# python -m benchmarks.speed.growth [--quick]: a 4-layer Llama of width 128, one expert a task,
+# analytic router; the slope of a line through the figures, per expert.
 
 from __future__ import annotations
 
-import time
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,39 +13,47 @@ import torch
 import moe_rewrite
 from moe_rewrite import MoEModel, TokenRouter
 
-from .common import arguments, finish, memory_mb, save
-from .features import llama
+from ..tools.memory import memory_now
+from ..tools.models import llama, training_step
+from ..tools.plots import subplots
+from ..tools.report import finish, is_quick, save
+from ..tools.timing import side_by_side
+
+KEYS = ("forward_ms", "step_ms", "memory_mb")
 
 
-def measure(moe: MoEModel, repeats: int) -> tuple[float, float]:
+def measure(moe: MoEModel, rounds: int) -> tuple[float, float]:
     """(forward in eval, training step of the newest expert alone) in milliseconds."""
     ids = torch.randint(0, 1024, (4, 64))
     optimizer = torch.optim.AdamW(moe.trainable_parameters(), lr=1e-3)
-    times: dict[str, list[float]] = {"forward": [], "step": []}
-    for _ in range(repeats):
-        moe.eval()
-        start = time.perf_counter()
+
+    def forward() -> None:
         with torch.no_grad():
             moe(input_ids=ids, use_cache=False)
-        times["forward"].append(1e3 * (time.perf_counter() - start))
-        moe.train()
-        start = time.perf_counter()
+
+    def loss() -> torch.Tensor:
+        return moe(input_ids=ids, labels=ids, use_cache=False).loss
+
+    step = training_step(loss, optimizer)
+
+    def newest() -> None:
         with moe.use_expert(moe.num_experts - 1):
-            moe(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times["step"].append(1e3 * (time.perf_counter() - start))
-    return median(times["forward"]), median(times["step"])
+            step()
+
+    times = side_by_side(
+        {"forward": forward, "step": newest}, rounds, warm=0,
+        before=lambda name: moe.train(name == "step"),
+    ).medians()  # fmt: skip
+    return times["forward"], times["step"]
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     torch.set_num_threads(2)
-    tasks, repeats = (4, 3) if quick else (20, 15)
+    tasks, rounds = (4, 3) if quick else (20, 15)
     router = TokenRouter(fit="analytic", granularity="prefix")
-    made = moe_rewrite.convert(llama(4, 128), split=2, router=router)
-    assert isinstance(made, MoEModel)
-    moe: MoEModel = made
+    moe = moe_rewrite.convert(llama(4, 128), split=2, router=router)
+    assert isinstance(moe, MoEModel)
     measure(moe, 5)
     rows: list[tuple[int, float, float, float]] = []
     for number in range(1, tasks + 1):
@@ -56,18 +61,16 @@ def main() -> None:
             moe.expand(1)
         moe.fit_router(number - 1, [{"input_ids": torch.randint(0, 1024, (8, 64))}])
         moe.activate(number - 1)
-        forward, step = measure(moe, repeats)
-        rows.append((number, forward, step, memory_mb("VmRSS")))
+        forward, step = measure(moe, rounds)
+        rows.append((number, forward, step, memory_now()))
     columns: Any = np.array(rows).T
-    slopes = {
-        name: float(np.polyfit(columns[0], values, 1)[0])
-        for name, values in zip(("forward_ms", "step_ms", "memory_mb"), columns[1:], strict=True)
+    fits = {
+        degree: [float(np.polyfit(columns[0], v, degree)[0]) for v in columns[1:]]
+        for degree in (1, 2)
     }
-    # curvature: what a quadratic adds over the whole range, as a share of the last figure
-    bends = {
-        name: float(np.polyfit(columns[0], values, 2)[0] * tasks**2 / values[-1])
-        for name, values in zip(("forward_ms", "step_ms", "memory_mb"), columns[1:], strict=True)
-    }
+    slopes = dict(zip(KEYS, fits[1], strict=True))
+    # curvature: the quadratic term over the whole range, relative to the last figure
+    bends = {k: f * tasks**2 / v[-1] for k, f, v in zip(KEYS, fits[2], columns[1:], strict=True)}
     if not quick:
         save("growth", {"rows": rows, "slopes": slopes, "bends": bends}, draw(columns))
     shown = [(n, f"{f:.2f} ms", f"{s:.2f} ms", f"{m:.0f} MB") for n, f, s, m in rows]
@@ -76,19 +79,13 @@ def main() -> None:
 
 
 def draw(columns: Any) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (times, memory) = plt.subplots(1, 2, figsize=(9, 3.5))
+    figure, (times, memory) = subplots(1, 2, (9, 3.5))
     times.plot(columns[0], columns[1], marker="o", label="forward, all experts")
     times.plot(columns[0], columns[2], marker="o", label="step of the newest expert")
     times.set(xlabel="experts", ylabel="ms", ylim=0)
     times.legend(fontsize=8)
     memory.plot(columns[0], columns[3], marker="o")
     memory.set(xlabel="experts", ylabel="MB in use", ylim=0)
-    figure.tight_layout()
     return figure
 
 

@@ -1,15 +1,13 @@
-"""Exported files on a GPU: ONNX Runtime's CUDA provider against PyTorch, for a machine that has one.
+"""Exported files on a GPU: ONNX Runtime's CUDA provider against PyTorch."""
 
-``python -m benchmarks.onnx_gpu [--quick] [--provider cpu]``, with ``pip install 'moe-rewrite[gpu]'``
-in the place of the package onnxruntime. A converted Llama, LoRA experts and upcycled, in fp16 and
-bf16: nodes left to the CPU, largest difference from PyTorch in fp32, milliseconds a call, the median
-of calls in turn with the dense model, in fp16 as torch.onnx.export writes it. ``--provider cpu`` runs
-the same in fp32 where there is no GPU.
-"""
+# python -m benchmarks.speed.onnx_gpu [--quick] [--provider cpu], with pip install
+# 'moe-rewrite[gpu]' instead of the package onnxruntime. A converted Llama, LoRA experts and upcycled,
+# in fp16 and bf16: nodes left to the CPU, largest difference from PyTorch in fp32, milliseconds a call,
+# the median of calls side by side with the dense model, in fp16 as torch.onnx.export writes it.
+# --provider cpu runs the same in fp32 where there is no GPU.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from functools import partial
@@ -23,9 +21,10 @@ import moe_rewrite
 from moe_rewrite import FFNExperts, MoEModel
 from moe_rewrite.onnx.runtime.session import open_session
 
-from .common import finish, save
-from .features import llama
-from .onnx import turns, write_dense
+from ..tools import report
+from ..tools.models import llama
+from .forms.onnx_files import by_pytorch
+from .onnx import warm
 
 SIZES = ((8, 1024), (2, 64))  # layers and width; the latter of a quick run
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -34,7 +33,7 @@ PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 def dense(quick: bool, provider: str, folder: Path) -> Any:
     """A session on the dense model."""
     model, path = llama(*SIZES[quick]), folder / "dense.onnx"
-    write_dense(model.half() if provider == "cuda" else model, path)
+    by_pytorch(model.half() if provider == "cuda" else model, path)
     return open_session(path, providers=[PROVIDERS[provider]])
 
 
@@ -81,7 +80,7 @@ def measured(
         got = loaded(**given)["logits"].float()
         feeds = {name: t.numpy() for name, t in given.items()}
         runs = {"dense": base, "converted": loaded.session}
-        times = turns({n: partial(s.run, None, feeds) for n, s in runs.items()}, 4.0)
+        times = warm({n: partial(s.run, None, feeds) for n, s in runs.items()}, 2.0)
         error = float((got - want).abs().max() / want.abs().max())
         found[count] = {"cpu_only": report.cpu_only, "error": error, "milliseconds": times}
     return found
@@ -96,8 +95,7 @@ def row(name: str, cell: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller models")
+    parser = report.parser(__doc__)
     parser.add_argument("--provider", choices=list(PROVIDERS), default="cuda")
     given = parser.parse_args()
     dtypes = ("float16", "bfloat16") if given.provider == "cuda" else ("float32",)
@@ -114,9 +112,9 @@ def main() -> None:
                         found[f"{name}, {lowering}, {dtype}, {count} tokens"] = cell
     figures = {"onnxruntime": onnxruntime.__version__, "cells": found}
     if given.provider == "cuda" and not given.quick:
-        save("onnx_gpu", {"device": torch.cuda.get_device_name()} | figures)
+        report.save("onnx_gpu", {"device": torch.cuda.get_device_name()} | figures)
     rows = [row(name, cell) for name, cell in found.items()]
-    finish("onnx_gpu", ["", "time", "of dense", "error", "left to the CPU"], rows, **figures)
+    report.finish("onnx_gpu", ["", "time", "of dense", "error", "left to the CPU"], rows, **figures)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
-"""Peak memory of export_onnx() as a multiple of the weights: on both sides those of the converted
-model, and those of the dense one behind it that are not shared. Peak: from before the dense model was
-made, so that what its conversion leaves counts. Export: what the export adds to what is held when it
-begins, and the weights. Beside it, on the dense model and without any proof, PyTorch's own exporter.
+"""Peak memory of export_onnx() as a multiple of the weights, beside PyTorch's own exporter."""
 
-Rows "nothing but the proof's runs" are what no exporter can do without that holds its whole file against
-the model in ONNX Runtime: in a process that converts and exports no other model than the tiny one, the dense model and the
-experts' weights (each once, and once more in 16 bits where they are cast), a session on them of a
-file that another process wrote, and a call of each.
-
-``python -m benchmarks.onnx_memory [--quick]``: a fresh process for each, in which a tiny model was
-exported before, so that what the libraries take at first use is not the export's. The proof in
-ONNX Runtime is part of export_onnx().
-"""
+# python -m benchmarks.speed.onnx_memory [--quick]. Weights: on both sides those of the converted
+# model, and those of the dense one that it was made of that are not shared. Peak: from before the dense
+# model was made, so that what its conversion leaves counts. Export: what the export, its proof in ONNX
+# Runtime included, adds to what is held when it begins, and the weights. PyTorch's exporter writes the
+# dense model without any proof. Each cell has a fresh process, in which a tiny model was exported
+# before, so that what the libraries take at first use is not the export's.
+#
+# Rows "nothing but the proof's runs" are what no exporter can do without that compares its whole file
+# with the model in ONNX Runtime: in a process that converts and exports no other model than the tiny
+# one, the dense model and the experts' weights (each once, and once more in 16 bits where they are
+# cast), a session on them of a file that another process wrote, and a call of each.
 
 from __future__ import annotations
 
 import gc
-import json
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,14 +30,17 @@ from moe_rewrite import MoEModel
 from moe_rewrite.frontend.trace_memory import low_memory_export, release_memory
 from moe_rewrite.onnx.file.protobuf import large
 from moe_rewrite.onnx.runtime.session import FRUGAL, open_session, run
-from moe_rewrite.onnx.trace.torch_export import quiet
 from moe_rewrite.onnx.verify.late_casts import late_casts
 
-from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb, save
-from .conversion import llama
-from .features import llama as small_llama
+from ..tools.fresh_process import answer, in_fresh_process
+from ..tools.memory import forget_peak, memory_now, peak_memory
+from ..tools.models import llama
+from ..tools.report import finish, is_quick, save
+from ..tools.timing import timed
+from .conversion import SIZES as LLAMAS
+from .forms.onnx_files import by_pytorch
 
-SMALL, WRITE = "30MB", "write"
+SMALL = "30MB"
 BESIDE = "LoRA, weights beside"
 PYTORCH = "dense, torch.onnx.export"
 FLOOR = ", nothing but the proof's runs"
@@ -62,7 +61,7 @@ CALL = {"sequence": 4, "past": 0, "past + sequence": 4}  # sizes; batch is 2
 
 
 def held_mb(moe: MoEModel) -> float:
-    """Of the converted model, and of what the dense one behind it does not share with it."""
+    """Weights of the converted model, and those of the dense one that it does not share."""
     parameters = [*moe.parameters(), *moe.to_dense().parameters()]
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
     return sum(s.nbytes() for s in storages.values()) / 1e6
@@ -70,22 +69,19 @@ def held_mb(moe: MoEModel) -> float:
 
 def measured(kind: str, size: str) -> dict[str, float]:
     """Weights, and the peak of a process in MB (1e6 bytes)."""
-    with tempfile.TemporaryDirectory() as folder:
+    floor = kind.endswith(FLOOR)
+    with low_memory_export(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.onnx"
-        if kind.endswith(FLOOR):
-            in_fresh_process("benchmarks.onnx_memory", WRITE, kind, size, str(path))
-        _prepared(kind.removesuffix(FLOOR), small_llama(2, 32))[1](Path(folder) / "warm.onnx")
-        before = memory_mb("VmRSS")
-        if kind.endswith(FLOOR):
-            weights, export = _bare(kind, llama(size), path)
-        else:
-            weights, export = _prepared(kind, llama(size))
-        held = memory_mb("VmRSS") - before
+        if floor:
+            in_fresh_process(write, kind, size, str(path))
+        _prepared(kind.removesuffix(FLOOR), llama(2, 32))[1](Path(folder) / "warm.onnx")
+        before, model = memory_now(), llama(*LLAMAS[size])
+        weights, export = _bare(kind, model, path) if floor else _prepared(kind, model)
+        del model
+        held = memory_now() - before
         forget_peak()
-        start = time.perf_counter()
-        export(path)
-        seconds = time.perf_counter() - start
-        peak = memory_mb("VmHWM") - before
+        seconds = timed(lambda: export(path))[1]
+        peak = peak_memory() - before
     return {
         "weights_mb": weights, "peak_mb": peak, "ratio": peak / weights,
         "export_ratio": (peak - held + weights) / weights, "seconds": seconds,
@@ -96,18 +92,20 @@ def _prepared(kind: str, model: Any) -> tuple[float, Callable[[Path], Any]]:
     """(MB of the weights, what exports them)."""
     if kind == PYTORCH:
         weights = sum(p.nbytes for p in model.parameters()) / 1e6
-        return weights, partial(_by_pytorch, model)
+        return weights, partial(by_pytorch, model, opset=20)
     conversion, options = KINDS[kind]
     moe = cast(MoEModel, moe_rewrite.convert(model, split=0.5, verify=False, **conversion))
     return held_mb(moe), lambda path: moe_rewrite.export_onnx(moe, path, **options)
 
 
-def _written(kind: str, size: str, path: str) -> dict[str, float]:
+def write(kind: str, size: str, path: str) -> None:
     """Export for another process, weights beside the file."""
     conversion, options = KINDS[kind.removesuffix(FLOOR)]
-    moe = cast(MoEModel, moe_rewrite.convert(llama(size), split=0.5, verify=False, **conversion))
-    moe_rewrite.export_onnx(moe, path, verify=False, external_data=True, **options)
-    return {}
+    with low_memory_export():
+        made = moe_rewrite.convert(llama(*LLAMAS[size]), split=0.5, verify=False, **conversion)
+        moe_rewrite.export_onnx(
+            cast(MoEModel, made), path, verify=False, external_data=True, **options
+        )
 
 
 def _bare(kind: str, model: Any, path: Path) -> tuple[float, Callable[[Path], Any]]:
@@ -133,7 +131,7 @@ def _bare(kind: str, model: Any, path: Path) -> tuple[float, Callable[[Path], An
 def _run_once(
     model: Any, held: Any, shared: dict[str, Any], dtype: torch.dtype, path: Path
 ) -> None:
-    """held: of no use here, but it must be there."""
+    """held: not used, but must stay in memory."""
     with late_casts(path, dtype) as (graph, given):
         session = open_session(graph, options=given, shared=shared, **FRUGAL)
     asked = {i.name: i.shape for i in session.get_inputs()}
@@ -144,38 +142,17 @@ def _run_once(
     run(session, ints | {n: torch.zeros(shape, dtype=dtype) for n, shape in sizes.items()})
 
 
-def _call(model: Any) -> dict[str, Any]:
-    """An example call without a cache, batch and length open."""
-    model.config.use_cache = False
-    ids = torch.randint(0, 100, (2, 8))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    free = dict.fromkeys(range(2), torch.export.Dim.AUTO)
-    return {"kwargs": given, "dynamic_shapes": dict.fromkeys(given, free)}
-
-
-def _by_pytorch(model: Any, path: Path) -> None:
-    with quiet():
-        program = torch.onnx.export(
-            model, (), dynamo=True, opset_version=20, verbose=False, **_call(model)
-        )
-        assert program is not None
-        program.save(path)
-
-
 def main() -> None:
-    if "--task" in sys.argv:
-        torch.set_num_threads(2)
-        task, *given = sys.argv[sys.argv.index("--task") + 1 :]
-        with low_memory_export():
-            print(json.dumps(_written(*given) if task == WRITE else measured(task, *given)))
+    torch.set_num_threads(2)
+    if answer(measured, write):
         return
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     cells = [("LoRA", SMALL), (PYTORCH, SMALL)]
     if not quick:
         cells += [(k, SMALL) for k in list(KINDS)[1:]]
         cells += [(k + FLOOR, s) for k, sizes in FLOORS.items() for s in sizes]
         cells += [(k, s) for s in SIZES for k in (*KINDS, PYTORCH) if k != BESIDE or s == "400MB"]
-    found = {f"{k}, {s}": in_fresh_process("benchmarks.onnx_memory", k, s) for k, s in track(cells)}
+    found = {f"{k}, {s}": in_fresh_process(measured, k, s) for k, s in track(cells)}
     rows = [
         (
             k, f"{f['weights_mb']:.0f} MB", f"{f['peak_mb']:.0f} MB", f"{f['ratio']:.2f}",

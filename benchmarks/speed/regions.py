@@ -1,18 +1,16 @@
-"""A region run by experts on patches against the dense region and its masked-dense form.
+"""A region run by experts on patches against the dense region and its masked-dense form."""
 
-``python -m benchmarks.regions [--quick]``: two 3x3 convolutions of 64 channels with batch norm,
-grid 8, batch 32, 2 threads, warm medians. The plan serves
-every deep layer, so the region is timed with a plan at hand, and with the router too. Then: from which map size on routing pays, what a halo costs by
-patch size, and memory.
-"""
+# python -m benchmarks.speed.regions [--quick]: two 3x3 convolutions of 64 channels with batch norm,
+# grid 8, batch 32, 2 threads, warm medians. The plan serves every deep layer, so the region is timed
+# with a plan made before, and with the router too. Then: from which map size on routing pays, what a
+# halo costs by patch size, and memory.
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,7 +21,12 @@ from torch import nn
 import moe_rewrite
 from moe_rewrite import MoEModel, PatchRouter, RegionExperts
 
-from .common import arguments, finish, forget_peak, in_fresh_process, memory_mb, save
+from ..tools.fresh_process import answer, in_fresh_process
+from ..tools.memory import peak_of
+from ..tools.models import with_backward
+from ..tools.plots import subplots
+from ..tools.report import finish, is_quick, save
+from ..tools.timing import side_by_side
 
 GRID, BATCH, WIDTH = 8, 32, 64
 
@@ -64,78 +67,57 @@ def masked(model: Region, moe: MoEModel, x: torch.Tensor) -> torch.Tensor:
     return model(x) * F.interpolate(gates, scale_factor=x.shape[2] // g)
 
 
-def rounds(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each form, warm: in every round each runs twice, in turn, and the
-    second run counts, so that no form pays for the caches that another one left."""
-    spent: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(repeats + 2):
-        for name, run in forms.items():
-            run()
-            start = time.perf_counter()
-            run()
-            spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(times[2:]) for name, times in spent.items()}
+def warm(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each form: each runs twice in its turn and the second run counts, so
+    that no form pays for the caches that another one left."""
+    return side_by_side(forms, rounds, again_below=math.inf).medians()
 
 
-def forward(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], Any]:
-    def go() -> Any:
-        with torch.no_grad():
-            return run(x)
-
-    return go
-
-
-def both(run: Callable, x: torch.Tensor, parameters: list[Any]) -> Callable[[], Any]:
-    """Forward and backward, to the weights and, as for the dense region, not to the input."""
-    gradient = torch.randn_like(x)
-
-    def go() -> None:
-        for p in parameters:
-            p.grad = None
-        run(x).backward(gradient)
-
-    return go
-
-
-def compare(size: int, shares: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+def compare(size: int, shares: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Dense, masked and routed by the share of the patches that the expert takes."""
     torch.manual_seed(0)
     model = Region(WIDTH).eval()
     x = torch.randn(BATCH, WIDTH, size, size)
-    results = []
-    weights = list(model.parameters())
-    for share in shares:
-        moe = routed(model, size, GRID**2 // share)
-        with torch.no_grad():
-            plan = moe.route(x)
-
-        def planned(x: torch.Tensor, moe: Any = moe, plan: Any = plan) -> torch.Tensor:
-            with moe.use_plan(plan):
-                return moe(x)
-
-        once = {
-            "dense": forward(model, x), "masked": forward(lambda x, m=moe: masked(model, m, x), x),
-            "routed": forward(planned, x), "with_router": forward(moe, x),
-        }  # fmt: skip
-        trained = moe.trainable_parameters()
-        twice = {
-            "dense": both(model, x, weights), "with_router": both(moe, x, trained),
-            "routed": both(planned, x, [p for p in trained if p is not moe.router.rows[0]]),
-        }  # fmt: skip
-        a, b = rounds(once, repeats), rounds(twice, repeats)
-        results.append({
-            "size": size, "share": f"1/{share}", "dense_ms": a["dense"],
-            "masked": a["masked"] / a["dense"], "forward": a["routed"] / a["dense"],
-            "forward_with_router": a["with_router"] / a["dense"],
-            "dense_both_ms": b["dense"], "both": b["routed"] / b["dense"],
-            "both_with_router": b["with_router"] / b["dense"],
-        })  # fmt: skip
-    return results
+    return [compare_share(model, x, share, rounds) for share in shares]
 
 
-def over_processes(size: int, repeats: int, processes: int) -> list[dict[str, Any]]:
+def compare_share(model: Region, x: torch.Tensor, share: int, rounds: int) -> dict[str, Any]:
+    moe = routed(model, x.shape[2], GRID**2 // share)
+    with torch.no_grad():
+        plan = moe.route(x)
+
+    def planned() -> torch.Tensor:
+        with moe.use_plan(plan):
+            return moe(x)
+
+    dense, whole = partial(model, x), partial(moe, x)
+    with torch.no_grad():
+        once = warm(
+            {"dense": dense, "masked": partial(masked, model, moe, x), "routed": planned,
+             "with_router": whole},
+            rounds,
+        )  # fmt: skip
+    # to the weights and, as for the dense region, not to the input
+    gradient, trained = torch.randn_like(x), moe.trainable_parameters()
+    experts = [p for p in trained if p is not moe.router.rows[0]]
+    both = warm(
+        {"dense": with_backward(dense, gradient, model.parameters()),
+         "routed": with_backward(planned, gradient, experts),
+         "with_router": with_backward(whole, gradient, trained)},
+        rounds,
+    )  # fmt: skip
+    return {
+        "size": x.shape[2], "share": f"1/{share}", "dense_ms": once["dense"],
+        "masked": once["masked"] / once["dense"], "forward": once["routed"] / once["dense"],
+        "forward_with_router": once["with_router"] / once["dense"],
+        "dense_both_ms": both["dense"], "both": both["routed"] / both["dense"],
+        "both_with_router": both["with_router"] / both["dense"],
+    }  # fmt: skip
+
+
+def over_processes(size: int, rounds: int, processes: int) -> list[dict[str, Any]]:
     """Medians over fresh processes: how memory was laid out in one moves its ratios by a third."""
-    given = json.dumps([size, [1, 4, 16], repeats])
-    runs = [in_fresh_process("benchmarks.regions", "maps", given) for _ in range(processes)]
+    runs = [in_fresh_process(compare, size, [1, 4, 16], rounds) for _ in range(processes)]
     rows: list[dict[str, Any]] = []
     for same in zip(*runs, strict=True):
         row = {
@@ -147,14 +129,15 @@ def over_processes(size: int, repeats: int, processes: int) -> list[dict[str, An
     return rows
 
 
-def halo_costs(size: int, repeats: int) -> list[dict[str, Any]]:
+def halo_costs(size: int, rounds: int) -> list[dict[str, Any]]:
     """All patches by one expert: what the halo adds, by patch size; the break-even share."""
     model = Region(WIDTH).eval()
     x = torch.randn(BATCH, WIDTH, size, size)
     results = []
     for grid in (16, 8, 4, 2):
         moe = routed(model, size, grid**2 // 4, halo=True, grid=grid)
-        times = rounds({"dense": forward(model, x), "routed": forward(moe, x)}, repeats)
+        with torch.no_grad():
+            times = warm({"dense": partial(model, x), "routed": partial(moe, x)}, rounds)
         macs = moe.report.macs
         assert macs is not None
         results.append({
@@ -166,66 +149,42 @@ def halo_costs(size: int, repeats: int) -> list[dict[str, Any]]:
 
 def memory(share: int) -> float:
     """Peak memory above the start of one forward and backward pass, in MB."""
-    torch.set_num_threads(2)
     model = Region(WIDTH).eval()
     x = torch.randn(BATCH, WIDTH, 64, 64)
     run = routed(model, 64, GRID**2 // share) if share else model
     run(x[:2]).sum().backward()
-    forget_peak()
-    before = memory_mb("VmRSS")
-    run(x).sum().backward()
-    return memory_mb("VmHWM") - before
-
-
-def _maps(given: list[Any]) -> list[dict[str, Any]]:
-    torch.set_num_threads(2)
-    return compare(*given)
-
-
-TASKS: dict[str, Callable[[Any], Any]] = {"memory": memory, "maps": _maps}
+    return peak_of(lambda: run(x).sum().backward())[1]
 
 
 def draw(figures: dict[str, Any]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = subplots(1, 1, (6, 4))
     for share in ("1/4", "1/16"):
         rows = [r for r in figures["maps"] if r["share"] == share]
         sizes = [r["size"] for r in rows]
-        axis.plot(
-            sizes, [r["forward"] for r in rows], marker="o", label=f"routed, {share} of the patches"
-        )
+        label = f"routed, {share} of the patches"
+        axis.plot(sizes, [r["forward"] for r in rows], marker="o", label=label)
     axis.plot(sizes, [r["masked"] for r in rows], marker="s", label="masked dense")
     axis.axhline(1, color="grey", linewidth=1)
-    axis.set(
-        xlabel="side of the map",
-        ylabel="time / dense region's time",
-        title="Forward, grid 8, batch 32",
-    )
+    axis.set(xlabel="side of the map", ylabel="time / dense region's time")
+    axis.set_title("Forward, grid 8, batch 32")
     axis.set_xscale("log", base=2)
     axis.set_ylim(0)
     axis.legend()
-    figure.tight_layout()
     return figure
 
 
 def main() -> None:
-    if "--task" in sys.argv:  # one measurement in a process of its own
-        run, given = sys.argv[sys.argv.index("--task") + 1 :]
-        print(json.dumps(TASKS[run](json.loads(given))))
-        return
-    quick = arguments(__doc__ or "").quick
     torch.set_num_threads(2)
-    repeats = 3 if quick else 7
+    if answer(compare, memory):
+        return
+    quick = is_quick(__doc__)
+    rounds = 3 if quick else 7
     processes = {32: 1} if quick else {8: 1, 16: 1, 32: 9, 64: 1}
-    maps = [row for size, n in processes.items() for row in over_processes(size, repeats, n)]
-    halo = halo_costs(32, repeats)
+    maps = [row for size, n in processes.items() for row in over_processes(size, rounds, n)]
+    halo = halo_costs(32, rounds)
     peaks = {
-        name: in_fresh_process("benchmarks.regions", "memory", share)
-        for name, share in {"dense": "0", "1/4": "4", "1/16": "16"}.items()
+        name: in_fresh_process(memory, share)
+        for name, share in {"dense": 0, "1/4": 4, "1/16": 16}.items()
     }
     figures = {"maps": maps, "halo": halo, "memory_mb": peaks}
     if not quick:

@@ -1,16 +1,15 @@
-"""The cost model's constants on this machine, and what its choices cost against the best form.
+"""The cost model's constants on this machine, and the time of its choices relative to the best
+form."""
 
-``python -m benchmarks.costs [--quick]``: constants from plain measurements; then every form
-of LoRA and feed-forward experts over sizes that the constants were not taken from, forward, medians
-of runs in turn, 2 threads. ``over best``: time of the form that is chosen over the fastest one's.
-"""
+# python -m benchmarks.tune.costs [--quick]: constants from plain measurements; then every form of
+# LoRA and feed-forward experts over sizes that the constants were not taken from, forward, medians of
+# runs side by side, 2 threads. over best: time of the form that is chosen over the fastest one's.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,31 +21,27 @@ from moe_rewrite.kernels.lora.grouped import lora_grouped
 from moe_rewrite.kernels.lora.op import lora_linear
 from moe_rewrite.kernels.plan.op import sort_plan
 
-from .common import arguments, finish, save
+from ..tools.plots import subplots
+from ..tools.report import finish, is_quick, save
+from ..tools.timing import alone, side_by_side
 
 WIDTH = 512
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    spent = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    return median(spent[1:])
+def constants(rounds: int) -> Machine:
+    def seconds(run: Callable[[], Any], rounds: int = rounds) -> float:
+        return alone(run, rounds, warm=1) / 1e3
 
-
-def constants(repeats: int) -> Machine:
     wide, rows = torch.randn(1024, 1024), torch.randn(8192, WIDTH)
     index = torch.randperm(len(rows))
-    flops = 2 * 1024**3 / seconds(lambda: wide @ wide, repeats)
-    numbers = 2 * rows.numel() / seconds(lambda: rows.index_select(0, index), repeats)
+    flops = 2 * 1024**3 / seconds(lambda: wide @ wide)
+    numbers = 2 * rows.numel() / seconds(lambda: rows.index_select(0, index))
     few, small, place = rows[:64], rows[:8, :8], torch.arange(4)
 
     def three() -> None:
         few.index_add_(0, place, torch.mm(small[:4], rows[:8]))
 
-    return Machine(flops, numbers, seconds(three, 20 * repeats) / 3)
+    return Machine(flops, numbers, seconds(three, 20 * rounds) / 3)
 
 
 def chosen(T: int, E: int, k: int) -> torch.Tensor:
@@ -79,15 +74,12 @@ def ffn_cell(T: int, E: int, H: int, k: int) -> tuple[dict[Execution, Callable],
     return forms, cost_model.ffn(CPU, T, WIDTH, H, E, k, 3)
 
 
-def measure(what: str, size: tuple[int, ...], repeats: int) -> dict[str, Any]:
+@torch.no_grad()
+def measure(what: str, size: tuple[int, ...], rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     forms, expected = (lora_cell if what == "lora" else ffn_cell)(*size)
-    spent: dict[str, list[float]] = {name: [] for name in forms}
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            for name, run in forms.items():
-                spent[name].append(seconds(run, 1))
-    times = {name: median(of[1:]) for name, of in spent.items()}
+    found = side_by_side(forms, rounds, warm=1, again_below=math.inf).medians()
+    times = {name: ms / 1e3 for name, ms in found.items()}
     choice = best(expected)
     return {
         "what": what, "size": size, "seconds": times, "expected": expected, "chosen": choice,
@@ -96,7 +88,7 @@ def measure(what: str, size: tuple[int, ...], repeats: int) -> dict[str, Any]:
 
 
 def cells(quick: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """Other sizes than those by which TURN was fitted (rows 1, 16, 64, 512, 2048; experts 4, 16, 64;
+    """Other sizes than those that TURN was fitted to (rows 1, 16, 64, 512, 2048; experts 4, 16, 64;
     rank 4, 16; hidden 128, 1024)."""
     rows = (32,) if quick else (1, 32, 256, 1024)
     lora = product(rows, (8, 32), (8, 32), (1, 2))
@@ -106,12 +98,7 @@ def cells(quick: bool) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def draw(found: list[dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
+    figure, axes = subplots(1, 2, (9, 4))
     for axis, what in zip(axes, ("lora", "ffn"), strict=True):
         of = [c for c in found if c["what"] == what]
         for form in ("dense", "grouped"):
@@ -122,16 +109,15 @@ def draw(found: list[dict[str, Any]]) -> Any:
         axis.plot(ends, ends, color="grey", linewidth=1)
         axis.set(xscale="log", yscale="log", title=what, xlabel="expected s", ylabel="measured s")
     axes[0].legend()
-    figure.tight_layout()
     return figure
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     torch.set_num_threads(2)
-    repeats = 2 if quick else 7
-    here = constants(3 * repeats)
-    found = [measure(what, size, repeats) for what, size in cells(quick)]
+    rounds = 2 if quick else 7
+    here = constants(3 * rounds)
+    found = [measure(what, size, rounds) for what, size in cells(quick)]
     rows = [
         (c["what"], " ".join(map(str, c["size"])), *(f"{1e3 * s:.3f}" for s in c["seconds"].values()),
          *(f"{1e3 * s:.3f}" for s in c["expected"].values()), c["chosen"], f"{c['over_best']:.2f}")

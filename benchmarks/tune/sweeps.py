@@ -1,17 +1,17 @@
-"""What the options of PMoE are worth on TRACE: one at a time, round what the library does by itself.
+"""The effect of PMoE's options on TRACE, changed one at a time from the defaults."""
 
-``python -m benchmarks.sweeps [--quick]``: stories260K, few items a task, scored on the eval items
-and not on the test items, several seeds. The depth of the split, what the gate reads, and experts
-kept a row of the analytic router; replay and the loss on task identity of the one by gradient.
-"""
+# python -m benchmarks.tune.sweeps [--quick]: stories260K, few items a task, scored on the eval items
+# and not on the test items, several seeds. The depth of the split, what the gate reads, and experts
+# kept a row of the analytic router; replay and the loss on task identity of the one by gradient.
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import trace
-from .common import arguments, finish, save
-from .streams import facts, losses, runs, spread
+from ..papers import trace
+from ..papers.streams import facts, losses, runs, spread
+from ..tools.plots import bars
+from ..tools.report import finish, is_quick, mean_and_spread, save
 
 SEEDS = (0, 1, 2)
 SIZES = {"items": 48, "tested": 12, "tasks": 3, "epochs": 2, "part": "eval"}
@@ -32,7 +32,7 @@ TITLES = {"loss": "mean loss after all tasks", "bwt": "BWT, nats", "base": "loss
 
 
 def variants(quick: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """By method, the job's options by the name of what differs from the defaults."""
+    """Method -> name of the variant -> the job's options that differ from the defaults."""
     sizes = FEW if quick else SIZES
     made: dict[str, dict[str, dict[str, Any]]] = {}
     for method, differing in list(FACTORS.items())[: 1 if quick else None]:
@@ -53,29 +53,8 @@ def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
     }
 
 
-def draw(results: dict[str, dict[str, Any]]) -> Any:
-    """A row of panels a method, a panel a score, a bar a variant; the default's value as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    tallest = max(len(r) for r in results.values())
-    size = (1 + 4.2 * len(TITLES), len(results) * (1.2 + 0.25 * tallest))
-    figure, grid = plt.subplots(len(results), len(TITLES), figsize=size, squeeze=False)
-    for axes, (method, found) in zip(grid, results.items(), strict=True):
-        for axis, (key, title) in zip(axes, TITLES.items(), strict=True):
-            means, spreads = ([r[key][k] for r in found.values()] for k in ("mean", "spread"))
-            axis.barh(list(found), means, xerr=spreads, capsize=2)
-            axis.axvline(found["default"][key]["mean"], color="black", linewidth=0.8)
-            axis.invert_yaxis()
-            axis.set_title(f"{method}: {title}", fontsize=9)
-    figure.tight_layout()
-    return figure
-
-
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     seeds = SEEDS[:1] if quick else SEEDS
     asked = variants(quick)
     flat = {f"{m} {n}": options for m, named in asked.items() for n, options in named.items()}
@@ -86,10 +65,10 @@ def main() -> None:
     }
     if not quick:
         figures = {"seeds": len(seeds), "sizes": SIZES, "methods": results}
-        save("sweeps", figures, draw(results))
+        save("sweeps", figures, bars(results, TITLES, line="default"))
     keys = ("loss", "over default", "bwt", "base")
     rows = [
-        (method, name, *(f"{r[k]['mean']:.3f} ± {r[k]['spread']:.3f}" for k in keys))
+        (method, name, *(mean_and_spread(r[k]) for k in keys))
         for method, named in results.items()
         for name, r in named.items()
     ]

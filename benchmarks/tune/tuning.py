@@ -1,22 +1,20 @@
-"""Learning rates and epochs for `benchmarks.split_digits`, and the image router's `pool`.
+"""Learning rates and epochs for `benchmarks.papers.split_digits`, and the image router's `pool`."""
 
-``python -m benchmarks.tuning [--quick]``: few digits, scored on MNIST's training images that no
-method is given, under a seed that no other benchmark uses. Best is what has the highest accuracy on
-all digits after all tasks.
-"""
+# python -m benchmarks.tune.tuning [--quick]: few digits, scored on MNIST's training images that no
+# method is given, under a seed that no other benchmark uses. Best is what has the highest accuracy on
+# all digits after all tasks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from .common import arguments, finish, machine
-from .split_digits import METHODS, job
-from .streams import RESULTS, accuracies, runs
+from ..papers.split_digits import METHODS, job
+from ..papers.streams import accuracies, runs
+from ..tools.report import finish, is_quick, save
 
-SEED = 100  # of no other benchmark
+SEED = 100  # a seed that no other benchmark uses
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 FIRST = (3e-3, 1e-2)
 EPOCHS, BOUNDS, POOLS = 5, ("oracle", "joint"), (2, 4, 8)
@@ -81,7 +79,7 @@ def gain(by_epochs: dict[int, dict[str, Scores]], n: int) -> float:
 
 
 def main() -> None:
-    quick = arguments(__doc__ or "").quick
+    quick = is_quick(__doc__)
     trained = [m for m in METHODS if m != "ranpac"]  # which is solved
     table = search(trained[:1] if quick else trained, quick)
     rates = {method: best(scores) for method, scores in table.items()}
@@ -100,8 +98,7 @@ def main() -> None:
     chosen = {"rates": rates, "epochs": epochs, "pool": pool}
     if not quick:
         figures = {"seed": SEED, "sizes": FULL, "chosen": chosen, "table": table}
-        text = json.dumps(machine() | figures | {"epochs": by_epochs, "pools": by_pool}, indent=1)
-        (RESULTS / "tuning.json").write_text(text + "\n")
+        save("tuning", figures | {"epochs": by_epochs, "pools": by_pool})
     tried = [
         *((f"{m}, rate {r:g}", s, r == rates[m]) for m in table for r, s in table[m].items()),
         *((f"{m}, {n} epochs", s, n == epochs) for n in by_epochs for m, s in by_epochs[n].items()),

@@ -1,0 +1,1 @@
+"""Shared by all benchmarks: timing, memory, data, models, the report, plots."""
