@@ -38,7 +38,7 @@ def test_flops_are_two_a_multiply_add():
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
 def test_flops_are_of_one_sample_whatever_the_example(batch):
-    """At the lengths of the example; sizes that are open are words."""
+    """At the lengths of the example; dynamic sizes have names."""
     model = networks.Network(["Mlp", "Mlp"], tokens=False).eval()
     for length in (6, 12):
         depth = moe_rewrite.inspect(model, torch.randn(batch, length, 5))

@@ -1,4 +1,4 @@
-"""Conversions that several tests start from: made once, which is what takes the time, and copied."""
+"""Conversions that several tests start from: made once, since that is slow, and copied."""
 
 import copy
 from functools import cache

@@ -69,7 +69,7 @@ class Swapped(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Something that mixes positions, so that a wrong row shows; no feed-forward of its own."""
+    """Mixes positions, so that a wrong row shows; contains no feed-forward."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small networks in plain PyTorch, random ones included: branches, shared weights, functional calls."""
+"""Small networks in plain PyTorch, some random: branches, shared weights, functional calls."""
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ KINDS = {
 
 
 class Network(nn.Module):
-    """Layers by name; a number in the place of a name runs that earlier layer again."""
+    """Layers by name; a number instead of a name runs that earlier layer again."""
 
     def __init__(self, layers, tokens=True, seed=0, head="each"):
         super().__init__()

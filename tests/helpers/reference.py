@@ -19,7 +19,7 @@ def added(moe):
 
 
 def copied(moe):
-    """The same values in tensors of their own, which take gradients."""
+    """Copies of the tensors that require gradients."""
     return {
         k: v.detach().clone().requires_grad_(isinstance(v, torch.nn.Parameter))
         for k, v in added(moe).items()

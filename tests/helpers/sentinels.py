@@ -1,4 +1,4 @@
-"""Memory around every tensor that a launch makes, watched."""
+"""Detects writes outside of the tensors that a launch makes."""
 
 from contextlib import contextmanager
 
@@ -34,7 +34,7 @@ class _Guards(TorchDispatchMode):
 
 @contextmanager
 def guarded():
-    """Fails if anything writes beside the tensors made inside; checks that there were some."""
+    """Fails if anything writes outside of the tensors made inside; checks that there were some."""
     with _Guards() as guards:
         yield
     assert guards.whole

@@ -4,5 +4,5 @@ import pytest
 
 
 def some(names, few):
-    """All names as cases of a test; those that are not among the few are marked."""
+    """All names as cases of a test; those not in `few` are marked as a sweep."""
     return [name if name in few else pytest.param(name, marks=pytest.mark.sweep) for name in names]

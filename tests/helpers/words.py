@@ -1,4 +1,4 @@
-"""A tiny language of letters, and tasks in it: what a tokenizer and a text task are to a learner."""
+"""A tiny language of letters, with a tokenizer and text tasks."""
 
 import random
 

@@ -24,7 +24,7 @@ def test_errors_are_of_the_largest_value(dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_tolerance_is_that_of_the_passes(dtype):
-    """Of sums in another order if any pass declares so; none if all are exact."""
+    """Room for reordered sums if any pass declares them; none if all passes are exact."""
     dense = torch.linspace(-8, 8, 33, dtype=dtype)
     near, far = (dense.clone() for _ in range(2))
     near[5] += 8 * TOLERANCE[dtype] / 2
