@@ -36,31 +36,33 @@ def _choose(spec: object, name: str, *choices: str) -> None:
 class TokenRouter:
     """Route every position of a sequence by a linear softmax gate on the features at the cut.
 
-    top_k: experts kept per row, gates renormalised over them; None keeps all (dense gate).
-    granularity: what a gate reads. ``"token"``: the position itself; ``"prefix"``: the mean of the
-        unmasked positions up to and including it (causal, so it can be decoded step by step);
+    Raises ConfigError for a wrong value, as every class here does.
+
+    top_k: experts kept per row; None keeps all (dense gate).
+    granularity: what the gate reads. ``"token"``: the position itself; ``"prefix"``: the mean of
+        the unmasked positions up to and including it (causal, so it can be decoded step by step);
         ``"sequence"``: the mean of all unmasked positions (not for causal models).
-    base: whether output 0 means "the frozen model", with the constant logit 0. A softmax does not
-        change when one number is added to all logits, so this output needs no parameters.
-    normalize: divide the features by their root mean square before they are read, so that the
-        gate's scale does not depend on the depth of the cut.
+    base: whether output 0 stands for the frozen model, with the constant logit 0. A softmax does
+        not change when one number is added to all logits, so this output needs no parameters.
+    normalize: divide the features by their root mean square first, so that the scale of the
+        logits does not depend on the depth of the cut.
     fit: ``"gradient"``: trained with the experts. ``"analytic"``: solved in closed form from the
-        samples that `MoEModel.fit_router` is given, by ridge regression on random features; the
-        frozen model is fitted then as the experts are.
-    projection: random features of an analytic gate. ridge: its regularisation, as a share of the
-        mean diagonal. sharpness: factor of its scores, which are near 1 for the right expert and
-        near 0 for others, before the softmax.
-    prior: of an analytic prefix gate, for how many positions the frozen model's score counts as 1
-        before anything was read: ``prior / positions`` is added to it, since a short prefix says
-        little.
+        samples passed to `MoEModel.fit_router`, by ridge regression on random features (RanPAC,
+        arXiv 2307.02251, section 4); the frozen model's output is then fitted like the experts'.
+    projection: number of random features of an analytic gate.
+    ridge: regularisation of an analytic gate, as a share of the Gram matrix's mean diagonal.
+    sharpness: an analytic gate's scores, near 1 for the right expert and near 0 for the others,
+        are multiplied by this before the softmax.
+    prior: ``prior / positions`` is added to the frozen model's score in an analytic prefix gate,
+        since a short prefix says little.
     pool: a feature map at the cut is read as the means of its pool x pool cells.
-    gate: of the top k, ``"selected"``: softmax over those; ``"all"``: over every output, so that
+    gate: softmax over the top k (``"selected"``), or over all outputs (``"all"``), in which case
         the gates of a row do not sum to one.
     policy: ``"token"``: a row chooses its experts; ``"expert"``: each expert chooses its best
         ``capacity * S / E`` of a sample's S rows by their softmax over E experts (expert choice,
         arXiv 2202.09368, section 3.2); needs base=False and a model that is not causal.
-    capacity: experts that a row has on average, under expert choice.
-    init: standard deviation of the logits at the start, for features of unit size.
+    capacity: mean number of experts a row, under expert choice.
+    init: standard deviation of the logits at the start, for features of unit root mean square.
     """
 
     top_k: int | None = None
@@ -109,7 +111,7 @@ class TokenRouter:
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the gates of every row do."""
+        """Whether the gates of every row sum to one."""
         return self.policy == "token" and (self.gate == "selected" or self.top_k is None)
 
 
@@ -119,22 +121,22 @@ class PatchRouter:
     (pMoE, arXiv 2306.04073, equations 2 and 3).
 
     grid: g, for g x g patches over the feature map at the cut or over a ViT's patch tokens. None
-        takes the largest g <= 8 that divides the map; a token grid is taken as it is. Where g does
-        not divide a side, patches differ in size by one: patch i covers rows
-        ``i * H // g .. (i + 1) * H // g``, and smaller ones are padded with zeros at the bottom and
-        right to be read.
-    per_expert: l, patches that each expert takes of each sample; None takes a quarter. Of patches
-        with equal scores the first in row-major order is taken first.
-    gate: ``"selected"`` softmax of the scores over the l taken; ``"all"`` softmax over all n
-        patches; ``"hard"`` 1.
+        takes the largest g <= 8 that divides the map; for tokens, their own grid. Where g does not
+        divide a side, patches differ in size by one: patch i covers rows
+        ``i * H // g .. (i + 1) * H // g``, and smaller ones are padded with zeros at the bottom
+        and right before they are scored.
+    per_expert: l, the number of patches that each expert takes of each sample; None takes a
+        quarter of them. Ties go to the first patch in row-major order.
+    gate: ``"selected"``: softmax of the scores over the l patches taken; ``"all"``: softmax over
+        all n patches; ``"hard"``: 1.
     scale: ``"mean-one"`` multiplies softmax gates by l, so that they are 1 where scores are equal;
         ``"paper"`` leaves them.
     features: ``"flat"`` scores every value of a patch; ``"pooled"`` its mean over positions.
     normalize: divide the features by their root mean square over the sample before scoring.
-    init: standard deviation of the scores at the start, for features of unit size; 0 starts with
-        zero rows, for which all scores are equal.
-    prefix_tokens: tokens before a ViT's patch tokens (class, registers), which every expert gets
-        with the mean of its gates; None finds the largest square that the tokens hold.
+    init: standard deviation of the scores at the start, for features of unit root mean square;
+        with 0 all scores are equal.
+    prefix_tokens: tokens before a ViT's patch tokens (class, registers); every expert gets them,
+        with the mean of its gates. None: the tokens before the largest square.
     """
 
     grid: int | None = None
@@ -176,7 +178,10 @@ class PatchRouter:
         )  # fmt: skip
 
     def fitted(self, height: int, width: int, prefix: int = 0) -> PatchRouter:
-        """The same with every None filled in for a map (or token grid) of this size."""
+        """A copy with every None filled in for a map (or token grid) of this size.
+
+        Raises ConfigError if the map has too few positions for the grid or for `per_expert`.
+        """
         grid = self.grid
         if grid is None:
             grid = max(g for g in range(1, 9) if height % g == 0 and width % g == 0)
@@ -199,8 +204,8 @@ class LoRAExperts:
 
     rank: rows of A and columns of B, per expert.
     alpha: numerator of the scale (LoRA, arXiv 2106.09685, section 4.1).
-    sites: ``"all"`` for every site of the deep segment but the output head,
-        ``"all+head"`` for the head too, or a tuple of name endings (``("q_proj", "v_proj")``).
+    sites: ``"all"``: every site of the deep segment except the output head; ``"all+head"``: the
+        head too; or a tuple of name endings (``("q_proj", "v_proj")``).
     """
 
     rank: int = 8
@@ -230,13 +235,13 @@ class LoRAExperts:
 
 @dataclass(frozen=True)
 class FFNExperts:
-    """Experts in the place of feed-forward regions, each a copy of the dense region at the start
+    """Feed-forward experts: each replaces the dense feed-forward region and starts as a copy of it
     (sparse upcycling, arXiv 2212.05055, section 3).
 
-    num: experts to begin with; None is eight in mode "upcycle" and one in "pmoe".
-    every: of the deep segment's regions, each n-th counted from the last one.
-    sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``), which
-        `dry_run` shows.
+    num: experts to begin with; None means eight in mode "upcycle" and one in "pmoe".
+    every: convert every n-th feed-forward region of the deep segment, counted from the last.
+    sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``); the
+        report of ``convert(..., dry_run=True)`` lists the names.
     """
 
     num: int | None = None
@@ -258,11 +263,11 @@ class FFNExperts:
             "FFNExperts sites", sites, "'all' or a list of endings of regions' names",
         )  # fmt: skip
 
-    def refuses(self, region: str, behind: int) -> str | None:
-        """Why a region with so many others behind it is not to be converted, or None."""
+    def refuses(self, region: str, following: int) -> str | None:
+        """Why a region is not converted, or None. following: how many regions come after it."""
         if isinstance(self.sites, tuple) and not _ends(region, self.sites):
             return f"not named in sites={self.sites}"
-        return f"left out by every={self.every}" if behind % self.every else None
+        return f"left out by every={self.every}" if following % self.every else None
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
@@ -271,18 +276,19 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class RegionExperts:
-    """A convolutional region of the graph, run by each expert on its own patches only.
+    """Experts that replace a convolutional region, each run on its own patches only (pMoE, arXiv
+    2306.04073).
 
-    The experts' weighted outputs are added up; patches that no expert takes give zero. Experts
-    start as copies of the dense region. In training, batch norm takes its statistics over the
-    gathered patches.
+    The experts' outputs are summed with their gates as weights; patches that no expert takes give
+    zero. Experts start as copies of the dense region. In training, batch norm takes its statistics
+    over the gathered patches.
 
-    region: dotted name of a module, or of several that lie behind one another; None: from the cut
-        to the last point before an operation that mixes all positions.
-    halo: gather each patch with as many neighbours as the region reads, so that it computes what
-        the dense region does there; False gives the paper's isolated patches.
-    width: share of the hidden channels that each expert keeps (those tied neither to the region's
-        entry nor to its exit); expert e starts from the e-th slice of them.
+    region: dotted name of a module, or of several consecutive ones; None: from the cut to the last
+        point before an operation that mixes all positions.
+    halo: gather each patch with the neighbouring positions that the region reads, so that it
+        computes what the dense region does there; False: isolated patches, as in the paper.
+    width: share of the hidden channels that each expert keeps (hidden: shared neither with the
+        region's entry nor with its exit); expert e starts from the e-th slice of them.
     combine: ``"sum"``; or ``"concat"``: each expert computes its own slice of the output channels.
     """
 
@@ -291,7 +297,7 @@ class RegionExperts:
     width: float = 1.0
     combine: Literal["sum", "concat"] = "sum"
 
-    on_patches: ClassVar[bool] = True  # only a PatchRouter will do
+    on_patches: ClassVar[bool] = True  # needs a PatchRouter
 
     def __post_init__(self) -> None:
         region = self.region

@@ -1,7 +1,8 @@
-"""convert(): what it does is the list of passes in `passes.pipeline`, on two graphs of the model.
+"""convert(): what it does is the list of passes in `passes.pipeline`, on an evaluation graph.
 
 capture -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
-lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow.
+lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow;
+training graphs are captured when the model is first trained.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from .frontend.adapters import host_of
 from .frontend.capture import program_of
 from .frontend.structural_copy import structural_copy
 from .ir.depth_map import DepthMap
-from .ir.program import Code
 from .passes.base import Decisions
 from .passes.clean import Clean
 from .passes.decide import plan_conversion
-from .passes.emit import emit
 from .passes.pipeline import Timer, run
 from .passes.recipe import Experts, Recipe, make_recipe
 from .passes.split import FindDepth
@@ -34,9 +33,11 @@ from .passes.split import FindDepth
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     """The blocks of a model, where it can be cut, with parameters and FLOPs. Prints as a table.
 
-    example_inputs: a tensor, tuple or dict; found by itself for Hugging Face models and where the
-    first layer tells. Raises InputError where they cannot be inferred, CaptureError where the
-    model cannot be captured.
+    example_inputs: a tensor, tuple or dict of tensors with a batch dimension first; None infers
+        them, for Hugging Face models and for modules whose first layer determines its input.
+
+    Raises InputError where inputs cannot be inferred, CaptureError where the model cannot be
+    captured, SplitError where no output depends on both an input and a parameter.
     """
     _require_dense(model)
     program = program_of(model, example_inputs)
@@ -61,24 +62,29 @@ def convert(
 ) -> MoEModel | Report:
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
-    mode: ``"pmoe"``, progressive experts behind one router at the cut; ``"upcycle"``, sparse
-        upcycling: copies of each feed-forward region behind the cut, each row going to two.
+    mode: ``"pmoe"``: progressive experts and one router, at the cut (PMoE, arXiv 2407.21571);
+        ``"upcycle"``: copies of each feed-forward region after the cut, two of them for each row
+        (sparse upcycling, arXiv 2212.05055).
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
-        ``"auto"``. Blocks 0..split-1 are frozen and shallow.
-    router: ``"auto"`` (patches of a feature map; of a sequence the prefix for causal models, else
-        all of it), ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter.
-    experts: LoRAExperts, FFNExperts, or RegionExperts for patches. num_experts: to begin with;
-        None is one, or eight in upcycling.
-    example_inputs: see `inspect`. verify: run the converted graphs against the model.
-    backend: ``"auto"`` takes for every site the cheapest of the forms that fit by a cost model,
-        ``"dense"`` (every expert on every row) or ``"grouped"`` (each expert on its own rows) that
-        one where it fits, ``"reference"`` none of the fused operations.
-    dry_run: return the Report only. batch_norm: ``"frozen"`` keeps statistics in training,
-        ``"update"`` trains as the original does. freeze: False, as upcycling has it, trains the
-        dense weights too (on copies of their own), with no segment held in evaluation.
+        ``"auto"`` (half of the FLOPs). Blocks 0..split-1 are shallow, and frozen.
+    router: ``"auto"``, ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter. ``"auto"`` routes
+        patches of a feature map; in a sequence its gate reads the prefix if the model is causal,
+        else the whole sequence.
+    experts: LoRAExperts, FFNExperts, or RegionExperts for patches; None: the mode's own.
+    num_experts: experts to begin with; None means one, or eight in mode "upcycle".
+    example_inputs: as for `inspect`.
+    backend: how experts are computed. ``"auto"``: at every site the fastest form, by a cost model;
+        ``"dense"``: every expert on every row; ``"grouped"``: each expert on its own rows, both
+        only where they fit; ``"reference"``: without fused operations.
+    verify: compare the converted graphs' outputs with the model's, here and on later calls.
+    dry_run: return only the Report.
+    batch_norm: ``"frozen"`` keeps the statistics in training, ``"update"`` trains as the original.
+    freeze: False trains copies of the dense weights too, with no segment held in eval mode; None
+        means False in mode "upcycle", else True.
 
-    The model itself is never changed, and no frozen weight is copied. Raises ConfigError, InputError,
-    CaptureError, SplitError, ConversionError or EquivalenceError; nothing is left half done.
+    The model itself is never changed, and no frozen weight is copied. Raises ConfigError for a
+    wrong option, InputError, CaptureError, SplitError, ConversionError where no site can hold
+    experts, or EquivalenceError; nothing is left half done.
     """
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     return _convert(model, recipe, example_inputs, verify, dry_run)
@@ -90,16 +96,14 @@ def _convert(
     _require_dense(model)
     host, timed = host_of(structural_copy(model)), Timer()
     arguments = host.arguments(example_inputs)
-    compiler, programs = plan_conversion(host, recipe, arguments, timed)
-    report = Report.of(programs[0], compiler)
+    compiler, program = plan_conversion(host, recipe, arguments, timed)
+    report = Report.of(program, compiler)
     report.warn_of_costs()
     if dry_run:
         return report
-    codes: dict[tuple, Code] = {}  # those of training and evaluation are mostly the same
-    emitted = [timed("emit", emit, program, codes) for program in programs]
-    moe = MoEModel(model, compiler, programs[0], emitted[0], report, checked=verify)
-    for program, code in zip(programs, emitted, strict=True):
-        moe.adopt(arguments, program, code)
+    program, emitted = compiler.emitted(program)
+    moe = MoEModel(model, compiler, program, emitted, report, checked=verify)
+    moe.adopt(arguments, program, emitted)
     if verify:
         report.equivalence = timed("verify", verify_conversion, model, moe, arguments)
     return moe
@@ -108,10 +112,14 @@ def _convert(
 def load(
     folder: str | os.PathLike, model: nn.Module, example_inputs: Any = None, verify: bool = True
 ) -> MoEModel:
-    """Convert `model` as the saved one was, and fill in the saved experts and router.
+    """Convert `model` as the saved one was, and load the saved experts and router.
 
-    The folder is checked before the model is touched. Raises CheckpointError for a missing,
-    truncated or tampered file, an unknown version, or another base model.
+    folder: written by `MoEModel.save_pretrained`.
+    model: the dense model that was converted, with the same weights.
+    example_inputs, verify: as for `convert`.
+
+    The folder is checked before the model is converted. Raises CheckpointError for a missing,
+    truncated or changed file, an unknown version, or another base model; otherwise as `convert`.
     """
     _require_dense(model)
     facts, tensors = checkpoint.read(folder)

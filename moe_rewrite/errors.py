@@ -8,7 +8,7 @@ class MoeRewriteError(Exception):
 
 
 class ConfigError(MoeRewriteError, ValueError):
-    """An option (mode, router, experts, ...) has a value that means nothing."""
+    """An option (mode, router, experts, ...) has an invalid value."""
 
 
 class CaptureError(MoeRewriteError, RuntimeError):
@@ -36,7 +36,7 @@ class CheckpointError(MoeRewriteError, RuntimeError):
 
 
 class InvariantError(MoeRewriteError, AssertionError):
-    """A pass left the program in a state that no pass may leave it in. This is a bug; report it."""
+    """A pass left the program in an invalid state. This is a bug: please report it."""
 
 
 def require_package(package: str, extra: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Rooms and the order of imports between them: each only downward, in annotations too."""
+"""The order of imports between subpackages: only downward, in annotations too."""
 
 import ast
 from pathlib import Path
@@ -40,11 +40,11 @@ def imported(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_run_downward(file):
     if file == PACKAGE / "__init__.py":
-        return  # the face: it shows what lies on every floor
+        return  # the package's interface, which imports from every level
     mine = room(".".join(("moe_rewrite", *file.relative_to(PACKAGE).with_suffix("").parts)))
     for name in imported(file):
         other = room(name)
-        if other not in FLOOR:  # a name of the face, such as moe_rewrite.convert's MoEModel
+        if other not in FLOOR:  # a name in the package's __init__, like MoEModel
             assert mine in ("cli", "demo"), f"{file.name} imports {name} from the package's face"
         elif other != mine:
             assert FLOOR[other] < FLOOR[mine], f"{file.name} in {mine} imports {name} of {other}"

@@ -1,1 +1,1 @@
-"""What a captured graph is made of: its mainline, its blocks, their costs. Reads, never edits."""
+"""Analyses of a captured graph: mainline, blocks, costs, sites. They read and do not edit."""

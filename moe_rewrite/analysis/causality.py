@@ -1,4 +1,4 @@
-"""Whether a model looks ahead: seen on its graph, by changing the last row at the cut."""
+"""Whether a model is causal: tested by changing the last row at the cut and running its graph."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..ir.program import Program
 
 @torch.no_grad()
 def is_causal(program: Program, host: Host, arguments: dict[str, Any]) -> bool:
-    """Whether gates must not read later rows than their own.
+    """Whether gates must not read rows after their own.
 
-    False only where that is certain: an output at some row was seen to change with the last row at
-    the cut, or no output has rows (one a sample: there is nothing ahead of it). A model that was
-    not seen to look ahead counts as causal, since gates that look back are right for every model.
-    On the meta device nothing can be seen: the model's own word is taken.
+    False only with evidence: an output at an earlier row changed with the last row at the cut, or
+    no output has rows (one output a sample). Otherwise a model counts as causal, since gates that
+    only look back are correct for every model. On the meta device nothing can be run, so the
+    model's own declaration is used.
     """
     assert program.cut is not None
     if any(p.is_meta for p in host.module.parameters()):
@@ -33,7 +33,7 @@ def is_causal(program: Program, host: Host, arguments: dict[str, Any]) -> bool:
         return True
     if not before:
         return False
-    same = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))  # no random numbers
+    same = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))  # deterministic
     return not same or all(
         torch.allclose(a[:, :-1], b[:, :-1], rtol=1e-4, atol=1e-5, equal_nan=True)
         for a, b in zip(before, changed, strict=True)
@@ -41,7 +41,7 @@ def is_causal(program: Program, host: Host, arguments: dict[str, Any]) -> bool:
 
 
 class _Run(fx.Interpreter):
-    """The program on one call, on copies of what it may write to."""
+    """Runs the program on one call, with copies of what it may write to."""
 
     def __init__(self, program: Program, host: Host, arguments: dict[str, Any]) -> None:
         super().__init__(program.root, graph=program.graph)
@@ -52,7 +52,7 @@ class _Run(fx.Interpreter):
         self.changed, self.rows = False, torch.Size()
 
     def outputs(self, changed: bool = False) -> list[torch.Tensor]:
-        """Outputs with a value for each row at the cut. changed: of another last row there."""
+        """Outputs with a value for each row at the cut. changed: with the last row replaced."""
         self.changed, users, given = changed, iter(self.leaves), []
         for node in self.program.graph.find_nodes(op="placeholder"):
             of = self.program.inputs[node.name]

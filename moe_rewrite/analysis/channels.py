@@ -1,7 +1,7 @@
 """Which channels of a region depend on one another, so that experts can keep a share of them.
 
-Channels form groups: a convolution reads one and writes another; what is pointwise, normalised or
-pooled stays in its own; operands that are added belong together.
+Channels form groups. A convolution reads one group and writes another; pointwise operations, norms
+and pooling keep a value's group; operands that are added join their groups.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ from .spatial import axis
 
 @dataclass
 class Channels:
-    """of: the group of each map's channels. dims: (weight node, dimension) -> group. sizes: of each
-    group. fixed: groups that no expert may shrink, with the reason. counts: nodes whose arguments
-    name the size of a group (depthwise convolutions, layer norms)."""
+    """Groups of channels, as a union-find structure.
+
+    of: the group of each map's channels.
+    dims: (weight node, dimension) -> group.
+    sizes: channels of each group.
+    parents: the group that each was joined with, or itself.
+    fixed: groups that no expert may shrink, with the reason.
+    counts: nodes that have the size of a group as an argument (depthwise convolutions, layer
+        norms), with that group.
+    """
 
     of: dict[fx.Node, int] = field(default_factory=dict)
     dims: dict[tuple[fx.Node, int], int] = field(default_factory=dict)
@@ -93,10 +100,10 @@ def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> 
             if weight not in region.places:
                 _tie(found, weight, {0: inside})
         return inside
-    alike = all(
+    same_shape = all(
         value(n).ndim == value(node).ndim and value(n).shape[channels] == size for n in sources
     )
-    if keeps and alike and of.positions not in ("cat", "pad", "split"):
+    if keeps and same_shape and of.positions not in ("cat", "pad", "split"):
         for other in sources[1:]:
             found.join(inside, found.of[other])
         for weight in node.all_input_nodes:
@@ -131,7 +138,7 @@ def _conv(node: fx.Node, inside: int, found: Channels) -> int:
 
 
 def _tie(found: Channels, weight: Any, dims: dict[int, int]) -> None:
-    """A weight's dimensions belong to these groups; one that the graph computes fixes them."""
+    """Assign a weight's dimensions to these groups; a computed weight makes the groups fixed."""
     if weight is None:
         return
     for dim, group in dims.items():

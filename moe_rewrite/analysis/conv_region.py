@@ -1,5 +1,5 @@
-"""Find a convolutional region: one feature map in, one out, and every operation between them
-works on a window of positions."""
+"""Find a convolutional region: one feature map in, one out, and between them only operations on
+windows of positions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from .spatial import NCHW, SpatialDims, SpatialMap, propagate
 
 @dataclass(frozen=True)
 class Region:
-    """nodes: in graph order, the exit last; with those that prepare weights. places: of the nodes
-    that hold feature maps, the entry's too. ends: why it goes no further."""
+    """A convolutional region.
+
+    entry, exit: the feature maps that it reads and returns.
+    nodes: in graph order, the exit last, with the nodes that compute its weights.
+    places: the dimensions of its feature maps, the entry's too.
+    ends: why it goes no further; empty if it was named.
+    """
 
     name: str
     entry: fx.Node
@@ -41,8 +46,8 @@ def map_size(node: fx.Node) -> tuple[int, int]:
 def find_region(program: Program, names: tuple[str, ...]) -> Region:
     """The region of the named modules, or from the cut as far as it goes.
 
-    Writes in place inside it become plain operations: the graph is edited, its values are not.
-    Raises ConversionError, saying what stands against it.
+    In-place operations inside it become out-of-place ones: the graph is edited, its values stay the
+    same. Raises ConversionError with the reason if there is no such region.
     """
     assert program.cut is not None and program.depth is not None
     cut = program.node(program.cut.node)
@@ -81,7 +86,7 @@ def _named(program: Program, names: tuple[str, ...], places: SpatialMap) -> Regi
     for name in names:
         if not any(inside(n, name) for n in deep):
             raise ConversionError(
-                f"region={name!r}: no module of this name works on the features behind the cut "
+                f"region={name!r}: no module of this name works on the features after the cut "
                 f"({program.cut.label})"
             )
     seeds = {n for n in deep if any(inside(n, name) for name in names)}
@@ -102,7 +107,7 @@ def _named(program: Program, names: tuple[str, ...], places: SpatialMap) -> Regi
 
 
 def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: str) -> Region:
-    """Raises ConversionError unless all between entry and exit keeps positions."""
+    """Raises ConversionError unless every operation from entry to exit keeps positions."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     between = reach(entry, lambda n: n.users) & reach(exit_, lambda n: n.all_input_nodes)
     between.discard(entry)
@@ -128,7 +133,7 @@ def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: s
 def _weights_side(
     program: Program, name: str, between: set[fx.Node], entry: fx.Node
 ) -> set[fx.Node]:
-    """The nodes that compute what the region reads from weights alone."""
+    """The nodes that compute the region's operands from weights only."""
     found: set[fx.Node] = set()
     stack = [s for n in between for s in n.all_input_nodes]
     while stack:
@@ -149,9 +154,9 @@ def _weights_side(
 
 
 def _write_nowhere(program: Program, places: SpatialMap) -> None:
-    """Turn in-place operations on the followed maps into plain ones.
+    """Turn in-place operations on the feature maps into out-of-place ones.
 
-    Every later reader of what was written reads the result instead, which is what it saw before.
+    Later readers of the tensor that was written to read the result instead: the same values.
     """
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in [n for n, p in places.items() if isinstance(p, SpatialDims)]:
@@ -160,7 +165,7 @@ def _write_nowhere(program: Program, places: SpatialMap) -> None:
             continue
         target = written[0]
         if alias_root(target) is not target or target.op == "placeholder":
-            continue  # a view: the node keeps its place, and the region is refused by its users
+            continue  # a view: left as it is, and the region is refused because of its users
         node.target = plain
         for user in list(target.users):
             if order[user] > order[node]:

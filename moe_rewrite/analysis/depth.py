@@ -1,7 +1,7 @@
-"""The blocks of a graph: stretches between cut points that a user would call a layer.
+"""The blocks of a graph: the stretches between cut points that a user would call layers.
 
-They are the numbered modules (``layers.3``) that cut points separate, else repeated stretches,
-else single stretches that hold weights.
+They are the numbered modules (``layers.3``) that cut points separate; without such modules,
+repeated stretches; without repetition, every stretch that holds weights.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class _Span:
 
 @dataclass
 class _Module:
-    """A module on the mainline (one call of it) with the graph positions that it spans."""
+    """One call of a module on the mainline, with the graph positions that it spans."""
 
     path: str
     kind: str
     first: int
     last: int
     composite: bool = False  # holds other modules
-    weighted: bool = False  # holds a weight of two dimensions or more: not a norm alone
+    weighted: bool = False  # holds a weight of two dimensions or more, so it is not just a norm
     call: int = 0
 
     @property
@@ -123,7 +123,7 @@ def _modules(line: Mainline, program: Program) -> list[_Module]:
 
 
 def _calls(module: _Module, nodes: list[int], uses: list[list[int]]) -> list[_Module]:
-    """One entry a call of a module that runs several times: every weight is used as often."""
+    """One entry for each call of a module: it runs as often as every one of its weights is used."""
     times = len(uses[0]) if uses else 1
     if times == 1 or any(len(u) != times for u in uses):
         return [module]
@@ -146,7 +146,7 @@ def _numbered(modules: list[_Module], points: list[int], stack: str | None) -> l
         if m.path.rpartition(".")[2].isdigit() and m.weighted
         and (stack is None or m.inside(stack))
     ]  # fmt: skip
-    if any(m.composite for m in numbered):  # beside such, a plain layer is no block of its own
+    if any(m.composite for m in numbered):  # if some are composite, plain layers are not blocks
         numbered = [m for m in numbered if not m.plain]
     paths = {m.path for m in numbered}
     outermost = [m for m in numbered if not any(m.inside(p) for p in paths)]
@@ -156,25 +156,25 @@ def _numbered(modules: list[_Module], points: list[int], stack: str | None) -> l
 
 
 def _descend(module: _Module, numbered: list[_Module], points: list[int]) -> list[_Module]:
-    """A stage (``stages.1``) gives way to its layers where they are blocks of one kind."""
+    """Replace a stage (``stages.1``) by its layers if those are blocks of one class."""
     inner = [
         m for m in numbered
         if m.inside(module.path) and module.first <= m.first and m.last <= module.last
     ]  # fmt: skip
     paths = {m.path for m in inner}
     inner = [m for m in inner if not any(m.inside(p) for p in paths)]
-    alike = len({m.kind for m in inner}) == 1 and all(m.composite for m in inner)
+    same_kind = len({m.kind for m in inner}) == 1 and all(m.composite for m in inner)
     inner.sort(key=lambda m: m.first)
-    if inner and alike and len(_separate(inner, points)) == len(inner):
+    if inner and same_kind and len(_separate(inner, points)) == len(inner):
         return [leaf for m in inner for leaf in _descend(m, numbered, points)]
     return [module]
 
 
 def _separate(modules: list[_Module], points: list[int]) -> list[_Span]:
-    """End each module at a cut point behind it; merge those without one between.
+    """End each module at a cut point after it; merge modules without a cut point between them.
 
-    What lies between two modules (a downsampling, say) opens the second one's block; behind a
-    plain layer (a convolution and its norm and activation) it closes the first one's.
+    Operations between two modules (downsampling, for example) belong to the second one's block;
+    after a plain layer (the norm and activation of a convolution), to the first one's.
     """
     if not modules:
         return []
@@ -200,7 +200,7 @@ Stretch = tuple[tuple[object, ...], int, int]  # (what it computes, first, last)
 def _stretches(nodes: Sequence[fx.Node], points: list[int]) -> list[Stretch]:
     """The stretches between neighbouring cut points, by operations and shapes.
 
-    Sizes are compared at the example's values: symbolic ones carry names that differ.
+    Sizes are compared at the example's values, since names of symbolic sizes differ.
     """
     stretches: list[Stretch] = []
     for low, high in zip([-1, *points], points, strict=False):
@@ -253,7 +253,7 @@ def _single(nodes: Sequence[fx.Node], points: list[int], program: Program) -> li
 
 
 def _weights(nodes: Sequence[fx.Node], program: Program) -> list[fx.Node]:
-    """The weights that these nodes read, themselves or transposed or cast."""
+    """The weights that these nodes read, directly or through a transpose or cast."""
     found: dict[fx.Node, None] = {}
     for node in nodes:
         for source in node.all_input_nodes:

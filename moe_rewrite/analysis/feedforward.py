@@ -1,8 +1,8 @@
-"""Feed-forward regions, found by dataflow: products of the same rows, pointwise work between, and a
-product back to their width. No name and no module is looked at.
+"""Feed-forward regions, found by dataflow: products of the same rows, pointwise operations, and a
+product back to the rows' width. Names and modules are not considered.
 
-Plain and gated, with biases and dropout, gate and up in one product, 1 x 1 convolutions, inner
-normalisation of the last dimension; where no module holds the products together, too.
+Found are plain and gated ones, with biases and dropout, with gate and up in one product, as 1 x 1
+convolutions, with a norm over the hidden width, and ones that no module contains as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..ir.aten import value
-from ..ir.ops import argument, first, is_pointwise, mutated, op, op_name, set_argument
+from ..ir.ops import alias_chain, argument, first, is_pointwise, mutated, op, op_name, set_argument
 from ..ir.program import Code, Program
 from .linear_ops import Product, find_product, innermost_module
 from .row_dims import same_sizes
@@ -24,8 +24,12 @@ from .row_dims import same_sizes
 
 @dataclass(frozen=True)
 class Linear:
-    """A product of the region. weight, bias: places among the region's weights. transposed: stored
-    (in, out). pointwise: stored as a 1 x 1 convolution."""
+    """A product of the region.
+
+    weight, bias: indices into the region's weights.
+    transposed: the weight is stored as (in, out).
+    pointwise: it is stored as a 1 x 1 convolution.
+    """
 
     weight: int
     bias: int | None
@@ -35,11 +39,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(middle(up_0(x), up_1(x), ...)).
+    """A region down(middle(up_0(x), up_1(x), ...)).
 
-    entry: the node x. exit: the last product. nodes: the region, in order. weights: placeholders.
-    ups, down: the products. middle: code(*products of x, *weights[extra]), over the last dimension.
-    channels: dimension of x that holds the features, 1 of a map, else -1.
+    entry: the node x.
+    exit: the last product.
+    nodes: the region, in graph order.
+    weights: their placeholders.
+    ups, down: the products.
+    middle: code(*products of x, *weights[extra]), over the last dimension.
+    extra: indices of the weights that `middle` takes.
+    channels: dimension of x that holds the features: 1 for a map, else -1.
     """
 
     entry: fx.Node
@@ -53,7 +62,8 @@ class FeedForward:
     channels: int
 
     def name(self, program: Program) -> str:
-        """The longest dotted name that the weights of all products share; else the last one's."""
+        """The longest dotted prefix that the weights of all products share; else the last one's
+        module."""
         names = [program.inputs[self.weights[p.weight].name].name for p in (*self.ups, self.down)]
         parts = [n.removesuffix(".weight").split(".") for n in names]
         shared = []
@@ -65,13 +75,15 @@ class FeedForward:
 
     @property
     def hidden(self) -> int:
-        """The width of what the last product reads."""
+        """The width of the last product's input."""
         return _sides(value(self.weights[self.down.weight]), self.down)[0]
 
 
 def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedForward | tuple]:
-    """Every feed-forward region among these nodes; or (name, why it is none) of what would be one
-    but for a detail. Of a chain of products each is in one region at most, the first that it fits."""
+    """Every feed-forward region among these nodes, and (name, reason) for each that almost is one.
+
+    In a chain of products each belongs to one region at most: the first that it fits.
+    """
     taken: set[fx.Node] = set()
     for node in nodes:
         product = find_product(program, node)
@@ -88,11 +100,11 @@ def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedFor
 
 
 class _Unfit(Exception):
-    """Why a region that looks like one cannot be replaced."""
+    """Why something that looks like a feed-forward region cannot be replaced."""
 
 
 class _Foreign(Exception):
-    """Something that no feed-forward region holds."""
+    """An operation that no feed-forward region contains."""
 
 
 def _is_rowwise(product: Product) -> bool:
@@ -112,7 +124,7 @@ def _sides(weight: torch.Tensor, linear: Linear) -> tuple[int, int]:
 
 
 class _Reader:
-    """Reads one region from its last product back to its rows, copying what lies between."""
+    """Reads one region from its last product back to its rows, and copies the nodes between."""
 
     def __init__(self, program: Program, allowed: set[fx.Node]) -> None:
         self.program, self.allowed = program, allowed
@@ -152,7 +164,7 @@ class _Reader:
         )  # fmt: skip
 
     def _placeholder_first(self, node: fx.Node) -> None:
-        """Move a placeholder behind those already in their order, before everything else."""
+        """Move a placeholder after the ordered placeholders and before everything else."""
         if self.last_input is None:
             next(iter(self.graph.nodes)).prepend(node)
         else:
@@ -176,7 +188,7 @@ class _Reader:
         return node.op == "placeholder" and self.program.inputs[node.name].kind in kinds
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        """The copy of a value between the products, with all that it depends on."""
+        """The copy of a value between the products, with everything that it depends on."""
         if node in self.copies:
             return self.copies[node]
         if self._is_weight(node):
@@ -215,16 +227,16 @@ class _Reader:
         if op_name(node) == "dropout" and not (argument(node, "p") and argument(node, "train")):
             return self._copy(given)
         self._check(node)
-        plain = of.cast or of.normalized or of.along or node.target is operator.getitem
-        self.worked |= not plain
+        parts = of.positions in ("slice", "split") or node.target is operator.getitem
+        self.worked |= not (of.cast or of.normalized or parts)
         args, kwargs = pytree.tree_map_only(fx.Node, self._copy, (node.args, dict(node.kwargs)))
         made = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        if of.along:  # where features are the last dimension
+        if of.along:  # in the copy, features are the last dimension
             set_argument(made, of.along, -1)
         return made
 
     def _check(self, node: fx.Node) -> None:
-        """Raise _Foreign unless the operation works on each row of features by itself."""
+        """Raise _Foreign unless the operation treats each row of features separately."""
         of = op(node)
         if node.target is operator.getitem:
             return
@@ -240,11 +252,11 @@ class _Reader:
         if not is_pointwise(node):
             raise _Foreign
         for written in mutated(node):
-            if len(written.users) > 1:
-                raise _Foreign  # others read what it was before, or after
+            if any(len(n.users) > 1 for n in alias_chain(written)):
+                raise _Foreign  # other nodes read the tensor that it writes to
 
     def _unviewed(self, node: fx.Node) -> fx.Node:
-        """Rows before they were merged into one dimension, which each product may do for itself."""
+        """The rows before they were merged into one dimension; each product may merge them."""
         while op(node).view and self.channels == -1:
             given = first(node)
             if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
@@ -253,7 +265,7 @@ class _Reader:
         return node
 
     def _closed(self, entry: fx.Node, down: Product) -> tuple[fx.Node, ...]:
-        """The region's nodes, none of whose inner values is used outside."""
+        """The region's nodes. Raises _Unfit if a value inside is used outside."""
         inside = self.inside | {down.node}
         for node in inside - {down.node}:
             outside = [u for u in node.users if u not in inside]

@@ -1,4 +1,4 @@
-"""Sizes in words, and the FLOPs of nodes on one sample."""
+"""Names of symbolic sizes, and the FLOPs of nodes on one sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def hint(size: Any) -> int:
-    """A size at the example's values."""
+    """A size as an int: a symbolic one at the example's values."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
@@ -26,15 +26,18 @@ def numel(tensor: torch.Tensor) -> int:
 
 
 class Sizes:
-    """The open sizes of a program's call. words: what each is called, ``batch`` and ``sequence``
-    first. lengths: at which value of those that are not the batch FLOPs are counted."""
+    """The symbolic sizes of a program's inputs.
+
+    words: the name of each, ``batch`` and ``sequence`` first.
+    lengths: for those except the batch, the value at which FLOPs are counted.
+    """
 
     def __init__(self, program: Program) -> None:
         from sympy import Integer, Symbol
 
         self.words: dict[sympy.Symbol, str] = {}
         self.lengths: dict[str, int] = {}
-        self._batch = 1  # where it is not open, the number of samples that every size is of
+        self._batch = 1  # the batch size where it is not symbolic
         self._known: dict[sympy.Expr, int] = {}
         self._at: dict[sympy.Symbol, sympy.Integer] = {}
         for leaf in program.leaves():
@@ -57,7 +60,7 @@ class Sizes:
         return str(size if isinstance(size, int) else expression(size).xreplace(self._called))
 
     def of_sample(self, size: Any) -> int:
-        """A size when there is one sample; one that depends on values counts as 1."""
+        """A size for one sample; a data-dependent size counts as 1."""
         if isinstance(size, int):
             return size
         symbolic = expression(size)
@@ -67,8 +70,8 @@ class Sizes:
         return self._known[symbolic]
 
     def flops(self, nodes: list[fx.Node]) -> int:
-        """Two per multiply-add of the products in these nodes, on one sample; other operations
-        count as nothing."""
+        """Two per multiply-add of the products in these nodes, on one sample; other operations are
+        not counted."""
         return sum(map(self._flops, nodes)) // max(self._batch, 1)
 
     def _flops(self, node: fx.Node) -> int:

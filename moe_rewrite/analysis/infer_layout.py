@@ -1,4 +1,4 @@
-"""How the plan's rows lie in a value of the deep segment, judged by symbolic sizes."""
+"""The gate layout of a value in the deep segment, inferred from symbolic sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .spatial import NCHW, SpatialDims, maps
 
 
 class Layouts:
-    """Layouts of one program's values, of plans of this router."""
+    """Gate layouts of one program's values, for the plans of this router."""
 
     def __init__(self, program: Program, deep: list[fx.Node], router: RouterSpec) -> None:
         assert program.cut is not None
@@ -24,7 +24,7 @@ class Layouts:
         self.per_sample = router.granularity == "sequence" or len(self.lead) == 1
 
     def of_rows(self, rows: fx.Node) -> GateLayout | str:
-        """Of a value whose last dimension holds the features; or why there is none."""
+        """The layout of a value with features in the last dimension, or why there is none."""
         if self.patches:
             if self.places.get(rows) != SpatialDims(1, 2, 3):
                 return (
@@ -37,7 +37,10 @@ class Layouts:
         )
 
     def of_map(self, rows: fx.Node, over: fx.Node, channels_last: bool = False) -> GateLayout | str:
-        """Of a feature map (B, C, H, W), over whose like the gates lie; or why there is none."""
+        """The layout of a feature map (B, C, H, W), or why there is none.
+
+        over: the map that gates are multiplied with (a convolution's output).
+        """
         if self.patches:
             if self.places.get(rows) != NCHW:
                 return "its input does not lie over the map at the cut"

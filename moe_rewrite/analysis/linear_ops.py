@@ -1,7 +1,7 @@
-"""Products of activations with a parameter, whatever form they have in a graph.
+"""Products of activations with a parameter, in every form that they have in a graph.
 
-nn.Linear, addmm with the weight stored (in, out), a matmul with a bare or transposed parameter, a
-tied weight; or a 2-d convolution.
+These are nn.Linear, addmm with the weight stored as (in, out), matmul with a bare or transposed
+parameter, a tied weight, and 2-d convolutions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from .spatial import pair
 
 @dataclass(frozen=True)
 class Product:
-    """node = rows times weight. transposed: the weight is stored (in, out). options: stride,
-    padding and dilation of a convolution."""
+    """node = rows times weight.
+
+    transposed: the weight is stored as (in, out).
+    options: stride, padding and dilation of a convolution.
+    """
 
     node: fx.Node
     rows: fx.Node
@@ -30,7 +33,7 @@ class Product:
 
     @property
     def bias(self) -> fx.Node | None:
-        """What the node itself adds to the product."""
+        """The bias that the node itself adds to the product."""
         name = {"addmm": "self", "linear": "bias"}.get(op_name(self.node))
         if op(self.node).product == "filter":
             name = "bias"
@@ -39,13 +42,13 @@ class Product:
 
 
 def innermost_module(node: fx.Node) -> str:
-    """The innermost module around a node, or the node's own name outside all."""
+    """Path of the innermost module that contains a node; outside all modules, the node's name."""
     paths = module_paths(node)
     return paths[-1][0] if paths else node.name
 
 
 def find_product(program: Program, node: fx.Node) -> Product | str | None:
-    """The product that a node computes, or why it is not a site, or None where it is nothing."""
+    """The product that a node computes; why it cannot be a site; or None if it is no product."""
 
     def weight(n: Any) -> bool:
         return (
@@ -79,7 +82,7 @@ def find_product(program: Program, node: fx.Node) -> Product | str | None:
 
 
 def _swaps(node: fx.Node) -> bool:
-    """Whether a node that moves two dimensions moves them at all."""
+    """Whether a transpose node really swaps the two dimensions."""
     if takes(node, "dims"):
         return [d % 2 for d in argument(node, "dims")] == [1, 0]
     if takes(node, "dim0"):

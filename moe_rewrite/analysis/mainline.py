@@ -23,9 +23,13 @@ CUT_RANKS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class Mainline:
-    """positions: mainline nodes with their place in the graph. edges: each one's mainline
-    predecessors. sink: the output that the longest computation leads to. leaves: tensors of the
-    call."""
+    """The mainline of one graph.
+
+    positions: mainline node -> its index in the graph.
+    edges: mainline node -> its mainline predecessors.
+    sink: the output that the longest computation leads to.
+    leaves: the user's inputs.
+    """
 
     positions: dict[fx.Node, int]
     edges: dict[fx.Node, list[fx.Node]]
@@ -33,7 +37,7 @@ class Mainline:
     leaves: tuple[fx.Node, ...]
 
     def source(self) -> str | None:
-        """The call's only tensor, where it could carry rows to route itself."""
+        """The only input, if it carries rows that could be routed (an image); else None."""
         if len(self.leaves) != 1:
             return None
         leaf = self.leaves[0]
@@ -78,8 +82,8 @@ class Mainline:
         return [(self.positions[n], n) for n in fit]
 
     def stacks(self) -> list[str]:
-        """Top-level parts that hold numbered modules, such as a T5's ``encoder`` and ``decoder``;
-        none where there is only one."""
+        """Top-level modules that hold numbered modules, like ``encoder`` and ``decoder`` of T5;
+        empty if there is only one."""
         tops: dict[str, None] = {}
         for node in self.positions:
             for path, _ in module_paths(node):

@@ -1,6 +1,6 @@
-"""Rows by their symbolic sizes: which rows a value has, and where they came from.
+"""The rows of a value, identified by their symbolic sizes, and the input that they come from.
 
-Sizes are compared by expression: no guard is added, and nothing is assumed of the example.
+Sizes are compared by expression: no guard is added, and the example's values play no role.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def source_of_rows(program: Program, node: fx.Node) -> str | None:
-    """The user's input whose positions are this value's rows, such as ``input_ids``."""
+    """The user's input whose positions are this value's rows (``input_ids``, for example)."""
     lead = lead_of(value(node).shape)
     if len(lead) < 2:
         return None
@@ -36,14 +36,14 @@ def source_of_rows(program: Program, node: fx.Node) -> str | None:
 
 
 def mask_of_rows(program: Program, source: str | None) -> str | None:
-    """The user's input that says which of these rows count, by Hugging Face's names."""
+    """The user's input that masks these rows, by Hugging Face's names."""
     wanted = "decoder_attention_mask" if (source or "").startswith("decoder_") else "attention_mask"
     names = {leaf.name for leaf in program.leaves()}
     return wanted if source is not None and wanted in names else None
 
 
 def flattened_from(node: fx.Node) -> fx.Node | None:
-    """The value whose two leading dimensions were merged into this one's rows, order kept."""
+    """The value whose two leading dimensions were merged, in order, into this one's rows."""
     while node.op == "call_function":
         if op(node).rows == "merged":
             node = first(node)

@@ -1,8 +1,8 @@
-"""Which dimensions of a value are the rows and columns of a feature map, followed through a graph.
+"""Which dimensions of a value are rows and columns of a feature map, propagated through a graph.
 
-An operation keeps positions where each output position depends on a window of input positions
-around it, the same everywhere: convolutions, pooling with a window, everything pointwise or over
-channels alone. What mixes all positions, or is not known, ends the following with a reason.
+An operation keeps positions if each output position depends on a window of input positions around
+it, the same everywhere: convolutions, windowed pooling, everything pointwise or over channels only.
+Operations that mix all positions, or are unknown, end the propagation with a reason.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class SpatialDims:
 
 @dataclass(frozen=True)
 class Window:
-    """What output position r reads along one axis: ``r * stride - padding + dilation * t`` for t
-    in 0 .. kernel - 1. Positions outside the input count as `fill`."""
+    """The input positions that output position r reads along one axis: ``r * stride - padding +
+    dilation * t`` for t in 0 .. kernel - 1. Positions outside the input have the value `fill`."""
 
     kernel: int = 1
     stride: int = 1
@@ -41,7 +41,7 @@ class Window:
     fill: float = 0.0
 
     def length(self, given: int) -> int:
-        """Outputs along an axis of `given` inputs, with as much padding behind as before."""
+        """Output positions along an axis of `given` ones, with equal padding at both ends."""
         return (given + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
 
@@ -55,8 +55,8 @@ NCHW = SpatialDims()
 
 
 def propagate(nodes: Iterable[fx.Node], entry: fx.Node) -> SpatialMap:
-    """The place of every node that depends on `entry`, a (B, C, H, W) map, or the reason why it
-    cannot be computed patch by patch. Nodes that do not depend on it are left out."""
+    """For every node that depends on `entry`, a (B, C, H, W) map: its spatial dimensions, or why it
+    cannot be computed patch by patch."""
     places: SpatialMap = {entry: NCHW}
     for node in nodes:
         sources = [n for n in node.all_input_nodes if n in places]
@@ -71,7 +71,8 @@ def propagate(nodes: Iterable[fx.Node], entry: fx.Node) -> SpatialMap:
 
 
 def maps(nodes: Iterable[fx.Node], entry: fx.Node) -> dict[fx.Node, SpatialDims]:
-    """The place of every map over `entry`'s positions, whatever else goes into its values."""
+    """The spatial dimensions of every map over `entry`'s positions, even if an element depends on
+    more than a window."""
     places: dict[fx.Node, SpatialDims] = {entry: NCHW}
     for node in nodes:
         if node.op == "call_function" and any(n in places for n in node.all_input_nodes):
@@ -83,7 +84,7 @@ def maps(nodes: Iterable[fx.Node], entry: fx.Node) -> dict[fx.Node, SpatialDims]
 
 
 def _place(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
-    """apart: all that goes into a position must come from its window."""
+    """The spatial dimensions of a node. apart: a position may depend on its window only."""
     kind, name = op(node).positions, op_name(node)
     if kind in RULES:
         return RULES[kind](node, places)
@@ -103,13 +104,13 @@ def _of(node: Any, places: Known) -> SpatialDims:
 
 
 def _pointwise(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
-    """All maps lie alike; other operands have one value for all positions, where that counts."""
+    """All maps have the same dimensions; with `apart`, other operands do not vary by position."""
     found: SpatialDims | None = None
     for source in node.all_input_nodes:
         if source in places:
             place = _of(source, places)
             if found not in (None, place):
-                raise NotLocal(f"{node.name} joins maps whose dimensions lie differently")
+                raise NotLocal(f"{node.name} joins maps with different orders of dimensions")
             found = place
     assert found is not None
     out = value(node)
@@ -124,7 +125,7 @@ def _require_same_everywhere(node: fx.Node, operand: Any, place: SpatialDims, nd
     for dim in (place.rows, place.cols):
         at = dim - ndim + operand.ndim  # dimensions are matched from the last one
         if at >= 0 and operand.shape[at] != 1:
-            raise NotLocal(f"{node.name} reads a value of its own for each position")
+            raise NotLocal(f"{node.name} reads an operand that varies by position")
 
 
 def _conv(node: fx.Node, places: Known) -> SpatialDims:
@@ -146,7 +147,7 @@ def _pool(node: fx.Node, places: Known) -> SpatialDims:
         raise NotLocal(f"{node.name} pools with ceil_mode=True")
     if op_name(node) == "avg_pool2d":
         if argument(node, "divisor_override") is not None:
-            raise NotLocal(f"{node.name} pools with a divisor of its own")
+            raise NotLocal(f"{node.name} pools with divisor_override")
         if not argument(node, "count_include_pad") and any(w.padding for w in windows(node)):
             raise NotLocal(
                 f"{node.name} averages with count_include_pad=False over a padded border"
@@ -177,7 +178,7 @@ def _slice(node: fx.Node, places: Known) -> SpatialDims:
 
 
 def axis(node: fx.Node) -> int:
-    """The dimension that a node works along, counted from the front."""
+    """The dimension that a node works along, as a nonnegative index."""
     ndim = value(first(node) if isinstance(first(node), fx.Node) else node).ndim
     return argument(node, "dim") % ndim
 
@@ -241,9 +242,9 @@ def padding_of(node: fx.Node) -> list[int]:
 
 
 def windows(node: fx.Node, place: SpatialDims = NCHW) -> tuple[Window, Window]:
-    """What an output position of this node reads, along rows and along columns.
+    """The windows of input that an output position of this node reads, along rows and columns.
 
-    place: of its output. Only for nodes that `propagate` gives a place.
+    place: spatial dimensions of its output. Only for nodes for which `propagate` returns them.
     """
     of = WINDOWS.get(op(node).positions)
     return of(node, place) if of is not None else (Window(), Window())

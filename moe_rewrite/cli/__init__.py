@@ -1,1 +1,1 @@
-"""The command line: the same words as the functions."""
+"""The command line: the same names as the functions."""

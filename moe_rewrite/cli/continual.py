@@ -27,7 +27,8 @@ Epochs = Annotated[
 MaxSamples = Annotated[int | None, typer.Option(help="Items of each part of a task at most")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of checkpoints, tables and pictures; goes on from there")
+    Path | None,
+    typer.Option(help="Folder of checkpoints, tables and pictures; a run in it resumes"),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file")]
 ScoreName = Annotated[
@@ -82,8 +83,10 @@ def run_methods(
         seed=seed,
         mixed_precision=cast(Any, mixed_precision),
     )
-    dense = load_model(model)
     folders = [*tasks, *(more or [])]
+    if absent := [f for f in folders if not f.is_dir()]:
+        raise ConfigError(f"{absent[0]}: no such folder; expected a task or a folder of tasks")
+    dense = load_model(model)
     text = hasattr(dense, "generate")
     size = batch_size or (8 if text else 32)
     if text:
@@ -103,20 +106,18 @@ def run_methods(
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with `run_methods`'s options after its own, as typer is told."""
+    """The command with the options of `run_methods` added to its signature, which typer reads."""
     mine, shared = (signature(f, eval_str=True).parameters.values() for f in (command, run_methods))
     kept = [p for p in mine if p.kind is not p.VAR_KEYWORD]
     kept += [p for p in shared if p.name != "methods"]
-    told: Any = command
-    told.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept])
+    with_signature: Any = command
+    with_signature.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept])
     return command
 
 
 @_with_options
 def learn(
-    method: Annotated[
-        str, typer.Option(help="pmoe, pmoe-gradient or a rival; see compare")
-    ] = "pmoe",
+    method: Annotated[str, typer.Option(help="A method's name; see compare")] = "pmoe",
     **options: Any,
 ) -> None:
     """Teach a model a stream of tasks, and see what it learns and what it keeps.
@@ -137,7 +138,7 @@ def compare(
     ] = "pmoe,pmoe-gradient,lora,replay,oracle",
     **options: Any,
 ) -> None:
-    """Run several methods over the same stream, side by side.
+    """Run several methods over the same stream and compare them.
 
     Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
     """

@@ -1,4 +1,4 @@
-"""Models and splits as a command line names them."""
+"""Parse models, splits and numbers of the command line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import ConfigError, require_package
 
 
 def load_model(spec: str) -> nn.Module:
-    """A local Hugging Face folder, `package.module:factory`, or a hub name; in eval mode.
+    """The model of a local Hugging Face folder, `package.module:factory` or hub name, in eval mode.
 
-    Only safetensors are read, no remote code is run. Raises ConfigError, saying what is wrong.
+    Only safetensors are read, and no remote code runs. Raises ConfigError with the reason.
     """
     if ":" in spec and not Path(spec).exists():
         return _from_factory(spec).eval()

@@ -1,4 +1,4 @@
-"""The command line: the same words as the functions."""
+"""The command line: the same names as the functions."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def demo(
 ) -> None:
     """Teach a converted network new tasks and see what it forgets, compared with fine-tuning.
 
-    With no options: handwritten digits, offline, in about a minute.
+    With no options: handwritten digits, offline, in about three minutes.
     Example: moe-rewrite demo --model ./my-llama --data ./TRACE
     """
     from ..demo.digits import METHODS, digits

@@ -52,9 +52,9 @@ def export(
     adapter: Annotated[
         str | None, typer.Option(help="Only this expert, as an adapter file of ONNX Runtime")
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Hold ONNX Runtime against PyTorch")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare ONNX Runtime with PyTorch")] = True,
 ) -> None:
-    """Write a converted model as an ONNX file that ONNX Runtime has been held against.
+    """Write a converted model as an ONNX file, and compare it in ONNX Runtime with PyTorch.
 
     Example: moe-rewrite export ./my-llama --experts ./my-experts --out my-llama.onnx
 
@@ -70,7 +70,7 @@ def export(
         raise ConfigError(f"--out {out}: expected the name of a file that ends in {wanted}")
     dense = load_model(model)
     moe: Any
-    with moe_rewrite.onnx.low_memory_export():  # the process is here for nothing else
+    with moe_rewrite.onnx.low_memory_export():  # the process does nothing else
         if experts is not None:
             moe = moe_rewrite.load(experts, dense)
         else:

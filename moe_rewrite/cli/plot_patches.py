@@ -1,4 +1,4 @@
-"""Pictures of what a router decided."""
+"""Pictures of the patches that experts took."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ DIM = 0.25  # brightness of patches that an expert did not take
 
 
 def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -> Path:
-    """Save a picture of which patches each expert took: a row an image, a column an expert.
+    """Save a picture of the patches that each expert took: one row an image, one column an expert.
 
-    images: (N, channels, H, W), as the model takes them. Patches that were not taken are dark; the
-    number on a taken one is its gate. A crash leaves a former picture whole. Raises InputError for
-    a model whose router does not choose patches.
+    images: (N, C, H, W), normalised as for the model.
+    path: of the picture, which is replaced atomically.
+
+    Patches that were not taken are dark; the number on a taken one is its gate. Raises InputError
+    for a model without a PatchRouter, ConfigError without matplotlib.
     """
     with torch.no_grad():
         plan = moe.route(images)
@@ -63,7 +65,7 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
 
 
 def _visible(image: torch.Tensor) -> torch.Tensor:
-    """(H, W, 3) in 0 .. 1, whatever the model's scaling was."""
+    """The image as (H, W, 3), scaled to 0 .. 1."""
     image = (
         image.float().cpu()[:3]
         if image.shape[0] >= 3

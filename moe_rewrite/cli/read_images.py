@@ -1,4 +1,4 @@
-"""Images as a command line names them."""
+"""Read the images that a command line names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ..errors import ConfigError, require_package
 
 
 def read_images(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """(N, channels, height, width) in 0 .. 1, resized to `shape`: of a picture, a folder of them
-    (in order of their names), or a .npy file of such an array. Raises ConfigError."""
+    """(N, C, H, W) fp32 in 0 .. 1, resized to `shape` (C, H, W).
+
+    path: of a picture, a folder of pictures (read in order of their names), or a .npy file with an
+        (N, C, H, W) array. Raises ConfigError if it is none of these or cannot be read.
+    """
     pictures = (".png", ".jpg", ".jpeg")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [f for f in files if f.suffix.lower() in (*pictures, ".npy")]

@@ -1,8 +1,8 @@
 """Learning a stream of tasks without forgetting (PMoE, arXiv 2407.21571).
 
-The data: `tasks`, `text`, `images` (a `Problem` each), `buffers`, `features`. The methods:
-`learner` (PMoE) and `methods/` (its rivals), by name in `registry`. A run of one over a stream:
-`run`, of several side by side: `compare`; what came out: `matrix`, `scores`, `results`.
+Data: `tasks`, `text` and `images` (a `Problem` each), `buffers`, `features`. Methods: `learner`
+(PMoE) and `methods/` (baselines), by name in `registry`. Runs over a stream: `run` (one method),
+`compare` (several). Results: `matrix`, `scores`, `results`.
 """
 
 from .features import FeatureCache

@@ -1,4 +1,4 @@
-"""Items of older tasks that are kept to be replayed."""
+"""Replay buffer: items of older tasks that are kept."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import Counter
 from ..errors import ConfigError
 from .tasks import Task
 
-ReplayItem = tuple[int, int]  # number of the task, index of its training item
+ReplayItem = tuple[int, int]  # (task number, index of the training item)
 
 
 class Buffer:
     """About `ratio` of all training items seen, by task number and index.
 
-    balanced: as many of each task, as far as they are still there (the largest gives way first);
-    otherwise a reservoir, in which every item seen is kept with the same chance.
+    balanced: keep equally many of each task, by dropping from the largest; otherwise a reservoir,
+        in which every item seen has the same chance to be kept.
     """
 
     def __init__(self, ratio: float, balanced: bool, seed: int) -> None:
@@ -26,7 +26,7 @@ class Buffer:
         self.seen = 0
 
     def add(self, number: int, task: Task) -> None:
-        """See a task's training items; the same ones stay whatever else was random."""
+        """Add a task's training items; the choice depends only on the seed and the task."""
         draw = random.Random(f"{self.seed}/{number}")
         total = self.seen + len(task.train)
         size = max(1, round(self.ratio * total)) if self.ratio else 0

@@ -1,4 +1,4 @@
-"""Several methods over the same stream, side by side."""
+"""Run several methods over the same stream."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ def compare(
     out: Path | None = None,
     json_file: Path | None = None,
 ) -> dict[str, Result]:
-    """Run the methods one after the other, print their scores, and write what is done so far.
+    """Run the methods one after the other, print their scores, and write the results so far.
 
-    out: a folder for tables, pictures and, of each method, the run that goes on from there.
-    Arguments and errors otherwise as for `run`.
+    methods: names in `registry.METHODS`.
+    out: folder of tables, pictures, and a folder for each method's run, which can be resumed.
+    json_file: file of the figures.
+
+    Other arguments and errors as for `run`.
     """
     results = {}
     for method in methods:

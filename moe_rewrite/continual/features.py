@@ -1,4 +1,4 @@
-"""What the frozen shallow segment gives for a sample, computed once and kept."""
+"""Cache of the features at the cut: the frozen shallow segment runs once a sample."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ MASK = "attention_mask"
 
 
 class FeatureCache:
-    """Features at the cut by sample: a key of the sample's content and the model's weights.
+    """Features at the cut, by a key of the sample's content and the model's weights.
 
-    folder: of a memory-mapped file that a later run goes on with; None keeps them in memory.
-    max_bytes: what is kept at most; samples that come when it is full are computed each time
-    (in a pass over more samples than fit, whichever were dropped would be needed again first).
+    folder: of a memory-mapped file, which later runs reuse; None keeps the features in memory.
+    max_bytes: size at most. When full, further samples are computed each time: in a pass over more
+        samples than fit, any that was evicted would be needed again before the new one.
+
+    Raises ConfigError for a wrong `max_bytes`.
     """
 
     def __init__(
@@ -43,8 +45,8 @@ class FeatureCache:
         return len(self._store.entries)
 
     def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B, ...) features of a batch of the model's arguments, as ``moe.features`` gives them;
-        zeros at positions of a sample's padding on the right."""
+        """(B, ...) features of a batch of the model's arguments, as `MoEModel.features` returns
+        them; zeros at padded positions on the right."""
         lengths = _lengths(inputs)
         count = len(next(iter(inputs.values())))
         keys = [self._key(inputs, i, lengths) for i in range(count)]
@@ -76,13 +78,13 @@ class FeatureCache:
 
 
 def _fingerprint(moe: MoEModel) -> str:
-    """Of the dense weights, the split and the dtype: features depend on nothing else."""
+    """Digest of the dense weights, the split and the dtype: features depend on nothing else."""
     facts = [checkpoint.fingerprint(moe.to_dense()), str(moe.report.split), str(moe.dtype)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lengths(inputs: Mapping[str, torch.Tensor]) -> list[int] | None:
-    """Tokens of each sample where padding is on the right only, else None: then rows are whole."""
+    """Tokens of each sample if all padding is on the right; None: whole rows are stored."""
     mask = inputs.get(MASK)
     if mask is None or mask.ndim != 2:
         return None
@@ -116,9 +118,9 @@ class _Memory:
 
 
 class _Mapped:
-    """One flat file and a line of JSON for each sample in it, written after the sample.
+    """One flat file, and a line of JSON for each sample in it, written after the sample.
 
-    A line that a crash cut off, or a sample that does not match its checksum, counts as absent.
+    A line that a crash truncated, or a sample with a wrong checksum, counts as absent.
     """
 
     def __init__(self, folder: Path, model: str, max_bytes: int) -> None:
@@ -129,7 +131,7 @@ class _Mapped:
         self.used = max((e["at"] + e["size"] for e in self.entries.values()), default=0)
         if not data.exists() or data.stat().st_size < max_bytes:
             with open(data, "ab") as file:
-                file.truncate(max_bytes)  # a sparse file: takes what is written to it
+                file.truncate(max_bytes)  # a sparse file: uses disk only for what is written
         self.bytes = np.memmap(data, np.uint8, "r+")
         self.entries = {
             k: e for k, e in self.entries.items() if e["at"] + e["size"] <= len(self.bytes)

@@ -1,4 +1,4 @@
-"""Image classifiers whose heads grow, and streams of tasks of a few classes each."""
+"""Image classifiers with growing heads, and streams of tasks of a few classes each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .tasks import Task
 
 
 class ImageProblem(Problem):
-    """Items are {"image": (C, H, W), "label": int}; a label is the column of the head.
+    """Items are {"image": (C, H, W), "label": int}; the label is a column of the head.
 
-    argument: the name under which the model takes images.
+    batch_size: images a step.
+    argument: name of the model's argument for images.
     """
 
     scoring_batch = 128
@@ -31,7 +32,7 @@ class ImageProblem(Problem):
         self.batch_size, self.argument = batch_size, argument
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch:
-        """Images (B, C, H, W) under the model's name for them, and labels (B,)."""
+        """Images (B, C, H, W) under the name of the model's argument, and labels (B,) int64."""
         return {
             self.argument: torch.stack([item["image"] for item in items]),
             "labels": torch.tensor([item["label"] for item in items]),
@@ -45,7 +46,7 @@ class ImageProblem(Problem):
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: (N, C, H, W) in 0 .. 1; labels: (N,) int64."""
+    """pixels: (N, C, H, W) in 0 .. 1. labels: (N,) int64. Raises ConfigError for other shapes."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -53,12 +54,12 @@ class Images:
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or len(self.pixels) != len(self.labels):
             raise ConfigError(
-                f"images {tuple(self.pixels.shape)} and labels {tuple(self.labels.shape)}: expected "
-                "(N, C, H, W) and (N,)"
+                f"images {tuple(self.pixels.shape)} and labels {tuple(self.labels.shape)}: "
+                "expected (N, C, H, W) and (N,)"
             )
 
     def limited(self, per_class: int | None) -> Images:
-        """The first `per_class` images of every class; all for None."""
+        """The first `per_class` images of every class; None: all."""
         if per_class is None:
             return self
         classes = self.labels.unique()
@@ -68,7 +69,10 @@ class Images:
 
 
 def read_images(folder: str | Path) -> tuple[Images, Images]:
-    """(train, test) of a folder in MNIST's usual IDX files or CIFAR-10's usual python batches."""
+    """(train, test) of a folder with MNIST's IDX files or CIFAR-10's python batches.
+
+    Raises ConfigError for a folder without them, or with damaged ones.
+    """
     folder = Path(folder)
     if (folder / "data_batch_1").exists():
         train = [_cifar_batch(f) for f in sorted(folder.glob("data_batch_*"))]
@@ -134,8 +138,11 @@ def _cifar_batch(file: Path) -> Images:
 def fit_images(
     images: Images, shape: tuple[int, ...], mean: torch.Tensor, std: torch.Tensor
 ) -> Images:
-    """As a model of (C, H, W) takes them: grey ones in every channel, resized, then less `mean` and
-    over `std`, one value or one a channel. Raises ConfigError for channels that do not fit."""
+    """The images for a model of inputs `shape` (C, H, W): grey ones repeated over the channels,
+    resized, minus `mean` and divided by `std` (one value, or one a channel).
+
+    Raises ConfigError for channels that do not fit.
+    """
     channels, *size = shape
     pixels = images.pixels
     if pixels.shape[1] not in (1, channels):
@@ -154,8 +161,11 @@ def split_classes(
     name: str = "classes",
     limit: int | None = None,
 ) -> list[Task]:
-    """Tasks of `per_task` classes each, in the order of labels; their columns begin behind
-    `first_column` columns that a head has already. limit: training images a task."""
+    """Tasks of `per_task` classes each, in the order of labels.
+
+    first_column: number of columns that the head has already; the tasks' columns come after them.
+    limit: training images a task; None: all.
+    """
     classes = sorted(set(train.labels.tolist()))
     if per_task < 1 or len(classes) % per_task:
         raise ConfigError(f"per_task={per_task}: {len(classes)} classes do not divide into it")
@@ -170,7 +180,7 @@ def split_classes(
 
 
 def items_of(images: Images, column: dict[int, int]) -> list[dict[str, Any]]:
-    """Items of the images whose label has a column."""
+    """Items of the images whose label has a column, with that column as their label."""
     return [
         {"image": pixels, "label": column[label]}
         for pixels, label in zip(images.pixels, images.labels.tolist(), strict=True)

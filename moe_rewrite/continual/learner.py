@@ -1,5 +1,5 @@
-"""PMoE on a stream of tasks: an expert a task, a router that needs no task identity (Jung & Kim
-2024, arXiv 2407.21571), fitted by gradient with replay or in closed form without."""
+"""PMoE on a stream of tasks: an expert a task, and a router that needs no task identity (Jung & Kim
+2024, arXiv 2407.21571), trained by gradient with replay, or solved in closed form without."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ from .problem import Batch, Problem
 from .tasks import Item, Task
 from .training import TaskItem, Training, adamw, fit
 
-BASE = -1  # the task number of what the model could do before
+BASE = -1  # the task number of the base task
 
 
 class Learner(Method):
     """Teaches a converted model tasks one after the other.
 
-    The first task goes to the expert that conversion made, if that was never trained; each later
-    one expands the model. With an analytic router nothing is replayed; its sums are saved with the
-    model, so that a stream goes on later.
+    The first task goes to the expert that conversion made, if it is untrained; every later task
+    adds an expert. An analytic router needs no replay; its sums are saved with the model, so that a
+    stream can be continued.
 
-    gates: of the new expert in training: ``"own"`` gives it every row with gate 1, ``"router"``
-        what the router gives. replay: share of older tasks' items kept for a router trained by
-        gradient; balanced: as many of each task, else a reservoir. router_rate: the router's
-        learning rate over the experts'. router_loss: weight of the cross entropy of the gates
-        against the task an item came from. balance: weight of the squared coefficient of variation
-        of the experts' mean gates (Shazeer et al. 2017, arXiv 1701.06538, equation 7); the loss of
-        `RoutingPlan.load_balance_loss` is constant where every expert gets every row.
-    cache: features at the cut, computed once a sample.
+    moe: the converted model.
+    gates: of the new expert in training. ``"own"``: it gets every row with gate 1; ``"router"``:
+        the router's gates; ``"auto"``: own for an analytic router, else router.
+    replay: share of older tasks' items kept for a router that is trained by gradient.
+    balanced: keep equally many items of each task; else a reservoir.
+    router_rate: the router's learning rate relative to the experts'.
+    router_loss: weight of the cross entropy between gates and the task an item came from.
+    balance: weight of the squared coefficient of variation of the experts' mean gates (Shazeer et
+        al. 2017, arXiv 1701.06538, equation 7). `RoutingPlan.load_balance_loss` would be constant
+        where every expert gets every row.
+    cache: keeps features at the cut, so that they are computed once a sample.
+
+    Raises ConfigError for unknown `gates`.
     """
 
     def __init__(
@@ -66,8 +71,8 @@ class Learner(Method):
     # -- the stream -----------------------------------------------------------------------------
 
     def begin(self, base_task: Task | None) -> None:
-        """Tell the router what the model could do before: an analytic one once, for good; one
-        trained by gradient gets a share of it replayed with every task."""
+        """Show the router the base task: an analytic router adds it to its sums; for one trained by
+        gradient, a share of it is replayed with every task."""
         if base_task is None:
             return
         if self.analytic:
@@ -87,7 +92,7 @@ class Learner(Method):
         moe.activate(expert)
         for other, trained in enumerate(moe.trained):
             if not trained and other != expert:
-                moe.deactivate(other)  # it knows nothing, and would take part
+                moe.deactivate(other)  # untrained: it must not take part in routing
         rows = list(moe.router.rows)
         experts = [p for p in moe.trainable_parameters() if not any(p is row for row in rows)]
         optimizers = [adamw(experts, self.training)]
@@ -104,10 +109,10 @@ class Learner(Method):
         self.learnt.append(task.name)
 
     def _new_expert(self, task: Task) -> int:
-        """The expert of the next task: the first one, as converted, or a new one."""
+        """Index of the next task's expert: the converted model's untrained one, or a new one."""
         moe = self.model
         fresh = moe.num_experts == 1 and not moe.trained[0]
-        if not fresh or task.classes:  # a task with classes of its own gets an expert with columns
+        if not fresh or task.classes:  # a task that adds classes needs an expert with columns
             name = task.name if task.name not in moe.names else None
             moe.expand(1, name=name, classes=task.classes)
         return moe.num_experts - 1
@@ -125,7 +130,7 @@ class Learner(Method):
         return items
 
     def _grown_optimizer(self, rows: list[Any]) -> torch.optim.AdamW:
-        """The router's own, which keeps its state from task to task; new rows join it."""
+        """The router's optimizer, which keeps its state from task to task, with the new rows."""
         rate = self.router_rate * self.training.lr
         if self.router_optimizer is None:
             self.router_optimizer = adamw(rows, self.training, rate)
@@ -158,8 +163,8 @@ class Learner(Method):
     def _identity_loss(
         self, plan: RoutingPlan, batch: Batch, task_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Cross entropy of the gates against the task that an item came from, each task weighing
-        as much however few of its items were kept."""
+        """Cross entropy of the gates with the task that an item came from; all tasks have the same
+        weight, however few of their items were kept."""
         gates = plan.gates
         first = 0 if plan.base is None else 1
         offset = self.model.num_experts - 1 - len(self.learnt)  # experts before this stream's
@@ -176,13 +181,13 @@ class Learner(Method):
             return losses.mean()
         return (losses * mask).sum() / mask.sum()
 
-    # -- what Method asks for -------------------------------------------------------------------
+    # -- the interface of Method ----------------------------------------------------------------
 
     def trainable(self) -> int:
         return sum(p.numel() for p in self.model.trainable_parameters())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The optimizer of the router; experts and router are saved by `save_pretrained`."""
+        """State of the router's optimizer; experts and router are saved by `save_pretrained`."""
         if self.router_optimizer is None:
             return {}
         state: dict[str, torch.Tensor] = {}
@@ -192,7 +197,7 @@ class Learner(Method):
         return state
 
     def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
-        """The model must be the one that was saved with this state."""
+        """See `Method.restore`; the model must be the one that was saved with this state."""
         for number, task in enumerate(tasks[:learnt]):
             self.buffer.add(number, task)
             self.learnt.append(task.name)
@@ -205,7 +210,10 @@ class Learner(Method):
 
 
 def _imbalance(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """gates: (*rows, E). mask: (B, S), nonzero for rows that count, where rows are such."""
+    """The squared coefficient of variation of the experts' mean gates.
+
+    gates: (*rows, E). mask: (B, S), nonzero for rows that count; used if rows are (B, S).
+    """
     counted = mask is not None and mask.shape == gates.shape[:-1]
     load = (gates[mask != 0] if counted else gates.flatten(0, -2)).mean(0)
     return load.var(unbiased=False) / load.mean().square().clamp_min(1e-9)
@@ -213,7 +221,7 @@ def _imbalance(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 @torch.no_grad()
 def router_use(learner: Learner, tasks: Sequence[Task]) -> list[list[float]]:
-    """For each task, the mean gate of the frozen model and of every expert over its test items."""
+    """For each task, the mean gates over its test items: the frozen model's, then each expert's."""
     used = []
     for task in tasks:
         total, rows = torch.zeros(1 + learner.model.num_experts, dtype=torch.float64), 0

@@ -1,4 +1,4 @@
-"""What a stream of tasks left behind, in the field's figures.
+"""Metrics of continual learning: OP, average, backward and forward transfer, forgetting.
 
 R[i][j] is the score on task j after learning task i, higher is better. T tasks.
 """
@@ -14,10 +14,13 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class ScoreMatrix:
-    """tasks: their names in the order in which they were learnt. scores: R, a row for each task
-    learnt so far. before: the scores of all tasks before the first was learnt, where known.
+    """Scores on every task after each task.
 
-    Raises ConfigError unless there is one score for each task in every row.
+    tasks: their names, in the order in which they were learnt.
+    scores: R, a row for each task learnt so far.
+    before: scores of all tasks before the first was learnt, or None.
+
+    Raises ConfigError unless every row has one score for each task.
     """
 
     tasks: tuple[str, ...]
@@ -42,7 +45,7 @@ class ScoreMatrix:
 
     def overall(self, task: int | None = None) -> float:
         """OP_t: mean score over tasks 0..t after learning task t (TRACE, arXiv 2310.06762,
-        section 3.4); of the last task learnt by default, which others call Last."""
+        section 3.4). By default t is the last task learnt; that figure is also called Last."""
         at = self.learnt - 1 if task is None else task
         return mean(self.scores[at][: at + 1])
 
@@ -60,7 +63,8 @@ class ScoreMatrix:
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT: mean over later tasks of R[j-1][j] - before[j] (equation 4); None without `before`."""
+        """FWT: mean over later tasks of R[j-1][j] - before[j] (Lopez-Paz & Ranzato 2017, equation
+        4); None without `before`."""
         if self.before is None:
             return None
         gains = [self.scores[j - 1][j] - self.before[j] for j in range(1, self.learnt)]
@@ -68,8 +72,8 @@ class ScoreMatrix:
 
     @property
     def forgetting(self) -> float:
-        """Mean over older tasks of the drop from the best score since they were learnt to the last
-        one (Chaudhry et al. 2018, arXiv 1801.10112, equation 3, from task j on)."""
+        """Mean over older tasks of the drop from their best score since they were learnt to their
+        last score (Chaudhry et al. 2018, arXiv 1801.10112, equation 3, from task j on)."""
         last = self.scores[-1]
         drops = [max(row[j] for row in self.scores[j:]) - last[j] for j in range(self.learnt - 1)]
         return _mean(drops)

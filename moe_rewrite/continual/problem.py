@@ -1,4 +1,4 @@
-"""What is learnt: how items become batches, what is predicted of them, and how it is scored."""
+"""The interface of problems: how items become batches, what is predicted, and how it is scored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ Model = Callable[..., Any]
 
 
 class Problem(ABC):
-    """Inputs, targets and scores of one kind of task. N: rows that are predicted, C: classes."""
+    """Inputs, targets and scores of one kind of task. N: predicted rows, C: classes.
+
+    scores: names that `score` knows.
+    batch_size, scoring_batch: items of a batch in training and in scoring.
+    """
 
     scores: tuple[str, ...] = ("accuracy", "loss")
     batch_size: int = 8
@@ -25,11 +29,11 @@ class Problem(ABC):
 
     @abstractmethod
     def batch(self, items: Sequence[Item]) -> Batch:
-        """Tensors of these items: the model's arguments, and ``labels``."""
+        """These items as tensors: the model's arguments, and ``labels``."""
 
     @abstractmethod
     def predict(self, model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C) logits of the rows that count and their (N,) targets."""
+        """(N, C) logits of the rows that count, and their (N,) int64 targets."""
 
     def inputs(self, batch: Batch) -> Batch:
         """The model's arguments of a batch."""
@@ -46,8 +50,8 @@ class Problem(ABC):
 
     @torch.no_grad()
     def score(self, model: Model, task: Task, kind: str, device: torch.device) -> float:
-        """On the task's test items, higher is better: the share of rows predicted right
-        (``accuracy``), or minus the mean loss of a row (``loss``)."""
+        """The score on the task's test items, higher is better: the share of rows predicted
+        correctly (``"accuracy"``), or minus the mean loss of a row (``"loss"``)."""
         if kind not in ("accuracy", "loss"):
             raise ConfigError(f"score={kind!r}: expected one of {self.scores}")
         total, rows = 0.0, 0
@@ -61,5 +65,5 @@ class Problem(ABC):
         return total / max(rows, 1)
 
     def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:
-        """What the model can do by itself, as a task, where that can be made of the model alone."""
+        """A task made from the model's own outputs, if the problem allows that; else None."""
         return None

@@ -1,4 +1,4 @@
-"""The methods of learning a stream, by the name that a command line uses."""
+"""The methods of learning a stream, by name."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ from .training import Training
 
 @dataclass(frozen=True)
 class Setup:
-    """What the methods of one comparison share.
+    """The options that the methods of one comparison share.
 
-    split, router, rank, alpha: as `convert` and LoRAExperts take them; adapters of the rivals have
-    the experts' sites, rank and alpha. granularity, top_k: of the router, None for the default.
-    replay: share of older tasks' items kept by the methods that keep any. learner: further options
-    of the Learner. cache: folder of features at the cut, or True for memory.
+    split: as for `convert`.
+    rank, alpha: as for LoRAExperts. Adapters of other methods have the experts' sites, rank, alpha.
+    granularity, top_k: of the TokenRouter; None for the default.
+    replay: share of older tasks' items kept by the methods that keep any.
+    balanced: keep equally many items of each task; otherwise a reservoir.
+    training: how each task is trained.
+    router: further options of the TokenRouter.
+    learner: further options of the Learner.
+    cache: folder of the FeatureCache; True: in memory; False: none.
     """
 
     split: int | float | str = "auto"
@@ -83,7 +88,7 @@ def _learner(fit: str) -> Callable[..., Method]:
     return build
 
 
-def _rival(kind: Any) -> Callable[..., Method]:
+def _baseline(kind: Any) -> Callable[..., Method]:
     def build(
         dense: nn.Module, problem: Problem, setup: Setup, example: Any, saved: Path | None
     ) -> Method:
@@ -103,7 +108,7 @@ _SITES: WeakKeyDictionary[nn.Module, dict[Any, list[str]]] = WeakKeyDictionary()
 
 
 def _sites(dense: nn.Module, setup: Setup, example: Any) -> list[str]:
-    """Where experts would be; captured once for all rivals of one comparison."""
+    """The sites where experts would be; found once for all methods of one comparison."""
     known = _SITES.setdefault(dense, {})
     key = (setup.split, setup.granularity)
     if key not in known:
@@ -115,15 +120,15 @@ def _sites(dense: nn.Module, setup: Setup, example: Any) -> list[str]:
 METHODS: dict[str, Callable[..., Method]] = {
     "pmoe": _learner("analytic"),
     "pmoe-gradient": _learner("gradient"),
-    "full": _rival(FineTuning),
-    "lora": _rival(Adapters),
-    "replay": _rival(Replay),
-    "ewc": _rival(EWC),
-    "lwf": _rival(LwF),
-    "olora": _rival(OLoRA),
-    "ranpac": _rival(RanPAC),
-    "oracle": _rival(Oracle),
-    "joint": _rival(Joint),
+    "full": _baseline(FineTuning),
+    "lora": _baseline(Adapters),
+    "replay": _baseline(Replay),
+    "ewc": _baseline(EWC),
+    "lwf": _baseline(LwF),
+    "olora": _baseline(OLoRA),
+    "ranpac": _baseline(RanPAC),
+    "oracle": _baseline(Oracle),
+    "joint": _baseline(Joint),
 }
 
 
@@ -131,9 +136,10 @@ def make_method(
     name: str, dense: nn.Module, problem: Problem, setup: Setup, example: Any = None,
     saved: Path | None = None,
 ) -> Method:  # fmt: skip
-    """A method by name, new or with the converted model that it saved. Raises ConfigError.
+    """Make a method by name. Raises ConfigError for an unknown name.
 
-    example: a call of the model as `convert` takes it; None: inferred.
+    example: `example_inputs` of `convert`; None: inferred.
+    saved: folder of the converted model of an earlier run, to resume it.
     """
     if name not in METHODS:
         raise ConfigError(f"method {name!r}: expected one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""What a method made of a stream: figures, tables and pictures."""
+"""Results of a method on a stream: figures, tables and pictures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from .matrix import ScoreMatrix
 
 @dataclass
 class Result:
-    """Scores of one method, higher is better.
+    """Scores of one method; higher is better.
 
-    R[i][j]: on task j after learning task i; before: of all tasks before the first; base: on what
-    the model could do, before the first task and after each; router_use[j]: mean gates on task j of
-    the frozen model and every expert; other["accuracy"]: by a score that `score` is not, after the last
-    task, of every task and of what the model could do.
+    tasks: their names, in order.
+    score: kind of score, like ``"accuracy"``.
+    before: score of every task before the first was learnt.
+    base: score of the base task before the first task and after each; None without a base task.
+    R: R[i][j] is the score of task j after learning task i.
+    seconds: time spent.
+    trainable: parameters trained for the last task.
+    total: all parameters.
+    keeps_data: the method stores samples of older tasks.
+    router_use: [j]: mean gates on task j, the frozen model's first; None without a router.
+    other: kind -> other scores after the last task: of every task, then of the base task.
     """
 
     tasks: list[str]
@@ -84,7 +91,7 @@ def matrix_table(name: str, result: Result) -> str:
 def write_results(
     results: Mapping[str, Result], folder: Path | None, json_file: Path | None
 ) -> None:
-    """results.json and pictures in a folder; each file is whole or the former one."""
+    """Write results.json and pictures into a folder; each file is replaced atomically."""
     figures = {name: result.figures() for name, result in results.items()}
     if json_file is not None:
         write_json(json_file, figures)
@@ -137,7 +144,7 @@ def _draw_matrices(results: Mapping[str, Result], path: Path) -> None:
 
 
 def _draw_curves(results: Mapping[str, Result], path: Path) -> None:
-    """Mean score of the tasks learnt, and what the model could do before, task by task."""
+    """Draw the mean score of the tasks learnt, and the base task's score, after each task."""
     pyplot = _pyplot()
     figure, (learnt, base) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, result in results.items():

@@ -1,4 +1,4 @@
-"""One method over one stream, task by task; killed at any moment, it goes on where it stopped."""
+"""Run one method over one stream, task by task; a run that was killed resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -39,10 +39,16 @@ def run(
 ) -> Result:
     """Learn the tasks in order, and score all of them before the first and after each.
 
-    base_task: what the model could do before, scored too.
-    out: the folder of this method: its state after the last task learnt (of PMoE with a model that
-        `load` reads), and progress.json, which names it and is replaced last.
-    Raises ConfigError where `out` holds another run.
+    name: of the method, in `registry.METHODS`.
+    dense: the model before the stream.
+    base_task: what the model can do already, as a task that is scored too.
+    score: ``"accuracy"``, ``"loss"`` or another of `problem.scores`.
+    out: folder of this run: the state after the last task learnt (for PMoE, with a folder for
+        `load`), and progress.json, which names it and is replaced last. A run with the same
+        arguments resumes from it.
+
+    Raises ConfigError for a wrong option, or if `out` holds another run; CheckpointError if its
+    files are damaged.
     """
     if score not in problem.scores:
         raise ConfigError(f"score={score!r}: expected one of {', '.join(problem.scores)}")
@@ -94,7 +100,7 @@ def _seed(setup: Setup, name: str, number: int) -> None:
 
 
 class _Scores:
-    """Of a method as it is now."""
+    """Scores of a method in its current state."""
 
     def __init__(self, method: Method, tasks: Sequence[Task], base_task: Task | None) -> None:
         self.method, self.tasks, self.base_task = method, tasks, base_task
@@ -108,7 +114,7 @@ class _Scores:
         return self._score(None, self.base_task, "accuracy" if kind == "task" else kind)
 
     def others(self, kind: str) -> dict[str, list[float | None]]:
-        """Every other score that one forward pass of an item gives: of the tasks, then its own."""
+        """Other scores that need one forward pass an item: of the tasks, then the base task."""
         kinds = [k for k in ("accuracy", "loss") if k != kind]
         return {k: [*self.of_tasks(k), self.of_base_task(k)] for k in kinds}
 
@@ -120,7 +126,7 @@ class _Scores:
 def _identity(
     name: str, tasks: Sequence[Task], setup: Setup, base_task: Task | None, score: str
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """What must be equal for a run to be resumed."""
     facts = json.loads(json.dumps(asdict(setup)))
     facts.pop("cache")
     sizes = [[t.name, len(t.train), len(t.test), t.epochs] for t in tasks]
@@ -134,7 +140,7 @@ def _identity(
 
 
 class _RunFolder:
-    """The folder of a run: a state for each number of tasks learnt, and which one counts."""
+    """The folder of a run: states by number of tasks learnt, and progress.json with the last."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
@@ -164,7 +170,7 @@ class _RunFolder:
         from safetensors.torch import save
 
         target = self.state(learnt)
-        shutil.rmtree(target, ignore_errors=True)  # what a killed run left of it
+        shutil.rmtree(target, ignore_errors=True)  # incomplete, from a killed run
         target.mkdir(parents=True)
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in method.state().items()}
         replace_file(target / STATE, save(tensors))

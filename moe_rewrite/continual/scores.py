@@ -1,4 +1,4 @@
-"""How well texts answer, as TRACE scores its tasks (arXiv 2310.06762, table 1). All in 0 .. 1."""
+"""Scores of generated answers, as in TRACE (arXiv 2310.06762, table 1). All are in 0 .. 1."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Score = Callable[[str, Item], float]
 
 
 def exact_match(said: str, item: Item) -> float:
-    """Whether the text is the answer, but for case and outer white space."""
+    """1 if the text equals the answer, ignoring case and outer white space."""
     return float(said.strip().lower() == item["answer"].strip().lower())
 
 
 def first_letter(said: str, item: Item) -> float:
-    """Whether the text names the choice that the answer begins with."""
+    """1 if the text starts with the same choice (letter) as the answer."""
     return float(said.strip()[:1].upper() == item["answer"].strip()[:1].upper())
 
 
@@ -39,14 +39,14 @@ def edit_similarity(said: str, item: Item) -> float:
 
 
 def simplification(said: str, item: Item) -> float:
-    """SARI of a simplified paragraph against its source, which the prompt ends with."""
+    """SARI of a simplified paragraph, with the end of the prompt as its source."""
     source = item["prompt"].rpartition("Paragraph:")[2].strip() or item["prompt"]
     return sari(source, said, [item["answer"]])
 
 
 def sari(source: str, said: str, references: Sequence[str], longest: int = 4) -> float:
-    """Mean of the F1 of n-grams added and kept and the precision of those deleted, over n = 1 .. 4
-    (Xu et al. 2016, section 4.1); words are split at white space, lower case."""
+    """SARI: the mean over n = 1 .. 4 of the F1 of added and of kept n-grams and the precision of
+    deleted ones (Xu et al. 2016, section 4.1). Words are lower case, split at white space."""
     texts = [t.lower().split() for t in (source, said, *references)]
     scores = []
     for n in range(1, longest + 1):
@@ -83,6 +83,6 @@ TRACE_SCORES: dict[str, Score] = {
 
 
 def task_score(task: str, said: Sequence[str], items: Sequence[Item]) -> float:
-    """Mean score of what was said to a task's items; exact match for a task that TRACE has not."""
+    """Mean score of the answers to a task's items; exact match for tasks that are not TRACE's."""
     score = TRACE_SCORES.get(task, exact_match)
     return mean(score(text, item) for text, item in zip(said, items, strict=True))

@@ -1,7 +1,7 @@
-"""Streams of tasks: what a task is, and how folders of them are read.
+"""Tasks, and how folders of them are read.
 
-A text task is a folder with train.json, test.json and perhaps eval.json, each a list of
-{"prompt", "answer"} (TRACE's format, arXiv 2310.06762) or one such object a line.
+A text task is a folder with train.json, test.json and optionally eval.json, each a list of
+{"prompt", "answer"} objects (TRACE's format, arXiv 2310.06762) or one object a line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import ConfigError
 
 Item = dict[str, Any]
 
-_FIRST = re.compile(r"[^\s,]")  # character of a JSON value
+_FIRST = re.compile(r"[^\s,]")  # first character of a JSON value
 
 # TRACE's own order and epochs (section 4.1 and its training scripts)
 TRACE = {
@@ -29,10 +29,12 @@ TRACE = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt together. train, eval, test: items as the problem takes them.
+    """A task of a stream. Raises ConfigError without training or test items.
 
-    epochs: of this task, or None for the run's. classes: columns that it adds to a classification
-    head. Raises ConfigError for a task without training or test items.
+    name: of the task.
+    train, test, eval: items in the problem's format; eval items are for early stopping.
+    epochs: of this task; None for the run's.
+    classes: columns that it adds to a classification head; None: none.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Task:
                 raise ConfigError(f"task {self.name!r}: no {part} items")
 
     def limited(self, count: int | None) -> Task:
-        """The first `count` items of each part."""
+        """A copy with the first `count` items of train, test and eval each; None: all."""
         parts = {part: getattr(self, part)[:count] for part in ("train", "test", "eval")}
         return replace(self, **parts)
 
@@ -58,10 +60,13 @@ class Task:
 def read_stream(
     folders: Iterable[str | Path], max_samples: int | None = None, epochs: int | None = None
 ) -> list[Task]:
-    """The tasks of these folders, in their order; of a folder of tasks, TRACE's in TRACE's order
-    and with its epochs, others by name behind them.
+    """The tasks of these folders, in order. In a folder of tasks, TRACE's come first, in TRACE's
+    order and with its epochs; others follow by name.
 
-    epochs: for every task, instead. Raises ConfigError, naming file and record.
+    max_samples: items of train, test and eval each, at most.
+    epochs: of every task, instead of TRACE's.
+
+    Raises ConfigError, naming file and record.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
@@ -96,7 +101,7 @@ def _read_task(folder: Path, epochs: int | None) -> Task:
 
 
 def read_records(file: Path) -> list[Item]:
-    """Records with prompt and answer strings: a JSON list, or one object behind the other.
+    """Records with prompt and answer strings: a JSON list, or objects one after the other.
 
     Raises ConfigError, naming file and line.
     """
@@ -123,8 +128,8 @@ def _is_record(record: Any) -> bool:
 
 
 def _values(text: str, at: int) -> Iterator[tuple[int, Any]]:
-    """(line on which it begins, value) for each JSON value from there on, with or without commas
-    between them."""
+    """(line on which it starts, value) for each JSON value from position `at` on, with or without
+    commas between them."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     while found := _FIRST.search(text, at):
         line, counted = line + text.count("\n", counted, found.start()), found.start()

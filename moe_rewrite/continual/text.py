@@ -1,4 +1,4 @@
-"""Causal language models: a prompt is read, its answer is learnt."""
+"""Causal language models: the answer to a prompt is learnt."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ IGNORED = -100  # the label of a token that is not learnt
 class TextProblem(Problem):
     """Items are {"prompt", "answer"}, or {"ids"} to be learnt as they are.
 
-    max_length: tokens of an item; a longer prompt loses its beginning, an answer is cut to half.
-    own_length: of the texts that the model makes of itself. new_tokens: of a generated answer.
+    max_length: most tokens of an item. A longer answer is cut to half of it, a longer prompt loses
+        its beginning.
+    batch_size: items a step.
+    own_length: tokens of each text that the model generates for the base task.
+    new_tokens: most tokens of a generated answer.
     """
 
     scores = ("accuracy", "loss", "task")
@@ -69,7 +72,7 @@ class TextProblem(Problem):
 
     @torch.no_grad()
     def answer(self, model: Any, prompt: str, device: torch.device) -> str:
-        """What the model says to a prompt, greedily."""
+        """The model's greedy answer to a prompt."""
         ids = self.tokenizer(prompt)["input_ids"][-(self.max_length - self.new_tokens) :]
         given = torch.tensor([ids], device=device)
         said = model.generate(
@@ -80,22 +83,22 @@ class TextProblem(Problem):
 
     @torch.no_grad()
     def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:
-        """Texts sampled from the model itself."""
+        """A task of texts sampled from the model itself."""
         first = self.tokenizer.bos_token_id
         device = next(model.parameters()).device
         start = torch.full((count + test, 1), self.padding if first is None else first)
         start = start.to(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            told = model.generate(
+            sampled = model.generate(
                 input_ids=start, attention_mask=torch.ones_like(start), do_sample=True,
                 top_k=0, max_new_tokens=self.own_length - 1, pad_token_id=self.padding,
             )  # fmt: skip
-        items = [{"ids": _until_end(row, self.tokenizer.eos_token_id)} for row in told.tolist()]
+        items = [{"ids": _until_end(row, self.tokenizer.eos_token_id)} for row in sampled.tolist()]
         return Task("its own text", items[:count], items[count:])
 
 
 def _until_end(ids: list[int], end: int | None) -> list[int]:
-    """The ids up to the first end token behind the first id."""
+    """The ids up to the first end token after the first id."""
     stop = ids.index(end, 1) + 1 if end is not None and end in ids[1:] else len(ids)
     return ids[:stop]

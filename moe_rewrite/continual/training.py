@@ -1,4 +1,4 @@
-"""The training loop that every method shares: accelerate underneath, a bar above."""
+"""The training loop of all methods, on accelerate, with a progress bar."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from ..errors import ConfigError, require_package
 from .problem import Batch, Problem
 from .tasks import Item
 
-TaskItem = tuple[int, Item]  # number of the task that an item belongs to, and the item
-Loss = Callable[[Batch, torch.Tensor], torch.Tensor]  # of a batch and its (B,) task numbers
+TaskItem = tuple[int, Item]  # (number of the task that the item belongs to, item)
+Loss = Callable[[Batch, torch.Tensor], torch.Tensor]  # (batch, its (B,) task numbers) -> loss
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a task is trained.
+    """How a task is trained. Raises ConfigError for a wrong value.
 
-    epochs: of a task that names none. patience: stop when the loss on the task's eval items has not
-    fallen for so many epochs, and go back to the best; None to train all epochs. schedule:
-    ``"linear"`` lets the rate fall to zero over the task, ``"constant"`` keeps it.
-    mixed_precision: accelerate's ``"no"``, ``"bf16"`` or ``"fp16"``. clip: the largest norm of the
-    gradient.
+    epochs: of tasks that have no number of their own.
+    lr: learning rate of experts and adapters.
+    weight_decay: of AdamW.
+    batch_size: items a step.
+    schedule: ``"linear"``: the rate falls to zero over a task; ``"constant"``.
+    patience: stop a task after this many epochs without a lower loss on its eval items, and return
+        to the best weights; None trains all epochs.
+    mixed_precision: accelerate's ``"no"``, ``"bf16"`` or ``"fp16"``.
+    clip: largest norm of the gradient.
+    seed: of everything random.
     """
 
     epochs: int = 3
@@ -70,9 +75,9 @@ def fit(
     epochs: int,
     validate: Callable[[], float] | None = None,
 ) -> None:
-    """Minimise `loss` over batches of these items, in an order that the seed and label decide.
+    """Minimise `loss` over batches of these items, in an order given by the seed and the label.
 
-    validate: the loss on held-out items, for early stop.
+    validate: returns the loss on held-out items, for early stopping.
     """
     helper = accelerator(training)
     prepared = [helper.prepare_optimizer(o) for o in optimizers]
@@ -114,8 +119,8 @@ def adamw(groups: Sequence[Any], training: Training, lr: float | None = None) ->
 
 
 def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> Any:
-    """Falls from the task's first rate, which an optimizer that lives on from task to task keeps
-    as ``initial_lr``."""
+    """The schedule from the task's initial rate, which an optimizer that is used for several tasks
+    keeps as ``initial_lr``."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"])
 
@@ -136,7 +141,7 @@ def _batches(
 
 
 class _bar:
-    """A progress bar where people look, nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere."""
 
     def __init__(self, label: str, total: int) -> None:
         from rich.progress import Progress

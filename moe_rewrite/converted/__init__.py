@@ -1,1 +1,1 @@
-"""The converted model: its graphs, blocks, parameters, experts that come and go, saving and the report."""
+"""The converted model: graphs, blocks, parameters, the set of experts, saving and the report."""

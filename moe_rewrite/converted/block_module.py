@@ -47,14 +47,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bound:
-    """A step with the places of its tensors: refs[i] is a Ref, a constant, or (site, number of its part)."""
+    """A step bound to the tensors that its code takes first.
+
+    slots: for each of them a Slot, a constant, or (the site's module, index of its part).
+    """
 
     step: Step
     slots: tuple[Any, ...]
 
 
 class BlockModule(nn.Module):
-    """One block of the model. Its graphs (eval, train, decode) come as steps; none is owned."""
+    """One block of the model. It owns tensors, no graph: `forward` is given the step to run."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -90,9 +93,9 @@ class BlockModule(nn.Module):
         return bound.step.code.call(*arguments)
 
     def checkpointed(self, bound: Bound, active: tuple[int, ...], *values: Any) -> Any:
-        """The same, recomputed in the backward pass instead of kept (non-reentrant)."""
+        """`forward` with its activations recomputed in the backward pass (non-reentrant)."""
         first = len(bound.slots)
-        if any(i >= first for i in bound.step.writes):  # carries written in place: keep them whole
+        if any(i >= first for i in bound.step.writes):  # it writes to its inputs: not run twice
             values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
             return self(bound, active, *values)
         return checkpoint(

@@ -18,13 +18,19 @@ from .block_module import BlockModule, Bound
 class BoundGraph:
     """One compiled signature, bound to a model's blocks.
 
-    names: traced arguments in order; leaves: value names of their tensors; static: (leaf, dim,
-    size) that must hold; ties: dimensions that must agree; out_spec: of the outputs, a cache being
-    one leaf; cache_at: the outputs that make up this cache. comparable: the dense model can be put
-    in a mode in which it computes the same. frozen: the shallow part builds no autograd graph.
-    checked: size patterns found equal to
-    the dense model's result; refused: those found different. behind: the steps that run where the
-    features at the cut are given, made when first asked for.
+    names: traced arguments, in order.
+    leaves: names in the graph of their tensors.
+    static: (leaf, dimension, size) that a call must have.
+    ties: groups of (leaf, dimension) whose sizes must be equal.
+    steps: each step with the block that runs it.
+    out_spec: pytree of the outputs, with a key-value cache as one leaf.
+    cache_at: (start, stop) of the outputs that make up this cache.
+    mode: "eval" or "train".
+    frozen: the shallow segment builds no autograd graph.
+    comparable: the dense model can be put in a mode in which it computes the same.
+    checked: patterns of sizes for which the result was found equal to the dense model's.
+    refused: those for which it was found different.
+    after_cut: the steps to run where the features at the cut are given; built on first use.
     """
 
     names: tuple[str, ...]
@@ -40,7 +46,7 @@ class BoundGraph:
     comparable: bool
     checked: set = field(default_factory=set)
     refused: set = field(default_factory=set)
-    behind: tuple[tuple[BlockModule, Bound], ...] | None = None
+    after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:
         """The copy runs the same code on the copied model's blocks."""
@@ -49,7 +55,7 @@ class BoundGraph:
             for block, bound in self.steps
         )
         return replace(
-            self, steps=steps, checked=set(self.checked), refused=set(self.refused), behind=None
+            self, steps=steps, checked=set(self.checked), refused=set(self.refused), after_cut=None
         )
 
     def accepts(self, leaves: list[torch.Tensor]) -> bool:
@@ -67,7 +73,7 @@ class BoundGraph:
                     )
 
     def features(self, leaves: list[torch.Tensor]) -> torch.Tensor:
-        """What the shallow part gives at the cut."""
+        """The features at the cut."""
         seen: list[torch.Tensor] = []
 
         def look(features: torch.Tensor, mask: Any) -> tuple[Any, None]:
@@ -80,7 +86,7 @@ class BoundGraph:
     def plan(
         self, leaves: list[torch.Tensor], planner: Planner, features: torch.Tensor | None = None
     ) -> tuple[RoutingPlan, PrefixState | None]:
-        """Run up to the cut, for the plan alone; with the features at hand, the router alone."""
+        """Run up to the cut and return the plan; if the features are given, run only the router."""
         values = self._values(leaves)
         if features is not None:
             return planner(features, values[MASK])
@@ -95,13 +101,13 @@ class BoundGraph:
         self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False,
         features: torch.Tensor | None = None,
     ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:  # fmt: skip
-        """All outputs, the plan, and the router's state behind these positions.
+        """All outputs, the plan, and the router's state after these positions.
 
-        checkpoint: recompute deep blocks in the backward pass. features: what the shallow part
-        gives at the cut, where that is known: what only serves to compute it does not run.
+        checkpoint: recompute deep blocks in the backward pass.
+        features: those at the cut, where they are known: steps that only compute them are skipped.
         """
         values = self._values(leaves)
-        steps = self.steps if features is None else self._behind_cut()
+        steps = self.steps if features is None else self._steps_after_cut()
         plan: RoutingPlan | None = None
         after = None
         for block, bound in steps:
@@ -120,9 +126,9 @@ class BoundGraph:
         assert plan is not None  # something deep follows every cut
         return outputs, plan, after
 
-    def _behind_cut(self) -> tuple[tuple[BlockModule, Bound], ...]:
-        """The deep steps, and of the shallow ones what they need besides the features."""
-        if self.behind is None:
+    def _steps_after_cut(self) -> tuple[tuple[BlockModule, Bound], ...]:
+        """The deep steps, and the parts of shallow steps that they need besides the features."""
+        if self.after_cut is None:
             kept = []
             needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
             for block, bound in reversed(self.steps):
@@ -133,8 +139,8 @@ class BoundGraph:
                 if step.deep or step.gives:
                     kept.append((block, bound))
                     needed |= set(step.takes)
-            self.behind = tuple(kept[::-1])
-        return self.behind
+            self.after_cut = tuple(kept[::-1])
+        return self.after_cut
 
     def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))
@@ -147,7 +153,7 @@ class BoundGraph:
         return planner(values[self.emitted.cut], values[MASK])
 
 
-MASK = "mask of the rows"  # no name of a graph: it holds a space
+MASK = "mask of the rows"  # with spaces, so that no value of a graph has this name
 
 
 def _taken(values: dict[str, Any], bound: Bound) -> list[Any]:

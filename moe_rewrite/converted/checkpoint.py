@@ -36,8 +36,13 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a save says of its experts: of each its name, the expansion that it came with, and
-    columns that it added to a head; whether it was trained, None in saves that do not say it."""
+    """What a save says about its experts.
+
+    names: one for each expert.
+    expansions: the number of the `expand` call that added each.
+    classes: columns that each added to a head; empty without a head.
+    trained: whether each was trained; None in saves of versions that did not record it.
+    """
 
     names: list[str]
     expansions: list[int]
@@ -46,7 +51,7 @@ class Facts:
 
     @classmethod
     def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int) -> Facts:
-        """Raises CheckpointError unless they are facts of so many experts."""
+        """Raises CheckpointError unless `meta` describes this number of experts."""
         kinds = {"names": str, "expansions": int, "classes": int, "trained": bool}
         said = {name: meta.get(name) for name in kinds}
         counts = {"classes": (0, experts), "trained": (experts,)}
@@ -67,13 +72,13 @@ class Facts:
 
 
 def dense_names(tensors: Iterable[str]) -> list[str]:
-    """Of saved tensors, the dense ones by their state-dict names."""
+    """State-dict names of the dense tensors among saved ones."""
     return [name.removeprefix(DENSE) for name in tensors if name.startswith(DENSE)]
 
 
 @torch.no_grad()
 def fill(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
-    """Copy saved tensors to those of the same names, every one or none. Raises CheckpointError."""
+    """Copy saved tensors into those of the same names: all or none. Raises CheckpointError."""
     shapes, given = ({k: t.shape for k, t in x.items()} for x in (own, saved))
     if shapes != given:
         odd = sorted(k for k in shapes | given if shapes.get(k) != given.get(k))[:3]
@@ -88,8 +93,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write tensors and facts, with the fingerprint of the model that they belong to.
 
-    The tensors' file bears their hash in its name: the JSON in place always finds the file that it
-    was written with, which goes only when the JSON has been replaced.
+    The tensors' file has their hash in its name, and the old one is deleted only after the JSON was
+    replaced: the JSON on disk always finds the file that it was written with.
     """
     from safetensors.torch import save as to_bytes
 

@@ -1,4 +1,4 @@
-"""The experts of a converted model: added, switched on and off, taken back."""
+"""The experts of a converted model: adding, switching on and off, removing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Dense = Callable[[Iterable[str]], dict[str, torch.Tensor]]  # frozen tensors by 
 class ExpertSet:
     """Router rows and site parameters of every expert, kept in step.
 
-    names: of the experts, in their order.
-    trained: of each, whether it was trained since it came, or its row of the router fitted.
-    expansions: of each, which expansion it came with.
+    names: one for each expert, in order.
+    trained: whether each was trained since it was added, or its row of the router was fitted.
+    expansions: the number of the `expand` call that added each.
     """
 
     def __init__(
         self, router: Router, sites: Iterable[ExpertParameters], dense: Dense, fixed: str = ""
     ) -> None:
-        """fixed: why no expert can be added, if so."""
+        """fixed: why experts cannot be added; empty where they can."""
         self.router, self.sites = router, list(sites)
         self._dense, self._fixed = dense, fixed
         self.names: list[str] = []
@@ -60,13 +60,13 @@ class ExpertSet:
         return new
 
     def train_newest(self) -> None:
-        """Only the experts of the last expansion are trained; the older ones are frozen."""
+        """Make the experts of the last expansion trainable and freeze the older ones."""
         newest = [number == self.expansions[-1] for number in self.expansions]
         for site in self.sites:
             site.set_trained(newest)
 
     def begin_training(self) -> None:
-        """A forward in training mode comes: experts that wait are turned on, the newest trained."""
+        """Before a forward in training mode: turn pending experts on, mark the newest trained."""
         self.router.activate_pending()
         if torch.is_grad_enabled():
             newest = self.expansions[-1]
@@ -90,7 +90,7 @@ class ExpertSet:
         names: list[str | None] = [name] if n == 1 else [name and f"{name}.{i}" for i in range(n)]
         taken = [x for x in names if x in self.names]
         if taken:
-            raise ConfigError(f"name={taken[0]!r}: there is an expert of this name; choose another")
+            raise ConfigError(f"name={taken[0]!r}: an expert has this name already; choose another")
         if classes is not None:
             if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
                 raise ConfigError(f"classes={classes!r}: expected None or an int >= 1")
@@ -112,12 +112,12 @@ class ExpertSet:
         self.router.set_active(self.index(name), on)
 
     def take_over(self, names: list[str], trained: list[bool], expansions: list[int]) -> None:
-        """What a save says of these experts."""
+        """Take these over from a save."""
         self.names, self.trained, self.expansions = list(names), list(trained), list(expansions)
         self.train_newest()
 
     def remove_last(self) -> None:
-        """Remove the newest expert; the router is bitwise what it was before it came."""
+        """Remove the newest expert; the router is bitwise what it was before that was added."""
         if len(self) <= 1:
             raise ConfigError("the only expert cannot be removed: use to_dense()")
         self.router.remove_last()

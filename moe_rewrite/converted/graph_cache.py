@@ -1,8 +1,8 @@
 """The graphs of a converted model: which one serves a call, and how it runs.
 
 A graph is compiled on the first call of its signature (argument names, dtypes, ranks, constants)
-and compared with the dense model on the first call of each pattern of sizes that capture could
-have taken for constants.
+and compared with the dense model on the first call of each pattern of sizes 0 and 1, which capture
+could have taken for constants.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from .parameters import ParameterStore
 
 
 class GraphCache:
-    """Every graph of one model. check: compare graphs with the dense model on first use, with the
-    plan that `dense` makes."""
+    """Every graph of one model.
+
+    check: compare each graph with the dense model on first use.
+    dense: makes the plan for that comparison.
+    """
 
     def __init__(
         self, compiler: Compiler, store: ParameterStore, check: bool, dense: Planner
@@ -42,9 +45,9 @@ class GraphCache:
     def get(
         self, arguments: dict[str, Any], leaves: list[torch.Tensor], training: bool, where: tuple
     ) -> BoundGraph:
-        """The graph that serves this call, compiled and checked where that is not done yet.
+        """The graph that serves this call; compiled and checked first if it is new.
 
-        where: device and dtype of the model, which a graph has baked in.
+        where: device and dtype of the model, which are constants of a graph.
         """
         mode = "train" if training else "eval"
         pattern = small_sizes(leaves)
@@ -54,7 +57,7 @@ class GraphCache:
             static_ones = any(pattern in g.refused for g in kept)
             graph = self._compile(arguments, mode, where, static_ones)
         graph.require_ties(leaves)
-        valued = where[0].type != "meta"  # which holds nothing to compare
+        valued = where[0].type != "meta"  # meta tensors have no values to compare
         if self._check and valued and graph.comparable and pattern not in graph.checked:
             if not self._equals_dense(graph, arguments, leaves):
                 graph.refused.add(pattern)
@@ -95,7 +98,7 @@ class GraphCache:
         return graph
 
     def cache_format(self, where: tuple) -> Any:
-        """What makes key-value caches for a device and dtype."""
+        """The CacheFormat for a device and dtype."""
         if self._caches[0] != where:
             self._store.load_into(self._compiler.host.module)
             with self._in_mode("eval"):
@@ -115,7 +118,7 @@ class GraphCache:
 
     @torch.no_grad()
     def _equals_dense(self, graph: BoundGraph, arguments: dict[str, Any], leaves: list) -> bool:
-        """Run both without experts, from the same random state; statistics stay as they were."""
+        """Run both without experts from the same random state; batch statistics are restored."""
         self._store.load_into(self._compiler.host.module)
         buffers = self._store.copied_buffers()
         before = {n: b.clone() for n, b in buffers.items()}
@@ -139,8 +142,8 @@ class GraphCache:
 
 
 def signature(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
-    """What a call has in common with those that one graph may serve: structure, dtypes and ranks
-    of its tensors, contents of its constants. Raises InputError for a constant without content.
+    """Key of the calls that one graph may serve: structure, dtypes and ranks of the tensors, values
+    of the constants. Raises InputError for a constant that cannot be compared by value.
     """
     of_tensors: list[tuple] = []
     of_constants: list[tuple] = []
@@ -153,7 +156,7 @@ def signature(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
 
 
 def _form(given: Any) -> tuple:
-    """Of a tensor its dtype and rank, of a container what it holds."""
+    """(dtype, rank) of a tensor; of a container, its type and those of its elements."""
     if isinstance(given, torch.Tensor):
         return given.dtype, given.ndim
     if isinstance(given, dict):
@@ -165,21 +168,21 @@ def _form(given: Any) -> tuple:
 def _no_content(name: str) -> Callable[[Any], Any]:
     def refuse(value: Any) -> Any:
         raise InputError(
-            f"{name} holds a {type(value).__name__}, which cannot be told from another one by its "
-            "content, so no graph could be kept for it: pass tensors, NumPy arrays, bools, numbers, "
-            "strings, or lists, tuples and dicts of these"
+            f"{name} holds a {type(value).__name__}, which cannot be distinguished from another by "
+            "its content, so no graph could be kept for it: pass tensors, NumPy arrays, bools, "
+            "numbers, strings, or lists, tuples and dicts of these"
         )
 
     return refuse
 
 
 def _fresh(given: Any) -> Any:
-    """A cache that the dense model may write into; other arguments as they are."""
+    """A copy of a cache, since the dense model may write into it; tensors as they are."""
     return given if isinstance(given, torch.Tensor) else copy.deepcopy(given)
 
 
 def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:
-    """The output's structure with a cache as one leaf, and the leaves that the cache had."""
+    """The output's pytree with a cache as one leaf, and the cache's (start, stop) among leaves."""
     at: list[tuple[int, int]] = []
 
     def walk(spec: Any, start: int) -> Any:

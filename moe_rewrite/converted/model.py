@@ -1,4 +1,4 @@
-"""The converted model: calls like the one it came from, and grows experts."""
+"""The converted model: called like the original, and able to add experts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from .state_dict import added_tensors, use_public_names
 
 
 class MoEModel(nn.Module):
-    """What `convert` returns. `shallow`, `router`, `deep` are its parts; `report` says what was
-    done. Calls take the original's arguments and give its outputs."""
+    """What `convert` returns: called with the original's arguments, it returns its outputs.
+    `shallow`, `router` and `deep` are its modules; `report` says what was converted."""
 
     def __init__(
         self, model: nn.Module, compiler: Compiler, program: Program, emitted: Emitted,
@@ -64,22 +64,22 @@ class MoEModel(nn.Module):
         use_public_names(self)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
-        """Keep a compiled program for calls with such arguments."""
+        """Keep a compiled program for calls with arguments of this signature."""
         self._graphs.adopt(arguments, program, emitted, device_and_dtype(self))
 
     @property
     def host(self) -> Host:
-        """A structural copy of the original on this model's tensors, from which graphs are captured."""
+        """A structural copy of the original over this model's tensors, to capture graphs from."""
         return self._compiler.host
 
     # -- calls ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's call; see its documentation for arguments and outputs."""
+        """Arguments and outputs are the original model's."""
         return self.with_plan(*args, **kwargs)[0]
 
     def with_plan(self, *args: Any, **kwargs: Any) -> tuple[Any, RoutingPlan]:
-        """(outputs, RoutingPlan) of a call, for losses on the routing: ``outputs.loss + 0.01 *
+        """(outputs, RoutingPlan) of a call, for routing losses: ``outputs.loss + 0.01 *
         plan.load_balance_loss() + 0.001 * plan.z_loss()``."""
         arguments, cache = self.normalized(args, kwargs)
         graph, leaves = self.graph_for(arguments)
@@ -103,18 +103,19 @@ class MoEModel(nn.Module):
 
     @torch.no_grad()
     def features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the shallow segment gives at the cut for these inputs, for `use_features`."""
+        """The features at the cut for these inputs: (B, S, D), (B, D) or (B, C, H, W), to pass to
+        `use_features`. The deep segment does not run."""
         arguments, _ = self.normalized(args, kwargs)
         graph, leaves = self.graph_for(arguments)
         return graph.features(leaves)
 
     def fit_router(self, expert: str | int | None, batches: Iterable[Any]) -> None:
-        """Count these samples as an expert's and solve an analytic router anew.
+        """Add samples of an expert to an analytic router's statistics, and solve the router again.
 
-        expert: name or index; None for the frozen model itself, on samples of what it could do
-        before. batches: calls as `example_inputs` are given (tensor, tuple or dict). Only sums are
-        kept; samples add to those of former calls, in any order. Raises ConfigError for a router
-        that is not analytic.
+        expert: name or index; None for the frozen model, with samples of its original task.
+        batches: inputs in the form of `example_inputs` (tensor, tuple or dict).
+        Only sums are kept, over all calls and in any order. Raises ConfigError unless the router is
+        analytic (``TokenRouter(fit="analytic")``).
         """
         router, index = self.router, None if expert is None else self._experts.index(expert)
         router.require_analytic()
@@ -133,13 +134,13 @@ class MoEModel(nn.Module):
             self._experts.trained[index] = True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate() on the converted graphs, with its arguments."""
+        """transformers' generate(), with its arguments, on the converted graphs."""
         self._store.load_into(self.host.module)
         with torch.no_grad():
             return self.host.generate(self, *args, **kwargs)
 
     def normalized(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """A call's arguments by name, and the key-value cache where it keeps one."""
+        """A call's arguments by name, and its key-value cache or None."""
         if self.training:
             self._experts.begin_training()
         arguments = self.host.bind(args, kwargs)
@@ -171,37 +172,37 @@ class MoEModel(nn.Module):
         return self._override.planning_by(self._override.dense)
 
     def dense_plan(self) -> AbstractContextManager[None]:
-        """Route so that experts fresh from a conversion give the dense model's output: at LoRA
-        sites and with gates that sum to one as ever; where a region is replaced, the frozen one
-        takes every patch (the whole map, if patches are isolated or experts narrower)."""
+        """Route so that untrained experts give the dense model's output. LoRA experts, and copies
+        whose gates sum to one, do so under the router's own plan; a replaced convolutional region
+        runs frozen on every patch (on the whole map if patches are isolated or experts narrow)."""
         return self._override.of_fresh_experts(self._compiler.fresh)
 
     def use_plan(self, plan: RoutingPlan) -> AbstractContextManager[None]:
-        """Route by this plan, as `route` gave it for as many samples, instead of the router's."""
+        """Route by this plan instead of the router's; `route` made it for as many samples."""
         return self._override.planning_by(self._override.plan(plan))
 
     def use_expert(self, name: str | int) -> AbstractContextManager[None]:
-        """Route every row to one expert with gate 1, as if its task were known; it need not be on.
+        """Route every row to one expert with gate 1, as if the task were known; it may be inactive.
 
-        Raises ConfigError where patches choose: an expert then takes the patches it prefers.
+        Raises ConfigError for a PatchRouter, whose experts choose patches themselves.
         """
         return self._override.planning_by(self._override.one_expert(self._experts.index(name)))
 
     def use_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
-        """Take these for what the shallow segment gives at the cut, as `features` gave them for the
-        same samples: the shallow blocks are not run."""
+        """Use these features, which `features` returned for the same samples, and skip the shallow
+        blocks."""
         return self._override.given_features(features)
 
     # -- experts --------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
-        """Of the experts, in their order."""
+        """Names of the experts, in order."""
         return self._experts.names
 
     @property
     def trained(self) -> list[bool]:
-        """Of each expert, whether it was trained since it came, or its row of the router fitted."""
+        """Whether each expert was trained since it was added, or its router row was fitted."""
         return self._experts.trained
 
     @property
@@ -213,32 +214,32 @@ class MoEModel(nn.Module):
     ) -> list[nn.Parameter]:
         """Add n experts, freeze the older ones, and return the new parameters.
 
-        The new ones are off, so no output changes, until `activate(name)` or the first forward
-        in training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
-        ``name.0``, ``name.1``, ... classes: columns that the expert (of the last, if several)
-        brings to a classification head, after the present ones, which stay as they are; while it
-        is off they are minus infinity, or absent where none after them is on. Raises ConfigError.
+        They stay inactive, so no output changes, until `activate(name)` or the first forward in
+        training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
+        ``name.0``, ``name.1``, ... classes: columns that the (last) new expert appends to the
+        classification head; while it is inactive they are minus infinity, or absent if no later
+        columns are active. Raises ConfigError for a wrong value or where no expert can be added.
         """
         return self._experts.expand(n, name, classes)
 
     def activate(self, name: str | int) -> None:
-        """Let an expert, by name or index, take part in routing."""
+        """Let an expert, by name or index, take part in routing. Raises ConfigError."""
         self._experts.set_active(name, True)
 
     def deactivate(self, name: str | int) -> None:
-        """Take an expert out of routing; its parameters stay."""
+        """Take an expert out of routing; its parameters stay. Raises ConfigError."""
         self._experts.set_active(name, False)
 
     def remove_last(self) -> None:
-        """Remove the newest expert; the router is bitwise what it was before it came."""
+        """Remove the newest expert; the router is bitwise what it was before that was added."""
         self._experts.remove_last()
 
     def expert_index(self, name: str | int) -> int:
-        """The place of an expert that goes by this name or index. Raises ConfigError."""
+        """The index of an expert, by name or index. Raises ConfigError if there is none."""
         return self._experts.index(name)
 
     def expert_sites(self) -> list[ExpertParameters]:
-        """Where experts work, each with the parameters of all of them."""
+        """One module a site, with the parameters of all experts there."""
         return list(self._experts.sites)
 
     @property
@@ -246,7 +247,7 @@ class MoEModel(nn.Module):
         """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
         return [s.site.name for s in self._experts.sites if s.as_adapter]
 
-    # -- what people expect ---------------------------------------------------------------------
+    # -- as in torch, PEFT and transformers -----------------------------------------------------
 
     def to_dense(self) -> nn.Module:
         """The original model, which conversion never touched."""
@@ -272,7 +273,7 @@ class MoEModel(nn.Module):
 
     @property
     def recipe(self) -> Recipe:
-        """Everything that was decided at conversion, as it is now: its router and experts."""
+        """The options of the conversion, with the split, router and number of experts as now."""
         return replace(
             self._compiler.recipe, split=self._compiler.decisions.split, router=self.router.spec,
             num_experts=self.num_experts,
@@ -306,7 +307,7 @@ class MoEModel(nn.Module):
         checkpoint.write(folder, self.saved_tensors(), self._facts(), self.to_dense())
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """What a save holds: the tensors added, and the dense ones that training may have changed."""
+        """What a save holds: the added tensors, and dense ones that training may have changed."""
         written = {checkpoint.DENSE + n: t for n, t in self._store.written_tensors().items()}
         return dict(added_tensors(self)) | written
 
@@ -322,7 +323,7 @@ class MoEModel(nn.Module):
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: checkpoint.Facts) -> None:
-        """Take over saved tensors, every one or none. Raises CheckpointError."""
+        """Load saved tensors: all or none. Raises CheckpointError."""
         experts = self._experts
         if experts.head is not None:
             experts.head.widen_all(facts.classes)
@@ -332,8 +333,8 @@ class MoEModel(nn.Module):
         experts.take_over(facts.names, flags, facts.expansions)
 
     def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
-        """Expand by an expert with the weights of a LoRA adapter in PEFT's format; it is off until
-        activated. Raises CheckpointError, with nothing changed, for one that does not fit."""
+        """Add an expert with the weights of a LoRA adapter in PEFT's format, inactive until
+        `activate`. Raises CheckpointError, with nothing changed, if the adapter does not fit."""
         sites = peft.lora_sites(self._experts.sites)
         read = peft.read_adapter(sites, self.recipe.experts, from_peft)
         self.expand(1, name=name)
@@ -341,8 +342,8 @@ class MoEModel(nn.Module):
         self.trained[-1] = True
 
     def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
-        """Write one LoRA expert as an adapter in PEFT's format, for gate 1. Columns that it added
-        to a head are not in it."""
+        """Write one LoRA expert, at gate 1, as an adapter in PEFT's format, without columns that it
+        added to a head. Raises ConfigError for experts of another kind."""
         sites = peft.lora_sites(self._experts.sites)
         base = getattr(self.config, "_name_or_path", None) or None
         peft.write_adapter(sites, self.recipe.experts, self.expert_index(name), base, folder)

@@ -28,9 +28,12 @@ class Original:
 class ParameterStore:
     """The blocks of a converted model, and where each tensor of the host lives in them.
 
-    shallow, deep: the halves. rest: what no graph uses. slots: by canonical state-dict name.
-    sites: the experts, by site. aliases: tied state-dict names to the canonical one.
-    copied: tensors that no longer share the original's storage, since training writes them.
+    shallow, deep: blocks before and after the cut.
+    rest: tensors that no graph uses.
+    slots: where each tensor is, by canonical state-dict name.
+    sites: the experts' modules, by site.
+    aliases: tied state-dict name -> the canonical one.
+    copied: tensors that no longer share the original's storage, since training writes to them.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class ParameterStore:
         self.slots[name] = Slot(block.weights, table, name.replace(".", SEPARATOR))
 
     def bind(self, emitted: Emitted) -> tuple[tuple[BlockModule, Bound], ...]:
-        """Every step of a graph with the block that runs it and the places of its tensors."""
+        """Every step of a graph, bound to its tensors, with the block that runs it."""
         blocks = {
             (b.name, deep): b
             for deep, half in ((False, self.shallow), (True, self.deep))
@@ -87,7 +90,7 @@ class ParameterStore:
         )
 
     def load_into(self, host: nn.Module) -> None:
-        """Let the host hold these tensors as they are now (after a move or a cast)."""
+        """Make the host use these tensors as they are now (after a move or a cast)."""
         for name, first in canonical_names(host).items():
             parent, _, leaf = name.rpartition(".")
             module = host.get_submodule(parent)
@@ -98,8 +101,8 @@ class ParameterStore:
         return {name: self.slots[name].get() for name in names}
 
     def copy_on_write(self, *names: str) -> None:
-        """Give tensors storage of their own, before they are written: the original must not change.
-        Names that are no tensor's are passed over."""
+        """Give these tensors their own storage before they are written to, since the original must
+        not change. Unknown names are ignored."""
         for name in (n for n in names if n in self.slots and n not in self.copied):
             own = self.slots[name].get().detach().clone()
             weight = self.slots[name].table == "_parameters"
@@ -107,7 +110,7 @@ class ParameterStore:
             self.copied.add(name)
 
     def unfreeze(self) -> None:
-        """Make every dense weight that a graph runs trainable, but those that experts replace."""
+        """Make every dense weight that a graph uses trainable, except what experts replace."""
         replaced = {w for s in self.sites.values() for w in s.replaced}
         unused = set(self.rest.weights.names())
         for name, slot in self.slots.items():

@@ -1,4 +1,4 @@
-"""Who makes the routing plan of a call: the router, or something that replaces it for a while."""
+"""Temporary replacements of the router's plan, or of the features at the cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from ..routing.router import Router
 
 
 class PlanOverride:
-    """planner: replaces the router's plans; features: replace those at the cut. None: nothing does."""
+    """What a call uses instead of its own router and features.
+
+    planner: makes the plans; None: the router does.
+    features: used as those at the cut; None: the shallow segment computes them.
+    """
 
     def __init__(self, router: Router) -> None:
         self.router = router
@@ -21,7 +25,7 @@ class PlanOverride:
         self.features: torch.Tensor | None = None
 
     def dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-        """The planner of the dense model."""
+        """The planner that leaves every expert out: the dense model."""
         return self.router.without_experts(features), None
 
     def everything(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
@@ -32,12 +36,12 @@ class PlanOverride:
         return lambda features, mask: (plan, None)
 
     def one_expert(self, index: int) -> Planner:
-        """Every row goes to one expert with gate 1. Raises ConfigError where patches choose."""
+        """Every row goes to one expert with gate 1. Raises ConfigError for a PatchRouter."""
         self.router.require_rows("use_expert")
         return lambda features, mask: (self.router.one_expert(features, index), None)
 
     def of_fresh_experts(self, by: str) -> AbstractContextManager[None]:
-        """Plan so that fresh experts give what the dense model gives; by: an ExpertKind's `fresh`."""
+        """Plan so that untrained experts give the dense model's output. by: `ExpertKind.fresh`."""
         if by == "as routed":
             return nullcontext()
         return self.planning_by(self.everything if by == "everything" else self.dense)

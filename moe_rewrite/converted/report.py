@@ -1,4 +1,4 @@
-"""What was converted, what was not and why; tables for people."""
+"""The report of a conversion: what was converted, what was not and why."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """One conversion. Prints as tables; the fields are the same facts for programs.
+    """The report of one conversion. ``print(report)`` shows it as tables.
 
-    sites: (name, in, out) of the converted ones. rejected: (name, reason). seconds: by pass.
-    macs: the multiply-adds of a region and of the experts in its place, where there is one.
-    experts: what is at the sites; lowered: (name, how it is computed) of sites.
+    model: class of the original.
+    mode: ``"pmoe"`` or ``"upcycle"``.
+    split: the first deep block, by index and name.
+    cut: graph node whose value the router reads.
+    router: the router that was chosen, with its options.
+    sites: (name, input features, output features) of the converted sites.
+    rejected: (name, reason) of the others.
+    numerics: (pass, ``"exact"``, ``"reordered"`` or ``"approximate"``).
+    seconds: time spent, by pass.
+    notes: what the user should know.
+    macs: multiply-adds of a region and of the experts that replace it; None without a region.
+    experts: the experts at a site, as text.
+    lowered: (site, how it is computed).
+    equivalence: the comparison with the original; None where there was none.
     """
 
     model: str
@@ -47,7 +58,7 @@ class Report:
         kind = kind_of(recipe.experts)
         macs = [kind.macs(site, recipe, decisions.chosen) for site in program.sites]
         ends = [getattr(site, "ends", "") for site in program.sites]
-        notes = [f"the region ends where it does since {reason}" for reason in ends if reason]
+        compiler.notes += [f"the region ends where it does since {r}" for r in ends if r]
         return Report(
             model=program.model,
             mode=recipe.mode,
@@ -58,7 +69,7 @@ class Report:
             rejected=[(r.name, r.reason) for r in decisions.rejected],
             numerics=list(program.numerics),
             seconds=compiler.timed.seconds,
-            notes=[decisions.train_note, *notes] if decisions.train_note else notes,
+            notes=compiler.notes,
             macs=next((m for m in macs if m is not None), None),
             experts=kind.words(recipe),
             lowered=list(program.lowered),
@@ -76,13 +87,13 @@ class Report:
         warn(note)
 
     def _how(self) -> list[tuple[str, str]]:
-        """Sites that are computed alike in one row."""
-        alike: dict[str, list[str]] = {}
+        """Rows of the table: sites that are computed in the same way share one."""
+        same: dict[str, list[str]] = {}
         for name, how in self.lowered:
-            alike.setdefault(how, []).append(name)
+            same.setdefault(how, []).append(name)
         return [
             (names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", how)
-            for how, names in alike.items()
+            for how, names in same.items()
         ]
 
     def _done(self) -> str:

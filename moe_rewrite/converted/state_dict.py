@@ -1,4 +1,4 @@
-"""State-dict names stay the original's; what conversion added stands under ``moe_rewrite.``."""
+"""State-dict names: the original's, and ``moe_rewrite.`` before what conversion added."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ADDED = "moe_rewrite."
 
 
 def use_public_names(module: nn.Module) -> None:
-    """Let a converted model's state dicts go by public names. It has `aliases`: tied names, each
-    with the name of the tensor that it shares."""
+    """Make `state_dict` and `load_state_dict` of a converted model use public names.
+
+    The module has `aliases`: tied name -> name of the tensor that it shares.
+    """
     module._register_state_dict_hook(_to_public)
     module.register_load_state_dict_pre_hook(_to_private)
 

@@ -1,4 +1,4 @@
-"""Graph equivalence: the converted model against the dense one."""
+"""Equivalence: the converted model's outputs compared with the dense model's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def verify(model: nn.Module, moe: MoEModel, inputs: Any) -> EquivalenceReport:
     """Run both models in eval mode on these inputs (tensor, tuple or dict) and compare outputs.
 
-    The tolerance is that of the numerics which the passes declare (`ir.equivalence.TOLERANCE`).
-    Positions that an attention_mask leaves out do not count, nor do key-value caches. Both models
-    keep their mode.
+    The tolerance follows from the numerics that the passes declare (`ir.equivalence.TOLERANCE`);
+    experts that were trained make a difference. Positions that an attention_mask leaves out are
+    not compared, nor are key-value caches. Each module's training flag is restored. Raises
+    InputError for inputs that the model does not take.
     """
     arguments = host_of(model).arguments(inputs)
     outputs: list[list[Any]] = []
@@ -49,7 +50,7 @@ def verify_conversion(
     for batch in (2, 1):
         given = random_arguments(arguments, host_of(model).vocabulary(), batch)
         if not _runs(model, given):
-            given = arguments  # content that the model does not take: compare on the user's own
+            given = arguments  # random content is not valid here: compare on the user's inputs
         with moe.dense_plan():
             reports.append(verify(model, moe, given))
         if not reports[-1].equal:

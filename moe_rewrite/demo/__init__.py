@@ -1,1 +1,1 @@
-"""The demonstration: new tasks without forgetting, against plain fine-tuning."""
+"""The demonstration: new tasks without forgetting, compared with fine-tuning."""

@@ -1,1 +1,1 @@
-"""Kinds of experts: their parameters, what runs at their sites, how they are saved."""
+"""Kinds of experts: their parameters, the calls that run at their sites, and file formats."""

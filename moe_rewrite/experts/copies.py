@@ -12,14 +12,14 @@ from .base import SEPARATOR, ExpertParameters
 
 
 class CopiedParameters(ExpertParameters):
-    """Experts that each have the weights and statistics of a region, all or a share of them."""
+    """Experts that are copies of a region's weights and buffers, whole or a share of each."""
 
     site: RegionSite | FeedForwardSite
 
-    def __init__(self, site: RegionSite | FeedForwardSite, alike: bool = False) -> None:
-        """alike: every expert's tensors are of one shape, and may come as one."""
+    def __init__(self, site: RegionSite | FeedForwardSite, stackable: bool = False) -> None:
+        """stackable: all experts' tensors have the same shape and may be passed as one stack."""
         super().__init__()
-        self._alike = alike
+        self._stackable = stackable
         self.site = site
         self.parts = self.replaced = tuple(p.name for p in site.parts)
         self.copies = nn.ModuleDict({p.name.replace(".", SEPARATOR): _Copies() for p in site.parts})
@@ -44,7 +44,7 @@ class CopiedParameters(ExpertParameters):
             copies.pop()
 
     def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
-        if not self._alike or not active:
+        if not self._stackable or not active:
             return None
         return tuple(torch.stack(list(of_part)) for of_part in self.stacked(active))
 
@@ -75,8 +75,8 @@ class _Copies(nn.Module):
 
 
 def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:
-    """A copy of what an expert has of a dense tensor: of every shared dimension its own slice, as
-    far as there are such, then from the front again."""
+    """A copy of an expert's share of a dense tensor: the expert's own slice of each dimension in
+    `part.kept`; after the last slice it starts from the front again."""
     share = dense.detach()
     for dim, kept in part.kept:
         full = dense.shape[dim]

@@ -15,7 +15,8 @@ from .base import ExpertParameters
 class HeadColumns(ExpertParameters):
     """The columns that experts added to a classification head.
 
-    weight[e]: (classes, in), bias[e]: (classes,); of no classes for an expert that added none.
+    weight[e]: (classes, in); classes is 0 for an expert that added none.
+    bias[e]: (classes,).
     """
 
     site: HeadSite
@@ -27,14 +28,14 @@ class HeadColumns(ExpertParameters):
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
-        """Nothing to train yet: `widen` gives the expert its columns."""
+        """Add an expert without columns, so without parameters; `widen` adds columns."""
         like = dense[self.site.weight]
         self.weight.append(nn.Parameter(like.new_empty(0, self.site.in_features)))
         self.bias.append(nn.Parameter(like.new_empty(0)))
         return []
 
     def widen(self, expert: int, classes: int) -> list[nn.Parameter]:
-        """Give an expert columns, drawn as nn.Linear draws its own."""
+        """Give an expert columns, initialised like nn.Linear. Returns the new parameters."""
         bound = self.site.in_features**-0.5
         new = []
         for of_part, shape in (
@@ -50,11 +51,11 @@ class HeadColumns(ExpertParameters):
 
     @property
     def classes(self) -> list[int]:
-        """How many each expert added."""
+        """How many columns each expert added."""
         return [len(bias) for bias in self.bias]
 
     def widen_all(self, classes: Sequence[int]) -> None:
-        """Give every expert as many columns as a save says."""
+        """Give every expert the number of columns that a save has."""
         for expert, count in enumerate(classes):
             if count:
                 self.widen(expert, count)
@@ -81,8 +82,8 @@ class HeadColumns(ExpertParameters):
         return columns, tensors
 
     def stacked(self, active: Sequence[int]) -> tuple[list[tuple[Any, ...] | int], ...]:
-        """(weight, bias, place in `active`) of each expert with columns up to the last one that is
-        on; of those among them that are off, how many columns."""
+        """One entry for each expert with columns, up to the last active one: (weight, bias, index
+        in `active`), or the number of columns of an inactive one."""
         wide = [e for e in range(len(self.weight)) if len(self.bias[e])]
         last = max((e for e in wide if e in active), default=-1)
         columns: list[tuple[Any, ...] | int] = []

@@ -1,1 +1,1 @@
-"""From a module to a captured program; all that touches transformers."""
+"""From a module to a captured program; everything that depends on transformers."""

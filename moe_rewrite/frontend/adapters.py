@@ -10,7 +10,7 @@ from .host import Host
 
 
 def host_of(module: nn.Module) -> Host:
-    """A plain one, or Hugging Face's; it never imports transformers by itself."""
+    """A plain Host or a HuggingFaceHost; transformers is imported only for the latter."""
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(module, modeling.PreTrainedModel):
         from .huggingface import HuggingFaceHost

@@ -1,4 +1,4 @@
-"""A call's arguments: by name, and sorted into tensors and constants."""
+"""A call's arguments: bound to names, and split into tensors and constants."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def split_static(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def is_cache(given: Any) -> bool:
-    """Whether an argument is a key-value cache: no tensor and no plain container of some, but an
-    object of a class of its own, whose tensors are (batch, heads, length, width)."""
+    """Whether an argument is a key-value cache: an instance of another class than a tensor or plain
+    container, which holds tensors (batch, heads, length, width)."""
     plain = isinstance(given, (torch.Tensor, list, tuple, dict))
     return not plain and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given))

@@ -1,7 +1,8 @@
 """nn.Module -> Program, by torch.export.
 
 Capture needs only the sizes and dtypes of its example: values are replaced by zeros, and sizes
-are changed where a size would be taken for a constant (1) or for another one (batch == length).
+are changed where torch.export would take a size for a constant (1) or two sizes for one
+(batch == length).
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def dynamic_dims(name: str, tensor: torch.Tensor, cached: bool = False) -> tuple
 def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str, Any]:
     """Zeros shaped like the arguments, with sizes that torch.export does not confuse.
 
-    A dynamic dimension of size one becomes larger (export would take it for a constant, which is
-    wanted only with `static_ones`), and the batch gets a size that nothing else has.
+    A dynamic dimension of size one is enlarged (export would take it for a constant, which is
+    wanted only with `static_ones`), and the batch gets a size that no other dimension has.
     """
     caches = [name for name, given in traced.items() if is_cache(given)]
     sizes = {s for t in pytree.tree_leaves(traced) for s in t.shape}
@@ -113,8 +114,10 @@ def _explicit_forward(host: nn.Module, names: list[str], static: dict[str, Any])
 
 
 def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval") -> Program:
-    """A model's graph, all of it in one mode. example_inputs: tensor, tuple or dict; inferred where
-    that is possible. Raises InputError and CaptureError."""
+    """A model's graph, captured with all modules in one mode.
+
+    example_inputs: tensor, tuple or dict; None infers them. Raises InputError and CaptureError.
+    """
     host = host_of(structural_copy(model).train(mode == "train"))
     return capture(host, host.arguments(example_inputs), mode)
 
@@ -141,9 +144,9 @@ def capture(host: Host, arguments: dict[str, Any], mode: str, static_ones: bool 
     reason = lines[0] if lines else type(first).__name__
     raise CaptureError(
         f"{host.name} could not be captured on inputs of shapes {shapes}: "
-        f"{type(first).__name__}: {reason}{_place(host.module, first)}. Check that these inputs run "
-        "through the model; a forward whose Python control flow depends on tensor values cannot be "
-        "captured."
+        f"{type(first).__name__}: {reason}{_place(host.module, first)}. Check that these inputs "
+        "run through the model; a forward whose Python control flow depends on tensor values "
+        "cannot be captured."
     ) from first
 
 
@@ -211,6 +214,6 @@ def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -
         out_spec=exported.call_spec.out_spec,
         mode=mode,
         model=host.name,
-        # eager attention may choose another kernel where the graph has the mask written out
+        # where the graph has an explicit mask, eager attention may choose another kernel
         numerics=(("capture", "reordered"),),
     )

@@ -1,4 +1,4 @@
-"""Inputs for a model: inferred where that is possible, as a user gives them, or random."""
+"""Inputs for a model: inferred from its first layer, or random."""
 
 from __future__ import annotations
 

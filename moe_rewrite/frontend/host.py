@@ -1,6 +1,5 @@
-"""A model as the rest of the package calls it: one adapter for plain modules, one for Hugging Face's.
-
-Nobody else asks what kind of model there is.
+"""The adapter through which the package calls a model: this one for plain modules, a subclass for
+Hugging Face's. No other code distinguishes kinds of models.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ class Host:
         return infer_inputs(self.module)
 
     def arguments(self, example: Any) -> dict[str, Any]:
-        """`example_inputs` as a user gives them (tensor, tuple or dict; None: inferred) as arguments
-        by name, without a cache: graphs that keep one come when they are asked for."""
+        """A user's `example_inputs` (tensor, tuple or dict; None: inferred) as arguments by name.
+
+        Without a key-value cache: graphs with one are captured when first called.
+        """
         if example is None:
             named = self.example_inputs()
         elif isinstance(example, torch.Tensor):
@@ -58,23 +59,23 @@ class Host:
         return self.without_cache(named)
 
     def vocabulary(self) -> int:
-        """How many ids the model takes."""
+        """The size of the model's vocabulary."""
         tables = (m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding))
         return next(tables, 2)
 
     def declares_causal(self, rows: str | None) -> bool:
-        """Whether the model is causal by its own word; rows: the argument whose positions count."""
+        """Whether the model says that it is causal. rows: the argument with the positions."""
         return True
 
     def traced(self) -> AbstractContextManager[None]:
-        """What torch.export needs around a trace of the module."""
+        """The context in which torch.export traces the module."""
         return nullcontext()
 
     # -- key-value caches ------------------------------------------------------------------------
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether a plain call hands back a key-value cache or another state."""
+        """Whether a plain call returns a key-value cache or another state."""
         return False
 
     def without_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -82,20 +83,20 @@ class Host:
         return arguments
 
     def with_new_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The same call, which begins a cache. Raises InputError where the model keeps none."""
+        """The same call with an empty cache. Raises InputError for a model without a cache."""
         raise InputError(f"{self.name} keeps no key-value cache")
 
     def split_cache(
         self, arguments: dict[str, Any], training: bool
     ) -> tuple[dict[str, Any], bool, Any]:
-        """A call's other arguments, whether it keeps a cache, and the cache that it brings.
+        """A call's other arguments, whether it uses a cache, and the cache that was passed or None.
 
         Raises InputError for arguments that the model does not take.
         """
         return arguments, False, None
 
     def cache_format(self) -> Any:
-        """What makes caches that the model's graphs take; runs the module."""
+        """The CacheFormat of the model's graphs; runs the module once."""
         raise InputError(f"{self.name} keeps no key-value cache")
 
     def generate(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

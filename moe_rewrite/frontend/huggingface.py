@@ -1,6 +1,6 @@
-"""What only Hugging Face models need: example inputs, tracing helpers, their calls, generate().
+"""The adapter for Hugging Face models: example inputs, tracing, their calls, generate().
 
-Imports transformers; reached only for such a model.
+Imports transformers, so it is imported only for a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .host import Host
 from .kv_cache import CACHE, CacheFormat
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
-# what a model may take beyond its signature
+# keywords that a model accepts beyond its forward's signature
 KNOWN_KWARGS = set(TransformersKwargs.__annotations__) | {"use_cache", "return_dict"}
 
 
@@ -45,7 +45,7 @@ class HuggingFaceHost(Host):
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether a plain call hands back a key-value cache or another state."""
+        """Whether a plain call returns a key-value cache or another state."""
         return bool({CACHE, "cache_params", "use_cache"} & set(self.takes))
 
     def declares_causal(self, rows: str | None) -> bool:
@@ -59,7 +59,7 @@ class HuggingFaceHost(Host):
         return table.num_embeddings if isinstance(table, nn.Embedding) else super().vocabulary()
 
     def example_inputs(self) -> dict[str, Any]:
-        """From the model's configuration."""
+        """Inputs made from the model's configuration."""
         model, config = self.module, self.config
         ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long, device=model.device)
         main = model.main_input_name

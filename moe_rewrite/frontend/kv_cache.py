@@ -1,6 +1,6 @@
 """Key-value caches: what generate() carries from token to token, the router's state included.
 
-Imports transformers; reached only with a Hugging Face model in hand.
+Imports transformers, so it is imported only for a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class CacheFormat:
-    """Shapes of the layers of a model's key-value cache, and how to fill and read such a cache.
+    """Shapes of the layers of a model's key-value cache, and how to make, fill and read one.
 
-    A converted model keeps full-length layers for every kind of attention: a window is applied by
-    the mask of the captured graph, so sliding layers need no cache of their own.
+    A converted model keeps full-length layers for every kind of attention: the captured graph's
+    mask applies a sliding window, so sliding layers need no special cache.
     """
 
     def __init__(self, host: Any) -> None:
@@ -64,10 +64,10 @@ class CacheFormat:
             cache.layers.append(layer)
 
     def adopt(self, cache: Any, arguments: dict[str, Any]) -> CallCache:
-        """The cache of a call, which these arguments get: full-length plain layers.
+        """The cache of a call, with full-length plain layers, which is put into `arguments`.
 
-        cache: what the user or generate() passes, or None. An empty one of any layer kinds is
-        refitted in place; a used one must be ours already. Raises InputError.
+        cache: what the user or generate() passes, or None. An empty cache with layers of any kind
+        is changed in place; one that was used must have plain layers already. Raises InputError.
         """
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
@@ -106,19 +106,19 @@ def kv_layers(cache: Any) -> list[Any]:
 
 
 class CallCache:
-    """The key-value cache that a call takes and gives. cache: as the caller knows it."""
+    """The key-value cache that a call takes and returns. cache: the caller's object."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
 
     def bare(self) -> Any:
-        """The same layers in a cache without the router's state, as graphs take it."""
+        """A cache with the same layers but without the router's state, as graphs take it."""
         bare = DynamicCache()
         bare.layers = kv_layers(self.cache)
         return bare
 
     def router_state(self) -> RouterState:
-        """The router's state in it, added where it has none yet."""
+        """The router's state in this cache; added if there is none yet."""
         for layer in self.cache.layers:
             if isinstance(layer, RouterState):
                 return layer
@@ -131,7 +131,7 @@ class CallCache:
         return state
 
     def fill(self, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
-        """Put in what a call gave: keys and values layer by layer, and the router's state."""
+        """Store a call's results: keys and values layer by layer, and the router's state."""
         if after is not None:
             self.router_state().store(after, leaves[0].shape[2])
         for i, layer in enumerate(kv_layers(self.cache)):
@@ -141,8 +141,8 @@ class CallCache:
 class RouterState(CacheLayerMixin):
     """The running sum and count of a prefix router, kept as one more layer of the cache.
 
-    As a layer it is reordered, repeated and selected with the keys in beam search and the like.
-    total: (batch, width) fp32; count: (batch,) fp32.
+    As a layer it is reordered, repeated and selected together with the keys, in beam search for
+    example. total: (batch, width) fp32. count: (batch,) fp32.
     """
 
     is_sliding = False

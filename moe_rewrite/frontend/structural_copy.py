@@ -11,10 +11,10 @@ from ..errors import CaptureError
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """The model once more, its tensors are objects of its own over the same storage.
+    """A copy of the model whose tensors are new objects over the same storage.
 
-    The copy can be put in any mode, cast or traced without the original noticing. Its parameters
-    do not require gradients: a dense weight is frozen.
+    The copy can change its mode, be cast or traced without any effect on the original. Its
+    parameters do not require gradients, since dense weights are frozen.
     """
     memo: dict[int, Any] = {}
     for p in model.parameters():

@@ -1,8 +1,8 @@
-"""What traces of PyTorch leave behind, and how to convert and export in less memory.
+"""Memory that PyTorch keeps after a trace, and a mode to convert and export in less memory.
 
-PyTorch keeps what a trace has seen, graphs, shapes and source code, until the next one comes or for
-ever: of a small model that is as much as its weights. By default only our own references to it are
-dropped; `low_memory_export` clears the rest, which is the whole process's.
+PyTorch keeps a trace's graphs, shapes and source code until the next trace, or forever: for a small
+model as much as its weights. By default only our own references are dropped; `low_memory_export`
+clears the rest too, which belongs to the whole process.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
-FAKES = "fake_tensor_cache_enabled"  # which at a model's number of operators saves no time
-STACKS = "do_not_emit_stack_traces"  # the lines of source behind each node: nobody reads them
-OFTEN = (200, 5, 1)  # the collector's thresholds: garbage that lies long keeps pages taken
+FAKES = "fake_tensor_cache_enabled"  # with symbolic sizes, a key costs more than the result
+STACKS = "do_not_emit_stack_traces"  # the stack trace of each node, which nothing here reads
+OFTEN = (200, 5, 1)  # gc thresholds: garbage that stays for long keeps its memory pages in use
 _low_memory: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 
 @contextmanager
 def low_memory_export() -> Iterator[None]:
-    """Conversions and exports in here take less memory at their peak, and leave less of it taken.
+    """Convert and export with a lower peak of memory, and with less memory in use afterwards.
 
-    While it lasts it changes what belongs to the whole process: Python collects garbage more often
-    and passes over all objects that there were before; after each trace PyTorch's and sympy's
-    caches are cleared, by private names where there are no others; freed memory is handed back to
-    the system. For a process that converts or exports and does little else at that time.
+    Inside this context the whole process is affected: Python collects garbage more often, and skips
+    objects that existed before; after each trace the caches of PyTorch and sympy are cleared,
+    through private names where there are no public ones; freed memory is returned to the system.
+    Meant for a process that does little else at that time.
     """
     with _frequent_collection():
         token = _low_memory.set(True)
@@ -42,15 +42,15 @@ def low_memory_export() -> Iterator[None]:
 
 @contextmanager
 def _frequent_collection() -> Iterator[None]:
-    """Of young objects: for the number of all of them the collector would come seldom."""
+    """Collect garbage often: with older objects counted in, full collections would be rare."""
     own = not gc.get_freeze_count()  # else the user froze some, which must stay so
     gc.collect()
     if own:
         gc.freeze()
-        gc.collect()  # of nothing: by how much this leaves, the next one comes soon
+        gc.collect()  # resets the count of long-lived objects, by which Python delays the next
     _trim()
     usual = gc.get_threshold()
-    gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user wants none
+    gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user turned gc off
     try:
         yield
     finally:
@@ -62,7 +62,7 @@ def _frequent_collection() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Within `low_memory_export`, hand freed memory back to the system."""
+    """Within `low_memory_export`, return freed memory to the system."""
     if _low_memory.get():
         _trim()
 
@@ -74,12 +74,13 @@ def _trim() -> None:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """For torch.export and torch.onnx.export."""
+    """The context for torch.export and torch.onnx.export, which drops what they keep of a trace."""
+    import torch._dynamo.config as dynamo
     from torch.fx import config as fx
 
     frugal = _forgetting() if _low_memory.get() else nullcontext()
     try:
-        with _with(fx, STACKS, True), frugal:
+        with _with(fx, STACKS, True), _with(dynamo, FAKES, False), frugal:
             yield
     except Exception as error:
         _forget_failed(error)
@@ -88,19 +89,16 @@ def tracing() -> Iterator[None]:
 
 @contextmanager
 def _forgetting() -> Iterator[None]:
-    import torch._dynamo.config as dynamo
-
     known = set(_sources())
     try:
-        with _with(dynamo, FAKES, False):
-            yield
+        yield
     finally:
         _forget(known)
 
 
 @contextmanager
 def _with(config: Any, name: str, value: bool) -> Iterator[None]:
-    """A setting of PyTorch's, where there is one of this name."""
+    """Set an option of PyTorch for a while; nothing if this version has no such option."""
     had = getattr(config, name, None)
     if had is None:
         yield
@@ -113,14 +111,14 @@ def _with(config: Any, name: str, value: bool) -> Iterator[None]:
 
 
 def forget_inputs(exported: Any) -> None:
-    """Of torch.export's program, the inputs that the table of its sizes notes: each holds the table
-    through C++, where Python's collector does not follow, and so all of the trace for ever."""
+    """Drop the fake inputs that an exported program's ShapeEnv keeps. They refer back to it through
+    C++, where Python's collector cannot follow: the trace would never be freed."""
     for node in exported.graph.find_nodes(op="placeholder"):
         _forget_table(getattr(node.meta.get("val"), "fake_mode", None))
 
 
 def _forget_failed(error: BaseException | None) -> None:
-    """The same of a trace that raised this: its table is among what the error's frames hold."""
+    """The same for a failed trace, whose ShapeEnv the frames of the error's traceback hold."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     while error is not None:
@@ -138,19 +136,19 @@ def _forget_table(mode: Any) -> None:
 
 
 def _sources() -> dict[str, str]:
-    """The source code of all graph modules that there ever were."""
+    """The source code of every graph module made in this process."""
     from torch.fx import graph_module
 
     return getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
 
 
 def _forget(known: set[str]) -> None:
-    """What PyTorch and sympy keep of a trace, but for the sources that were known before."""
+    """Clear what PyTorch and sympy keep of a trace, except the sources that were known before."""
     from sympy.core.cache import clear_cache
     from torch._decomp import decompositions_for_rng
     from torch.fx.experimental import proxy_tensor, sym_node, symbolic_shapes
 
-    clear_cache()  # of terms in the sizes' names
+    clear_cache()  # sympy's expressions of symbolic sizes
     tracker: Any = getattr(decompositions_for_rng, "PhiloxStateTracker", None)
     if hasattr(tracker, "reset"):  # it holds the last trace
         tracker.reset()
@@ -167,7 +165,7 @@ def _forget(known: set[str]) -> None:
 
 
 def _enclosed(kind: type) -> Iterator[Any]:
-    """The functions that the methods of a class were made of."""
+    """The functions in the closures of a class's methods."""
     for method in filter(callable, vars(kind).values()):
         for cell in getattr(inspect.unwrap(method), "__closure__", None) or ():
             yield cell.cell_contents

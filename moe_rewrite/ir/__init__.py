@@ -1,1 +1,1 @@
-"""The words: programs, sites, steps, depth maps, layouts of gates, patches."""
+"""Intermediate representation: programs, sites, steps, depth maps, gate layouts, patch grids."""

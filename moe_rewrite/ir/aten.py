@@ -1,4 +1,4 @@
-"""Questions to the nodes of a captured graph."""
+"""Queries on the nodes of a captured graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 
 
 def reach(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """This node and every one that repeated steps lead to: its users, or its inputs."""
+    """This node and all that are reachable by `steps`: from a node to its users, or its inputs."""
     seen, stack = {node}, [node]
     while stack:
         fresh = [n for n in steps(stack.pop()) if n not in seen]
@@ -20,9 +20,8 @@ def reach(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[f
 
 
 def module_paths(node: fx.Node) -> list[tuple[str, str]]:
-    """(dotted path, class name) of the modules around a node, outermost first, the root left out.
-
-    torch.export writes the second call of a shared module as ``path@1``: that is the same module.
+    """(dotted path, class name) of the modules that contain a node, outermost first, without the
+    root. torch.export writes the second call of a shared module as ``path@1``: the same module.
     """
     stack = node.meta.get("nn_module_stack") or {}
     entries = [(str(path).split("@")[0], str(kind)) for path, kind in stack.values()]
@@ -30,17 +29,16 @@ def module_paths(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def identifier(name: str) -> str:
-    """A dotted name as part of a node's name."""
+    """A dotted name as an identifier, to be part of a node's name."""
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def value(node: Any) -> Any:
-    """The fake value of a node, which another takes as an argument (None: capture recorded none)."""
+    """The fake value of a node (its ``meta["val"]``); None if capture recorded none."""
     return node.meta.get("val")
 
 
 def expression(size: Any) -> Any:
-    """What an open size, or what is computed of such, is of the sizes of the call; all else as it
-    is."""
+    """The sympy expression of a symbolic size; anything else unchanged."""
     symbolic = isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
     return size.node.expr if symbolic else size

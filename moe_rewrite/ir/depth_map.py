@@ -1,4 +1,4 @@
-"""The depth of a model: its blocks in order, and what a split means on them."""
+"""The depth of a model: its blocks in order, and where a split cuts them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from ..utils.text_tables import count, table
 
 @dataclass(frozen=True)
 class Block:
-    """One stretch of the graph between two cut points.
+    """The part of the graph between two cut points.
 
-    exit: name of its last mainline node, a cut point (of the output for the head).
-    shape: of the exit, words for open sizes. params: elements of the weights used first here.
-    flops: multiply-adds times two, of one sample. first, last: positions in the graph.
+    name: of the module, or modules, that it holds.
+    exit: name of its last mainline node, a cut point (for the head, the output).
+    shape: shape of the exit's value, with names for symbolic sizes.
+    params: elements of the weights that are first used here.
+    flops: for one sample, two per multiply-add.
+    first, last: positions of its first and last node in the graph.
     """
 
     name: str
@@ -28,13 +31,17 @@ class Block:
 
 @dataclass(frozen=True)
 class DepthMap:
-    """The blocks of a model, in order. ``print(depth)`` is a table.
+    """The blocks of a model, in order. ``print(depth)`` shows them as a table.
 
-    stem and head are what lies before the first and after the last block. points: (graph position,
-    node name) of every cut point. starts: graph position where each module's mainline begins.
-    stack: the dotted name of the stack that a model with several mainlines was analysed for.
-    source: the call's only tensor, where it holds features itself (an image): a cut before
-    everything. lengths: open sizes but the batch, and the example's, at which FLOPs are counted.
+    model: class of the model.
+    stem, head: the graph before the first and after the last block, or None.
+    blocks: the others, which a split counts.
+    points: (graph position, node name) of every cut point.
+    starts: graph position where each module's mainline begins.
+    stack: dotted name of the stack (encoder, decoder) that was analysed, if there are several.
+    source: name of the only input if it holds features itself (an image), so that a cut before
+        the first block is possible; else None.
+    lengths: (name, value) of the symbolic sizes except the batch, at which FLOPs are counted.
     """
 
     model: str
@@ -66,11 +73,11 @@ class DepthMap:
 
     @property
     def parts(self) -> tuple[Block, ...]:
-        """Stem, blocks and head, those that exist."""
+        """Stem, blocks and head, without those that are None."""
         return tuple(b for b in (self.stem, *self.blocks, self.head) if b is not None)
 
     def resolve(self, split: int | float | str) -> tuple[int, str]:
-        """(index of the first deep block, its cut node) for a split as a user gives it.
+        """(index of the first deep block, name of the cut node) for a user's `split`.
 
         split: block index, negative index, fraction of FLOPs between 0 and 1, dotted name of the
         first deep module, or ``"auto"`` (half of the FLOPs). Raises SplitError, with this map.

@@ -1,4 +1,4 @@
-"""How near two results are."""
+"""Compare two models' outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .program import Numerics
 
-# of sums in another order, relative to the largest value; a wrong graph is off by orders more
+# error of sums in another order, relative to the largest value; a wrong graph errs by far more
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 PIECE = 4096  # values of an output that are compared at once
 
@@ -21,10 +21,11 @@ PIECE = 4096  # values of an output that are compared at once
 class EquivalenceReport:
     """How a converted model's outputs compare with the dense model's.
 
-    equal: within the tolerance of the passes' numerics everywhere that counts.
-    exact: bit for bit.
-    max_error, rms_error: over all outputs, relative to the dense output's largest value.
-    shapes: of the inputs compared.
+    equal: whether they are within the tolerance of the passes' numerics at every position that
+        the mask keeps.
+    exact: whether they are identical, bit for bit.
+    max_error, rms_error: over all outputs, relative to max(1, the dense output's largest value).
+    shapes: shapes of the inputs compared, as text.
     """
 
     equal: bool
@@ -41,7 +42,7 @@ class EquivalenceReport:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module back in its own mode afterwards."""
+    """Put a model in eval mode, and restore every module's own mode afterwards."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -52,8 +53,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tolerance(dtype: torch.dtype, numerics: Iterable[tuple[str, Numerics]]) -> float:
-    """The error that passes may make: none if all are exact. What an approximate pass inserts is
-    left out of a comparison, which makes it exact."""
+    """The relative error that these passes may cause: 0 if none is reordered. Approximate passes
+    are left out, since comparisons run without what they insert."""
     reordered = any(declared == "reordered" for _, declared in numerics)
     return TOLERANCE.get(dtype, 0.0) if reordered else 0.0
 
@@ -64,9 +65,10 @@ def compare(
     mask: Any = None,
     numerics: Iterable[tuple[str, Numerics]] = (("any pass", "reordered"),),
 ) -> EquivalenceReport:
-    """Compare flattened outputs; caches and other objects that are no tensors are passed over.
+    """Compare flattened outputs; caches and other objects that are not tensors are ignored.
 
-    numerics: (pass, what it declares) of every pass between the two.
+    mask: (B, S), nonzero for positions to compare; None compares all.
+    numerics: (name, declared numerics) of every pass between the two models.
     """
     theirs = [t for t in dense if isinstance(t, torch.Tensor)]
     mine = [t for t in ours if isinstance(t, torch.Tensor)]
@@ -90,17 +92,17 @@ def compare(
 
 
 def _pieces(output: torch.Tensor) -> Iterator[torch.Tensor]:
-    """In float64, a few at a time: outputs may be large."""
+    """Pieces of an output in float64, since outputs may be large."""
     return (piece.double() for piece in output.reshape(-1).split(PIECE))
 
 
 def _largest(x: torch.Tensor) -> float:
-    """Of the finite values."""
+    """The largest magnitude among finite values."""
     return float(x.masked_fill(~x.isfinite(), 0.0).abs().max())
 
 
 def _error(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    """Relative to `scale`; infinite where one alone is no number or infinite."""
+    """Error relative to `scale`; infinite where only one of the two is NaN or infinite."""
     same = (x == y) | (x.isnan() & y.isnan())
     error = (x - y).abs_().div_(scale).masked_fill_(same, 0.0)
     return error.nan_to_num_(nan=float("inf"), posinf=float("inf"))

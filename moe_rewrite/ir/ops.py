@@ -1,11 +1,12 @@
-"""What operators do, written once; their arguments by name. No other file knows an argument's place.
+"""The table of operators: what each does, and access to its arguments by name.
 
-An operator goes by its name without namespace, overload and trailing underscore: what is done in
-place is done all the same.
+No other file knows an argument's position. An operator goes by its name without namespace, overload
+and trailing underscore, so that in-place variants share the entry.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,24 +23,26 @@ Positions = Literal[
 
 @dataclass(frozen=True)
 class Op:
-    """What one operator does. Of what nothing is said, nothing is known.
+    """What one operator does. A property that is left out is unknown, and assumed not to hold.
 
-    pointwise: an element of the result depends on the elements at its place alone.
+    pointwise: an element of the result depends only on the operands' elements at its position.
     rows: leading dimensions are ``"kept"``, or ``"merged"``: reshaped with their order kept.
-    positions: what becomes of a map's rows and columns; see `analysis.spatial`.
-    channels: each stays what it is.
-    sizes_only: takes only sizes and dtype of its argument.
+    positions: what happens to a map's rows and columns; see `analysis.spatial`.
+    channels: each output channel depends on the same input channel only.
+    sizes_only: reads only the size and dtype of its argument.
     cast: the same values, perhaps in another dtype, device or memory format.
-    check: computes nothing, it only raises.
+    check: computes nothing, only raises.
     view: the same elements under another shape.
-    along: the name of the dimension that it takes parts along.
-    normalized: the name of the sizes that it normalizes over.
-    transposes: moves dimensions, and nothing else.
-    evaluation: what arguments are when a model is in evaluation.
-    statistics: a flag, and what is written while it is true although the schema does not say so.
-    product: ``"linear"`` by a weight (out, in), ``"matmul"`` by one (in, out), ``"filter"`` of a
-        convolution, or ``"other"``. summed: the operand whose last dimension is summed over.
-    fresh: its result is nobody else's.
+    along: name of the argument with the dimension along which it slices or joins.
+    normalized: name of the argument with the sizes over which it normalizes.
+    transposes: permutes dimensions and does nothing else.
+    evaluation: values of arguments in eval mode.
+    statistics: name of a flag, and the arguments that are written while it is true although the
+        schema does not say so.
+    product: ``"linear"``: times a weight (out, in); ``"matmul"``: times one (in, out);
+        ``"filter"``: a convolution; or ``"other"``.
+    summed: name of the operand whose last dimension is summed over.
+    fresh: the result never shares memory with an argument.
     """
 
     pointwise: bool = False
@@ -129,22 +132,23 @@ OPS: dict[str, Op] = {
         Op(check=True),
     ),
 }
-OTHERWISE = {torch.ops.aten.view.dtype}  # overloads that do something else than their name says
+OTHERWISE = {torch.ops.aten.view.dtype}  # overloads that the entry of their name does not describe
 
 
 def op_name(node: fx.Node) -> str:
-    """The operator's name: ``aten.linear.default`` -> ``linear``, ``aten.add_.Tensor`` -> ``add``."""
+    """The operator's name: ``aten.linear.default`` -> ``linear``, ``add_.Tensor`` -> ``add``."""
     return _name(node.target)
 
 
 @cache
 def _name(target: Any) -> str:
-    name = str(getattr(target, "overloadpacket", target)).rpartition(".")[2]
+    packet = getattr(target, "overloadpacket", getattr(target, "__name__", target))
+    name = str(packet).rpartition(".")[2]
     return name if name.startswith("_") else name.removesuffix("_")
 
 
 def op(node: fx.Node) -> Op:
-    """What is known of a node's operator."""
+    """The table's entry for a node's operator."""
     known = hasattr(node.target, "_schema") and node.target not in OTHERWISE
     return OPS.get(op_name(node), _UNKNOWN) if known else _UNKNOWN
 
@@ -163,7 +167,7 @@ def is_random(node: fx.Node) -> bool:
 
 @cache
 def _formal(target: Any) -> dict[str, tuple[int, Any]]:
-    """Place and default of each argument by its name; keywords have places that no call reaches."""
+    """(position, default) of each argument by name; the position of keyword-only ones is huge."""
     formal = target._schema.arguments
     return {a.name: (10**6 if a.kwarg_only else i, a.default_value) for i, a in enumerate(formal)}
 
@@ -180,7 +184,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Give an operator's argument another value; those before it are written out."""
+    """Set an operator's argument by its name; positional ones before it are filled in."""
     place, _ = _formal(node.target)[name]
     if place >= len(_formal(node.target)) or name in node.kwargs:
         node.kwargs = {**node.kwargs, name: value}
@@ -189,15 +193,16 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     given = [argument(node, n) for n in names]
     given[place] = value
     node.args = tuple(given)
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in names}
 
 
 def first(node: fx.Node) -> Any:
-    """The first argument, which most operators work on; None without any."""
+    """The first argument, which is the main operand of most operators; None without any."""
     return next(iter(node.args), None)
 
 
 def output_of(graph: fx.Graph) -> Any:
-    """What a graph gives."""
+    """What a graph returns."""
     return first(graph.output_node())
 
 
@@ -207,7 +212,7 @@ def output_of(graph: fx.Graph) -> Any:
 def mutated(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes to in place."""
     writes: Callable[..., list[fx.Node]] | None = getattr(node.target, "writes", None)
-    if writes is not None:  # a call of this package's own
+    if writes is not None:  # a callable of this package
         return writes(node)
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
@@ -221,8 +226,7 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 
 
 def out_of_place(node: fx.Node) -> Any:
-    """Of an operator that works in place, the one that gives the same in memory of its own; None of
-    any other."""
+    """The out-of-place variant of an in-place operator; None for other operators."""
     packet = getattr(node.target, "overloadpacket", None)
     name, _, overload = str(node.target).removeprefix("aten.").partition(".")
     plain = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
@@ -230,13 +234,25 @@ def out_of_place(node: fx.Node) -> Any:
     return getattr(plain, overload) if found else None
 
 
+def alias_chain(node: fx.Node) -> list[fx.Node]:
+    """From this node back over views and in-place results to the one whose storage they share."""
+    chain = [node]
+    while (shown := _aliased(chain[-1])) is not None:
+        chain.append(shown)
+    return chain
+
+
 def alias_root(node: fx.Node) -> fx.Node:
-    """Follow views and in-place results back to the node whose storage this one shows."""
-    while node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        returns: Any = schema.returns if schema is not None else ()
-        shown = first(node)
-        if len(returns) != 1 or returns[0].alias_info is None or not isinstance(shown, fx.Node):
-            return node
-        node = shown
-    return node
+    """The node whose storage this one shows."""
+    return alias_chain(node)[-1]
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """What a node's result is a view of, or written into."""
+    if node.op != "call_function" or not isinstance(shown := first(node), fx.Node):
+        return None
+    if node.target is operator.getitem:  # one of the parts of what is split
+        return _aliased(shown)
+    schema = getattr(node.target, "_schema", None)
+    returns: Any = schema.returns if schema is not None else ()
+    return shown if len(returns) == 1 and returns[0].alias_info is not None else None

@@ -13,7 +13,7 @@ import torch
 
 
 def bounds(length: int, grid: int) -> list[tuple[int, int]]:
-    """(first, behind the last) position of each patch along an axis."""
+    """(first, last + 1) position of each patch along an axis."""
     return [(i * length // grid, (i + 1) * length // grid) for i in range(grid)]
 
 
@@ -47,8 +47,10 @@ class Span:
 class Table:
     """The positions of each of n patches in a map that is flattened to H * W.
 
-    positions: (n, rows * cols) int64. inside: (n, rows, cols) bool, False where a position is not
-    the patch's (outside the map, or a neighbour's); None where all are.
+    rows, cols: size of a patch.
+    positions: (n, rows * cols) int64.
+    inside: (n, rows, cols) bool, False where a position does not belong to the patch (outside the
+        map, or of a neighbouring patch); None if all do.
     """
 
     rows: int
@@ -63,8 +65,13 @@ def table(
     limits: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     width: int,
 ) -> Table:
-    """starts: (g,) of each axis; sizes: positions taken along each; limits: per axis, (g,) first
-    allowed position and (g,) the one behind the last; width: of the map's rows."""
+    """The table of g x g patches.
+
+    starts: for each axis, (g,) first position of each patch.
+    sizes: positions taken along each axis.
+    limits: for each axis, (g,) first position inside each patch, and (g,) last + 1.
+    width: of the map.
+    """
     rows, cols = (s[:, None] + torch.arange(n) for s, n in zip(starts, sizes, strict=True))
     inside_rows, inside_cols = (
         (x >= low[:, None]) & (x < high[:, None])
@@ -95,8 +102,8 @@ def patches(height: int, width: int, grid: int) -> Table:
 def windows(
     exit_size: tuple[int, int], grid: int, spans: tuple[Span, Span], size: tuple[int, int]
 ) -> Table:
-    """What each patch of a region's exit needs of a value of this size; outside the map counts as
-    not inside."""
+    """The positions of a value of this size that each patch of a region's exit needs; those outside
+    the map are not `inside`."""
     starts = tuple(s.starts(n, grid) for s, n in zip(spans, exit_size, strict=True))
     sizes = tuple(s.size(largest(n, grid)) for s, n in zip(spans, exit_size, strict=True))
     limits = tuple((torch.zeros(grid, dtype=torch.long), torch.full((grid,), n)) for n in size)
@@ -105,14 +112,14 @@ def windows(
 
 @lru_cache
 def shares(length: int, grid: int) -> torch.Tensor:
-    """(length, g) fp32: the share of each patch in each position of an axis. One patch has it all
-    where the axis is as long as the grid; on a shorter one, those that meet there share evenly."""
+    """(length, g) fp32: the share of each patch in each position of an axis. On an axis at least as
+    long as the grid one patch has all of a position; on a shorter one, patches share it evenly."""
     weights = torch.zeros(length, grid)
     if length >= grid:
-        for patch, (first, behind) in enumerate(bounds(length, grid)):
-            weights[first:behind, patch] = 1.0
+        for patch, (first, stop) in enumerate(bounds(length, grid)):
+            weights[first:stop, patch] = 1.0
         return weights
     for position in range(length):
-        first, behind = position * grid // length, -(-(position + 1) * grid // length)
-        weights[position, first:behind] = 1.0 / (behind - first)
+        first, stop = position * grid // length, -(-(position + 1) * grid // length)
+        weights[position, first:stop] = 1.0 / (stop - first)
     return weights

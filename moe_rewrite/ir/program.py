@@ -1,8 +1,8 @@
-"""The unit that every pass takes and returns: one captured graph and what is known about it.
+"""Program, which every pass takes and returns: one captured graph and what is known about it.
 
-The graph is lifted: parameters, buffers and constants are placeholders beside the user's inputs,
-so a graph owns nothing and several graphs (eval, train, decode) can serve the same weights.
-A pass owns the graph it is given: it may edit it in place and hands back a new Program.
+The graph is lifted: parameters, buffers and constants are placeholders like the user's inputs, so a
+graph owns nothing and several graphs (eval, train, decode) can share the same weights. A pass owns
+the graph that it is given: it may edit it in place, and returns a new Program.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class Code:
 class Cut:
     """Where shallow ends. node: the last shallow node, whose value the router reads.
 
-    label: the module that starts the deep segment; index: the first deep block.
-    rows: the user's input whose positions are the rows at the cut, mask: the one that says which
-    of them count; None where there is none.
+    label: name of the module that starts the deep segment.
+    index: of the first deep block.
+    rows: the user's input whose positions are the rows at the cut, or None.
+    mask: the user's input that masks these rows, or None.
     """
 
     node: str
@@ -67,22 +68,24 @@ class Cut:
 class Program:
     """A captured graph on its way to a converted one. See the module docstring.
 
-    ``print(program)`` is a listing, a line a node.
+    ``print(program)`` lists the graph, one node a line.
 
     graph: lifted FX graph; node.meta["val"] holds fake values with symbolic sizes.
     root: owns the sub-graphs of higher-order operators, nothing else.
     inputs: what each placeholder stands for, by node name.
     constants: values of the "constant" inputs.
-    in_spec, out_spec: pytrees of the call and of the output.
+    in_spec, out_spec: pytree specs of the call and of the output.
     mode: "eval" or "train".
     model: name of the class that was captured.
-    found: sites that could hold experts, until these are inserted.
-    sites: those that do hold some.
-    head: the classification head that they can widen.
+    depth: its blocks, once FindDepth ran.
+    cut: where the shallow segment ends, once Split ran.
+    found: sites that could hold experts, until experts are inserted.
+    sites: those that do.
+    head: the classification head that experts can widen.
     lowered: (name of a site, how it is computed).
-    shallow_reruns: freezing turned something off before the cut that also runs after it (a shared
-        layer), so that no setting of the modules' modes computes the same.
-    numerics: what each pass declares.
+    shallow_reruns: freezing switched off something before the cut that also runs after it (a
+        shared layer), so that the dense model has no mode in which it computes the same.
+    numerics: (pass, declared numerics) of every pass so far.
     """
 
     graph: fx.Graph
@@ -122,7 +125,7 @@ class Program:
         return {i.name for i in self.inputs.values() if i.kind in kinds}
 
     def after(self, pass_name: str, numerics: Numerics, **changes: Any) -> Program:
-        """The program that a pass hands back, with the pass's declared numerics on record."""
+        """The program that a pass returns, with the pass's declared numerics recorded."""
         done = replace(self, numerics=(*self.numerics, (pass_name, numerics)), **changes)
         check(done)
         return done
@@ -145,7 +148,7 @@ def _line(node: fx.Node, inputs: dict[str, Input]) -> str:
 
 
 def _called(target: Any) -> str:
-    """A function by its name, an object that is called by its class."""
+    """The name of a function, or the class of a callable object."""
     return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
 
 
@@ -157,12 +160,12 @@ def _shown(argument: Any) -> str:
 
 
 def routing_plan(features: torch.Tensor) -> Any:
-    """The router's node in a graph. Emitting takes it out: the model's own Router runs there."""
+    """Target of the router's node. Emitting removes the node: the model's Router runs there."""
     raise InvariantError("a routing plan was asked for outside a converted model")
 
 
 def check(program: Program) -> None:
-    """Raise InvariantError unless the program is one that a pass may hand on."""
+    """Raise InvariantError unless the program is valid: a pass may return no other."""
     try:
         program.graph.lint()
     except (RuntimeError, AssertionError) as error:
@@ -180,7 +183,7 @@ def check(program: Program) -> None:
 
 
 def _check_router(program: Program) -> None:
-    """The one router reads the cut, and every expert input meets only nodes that it feeds."""
+    """There is one router, it reads the cut, and experts are used only by nodes that it feeds."""
     routers = program.graph.find_nodes(op="call_function", target=routing_plan)
     if len(routers) > 1:
         raise InvariantError(f"{len(routers)} routers: expected one")

@@ -1,4 +1,4 @@
-"""Places where experts work, and those that could not be such."""
+"""Sites: where experts work; and rejections: sites that cannot hold experts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ..utils.text_tables import count
 
 @dataclass(frozen=True)
 class LoRASite:
-    """A place where LoRA experts work: one frozen weight and every node that applies it.
+    """A site of LoRA experts: one frozen weight and every node that applies it.
 
     name: dotted name of the module that owns the weight, or of a bare parameter.
-    weight: state-dict name. transposed: the weight is stored as (in, out). kernel: (h, w) of a
-    convolution, empty for a linear map.
+    weight: state-dict name of the weight.
+    transposed: the weight is stored as (in, out).
+    kernel: (h, w) of a convolution, empty for a linear map.
     """
 
     name: str
@@ -31,10 +32,12 @@ class LoRASite:
 
 @dataclass(frozen=True)
 class Part:
-    """A weight or buffer of a region, as each expert has it.
+    """A weight or buffer of a region, of which each expert has a copy.
 
-    name: state-dict name of the dense one. kept: (dimension, elements that an expert has of it) of
-    the dimensions of which it has a share.
+    name: state-dict name of the dense tensor.
+    kind: ``"weight"`` or ``"buffer"``.
+    kept: (dimension, elements that an expert has of it), for dimensions that experts have a share
+        of.
     """
 
     name: str
@@ -44,10 +47,14 @@ class Part:
 
 @dataclass(frozen=True)
 class RegionSite:
-    """A region that experts run: its weights, and the shapes (C, H, W) of its entry and exit.
+    """A convolutional region that experts run.
 
-    dense_macs: multiply-adds of the dense region on one sample; expert_macs: of one expert on one
-    patch; score_macs: of one expert's scores of a sample.
+    parts: its weights and buffers.
+    in_features, out_features: (C, H, W) of its entry and exit, as text.
+    dense_macs: multiply-adds of the dense region on one sample.
+    expert_macs: multiply-adds of one expert on one patch.
+    score_macs: multiply-adds of one expert's scores of a sample's patches.
+    ends: why the region goes no further; empty if it was named.
     """
 
     name: str
@@ -66,8 +73,13 @@ class RegionSite:
 
 @dataclass(frozen=True)
 class FeedForwardSite:
-    """A feed-forward region in whose place experts run: its weights, the width of its rows and of
-    what lies inside, and whether one product gates another."""
+    """A feed-forward region that experts replace.
+
+    parts: its weights.
+    features: width of its rows.
+    hidden: width inside.
+    gated: whether one product gates another.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -104,7 +116,7 @@ AnySite = Any  # with a name, in_features, out_features and the names of its wei
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-adds of one sample: of the dense region, and of what replaces it."""
+    """Multiply-adds of one sample: dense region, the experts that replace it, and their router."""
 
     dense: int
     experts: int
@@ -132,7 +144,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Found:
-    """sites: each with what inserting experts there needs to know of its uses in one graph."""
+    """The sites of one graph. sites: each with its uses in the graph, to insert experts at."""
 
     sites: dict[Any, Any]
     rejected: tuple[Rejection, ...] = ()

@@ -1,4 +1,4 @@
-"""A program as a model runs it: steps, one function a block, weights and carries as arguments."""
+"""A program as a model runs it: one function a block, with weights and values as arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from .program import Code, Numerics
 class Step:
     """One block's part of a graph.
 
-    owned: (kind, name) of the weights, buffers and expert parts the code takes first, in order.
-    takes, gives: names of the values it reads and makes.
-    drops: values nobody reads afterwards.
-    writes: positions in `owned` followed by `takes` that the code writes to in place.
+    block: name of the block.
+    deep: whether it comes after the cut.
+    code: function of the tensors in `owned` and the values in `takes`.
+    owned: (kind, name) of the weights, buffers and expert parts that the code takes, in order.
+    takes, gives: names of the values that it reads and returns.
+    drops: names of values that no later step reads.
+    writes: positions in `owned` followed by `takes` of the arguments it writes to in place.
     """
 
     block: str
@@ -35,13 +38,15 @@ class Step:
 class Emitted:
     """A program as the model runs it: steps up to the cut, views of the plan, steps after it.
 
+    steps: in order.
     cut: name of the features that the router reads.
-    mask: name of the input that masks their rows.
-    views: of the plan, by the name of the value that they give.
+    mask: name of the input that masks their rows, or None.
+    views: (name of the value, view of the plan).
     outputs: names of values, or constants of the graph.
-    sizes: of each value that steps take or give, its tensors' sizes, or its own, as the capture has
-        them: numbers, or expressions of what stays open.
-    numerics: what each pass declares.
+    constants: values of the graph's constants, by name.
+    sizes: for each value that steps take or return, the sizes of its tensors (or the value itself
+        if it is a size): numbers, or expressions of symbolic sizes.
+    numerics: (pass, declared numerics).
     """
 
     steps: tuple[Step, ...]
@@ -70,12 +75,12 @@ def narrowed(step: Step, wanted: set[str]) -> Step:
         else:
             graph.erase_node(node)
     writes = tuple(i for i in step.writes if i < len(step.owned))
-    code = Code(fx.GraphModule(step.code.module, graph))  # which holds what the graph calls
+    code = Code(fx.GraphModule(step.code.module, graph))  # with the submodules that it calls
     return replace(step, code=code, takes=tuple(takes), gives=gives, drops=(), writes=writes)
 
 
 def _erase_unneeded(graph: fx.Graph) -> None:
-    """Everything that the output does not depend on; fx keeps what may be random (attention)."""
+    """Erase all that the output does not depend on; fx itself would keep random operators."""
     needed: set[fx.Node] = set()
     waiting = [graph.output_node()]
     while waiting:
@@ -90,6 +95,6 @@ def _erase_unneeded(graph: fx.Graph) -> None:
 
 @dataclass(frozen=True)
 class _Constant:
-    """An output that is no tensor of the graph (None, an int)."""
+    """An output that is not a value of the graph (None, an int)."""
 
     value: Any

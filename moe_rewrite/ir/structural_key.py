@@ -1,4 +1,4 @@
-"""Which graphs make the same nodes, whatever these are called."""
+"""Equality of graphs up to the names of their nodes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def target_of(node: fx.Node) -> Any:
 
 
 def structural_key(graph: fx.Graph, target: Callable[[fx.Node], Any] = target_of) -> tuple:
-    """Equal for such graphs. target: what takes the place of a node's target there.
+    """A key that is equal for graphs with the same nodes up to their names.
 
-    Arguments that are neither nodes nor plain values compare by their own ``==``.
+    target: what to use as a node's target in the key. Arguments that are neither nodes nor plain
+    values compare by their own ``==``.
     """
     number = {node: i for i, node in enumerate(graph.nodes)}
 

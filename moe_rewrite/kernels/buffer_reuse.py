@@ -1,8 +1,8 @@
-"""Large results on the CPU in the memory that the last such result left.
+"""Reuse of large CPU buffers: a result is written into the memory of the last one of its kind.
 
-What is freed in large blocks goes back to the system, and new memory comes a page of 4 KB at a
-time, filled with zeros. For experts' gradients and what is saved for them this takes up to a fifth
-of a training step (`benchmarks/cpu.py`), and every step frees what the next asks for.
+Large freed blocks go back to the system, and new memory is mapped in pages of 4 KB filled with
+zeros. For experts' gradients and saved tensors this takes up to a fifth of a training step
+(`benchmarks/speed/cpu.py`), although every step frees what the next one allocates.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 LARGE = 1 << 20  # bytes
-MOST = 1 << 30  # bytes that are kept, in all
+MOST = 1 << 30  # bytes that are kept in total
 
 
 class CachedBuffer(NamedTuple):
-    """Memory, and how many users were counted when it was handed out once, itself among them."""
+    """A buffer, and the number of its users when it was handed out: the cache and the caller."""
 
     values: torch.Tensor
     users: int
@@ -37,21 +37,23 @@ class CachedBuffer(NamedTuple):
 
 
 def _users(values: torch.Tensor) -> int:
-    """Tensors and Python objects that hold this memory, and a constant."""
+    """The number of tensors and Python objects that hold this memory, plus a constant."""
     storage = values.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
 
 
 _of_weights: MutableMapping[torch.Tensor, dict[str, CachedBuffer]] = WeakIdKeyDictionary()
-_of_calls: dict[str, CachedBuffer] = {}  # what no call needs any more when it returns
+_of_calls: dict[str, CachedBuffer] = {}  # temporaries that a call frees before it returns
 
 
 def reused(like: torch.Tensor, *size: int, owner: torch.Tensor | None, use: str) -> torch.Tensor:
-    """(*size), unwritten, of the dtype and device of `like`.
+    """An uninitialised tensor (*size), with the dtype and device of `like`.
 
-    On the CPU, if it is large, in the memory of the last one of this use and of this owner, a
-    weight with which that goes, unless something else has it still; the owner is None for what a
-    call frees before it returns.
+    A large one on the CPU reuses the memory of the last one of the same use and owner, unless that
+    is still held elsewhere.
+
+    owner: the weight with which the memory is freed; None for what a call frees before it returns.
+    use: distinguishes the buffers of one owner.
     """
     needed = torch.Size(size).numel() * like.element_size()
     if like.device.type != "cpu" or needed < LARGE:

@@ -1,8 +1,8 @@
-"""What each form of the routed work takes, from the time of products, of moved numbers and of calls.
+"""Cost model: the time of each execution of the routed work, from products, memory and calls.
 
-Forms: ``"dense"``, every expert on every row, the gates undoing what was not asked for (LoRA experts
-are then one stacked product); ``"grouped"``, each expert on its own rows, taken by the plan. Sizes:
-T rows, D input width, O output width, H hidden width, E experts of rank r, k experts a row.
+Executions: ``"dense"``: every expert on every row, weighted by gates that may be zero (LoRA experts
+are then one stacked product); ``"grouped"``: each expert on its own rows, gathered by the plan.
+Sizes: T rows, D input width, O output width, H hidden width, E experts of rank r, k experts a row.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ Execution = Literal["dense", "grouped"]
 
 @dataclass(frozen=True)
 class Machine:
-    """flops: a second, of wide products. numbers: fp32 read or written a second. call: seconds that
-    an operation takes by itself."""
+    """The speed of a machine.
+
+    flops: FLOPs per second of wide products.
+    numbers: fp32 numbers read or written per second.
+    call: seconds of overhead of one operation.
+    """
 
     flops: float
     numbers: float
     call: float
 
     def product(self, m: float, n: float, k: float) -> float:
-        """Seconds of an (m, k) by (k, n) product: bound by what it computes or by what it moves."""
+        """Seconds of an (m, k) by (k, n) product: bound by arithmetic or by memory."""
         return self.call + max(2 * m * n * k / self.flops, self.moved(m * k + k * n + m * n))
 
     def moved(self, numbers: float) -> float:
         return numbers / self.numbers
 
 
-# Medians of `python -m benchmarks.costs` on 2 cores (x86-64, AVX-512). A choice depends on the
-# ratios of these, which differ less between machines than their values do.
+# Medians of `python -m benchmarks.tune.costs` on 2 cores (x86-64, AVX-512). A choice depends on
+# the ratios of these, which differ less between machines than their values do.
 CPU = Machine(flops=9.4e10, numbers=6.9e9, call=8e-6)
-TURN = 12  # calls of one LoRA expert's turn
+TURN = 12  # operations of one LoRA expert, grouped
 
 
 def lora(
     machine: Machine, T: int, D: int, O: int, E: int, r: int, k: int,  # noqa: E741
 ) -> dict[Execution, float]:  # fmt: skip
-    """Seconds of a forward pass behind the base product."""
+    """Seconds of a forward pass after the base product."""
     R, busy = E * r, _busy(T, E, k)
     share = T * k / busy
     dense = machine.product(T, R, D) + machine.call + machine.moved(2 * T * R)
@@ -63,7 +67,7 @@ def ffn(
 
 
 def _busy(T: int, E: int, k: float) -> float:
-    """Experts that have a row, on average, where rows choose at random."""
+    """Mean number of experts with at least one row, if rows choose at random."""
     return E * (1 - (1 - min(k / E, 1)) ** T)
 
 

@@ -1,7 +1,7 @@
-"""Work for the CPU's cores in shares, each computed by one core alone.
+"""Divide work into shares, each computed by one CPU core alone.
 
-A product on one core takes less of that core's time than its part of a product that all cores
-compute together, and passes that wait for memory run beside another share's products.
+A product on one core takes less core time than its part of a product that all cores compute
+together, and memory-bound passes of one share overlap with products of another.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _starting = threading.Lock()
 
 
 def spread(work: Callable[[int], None], shares: int) -> None:
-    """``work(0)`` to ``work(shares - 1)``, at the same time, without gradients and in the caller's
-    inference mode; one share alone is computed by the caller. Returns when all have ended, and
-    raises what the first of them raised."""
+    """Run ``work(0)`` to ``work(shares - 1)`` in parallel, without gradients and in the caller's
+    inference mode; a single share runs in the caller's thread. Returns when all have finished, and
+    raises the first error."""
     if shares == 1:
         return work(0)
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
@@ -44,14 +44,14 @@ def _pool(size: int) -> ThreadPoolExecutor:
                 threading.Barrier(size),
             )
             wait([pool.submit(all_started.wait) for _ in range(size)])
-            torch.set_num_threads(threads)  # what a thread sets is new threads' default as well
+            torch.set_num_threads(threads)  # a thread's setting also becomes new threads' default
             _pools[size] = pool
         return _pools[size]
 
 
 def _alone() -> None:
-    """This thread's products stay on it."""
-    torch.get_num_threads()  # the first call in a thread takes over the default
+    """Make this thread compute its products alone."""
+    torch.get_num_threads()  # the first call in a thread reads the default
     torch.set_num_threads(1)
 
 

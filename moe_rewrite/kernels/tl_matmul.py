@@ -1,4 +1,4 @@
-"""What the kernels' products share, inside Triton."""
+"""Building blocks of the kernels' products, inside Triton."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. PRECISION: Triton's input precision, or "wide": operands to fp32 first."""
+    """acc + a b. PRECISION: Triton's input_precision, or "wide" to cast operands to fp32 first."""
     if PRECISION == "wide":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -15,8 +15,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def program_tile(columns, bound, GROUP: tl.constexpr):
-    """(tile, column) of this program: GROUP tiles go through all columns before the next do, so
-    that both the rows and the weights of a group stay in the cache."""
+    """(tile, column) of this program. GROUP tiles go through all columns before the next GROUP, so
+    that their rows and weights stay in the cache."""
     pid = tl.program_id(0)
     group = pid // (GROUP * columns)
     size = tl.minimum(bound - group * GROUP, GROUP)
@@ -29,7 +29,7 @@ def product(
     acc, a, w, there, inside, depth, w_stride,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + a w; a (M,) and w (N,): pointers to where each row and each column begin."""
+    """acc + a w. a (M,), w (N,): pointers to the start of each row and of each column."""
     k = tl.arange(0, BLOCK)
     a_at, w_at = a[:, None] + k[None, :], w[None, :] + k[:, None] * w_stride
     for start in range(0, depth, BLOCK):

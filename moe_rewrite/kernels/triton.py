@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and what their launches share. Importing this imports no Triton."""
+"""Where the Triton kernels run, and helpers of their launches. Does not import Triton itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def interpreted() -> bool:
 
 
 def runs_on(*tensors: torch.Tensor) -> bool:
-    """Whether kernels take these tensors: on CUDA with Triton there, or anywhere while Triton
-    interprets (TRITON_INTERPRET=1); every floating-point one in fp32, bf16 or fp16."""
+    """Whether kernels can run on these tensors: on CUDA if Triton is installed, or anywhere in
+    Triton's interpreter (TRITON_INTERPRET=1); floating-point ones in fp32, bf16 or fp16."""
     if any(t.is_floating_point() and t.dtype not in DTYPES for t in tensors):
         return False
     if tensors[0].is_cuda:
@@ -25,7 +25,7 @@ def runs_on(*tensors: torch.Tensor) -> bool:
 
 
 def capability(x: torch.Tensor) -> int:
-    """The major compute capability of the device of x; 9 where there is none."""
+    """The major compute capability of x's device; 9 if it is no GPU."""
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
@@ -39,7 +39,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The input precision of a product (see products.py), fp32 as PyTorch's own setting has it."""
+    """The PRECISION of a product (see tl_matmul.py); for fp32, as PyTorch's setting says."""
     if dtype == torch.bfloat16 and interpreted():  # its products read bf16 as integers
         return "wide"
     wanted = torch.get_float32_matmul_precision()

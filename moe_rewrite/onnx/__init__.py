@@ -1,4 +1,4 @@
-"""ONNX: export, run and serve what was converted. Nothing is imported before it is used."""
+"""ONNX: export converted models and run them. Optional packages are imported on first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def require() -> None:
-    """Raises ConfigError where the optional packages are missing."""
+    """Raises ConfigError if the optional packages are missing."""
     for package in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):
         require_package(package, "onnx", "ONNX")
 
@@ -34,29 +34,34 @@ def export_onnx(
     open_inputs: bool = False,
     verify: bool = True,
 ) -> OnnxReport:
-    """Write a converted model as an ONNX file that ONNX Runtime has been held against.
+    """Write a converted model as an ONNX file, and verify it in ONNX Runtime against PyTorch.
 
-    Batch and sequence stay open. Inputs bear the names of the call's arguments, outputs those of
-    the output's fields, initializers the state-dict names; experts that are off are left out.
+    Batch and sequence dimensions are dynamic. Inputs have the names of the call's arguments,
+    outputs those of the output's fields, initializers the state-dict names. Inactive experts are
+    left out.
 
+    path: the .onnx file.
     lowering: how feed-forward experts are written. ``"dense"``: every expert on every row;
-    ``"sparse"``: each on its rows, in standard operators; ``"contrib"``: ONNX Runtime's
-    com.microsoft.MoE; ``"auto"`` chooses from measured times. The report says what, and why.
-    dtype: float16 or bfloat16 (names or torch's) to export a cast copy; ``"int8"`` or ``"int4"``:
-    weights of feed-forward experts in com.microsoft.QMoE, of which the proof is against what these
-    stand for. example_inputs: as for `convert`.
-    cache: also take and give the key-value cache (and a prefix router's running sums): one graph
-    for a prompt and for each token behind it. external_data: weights in a file beside the model;
-    None: where they exceed 1.5 GB. open_experts: feed-forward experts in stacks, one after the
-    other, so that a file of `export_experts` may bring others, and more of them, as it may for LoRA
-    experts anyway. open_inputs: experts and router are inputs with a default.
-    verify: run the file in ONNX Runtime against PyTorch, on other inputs, sizes and routes.
+        ``"sparse"``: each on its own rows, in standard operators; ``"contrib"``: ONNX Runtime's
+        com.microsoft.MoE; ``"auto"``: the fastest by measured times, which the report explains.
+    dtype: float16 or bfloat16 (a name or torch's) exports a cast copy; ``"int8"`` or ``"int4"``
+        quantizes the weights of feed-forward experts for com.microsoft.QMoE. The file is then
+        compared with a model that has the dequantized weights.
+    opset: operator set, 20 to 23.
+    example_inputs: as for `convert`.
+    cache: the graph also takes and returns the key-value cache (and a prefix router's running
+        sums): one graph for a prompt and for every token after it.
+    external_data: weights in a file next to the model; None: if they exceed 1.5 GB.
+    open_experts: write feed-forward experts as stacks that a file of `export_experts` can replace
+        with any number of experts; LoRA experts always are.
+    open_inputs: experts and router are graph inputs with a default value.
+    verify: compare the file with PyTorch on other inputs, sizes and routes.
 
     Within ``with moe_rewrite.onnx.low_memory_export():`` conversion and export take less memory.
 
-    Nothing is left at `path` unless all of that succeeds, and what was there stays. Raises
-    ConfigError for a wrong option, CaptureError for an operator that ONNX cannot express,
-    EquivalenceError where the file computes something else.
+    A file at `path` is only replaced if everything succeeds. Raises ConfigError for a wrong option,
+    CaptureError for an operator that ONNX cannot express, EquivalenceError if the file computes
+    something else.
     """
     require()
     from ..converted.model import MoEModel
@@ -73,7 +78,7 @@ def export_onnx(
 
 
 def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any) -> Any:
-    """See `moe_rewrite.onnx.runtime.load`."""
+    """See `moe_rewrite.onnx.runtime.generate.load`."""
     require()
     from .runtime.generate import load
 
@@ -83,7 +88,7 @@ def load(path: str | os.PathLike, experts: str | os.PathLike | None = None, **op
 def export_experts(
     moe: MoEModel, file: str | os.PathLike, example_inputs: Any = None
 ) -> dict[str, tuple[int, ...]]:
-    """See `moe_rewrite.onnx.experts.export_experts`."""
+    """See `moe_rewrite.onnx.runtime.expert_files.export_experts`."""
     require()
     from .runtime.expert_files import export_experts
 
@@ -93,7 +98,7 @@ def export_experts(
 def export_adapter(
     moe: MoEModel, name: str | int, file: str | os.PathLike, example_inputs: Any = None
 ) -> None:
-    """See `moe_rewrite.onnx.experts.export_adapter`."""
+    """See `moe_rewrite.onnx.runtime.expert_files.export_adapter`."""
     require()
     from .runtime.expert_files import export_adapter
 
@@ -103,7 +108,7 @@ def export_adapter(
 def generator(
     path: str | os.PathLike, experts: str | os.PathLike | None = None, **options: Any
 ) -> Any:
-    """See `moe_rewrite.onnx.runtime.Generator`; a file exported with ``cache=True``."""
+    """See `moe_rewrite.onnx.runtime.generate.Generator`; for files exported with ``cache=True``."""
     require()
     from .runtime.generate import Generator
 

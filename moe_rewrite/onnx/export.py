@@ -1,4 +1,4 @@
-"""export_onnx(): capture -> translate -> write -> check -> prove -> put in place."""
+"""export_onnx(): capture -> translate -> write -> check -> compare with PyTorch -> move to path."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def export(moe: MoEModel, path: str | os.PathLike, options: ExportOptions) -> On
 
 
 def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
-    """A copy, of whose weights there is never one in the old dtype."""
+    """A cast copy; weights are cast one by one, so no copy in the old dtype is made."""
     kept = {id(t) for t in (*moe.router.parameters(), *moe.router.buffers())}
     made: dict[int, Any] = {}
     for old in (*moe.parameters(), *moe.buffers()):
@@ -86,16 +86,18 @@ def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
 
 @contextmanager
 def _provable(skeleton: Skeleton, path: Path) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-    """What to prove of a file, and the weights that ONNX Runtime is to take from memory: all large
-    ones, without a copy. What is opened is the file as read back, but for their bytes; that these
-    are the file's too is seen first. The skeleton's hold on its graph and weights ends: they may go."""
+    """(a file to verify, weights that ONNX Runtime takes from memory instead of from the file).
+
+    The file is a reread copy of the one at `path` without the bytes of large weights, which are
+    compared with those in memory first. So no large weight is in memory twice. The skeleton drops
+    its graph and weights, so that they can be freed.
+    """
     skeleton.model, twin = onnx.ModelProto(), path.with_name(f"twin-{path.name}")
     try:
         ranges, weights = write_external_view(path, twin), skeleton.weights
         if not weights_match(ranges, weights, path.parent):
             raise EquivalenceError(
-                f"{path.name} does not hold the weights that were written to it: is the disk in "
-                "order?"
+                f"{path.name} does not hold the weights that were written to it: check the disk"
             )
         skeleton.weights = {n: weights[n] for n, p in ranges.items() if large(p.length)}
         del weights
@@ -105,7 +107,7 @@ def _provable(skeleton: Skeleton, path: Path) -> Iterator[tuple[Path, dict[str, 
 
 
 def _words(moe: MoEModel, chosen: dict[str, Chosen]) -> str:
-    """What was chosen for which sites, and why."""
+    """Text for the report: the lowering of each site, and why."""
     only = kind_of(moe.recipe.experts).onnx
     if only is not None:
         return ": ".join(only)
@@ -117,7 +119,7 @@ def _words(moe: MoEModel, chosen: dict[str, Chosen]) -> str:
 
 
 def _open_inputs(skeleton: Skeleton, functional: FunctionalModel) -> None:
-    """Make the stacks of experts inputs with a default, which a call may override."""
+    """Make the stacks of experts inputs with a default that a call may override."""
     for name, stack in functional.stacks.items():
         if name not in skeleton.weights:
             continue
@@ -159,14 +161,14 @@ def _operator(node: onnx.NodeProto) -> str:
 
 
 def base_of(functional: FunctionalModel) -> str:
-    """What experts that are loaded later must have been trained on."""
+    """Digest of the frozen weights; experts that are loaded later must have the same."""
     return digest({n: t for n, t in functional.tensors.items() if n not in functional.stacks})
 
 
 def _describe(
     skeleton: Skeleton, moe: MoEModel, functional: FunctionalModel, report: OnnxReport
 ) -> None:
-    """Metadata: what a loader must know, and the reports of conversion and export."""
+    """Set the metadata: what a loader needs, and the reports of conversion and export."""
     conversion = moe.report
     set_metadata(
         skeleton.model,

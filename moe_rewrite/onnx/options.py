@@ -1,4 +1,4 @@
-"""What `export_onnx` is asked for, checked against the model before any work."""
+"""The options of `export_onnx`, checked against the model before any work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ExportOptions:
     verify: bool = True
 
     def check(self, moe: MoEModel) -> None:
-        """Raises ConfigError for what cannot be exported of this model."""
+        """Raises ConfigError if this model cannot be exported with these options."""
         self.cast(moe)
         self.choice(moe)
         if self.opset not in OPSETS:
@@ -45,7 +45,7 @@ class ExportOptions:
             )
 
     def cast(self, moe: MoEModel) -> torch.dtype | None:
-        """The dtype that the model is cast to; None where it stays."""
+        """The dtype to cast the model to, or None. Raises ConfigError for an unknown one."""
         name = str(self.dtype).removeprefix("torch.")
         names = [str(c).removeprefix("torch.") for c in CASTS]
         stays = self.dtype is None or name == str(moe.dtype).removeprefix("torch.")
@@ -58,11 +58,11 @@ class ExportOptions:
 
     @property
     def bits(self) -> int | None:
-        """Of the weights of quantized experts; None where they are not quantized."""
+        """Bits of the weights of quantized experts, or None."""
         return BITS.get(str(self.dtype))
 
     def choice(self, moe: MoEModel) -> Choice:
-        """What chooses the form of each site's experts."""
+        """The Choice of each site's lowering. Raises ConfigError for options that do not fit."""
         asked, bits = self.lowering, self.bits
         if asked not in LOWERINGS:
             raise ConfigError(f"lowering={asked!r}: expected {' or '.join(map(repr, LOWERINGS))}")
@@ -76,10 +76,10 @@ class ExportOptions:
                     "'auto'"
                 )
             if bits is not None:
-                raise ConfigError(f"dtype='int{bits}': of FFNExperts only, this model has {kind}")
+                raise ConfigError(f"dtype='int{bits}': for FFNExperts only, this model has {kind}")
         elif self.open_experts and (asked != "auto" or bits is not None):
             raise ConfigError(
-                f"open_experts=True with lowering={asked!r} or int8 or int4: feed-forward experts "
-                "whose number may change have one form, of whole weights; leave both out"
+                f"open_experts=True with lowering={asked!r} or int8 or int4: a variable number of "
+                "feed-forward experts has one lowering, without quantization; leave both out"
             )
         return Choice(asked, bits, self.open_experts)

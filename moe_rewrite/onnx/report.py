@@ -1,4 +1,4 @@
-"""What an export wrote and how it was proven."""
+"""The report of an export: what was written, and how it was verified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..utils.text_tables import count, table
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of ONNX Runtime with PyTorch; errors relative to the largest value."""
+    """One comparison of ONNX Runtime with PyTorch.
+
+    case: the inputs and experts, as text.
+    max_error, rms_error: relative to max(1, PyTorch's largest value).
+    """
 
     case: str
     max_error: float
@@ -19,13 +23,22 @@ class Check:
 
 @dataclass
 class OnnxReport:
-    """One export. Prints as tables; the fields are the same facts for programs.
+    """The report of one export. ``print(report)`` shows it as tables.
 
-    files: sizes in bytes by name. inputs, outputs: dimensions by name, open ones as words.
-    experts: names of those in the file; left_out: those that were off. lowering: what was chosen,
-    and why. open_experts: whether the file runs with another number of experts. operators: how
-    often each is used; cpu_only: those that ONNX Runtime's CUDA provider has no kernel for, with the
-    type. checks: ONNX Runtime against PyTorch, case by case.
+    path: name of the .onnx file.
+    files: name -> size in bytes.
+    opset: ONNX operator set.
+    dtype: of the model, and the bits of quantized experts.
+    lowering: which lowerings were chosen, and why.
+    inputs, outputs: name -> dimensions, dynamic ones as names.
+    experts: names of the experts in the file.
+    left_out: names of the inactive experts, which are not in it.
+    open_experts: whether the file can run with another number of experts.
+    operators: operator -> number of nodes.
+    cpu_only: operator and type -> number of nodes without a kernel in ONNX Runtime's CUDA provider.
+    checks: comparisons of ONNX Runtime with PyTorch.
+    notes: what the user should know.
+    seconds: time spent, by step.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Plain -> an ONNX graph without weights, and the weights that belong to it, by name."""
+"""FunctionalModel -> an ONNX graph without weights, and its weights by name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from .trace.translations import TRANSLATIONS
 def translate(
     functional: FunctionalModel, opset: int, choice: Choice, open_inputs: bool
 ) -> Skeleton:
-    """open_inputs: a call may bring experts, which are left apart from other weights then. Raises CaptureError with the reason that torch.export or the exporter gave, ConfigError for a
-    lowering that does not fit."""
+    """Translate a model. open_inputs: a call may pass experts, so they are not joined with weights.
+
+    Raises CaptureError with the reason of torch.export or the exporter, ConfigError for a lowering
+    that does not fit.
+    """
     with one_registry():
         model, chosen = _model(functional, opset, choice)
         with torch.no_grad(), quiet():
@@ -32,13 +35,13 @@ def translate(
 def _model(
     functional: FunctionalModel, opset: int, choice: Choice
 ) -> tuple[ir.Model, dict[int, Chosen]]:
-    """Part by part; or all parts as one, where something between them can be no value of a graph or
-    a part alone does not show that sizes are related."""
+    """Export segment by segment; or all segments as one, if something between them cannot be a
+    graph's value, or if a segment alone does not show a relation between sizes."""
     try:
         return _translated(functional, opset, choice)
     except ConfigError:
         raise
-    except Exception:  # of many kinds
+    except Exception:  # torch raises many kinds
         if len(functional.segments) > 1:
             functional.as_one()
     try:
@@ -80,14 +83,14 @@ def _skeleton(
         insert_float16_casts(graph, opset)
     _name_outputs(graph, functional.outputs)
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # which hold lines of source code and paths
+        node.metadata_props.clear()  # lines of source code, and paths
         node.doc_string = None
     sites = {functional.calls[number].name: how for number, how in chosen.items()}
     return Skeleton(ir.to_proto(model), weights, sites, done.stand_ins)
 
 
 def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
-    """An output that is an input, a weight or another output as well gets a node of its own."""
+    """Name the outputs; one that is also an input, weight or another output gets an Identity."""
     seen: set[int] = set()
     for i, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if value.producer() is None or id(value) in seen:

@@ -1,4 +1,4 @@
-"""What a pass is, and what a conversion has decided when it runs."""
+"""The interface of a pass, and the decisions of a conversion that passes follow."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..ir.sites import AnySite, Rejection
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is decided on a conversion's first graphs; every later graph follows it.
+    """The decisions taken on a conversion's first graphs; every later graph follows them.
 
-    split: where graphs are cut: what was asked for, then a block's index or a module's name.
-    router: with nothing left open.
-    shallow: dotted names of the modules that run before the cut only.
-    sites: names of those that hold experts; None before that is decided.
-    rejected: the others, with the reason.
-    containers_eval: modules around the cut are in evaluation in training graphs, too.
-    train_note: why they are.
+    split: where graphs are cut: the user's `split` first, then a block index or module name.
+    router: the router, with no option left at None that depends on the model.
+    shallow: dotted names of the modules that run only before the cut.
+    sites: names of the sites that hold experts; None until that is decided.
+    rejected: the other sites, with reasons.
+    containers_eval: modules that contain the cut are in eval mode in training graphs too.
+    trains: a training graph was captured, which confirmed all this.
     """
 
     split: int | float | str
@@ -31,7 +31,7 @@ class Decisions:
     sites: frozenset[str] | None = None
     rejected: tuple[Rejection, ...] = ()
     containers_eval: bool = False
-    train_note: str = ""
+    trains: bool = False
 
     @property
     def chosen(self) -> RouterSpec:
@@ -40,9 +40,11 @@ class Decisions:
 
 
 class Pass(ABC):
-    """One rewriting of a program: a frozen dataclass whose fields are its options.
+    """One rewrite of a program: a frozen dataclass whose fields are its options.
 
-    name: under which the report times it. numerics: what it does to the numbers computed.
+    name: under which the report times it.
+    numerics: ``"exact"`` (bit for bit), ``"reordered"`` (the same sums in another order) or
+        ``"approximate"``.
     """
 
     name: str
@@ -50,17 +52,17 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, program: Program, decisions: Decisions) -> Program:
-        """The program that comes after; it may be the given one, edited in place."""
+        """The rewritten program; the given one may be edited in place."""
 
     def done(self, program: Program, **changes: Any) -> Program:
-        """The program with these changes, checked, and this pass on record."""
+        """The program with these changes, checked, with this pass's numerics recorded."""
         return program.after(self.name, self.numerics, **changes)
 
 
 def sites_to_convert(program: Program, decisions: Decisions) -> dict[AnySite, Any]:
-    """The sites found in this graph that hold experts, each with its uses.
+    """The sites of this graph that are to hold experts, each with its uses.
 
-    Raises CaptureError where one cannot hold them in this graph.
+    Raises CaptureError if a site that was decided on cannot hold experts in this graph.
     """
     assert program.found is not None
     wanted = decisions.sites

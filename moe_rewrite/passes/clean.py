@@ -1,7 +1,7 @@
-"""Drop what a captured graph carries only for checking: asserts, guards, casts that cast nothing.
+"""Drop asserts, guards and casts without effect from a captured graph.
 
-Runs before cut points are sought, so that
-none of them is a node that goes. Does not touch random or in-place operations.
+Runs before cut points are found, so that none of them is dropped. Random and in-place operations
+stay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ END = 2**62  # torch.export writes "to the end" of a slice as the largest int64
 
 @dataclass(frozen=True)
 class Clean(Pass):
-    """Exact: every dropped node hands on its input unchanged."""
+    """Exact: every dropped node returns its input unchanged, or nothing."""
 
     name = "clean"
 

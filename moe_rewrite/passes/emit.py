@@ -1,4 +1,4 @@
-"""Program -> Steps: one pure function per block, weights and carries as its arguments.
+"""Program -> Steps: one pure function per block, with weights and values as arguments.
 
 Exact: the nodes run in the captured order. A block is the unit of checkpointing, sharding and
 regional compilation, so nothing here closes over a parameter.
@@ -21,7 +21,7 @@ from ..routing.plan_views import view_plan
 
 
 def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
-    """codes: of what was emitted before; steps that are alike share theirs, and new ones are added."""
+    """codes: structural key -> code of a step; steps of the same structure share it."""
     assert program.cut is not None
     codes = {} if codes is None else codes
     order = {n: i for i, n in enumerate(program.graph.nodes)}
@@ -60,7 +60,7 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
 
 
 def _sizes(made: Any) -> tuple[tuple[Any, ...], ...]:
-    """Of each tensor or number in a value."""
+    """The sizes of each tensor in a value; a number counts as its own size."""
     leaves = pytree.tree_leaves(made)
     each = [leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
     return tuple(tuple(map(expression, shape)) for shape in each)
@@ -109,7 +109,7 @@ def _step(
 ) -> Step:
     sources = {s for n in nodes for s in n.all_input_nodes if owner.get(s) != index}
     sources = {s for s in sources if s.op != "get_attr"}
-    # gates last, so that the first deep block takes what those behind it take
+    # gates last, so that the first deep block has the same signature as later ones
     ordered = sorted(sources, key=lambda n: (n.target is view_plan, order[n]))
     owned = [s for s in ordered if _is_owned(program, s)]
     takes = [s for s in ordered if s not in owned]
@@ -154,7 +154,7 @@ def _attributes(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _forget_values(module: nn.Module) -> None:
-    """What its graphs note beside their code, which holds all that the trace has seen."""
+    """Drop the metadata of its graphs' nodes, which keeps everything that the trace saw."""
     for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
         for node in graph_module.graph.nodes:
             node.meta = {}

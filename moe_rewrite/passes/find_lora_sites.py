@@ -24,7 +24,7 @@ from .split import segments
 
 @dataclass(frozen=True)
 class Match:
-    """A node that applies a site's weight: its input, and how the plan's rows lie in it."""
+    """A node that applies a site's weight, with its input (`rows`) and gate layout."""
 
     node: fx.Node
     rows: fx.Node
@@ -47,7 +47,7 @@ class FindLoRASites(Pass):
     def _find(
         self, program: Program, router: RouterSpec
     ) -> tuple[dict[LoRASite, list[Match]], dict[str, str]]:
-        """Sites that can hold experts with their nodes, and those that cannot with the reason."""
+        """(sites that can hold experts, with their nodes; reasons of the others, by name)."""
         _, deep = segments(program)
         products: dict[str, list[Product]] = {}
         rejected: dict[str, str] = {}
@@ -63,7 +63,7 @@ class FindLoRASites(Pass):
         named: set[str] = set()
         for weight, uses in products.items():
             name = _site_name(weight, uses[0].node)
-            if name in named:  # a module that applies several weights of others
+            if name in named:  # a module that applies several weights of other modules
                 name = weight.removesuffix(".weight")
             named.add(name)
             if not experts.wants(name):
@@ -96,7 +96,7 @@ def _site(name: str, weight: str, use: Product) -> LoRASite:
 
 
 def _site_name(weight: str, node: fx.Node) -> str:
-    """The module that applies the weight: of a tied one, the head and not the embedding."""
+    """Name of the module that applies the weight: for a tied one, the head, not the embedding."""
     owner = weight.removesuffix(".weight")
     at = innermost_module(node)
     inside = owner == at or owner.startswith(at + ".")

@@ -1,7 +1,7 @@
-"""Hold the shallow segment in evaluation: no dropout and no batch statistics before the cut.
+"""Put the shallow segment in eval mode: no dropout and no batch statistics before the cut.
 
 Exact with respect to the original with its shallow part in eval mode. Modules that run only before
-the cut are captured in eval mode already; this catches what a module around the cut does itself.
+the cut are captured in eval mode already; this covers operations of modules that contain the cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .split import segments
 
 @dataclass(frozen=True)
 class FreezeShallow(Pass):
-    """Raises CaptureError where the shallow segment draws random numbers that cannot be held."""
+    """Raises CaptureError if the shallow segment draws random numbers that cannot be turned off."""
 
     name = "freeze"
 
@@ -33,6 +33,6 @@ class FreezeShallow(Pass):
             if not evaluated and program.mode == "train" and is_random(node):
                 raise CaptureError(
                     f"{node.target} draws random numbers before the cut in training mode; the "
-                    "shallow segment stays in evaluation: split before it"
+                    "shallow segment stays in eval mode: split before it"
                 )
         return self.done(program, shallow_reruns=reruns)

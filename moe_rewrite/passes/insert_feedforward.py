@@ -68,7 +68,7 @@ class FindFeedForwards(Pass):
 
 
 def _free_name(program: Program, region: FeedForward, taken: dict[str, list[FeedForward]]) -> str:
-    """The region's name, numbered where others of the same module have it already."""
+    """The region's name, with a number if another region of the same module has it already."""
     name, number = region.name(program), 1
     weights = set(region.weights)
     while name in taken and set(taken[name][0].weights) != weights:
@@ -91,15 +91,18 @@ def _site(program: Program, name: str, region: FeedForward) -> FeedForwardSite:
 
 
 def _widths(region: FeedForward) -> tuple[int, ...]:
-    """Of the products of the region's rows."""
+    """Output widths of the products of the region's rows."""
     weights = [(value(region.weights[up.weight]), up) for up in region.ups]
     return tuple(int(w.shape[1 if up.transposed else 0]) for w, up in weights)
 
 
 @dataclass(frozen=True)
 class InsertFeedForward(Pass):
-    """sums_to_one: gates do, so that copies give what the dense region gives, added up in another
-    order."""
+    """Reordered if gates sum to one, since copies then give the dense region's output; else
+    approximate.
+
+    sums_to_one: whether they do.
+    """
 
     sums_to_one: bool
     name = "insert experts"

@@ -19,7 +19,7 @@ from .wiring import expert_input, plan_view
 
 @dataclass(frozen=True)
 class InsertLoRA(Pass):
-    """Exact while the experts' B is zero: the product is not touched, in whatever form it is."""
+    """Exact while the experts' B is zero: the product itself is not changed."""
 
     experts: LoRAExperts
     name = "insert experts"
@@ -28,7 +28,7 @@ class InsertLoRA(Pass):
         sites, inputs = sites_to_convert(program, decisions), dict(program.inputs)
         views = dict.fromkeys(self._view(use) for uses in sites.values() for use in uses)
         gates = {view: plan_view(program, view) for view in reversed(views)}
-        added: dict[fx.Node, fx.Node] = {}  # product -> the same with its experts
+        added: dict[fx.Node, fx.Node] = {}  # product -> its sum with the experts
         for site, uses in sites.items():
             parts = [expert_input(program, inputs, site.name, part) for part in ("a", "b")]
             for use in uses:

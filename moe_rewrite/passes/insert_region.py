@@ -1,6 +1,6 @@
 """Replace a convolutional region by experts that run it on the patches of the plan.
 
-Without experts the call runs the region as captured: exact. With them, what the router decides.
+Without experts the call runs the region as captured: exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .wiring import expert_input, plan_view
 
 @dataclass(frozen=True)
 class Replacement:
-    """region -> call, on its weights, of which experts have these parts."""
+    """The call that replaces a region, the region's weights, and the experts' parts of them."""
 
     region: Region
     call: RegionCall
@@ -47,8 +47,10 @@ class Replacement:
 
 @dataclass(frozen=True)
 class FindRegion(Pass):
-    """Exact: in-place operations of the region become plain ones, its values stay. Raises
-    ConversionError where there is no such region, or it cannot be run on patches."""
+    """Exact: in-place operations of the region become out-of-place ones, with the same values.
+
+    Raises ConversionError if there is no such region, or it cannot run on patches.
+    """
 
     experts: RegionExperts
     num_experts: int
@@ -61,7 +63,8 @@ class FindRegion(Pass):
         if grid > small:
             raise ConversionError(
                 f"grid={grid}: the output of region {region.name!r} is a map of "
-                f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region earlier"
+                f"{_shape(region.exit)}: choose a grid of at most {small}, or end the region "
+                "earlier"
             )
         weights = weights_of(program, region)
         parts, sizes = _parts(program, region, self.experts, self.num_experts, weights)
@@ -115,7 +118,7 @@ def _parts(
     program: Program, region: Region, experts: RegionExperts, num_experts: int,
     weights: list[fx.Node],
 ) -> tuple[list[Part], dict[fx.Node, int]]:  # fmt: skip
-    """What an expert has of each weight, and the sizes that nodes of its code name."""
+    """What an expert has of each weight, and the sizes that are arguments of nodes of its code."""
     channels = find_channels(program, region)
     kept = _kept(channels, region, experts, num_experts)
     parts = [_part(program, channels, kept, w) for w in weights]
@@ -135,7 +138,7 @@ def _shape(node: fx.Node) -> str:
 
 
 def _score_macs(program: Program) -> int:
-    """Of an inner product with every position at the cut."""
+    """Multiply-adds of an inner product with every position at the cut."""
     assert program.cut is not None
     return math.prod(int(s) for s in value(program.node(program.cut.node)).shape[1:])
 
@@ -143,7 +146,7 @@ def _score_macs(program: Program) -> int:
 def _kept(
     channels: Channels, region: Region, experts: RegionExperts, num_experts: int
 ) -> dict[int, int]:
-    """Group -> channels that an expert keeps of it, of the groups of which it has a share."""
+    """Group -> channels that an expert keeps, for groups that experts have a share of."""
     exit_ = channels.root(channels.of[region.exit])
     kept: dict[int, int] = {}
     if experts.combine == "concat":

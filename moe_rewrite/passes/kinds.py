@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec
@@ -28,9 +29,10 @@ Fresh = Literal["as routed", "everything", "no experts"]
 
 
 class ExpertKind(ABC):
-    """What a conversion asks of a kind of experts. spec: the class that a user configures it by.
+    """The interface of a kind of experts.
 
-    onnx: how such experts are written, and in words why, where there is one way only.
+    spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
+    onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
     spec: type
@@ -38,14 +40,14 @@ class ExpertKind(ABC):
 
     @abstractmethod
     def find(self, recipe: Recipe) -> Pass:
-        """Sets `found` of a program that is cut."""
+        """The pass that sets `Program.found` of a program with a cut."""
 
     @abstractmethod
     def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
-        """Puts experts at the sites found that are decided on."""
+        """The pass that inserts experts at the sites that were decided on."""
 
     def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
-        """What replaces reference operations by faster ones."""
+        """The passes that replace reference operations by fused ones."""
         return ()
 
     @abstractmethod
@@ -54,19 +56,20 @@ class ExpertKind(ABC):
 
     @abstractmethod
     def words(self, recipe: Recipe) -> str:
-        """What is at a site."""
+        """Text for the report: the experts at a site."""
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
-        """The plan by which experts that were just inserted give what the dense model gives:
-        the router's; one in which the frozen region takes every patch; or one without experts."""
+        """The plan with which untrained experts give the dense model's output: the router's own
+        (``"as routed"``), the frozen region on every patch (``"everything"``) or ``"no experts"``.
+        """
         return "as routed"
 
     def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
-        """Multiply-adds of one sample, where experts replace what the dense model does."""
+        """Multiply-adds of one sample, if experts replace a region; else None."""
         return None
 
     def fixed(self, recipe: Recipe) -> str:
-        """Why no expert can be added later, if so."""
+        """Why no expert can be added later; empty if they can."""
         return ""
 
 
@@ -74,10 +77,16 @@ _KINDS: dict[type, ExpertKind] = {}
 
 
 def register(kind: ExpertKind) -> None:
-    """Let `convert(experts=...)` and `load` take configurations of this kind.
+    """Make `convert(experts=...)` and `load` accept configurations of this kind.
 
-    The class `kind.spec` must be a dataclass, whose fields JSON can hold.
+    `kind.spec` must be a dataclass with fields that JSON can represent. Raises ConfigError if it is
+    no dataclass, or if another registered class has its name.
     """
+    name, known = kind.spec.__name__, EXPERTS.get(kind.spec.__name__)
+    if not is_dataclass(kind.spec):
+        raise ConfigError(f"{name}: expected a dataclass, since saves store its fields")
+    if known is not None and known is not kind.spec:
+        raise ConfigError(f"{name}: another class of this name is registered; choose another name")
     _KINDS[kind.spec] = kind
     EXPERTS[kind.spec.__name__] = kind.spec
 
@@ -90,7 +99,7 @@ def kind_of(experts: Any) -> ExpertKind:
 
 
 def site_modules(program: Program, recipe: Recipe) -> dict[str, ExpertParameters]:
-    """By the name of a site, the module of its experts; the head's columns too."""
+    """Site name -> the module of its experts, including the head's columns."""
     kind = kind_of(recipe.experts)
     made = {site.name: kind.parameters(site, recipe) for site in program.sites}
     if program.head is not None:
@@ -137,7 +146,7 @@ class _FeedForward(ExpertKind):
         return (LowerFeedForward(_choice(recipe, router)),)
 
     def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
-        return CopiedParameters(site, alike=True)
+        return CopiedParameters(site, stackable=True)
 
     def words(self, recipe: Recipe) -> str:
         count = recipe.num_experts
@@ -171,8 +180,8 @@ class _Region(ExpertKind):
         if recipe.experts.combine == "sum":
             return ""
         return (
-            "combine='concat': the experts share the region's output channels out among them, none "
-            "is left for another; convert with combine='sum' to expand"
+            "combine='concat': the region's output channels are divided among its experts, none is "
+            "left for another; convert with combine='sum' to expand"
         )
 
     def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:

@@ -1,8 +1,9 @@
-"""Replace reference operations by fused ones, where a site allows it, and say how each is computed.
+"""Replace reference operations by fused ones, where a site allows it, and report how each site is
+computed.
 
-The cost model chooses among forms while a model runs, since it depends on a call's rows and on the
-experts that are on; what is said here is what it chooses for a few numbers of rows and the experts
-of the conversion.
+The cost model chooses among forms while a model runs, since costs depend on a call's rows and on
+the active experts; the report shows its choice for a few numbers of rows and the experts of the
+conversion.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ Seconds = Callable[[int], dict[Execution, float]]  # of a number of rows
 
 @dataclass(frozen=True)
 class Choice:
-    """requested: the execution to take where it fits, None for the cheaper one. router: of the
-    conversion. num_experts: to begin with."""
+    """How to choose between dense and grouped execution.
+
+    requested: the execution to use where it fits; None for the cheaper one.
+    router: of the conversion.
+    num_experts: experts to begin with.
+    """
 
     requested: Execution | None
     router: RouterSpec
@@ -44,11 +49,11 @@ class Choice:
 
     @property
     def few(self) -> int | None:
-        """Experts that a row goes to, where that is fewer than all."""
+        """Experts that a row goes to at most; None: all."""
         return self.router.top_k
 
-    def told(self, times: Seconds) -> str:
-        """What is chosen, in words."""
+    def describe(self, times: Seconds) -> str:
+        """Text for the report: what is chosen."""
         if self.requested is not None:
             return f"{self.requested} as asked"
         if self.few is None or self.few >= self.num_experts:
@@ -81,7 +86,8 @@ class LowerLoRA(Pass):
         return self.done(program, lowered=tuple(lowered.items()))
 
     def _fuse(self, program: Program, node: fx.Node, site: LoRASite) -> str:
-        """One op for a product and the experts after it, where nothing else reads the product."""
+        """Fuse a product with the experts after it if nothing else reads the product; returns the
+        text for the report."""
         given: Any = node.args
         out, rows, scales, *factors = given
         product = find_product(program, out)
@@ -110,14 +116,14 @@ class LowerLoRA(Pass):
         if few is None:
             return "one op with its product, experts stacked: every row goes to every expert"
         sizes = site.in_features, site.out_features, self.choice.num_experts, view.rank, few
-        return "one op with its product, " + self.choice.told(
+        return "one op with its product, " + self.choice.describe(
             lambda rows: cost_model.lora(CPU, rows, *sizes)
         )
 
 
 @dataclass(frozen=True)
 class LowerFeedForward(Pass):
-    """A fused feed-forward adds up in another order."""
+    """Reordered: a fused feed-forward adds in another order."""
 
     choice: Choice
     name = "lower"
@@ -129,18 +135,18 @@ class LowerFeedForward(Pass):
             _, _, _, experts = node.args
             site = _site(program, experts)
             node.target = call.lowered(self.choice.requested)  # type: ignore[assignment]
-            lowered[site.name] = self._told(site, node.target)
+            lowered[site.name] = self._describe(site, node.target)
         return self.done(program, lowered=tuple(lowered.items()))
 
-    def _told(self, site: FeedForwardSite, call: Any) -> str:
+    def _describe(self, site: FeedForwardSite, call: Any) -> str:
         few, router = self.choice.few, self.choice.router
         if call.form is None:
-            return "one expert after the other: no fused op computes what is between its products"
+            return "one expert after the other: no fused op has the operations between its products"
         if few is None:
             grouped = router.policy == "expert"
             return f"one op, {'grouped' if grouped else 'dense: every row goes to every expert'}"
         sizes = site.features, site.hidden, self.choice.num_experts, few, 2 + site.gated
-        return "one op, " + self.choice.told(lambda rows: cost_model.ffn(CPU, rows, *sizes))
+        return "one op, " + self.choice.describe(lambda rows: cost_model.ffn(CPU, rows, *sizes))
 
 
 def _feed_forwards(graph: fx.Graph) -> Iterator[tuple[fx.Node, FeedForwardCall]]:

@@ -1,4 +1,4 @@
-"""The modes in which a host's modules are when a graph is captured."""
+"""The training flags of a host's modules while a graph is captured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .recipe import Recipe
 
 @contextmanager
 def modules_in_mode(host: Host, mode: str, recipe: Recipe, decisions: Decisions) -> Iterator[None]:
-    """Evaluation; or training of all but what is frozen: modules before the cut, batch norms unless
-    the recipe updates them, and modules around the cut where these cannot be traced in training."""
+    """Put a host in eval mode, or in training mode except for what is frozen: modules before the
+    cut, batch norms unless the recipe updates them, and modules that contain the cut if they cannot
+    be traced in training mode."""
     model = host.module
     flags = [(m, m.training) for m in model.modules()]
     shallow = decisions.shallow if recipe.freeze else frozenset()

@@ -1,16 +1,17 @@
-"""The list of passes, and what compiles further graphs by it."""
+"""The list of passes, and the Compiler that runs it on further graphs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import RouterSpec
+from ..errors import CaptureError, ConversionError
 from ..frontend.capture import capture
 from ..frontend.host import Host
-from ..ir.program import Program
+from ..ir.program import Code, Program
 from ..ir.steps import Emitted
 from .base import Decisions, Pass
 from .clean import Clean
@@ -20,7 +21,7 @@ from .insert_router import InsertRouter
 from .kinds import kind_of
 from .modes import modules_in_mode
 from .recipe import Recipe
-from .split import FindDepth, Split
+from .split import FindDepth, Split, shallow_modules
 from .widen_head import WidenHead
 
 TO_CUT: tuple[Pass, ...] = (Clean(), FindDepth(), Split())
@@ -41,14 +42,15 @@ def to_experts(recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
     )
 
 
-def all_passes(recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
-    """From a captured graph to one that is routed."""
-    return (*TO_CUT, *to_sites(recipe), *to_experts(recipe, router))
+def shallow_of(program: Program, host: Host) -> frozenset[str]:
+    """The host's modules that run only before the cut."""
+    known = {name for name, _ in host.module.named_modules(remove_duplicate=False)}
+    return frozenset(shallow_modules(program) & known)
 
 
 @dataclass
 class Timer:
-    """seconds: spent, by what was done."""
+    """Times calls. seconds: spent in each, by name."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -70,20 +72,24 @@ def run(
     return program
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiler:
-    """Compiles graphs of one host, all of them by the same decisions.
+    """Compiles graphs of one host, all with the same decisions.
 
-    host: structural copy of the original over the converted model's own tensors.
+    host: structural copy of the original over the converted model's tensors.
+    decisions: settled at conversion, but for what only a training graph shows; see `compile`.
+    notes: what the user should know, for the report.
     """
 
     host: Host
     recipe: Recipe
     decisions: Decisions
     timed: Timer
+    notes: list[str] = field(default_factory=list)
+    codes: dict[tuple, Code] = field(default_factory=dict, repr=False)  # shared by all graphs
 
     def capture(self, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Program:
-        """In evaluation, or with the deep segment in training."""
+        """The host's graph. mode: "eval", or "train" for the deep segment in training mode."""
         with modules_in_mode(self.host, mode, self.recipe, self.decisions):
             name = f"capture ({mode})"
             return self.timed(name, capture, self.host, arguments, mode, static_ones)
@@ -91,13 +97,65 @@ class Compiler:
     def compile(
         self, arguments: dict[str, Any], mode: str, static_ones: bool = False
     ) -> tuple[Program, Emitted]:
-        """One more graph, for a call that the model has not seen."""
+        """Compile one more graph, for a call with a new signature.
+
+        The first training graph confirms the decisions, which were taken on an evaluation graph.
+        Raises CaptureError or ConversionError.
+        """
+        first = mode == "train" and not self.decisions.trains
+        to_sites = self._first_to_train if first else self._to_sites
+        return self.emitted(self.with_experts(to_sites(arguments, mode, static_ones)))
+
+    def with_experts(self, program: Program) -> Program:
+        passes = to_experts(self.recipe, self.decisions.chosen)
+        return run(passes, program, self.decisions, self.timed)
+
+    def emitted(self, program: Program) -> tuple[Program, Emitted]:
+        return program, self.timed("emit", emit, program, self.codes)
+
+    def _to_sites(self, arguments: dict[str, Any], mode: str, static_ones: bool) -> Program:
         captured = self.capture(arguments, mode, static_ones)
-        passes = all_passes(self.recipe, self.decisions.chosen)
-        program = run(passes, captured, self.decisions, self.timed)
-        return program, self.timed("emit", emit, program)
+        return run((*TO_CUT, *to_sites(self.recipe)), captured, self.decisions, self.timed)
+
+    def _first_to_train(self, arguments: dict[str, Any], mode: str, static_ones: bool) -> Program:
+        """Modules before the cut that only a training graph shows (dropout) are frozen as well. If
+        a module that contains the cut cannot be traced in training mode (layer drop), such modules
+        are captured in eval mode, with a note. Nothing changes if this raises."""
+        before = self.decisions
+        try:
+            try:
+                program = self._to_sites(arguments, mode, static_ones)
+            except CaptureError as error:
+                self.decisions = replace(before, containers_eval=True)
+                try:
+                    program = self._to_sites(arguments, mode, static_ones)
+                except CaptureError:
+                    raise error from None
+                note = f"modules around the cut train in eval mode: {error}".split("\n")[0]
+                self.notes.append(note)
+            shallow = before.shallow | shallow_of(program, self.host)
+            self.decisions = replace(self.decisions, shallow=shallow, trains=True)
+            if shallow != before.shallow:
+                program = self._to_sites(arguments, mode, static_ones)
+            self._require_sites(program)
+        except Exception:
+            self.decisions = before
+            raise
+        return program
+
+    def _require_sites(self, program: Program) -> None:
+        """Raises ConversionError if a site is absent from a training graph."""
+        assert program.found is not None and self.decisions.sites is not None
+        reasons = {r.name: r.reason for r in program.found.rejected}
+        missing = self.decisions.sites - {site.name for site in program.found.sites}
+        if missing:
+            named = "; ".join(f"{n}: {reasons.get(n, 'does not run')}" for n in sorted(missing))
+            raise ConversionError(
+                f"sites that hold experts cannot be routed in training mode: {named}. Convert with "
+                "other sites (LoRAExperts(sites=...)), or keep the model in evaluation mode."
+            )
 
     @property
     def fresh(self) -> str:
-        """The plan by which experts that were just inserted give what the dense model gives."""
+        """See `ExpertKind.fresh`."""
         return kind_of(self.recipe.experts).fresh(self.recipe, self.decisions.chosen)

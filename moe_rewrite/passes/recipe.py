@@ -16,13 +16,13 @@ from ..config import (
     require,
 )
 
-Experts = Any  # of one of the classes in EXPERTS
+Experts = Any  # an instance of one of the classes in EXPERTS
 EXPERTS: dict[str, type] = {k.__name__: k for k in (LoRAExperts, FFNExperts, RegionExperts)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a conversion that is decided before the model is looked at."""
+    """The options of a conversion, before the model is looked at; see `convert`."""
 
     mode: str
     split: int | float | str
@@ -34,13 +34,13 @@ class Recipe:
     backend: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; routers and experts with their class as ``kind``."""
+        """Plain values for JSON; routers and experts have their class as ``kind``."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return plain | {k: _with_kind(plain[k]) for k in ("router", "experts")}
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> Recipe:
-        """Raises TypeError, KeyError or ConfigError where `saved` is no recipe."""
+        """Raises TypeError, KeyError or ConfigError if `saved` is not a valid recipe."""
         plain = ("mode", "split", "num_experts", "batch_norm", "freeze")
         return make_recipe(
             **{k: saved[k] for k in plain},

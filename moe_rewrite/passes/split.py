@@ -27,7 +27,7 @@ class FindDepth(Pass):
 
 @dataclass(frozen=True)
 class Split(Pass):
-    """Record the cut. Exact. Raises SplitError where the split is not inside the model."""
+    """Record the cut. Exact. Raises SplitError if the split is not inside the model."""
 
     name = "split"
 
@@ -44,7 +44,7 @@ class Split(Pass):
 
 
 def _after_input(program: Program, name: str) -> str:
-    """A node of its own for the call's tensor, so that a cut can lie behind it."""
+    """Insert a node after the input's placeholder, so that the model can be cut there."""
     leaf = program.node(name)
     last = program.graph.find_nodes(op="placeholder")[-1]
     with program.graph.inserting_after(last):
@@ -55,7 +55,7 @@ def _after_input(program: Program, name: str) -> str:
 
 
 def segments(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The computing nodes up to the cut, and those after it, in graph order."""
+    """(shallow, deep): the computing nodes up to the cut and after it, in graph order."""
     assert program.cut is not None
     nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output")]
     at = next(i for i, n in enumerate(nodes) if n.name == program.cut.node)
@@ -63,7 +63,7 @@ def segments(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def shallow_modules(program: Program) -> set[str]:
-    """Dotted names of the modules that run before the cut only."""
+    """Dotted names of the modules that run only before the cut."""
     before, after = (
         {path for node in part for path, _ in module_paths(node)} for part in segments(program)
     )

@@ -1,7 +1,7 @@
-"""Let a classification head grow: after its product, append the columns that experts brought.
+"""Let a classification head grow: after its product, append the columns that experts added.
 
-Only heads that the graph's main output (batch, classes) comes from; without one the program is
-handed back unchanged.
+Only for a head whose output is the graph's main output (batch, classes); without one the program is
+returned unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..analysis.mainline import find_mainline
-from ..ir.aten import value
+from ..ir.aten import reach, value
 from ..ir.ops import argument, first, op
 from ..ir.program import Program
 from ..ir.sites import HeadSite
@@ -48,12 +48,13 @@ class WidenHead(Pass):
 
 
 def _head(program: Program) -> fx.Node | None:
-    """The last deep linear map, if the main output has its width and no positions."""
-    sink = value(find_mainline(program).sink)
+    """The last deep linear map of the main output, if that has its width and no positions."""
+    sink = find_mainline(program).sink
     _, deep = segments(program)
-    last = next((n for n in reversed(deep) if op(n).product == "linear"), None)
-    if last is None or sink.ndim != 2:
+    used = reach(sink, lambda n: n.all_input_nodes)
+    last = next((n for n in reversed(deep) if n in used and op(n).product == "linear"), None)
+    if last is None or value(sink).ndim != 2:
         return None
     weight = argument(last, "weight")
     parameter = weight.op == "placeholder" and program.inputs[weight.name].kind == "weight"
-    return last if parameter and value(weight).shape[0] == sink.shape[1] else None
+    return last if parameter and value(weight).shape[0] == value(sink).shape[1] else None

@@ -1,4 +1,4 @@
-"""Edges that several passes add to a graph: a plan's gates to a site, experts' tensors to a graph."""
+"""Nodes that several passes add to a graph: views of the plan, and placeholders of experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .insert_router import router_node
 
 
 def plan_view(program: Program, view: PlanView) -> fx.Node:
-    """The node of this view of the plan, added where there is none."""
+    """The node of this view of the plan, added if there is none yet."""
     plan = router_node(program)
     given: Any = (plan, view)
     for node in plan.users:
@@ -24,7 +24,7 @@ def plan_view(program: Program, view: PlanView) -> fx.Node:
 
 
 def expert_input(program: Program, inputs: dict[str, Input], site: str, part: str) -> fx.Node:
-    """A placeholder of one part of a site's experts, noted in `inputs`."""
+    """A placeholder for one part of a site's experts, recorded in `inputs`."""
     with program.graph.inserting_before(next(iter(program.graph.nodes))):
         node = program.graph.placeholder(f"expert_{identifier(part)}_{identifier(site)}")
     inputs[node.name] = Input("expert", f"{site}:{part}")

@@ -1,1 +1,1 @@
-"""Routers at the cut, and the plan that they make."""
+"""Routers at the cut, and the routing plan that they make."""

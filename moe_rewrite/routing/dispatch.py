@@ -1,7 +1,7 @@
-"""The rows of each expert, sorted once for every site whose rows lie alike.
+"""The rows of each expert, sorted once for all sites with the same gate layout.
 
-Shapes: T rows, E experts (the frozen model first, where the router has a gate for it), K experts
-that a row goes to at most.
+Shapes: T rows, E experts (the frozen model first, if the router has a gate for it), K experts a row
+at most.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from ..kernels.plan.op import Plan, dense_plan, largest, sort_plan
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Which rows go where. experts_TK: int64, of each row, -1 for none. plan: its pairs by expert.
-    every: all rows go to all experts."""
+    """Which rows go to which experts.
+
+    experts_TK: int64, the experts of each row, -1 for none.
+    plan: the (row, choice) pairs sorted by expert.
+    every: all rows go to all experts.
+    """
 
     experts_TK: torch.Tensor
     plan: Plan
@@ -25,9 +29,11 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class RowGates:
-    """Gates laid out as a site's rows. gates: fp32, (..., E), to be broadcast over the rows.
+    """Gates in the layout of a site's rows.
 
-    per_row: see RoutingPlan. base: whether expert 0 is the frozen model.
+    gates: (..., E) fp32, to be broadcast over the rows.
+    top_k: experts a row at most, as in RoutingPlan.
+    base: whether expert 0 is the frozen model.
     """
 
     gates: torch.Tensor
@@ -36,8 +42,10 @@ class RowGates:
     _made: dict[tuple[int, ...], Dispatch] = field(default_factory=dict)
 
     def over(self, lead: tuple[int, ...]) -> tuple[torch.Tensor, Dispatch]:
-        """gates_TE of rows of these leading dimensions, flattened, and their dispatch, which is
-        made for the first site that asks and holds nothing to differentiate."""
+        """(gates_TE, dispatch) for rows with these leading dimensions, flattened.
+
+        The dispatch is made for the first site and kept for the others; it carries no gradient.
+        """
         gates_TE = self.gates.expand(*lead, -1).reshape(-1, self.gates.shape[-1])
         if lead not in self._made:
             self._made[lead] = _dispatch(gates_TE.detach(), self.top_k)

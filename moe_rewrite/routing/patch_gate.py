@@ -1,7 +1,7 @@
 """Expert choice: every expert scores all patches of a sample and takes its best.
 
 pMoE, arXiv 2306.04073, equations 2 (top-l routing) and 3 (gates). Shapes: B batch, C channels,
-n = g * g patches, E experts that are on, l patches that each takes.
+n = g * g patches, E active experts, l patches that each takes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from .router import GivenRows, Router
 
 
 class PatchGate(Router):
-    """rows[e]: the scores' weights, (C * h * w,) for patches of h x w, or (C,) of pooled ones.
+    """The gate of a PatchRouter.
 
-    spec: with nothing left open. size: (C, H, W) of the map at the cut; of a ViT's tokens the
-    width and the sides of the square that its patch tokens form.
+    rows[e]: weights of expert e's score, (C * h * w,) for patches of h x w, or (C,) if pooled.
+    spec: without any None.
+    size: (C, H, W) of the map at the cut; for a ViT's tokens, the width and the sides of the square
+        of patch tokens.
     """
 
     def __init__(self, spec: PatchRouter, size: tuple[int, int, int], device: torch.device) -> None:
@@ -56,8 +58,8 @@ class PatchGate(Router):
         return self._plan(features, active, patch_ids, self._gates(scores, taken)), None
 
     def _few_matter(self, experts: int) -> bool:
-        """Whether the gates depend on so few patches that it pays to score those again for the
-        backward pass, rather than to go back through the scores of all."""
+        """Whether the gates depend on so few patches that scoring those again for the backward pass
+        is cheaper than a backward pass through all scores."""
         selected = self.spec.gate == "selected" and self.spec.features == "flat"
         return selected and experts * (self.spec.per_expert or 1) < self.grid**2
 
@@ -106,7 +108,7 @@ class PatchGate(Router):
     def _scores_of(
         self, x: torch.Tensor, rows: torch.Tensor, patch_ids: torch.Tensor
     ) -> torch.Tensor:
-        """(B, E, l): the same, of these patches alone."""
+        """(B, E, l): the same for these patches only."""
         table = patch_grid.patches(*self.sides, self.grid)
         positions = table.positions.to(x.device)
         patches = gather_patches(x, patch_ids, positions, (table.rows, table.cols)).flatten(2)
@@ -118,8 +120,7 @@ class PatchGate(Router):
         return products.view(len(rows), len(x), -1).transpose(0, 1)
 
     def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
-        """What the scores are multiplied by, (B, 1, 1): scaling them is scaling the features,
-        without a second copy of those."""
+        """(B, 1, 1) factor of the scores: like scaling the features, but without copying them."""
         if not self.spec.normalize:
             return 1.0
         square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
@@ -152,7 +153,7 @@ class PatchGate(Router):
         )  # fmt: skip
 
     def _over_tokens(self, weights: torch.Tensor, patch_gates: torch.Tensor) -> torch.Tensor:
-        """(B, E, S): each token has its patch's gate, those before them the mean of the gates."""
+        """(B, E, S): patch tokens have their patch's gate, prefix tokens the mean of the gates."""
         cells = weights.unflatten(2, (self.grid, self.grid))
         down, across = (patch_grid.shares(n, self.grid).to(weights) for n in self.sides)
         tokens = torch.einsum("yi,xj,beij->beyx", down, across, cells).flatten(2)

@@ -1,6 +1,6 @@
 """The plan that a router makes at the cut, once, for every deep site.
 
-Shapes: B batch, S positions, n patches, l patches an expert takes, E experts that are on.
+Shapes: B batch, S positions, n patches, l patches that an expert takes, E active experts.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ from ..kernels.plan.op import largest
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """What goes where: made once at the cut, read by every deep site.
+    """Which rows go to which experts: made once at the cut, read by every deep site.
 
-    active: indices of the experts that are on, in order.
-    weights: (*rows, len(active)) fp32 gates of those experts. Of patches, rows are (B, n) in
-        row-major order of the grid (after a ViT's prefix tokens).
-    base: (*rows, 1) fp32 gate of the frozen model, or None for a router without base.
-    num_experts: all experts, also those that are off.
-    rows: (B, S) or (B,) of the features.
-    patch_ids: (B, E, l) int64, patches that each expert takes, best first; None where tokens choose
-        experts. Without an active expert, the frozen region takes them.
-    patch_gates: (B, E, l) fp32, the gates of `patch_ids`.
-    grid: patches along each side.
-    top_k: to how many of the base and the active experts a row goes at most; None: no bound but
-        their number.
-    logits: (*rows, [1 +] len(active)) fp32, of which a token gate's are the softmax; else
-        None.
+    active: indices of the active experts, in order.
+    weights: (*rows, E) fp32 gates of the active experts. For patches, rows are (B, n) in row-major
+        order of the grid (after a ViT's prefix tokens).
+    base: (*rows, 1) fp32 gate of the frozen model; None for a router without base.
+    num_experts: number of all experts, inactive ones included.
+    rows: row dimensions of the features: (B, S), or (B,).
+    patch_ids: (B, E, l) int64, the patches that each expert takes, best first; None where tokens
+        choose experts. With no active expert, the frozen region takes them.
+    patch_gates: (B, E, l) fp32 gates of `patch_ids`.
+    grid: patches along each side; 0 without patches.
+    top_k: most experts, the frozen model included, that a row goes to; None: no bound.
+    logits: (*rows, [1 +] E) fp32 logits of a token gate, the frozen model's first; else None.
     """
 
     active: tuple[int, ...]
@@ -47,7 +45,8 @@ class RoutingPlan:
 
     @property
     def gates(self) -> torch.Tensor:
-        """(*rows, 1 + E) fp32 gates, or (*rows, E) without base; an expert that is off has 0."""
+        """(*rows, 1 + num_experts) fp32 gates, the frozen model's first, or (*rows, num_experts)
+        without base; an inactive expert has 0."""
         full = self.weights.new_zeros(*self.weights.shape[:-1], self.num_experts)
         if self.active:
             index = torch.tensor(self.active, device=full.device)
@@ -55,11 +54,12 @@ class RoutingPlan:
         return full if self.base is None else torch.cat([self.base, full], dim=-1)
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``E sum_e f_e p_e``: 1 where rows are spread evenly over the E outputs that are on.
+        """``E sum_e f_e p_e`` over the E active outputs: 1 where rows are spread evenly over them.
 
-        f_e: share of the rows' choices that e got; p_e: mean probability of e (Switch Transformer,
-        arXiv 2101.03961, equation 4, for any number of choices). mask: (B, S), nonzero for rows that
-        count, where rows are such. Raises InputError for a plan of patches.
+        f_e is the share of the rows' choices that went to e, p_e its mean probability (Switch
+        Transformer, arXiv 2101.03961, equation 4, here for any number of choices).
+        mask: (B, S), nonzero for rows that count; used if rows are (B, S).
+        Raises InputError for a plan of patches.
         """
         logits, count = self._token_logits(), self._counted(mask)
         gates = self.weights if self.base is None else torch.cat([self.base, self.weights], -1)
@@ -69,8 +69,8 @@ class RoutingPlan:
         return logits.shape[-1] * (shares * mean).sum()
 
     def z_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean square of the logits' log-sum-exp, which keeps them small (ST-MoE, arXiv 2202.08906,
-        equation 5). mask, errors: as for `load_balance_loss`."""
+        """Mean square of the logits' log-sum-exp, a penalty on large logits (ST-MoE, arXiv
+        2202.08906, equation 5). mask, errors: as for `load_balance_loss`."""
         logits, count = self._token_logits(), self._counted(mask)
         return (logits.logsumexp(-1, keepdim=True).square() * count).sum() / count.sum()
 
@@ -88,7 +88,7 @@ class RoutingPlan:
 
     @property
     def selected(self) -> torch.Tensor:
-        """(*rows,) index into `gates` of the largest gate; -1 for a patch that no expert took."""
+        """(*rows,) int64 index into `gates` of the largest; -1 for a patch that no expert took."""
         gates = self.gates
         index = largest(gates, 1)
         return index.masked_fill(gates.gather(-1, index) == 0, -1).squeeze(-1)
@@ -96,7 +96,11 @@ class RoutingPlan:
 
 @dataclass
 class PrefixState:
-    """Running sum (B, D) and count (B,) of a prefix router, fp32, over the unmasked positions."""
+    """State of a prefix router over the unmasked positions so far.
+
+    total: (B, D) fp32 sum of the features.
+    count: (B,) fp32 number of positions.
+    """
 
     total: torch.Tensor
     count: torch.Tensor
@@ -104,4 +108,4 @@ class PrefixState:
 
 Planner = Callable[
     [torch.Tensor, torch.Tensor | None], tuple[RoutingPlan, PrefixState | None]
-]  # features at the cut and their mask -> the plan, and the router's state after these rows
+]  # (features at the cut, their mask) -> (plan, the router's state after these rows)

@@ -1,4 +1,4 @@
-"""What sites read of a plan: each view is an edge from the router to sites with the same layout."""
+"""Views of a plan, which sites read: sites with the same layout share a view."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .plan import RoutingPlan
 
 @dataclass(frozen=True)
 class ScaledGates:
-    """For stacked LoRA rows: each gate of an expert times alpha / rank, repeated over the rank.
+    """For stacked LoRA experts: each gate times alpha / rank, repeated over the rank.
 
-    Gives (..., active * rank) in this dtype, or (B, active * rank, H, W) over a map.
+    `of` returns (..., active * rank) in this dtype, or (B, active * rank, H, W) over a map.
     """
 
     layout: GateLayout
@@ -26,14 +26,15 @@ class ScaledGates:
 
     def of(self, plan: RoutingPlan) -> torch.Tensor:
         scales = (plan.weights * self.scale).repeat_interleave(self.rank, dim=-1).to(self.dtype)
-        return self.layout.lay(scales, plan.rows, plan.grid)
+        return self.layout.broadcast(scales, plan.rows, plan.grid)
 
 
 @dataclass(frozen=True)
 class SortedGates:
-    """For experts on their own rows. base: with the frozen model's gate, where the router has one.
+    """For experts that each run on their own rows. `of` returns RowGates, or None if no expert is
+    active.
 
-    Gives RowGates, or None where no expert is on.
+    base: include the frozen model's gate, if the router has one.
     """
 
     layout: GateLayout
@@ -44,8 +45,8 @@ class SortedGates:
             return None
         base = plan.base if self.base else None
         gates = plan.weights if base is None else torch.cat([base, plan.weights], dim=-1)
-        laid = self.layout.lay(gates, plan.rows, plan.grid)
-        return RowGates(laid, plan.top_k, base is not None)
+        shaped = self.layout.broadcast(gates, plan.rows, plan.grid)
+        return RowGates(shaped, plan.top_k, base is not None)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class WholePlan:
 
 @dataclass(frozen=True)
 class ClassGates:
-    """For a head's classes: (B, 1 + E) log of each gate of a sample, the frozen model's first.
+    """For a classification head: (B, 1 + E) log of each gate of a sample, the frozen model's first.
 
-    None where patches choose, or without a gate of the frozen model: then classes are not weighed.
+    None with a PatchRouter, or without a gate of the frozen model: classes are not weighted then.
     """
 
     def of(self, plan: RoutingPlan) -> torch.Tensor | None:
@@ -76,5 +77,5 @@ PlanView = ScaledGates | SortedGates | WholePlan | ClassGates
 
 
 def view_plan(plan: RoutingPlan, view: PlanView) -> Any:
-    """The edge in a graph. Emitting takes it out: a model makes each view once a call."""
+    """Target of a view's node. Emitting removes the node: a model makes each view once a call."""
     return view.of(plan)

@@ -1,8 +1,10 @@
 """A token gate in closed form: ridge regression of the expert's identity on random features.
 
-The shallow segment is frozen, so what the gate reads never drifts and sums over samples say all:
-rows do not depend on the order of tasks, and no sample has to be kept (RanPAC, arXiv 2307.02251,
-section 4; Any-SSR, arXiv 2503.13575). Shapes: D width of the features, M random features.
+The shallow segment is frozen, so the features never drift and sums over samples are sufficient: the
+solution does not depend on the order of tasks, and no sample has to be kept (RanPAC, arXiv
+2307.02251, section 4; Any-SSR, arXiv 2503.13575).
+
+Shapes: D width of the features, M random features.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from .token_gate import TokenGate
 
 
 class AnalyticGate(TokenGate):
-    """rows[e]: (M + 1,), solved and never trained; frozen: (M + 1,), the frozen model's own row.
+    """The gate of ``TokenRouter(fit="analytic")``.
 
-    lift: (D, M) fixed random projection. moments[c]: (M + 1, M + 1) float64, the sum of f f^T over
-    the samples of class c, f being what the gate reads of random features and a one behind; class 0 is the
-    frozen model, class e + 1 expert e.
+    rows[e]: (M + 1,) fp32, solved and never trained.
+    frozen: (M + 1,) fp32, the frozen model's row.
+    lift: (D, M) fixed random projection.
+    moments[c]: (M + 1, M + 1) float64, the sum of f f^T over the samples of class c, where f is the
+        random features with a 1 appended. Class 0 is the frozen model, class e + 1 expert e.
     """
 
     frozen: torch.Tensor
@@ -42,7 +46,7 @@ class AnalyticGate(TokenGate):
         return nn.Parameter(zeros, requires_grad=False)
 
     def add(self, count: int, active: bool) -> list[nn.Parameter]:
-        """Rows are solved, not trained: there is no new parameter to hand out."""
+        """Add rows; no parameters are returned, since rows are solved and not trained."""
         for row in super().add(count, active):
             row.requires_grad_(False)
             self.moments.append(self._no_moments())
@@ -57,9 +61,9 @@ class AnalyticGate(TokenGate):
     def observe(
         self, features: torch.Tensor, mask: torch.Tensor | None, expert: int | None
     ) -> None:
-        """Count the rows of these features as an expert's, or (None) as the frozen model's.
+        """Add these features' rows to the statistics of an expert, or (None) of the frozen model.
 
-        Rows that the mask leaves out do not count. `solve` puts the sums to use.
+        Masked rows are left out. Nothing else changes until `solve`.
         """
         read, _, _ = self._read(features, mask, None)
         rows = read.reshape(-1, read.shape[-1])
@@ -70,10 +74,10 @@ class AnalyticGate(TokenGate):
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Rows from the sums: ``(G + r I)^-1 c``, each class weighted alike.
+        """Solve every row, ``(G + r I)^-1 c``, from the sums; all classes have the same weight.
 
-        G is the mean over classes of their mean f f^T, c the mean f of a class, r `ridge` times the
-        mean diagonal of G. A class without samples has a row of zeros.
+        G is the sum over classes of their mean f f^T, c a class's mean f, r is `ridge` times the
+        mean diagonal of G. A class without samples gets a row of zeros.
         """
         means = [m / m[-1, -1] if m[-1, -1] > 0 else m for m in self.moments]
         if not any(m[-1, -1] > 0 for m in means) or means[0].is_meta:
@@ -86,7 +90,8 @@ class AnalyticGate(TokenGate):
             row.copy_(column)
 
     def _lifted(self, x: torch.Tensor) -> torch.Tensor:
-        """Random features of every position: their mean tells more than those of a mean."""
+        """Random features of each position: averaging comes later, since their mean holds more
+        information than the random features of a mean."""
         return (x @ self.lift).relu()
 
     def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""What every router has: one row of parameters per expert, which experts are on, and a record of
-what it was before each expert came."""
+"""Base of all routers: one row of parameters per expert, which experts are active, and a record of
+the state before each expert was added."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from .plan import RoutingPlan
 
 @dataclass(frozen=True)
 class GivenRows:
-    """Parameters that replace a router's own: rows (E, size) of the experts `active`, None where
-    none is on. open: there may be any number of them."""
+    """Parameters that replace a router's own, in an exported graph.
+
+    active: indices of the experts.
+    rows: (E, size) rows of these experts; None without any.
+    open: E may be any number.
+    """
 
     active: tuple[int, ...]
     rows: torch.Tensor | None
@@ -26,16 +30,18 @@ class GivenRows:
 class Router(nn.Module):
     """One row of fp32 parameters per expert, which stay fp32 when the model is cast.
 
-    rows[e]: (size,). active: which experts are on; an expert that is off takes no part, so adding
-    one changes no bit of the others' gates. pending: those that the first forward in training mode
-    turns on. before[e]: (e, size + 2), rows and flags as they were when expert e came.
+    rows[e]: (size,) parameters of expert e.
+    active: (experts,) bool. An inactive expert takes no part, so adding one changes no bit of the
+        others' gates.
+    pending: (experts,) bool, those that the first forward in training mode activates.
+    before[e]: (e, size + 2), rows and flags just before expert e was added.
     """
 
     active: torch.Tensor
     pending: torch.Tensor
     by_row = False  # rows choose their experts
     biased = False  # each row of parameters ends in a bias
-    keeps_state = False  # what it reads of a row depends on the rows before it
+    keeps_state = False  # a row's gates depend on the rows before it, through a state
 
     def __init__(self, spec: Any, size: int, device: torch.device) -> None:
         super().__init__()
@@ -53,11 +59,11 @@ class Router(nn.Module):
         return torch.zeros(self.size, device=self.device)
 
     def needs_one(self) -> bool:
-        """Whether some expert must be on for there to be a plan."""
+        """Whether at least one expert must be active."""
         return False
 
     def add(self, count: int, active: bool) -> list[nn.Parameter]:
-        """Add `count` new rows, each with a record of what the router was before it."""
+        """Add `count` rows, with records of the router before each; returns the new parameters."""
         new = []
         for _ in range(count):
             flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
@@ -72,13 +78,13 @@ class Router(nn.Module):
         return new
 
     def remove_last(self) -> None:
-        """Take the last row off and set all else to what it was before it came."""
+        """Remove the last row and restore everything to what it was before that was added."""
         record = self.before[-1]
         self.rows, self.before = self.rows[:-1], self.before[:-1]
         with torch.no_grad():
             for row, old in zip(self.rows, record[:, :-2], strict=True):
                 row.copy_(old)
-        if record.is_meta:  # which holds no values to go back to
+        if record.is_meta:  # a meta tensor has no values to restore
             self.active, self.pending = self.active[:-1], self.pending[:-1]
             return
         flags = record[:, -2:].bool().cpu()
@@ -105,7 +111,7 @@ class Router(nn.Module):
         return tuple(self.active.nonzero().flatten().tolist())
 
     def _apply(self, fn, recurse: bool = True):
-        """Move with the model, keep the dtype; the flags stay on the CPU (they steer Python)."""
+        """Move with the model but keep the dtype; flags stay on the CPU, as Python reads them."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -126,17 +132,17 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def _chosen(self, given: GivenRows | None) -> tuple[tuple[int, ...], torch.Tensor | None]:
-        """The experts that are on, and their rows."""
+        """The active experts, and their rows."""
         if given is not None:
             return given.active, given.rows
         active = self.active_indices()
         return active, self.stacked(active) if active else None
 
     def without_experts(self, features: torch.Tensor) -> RoutingPlan:
-        """The plan of the dense model: no expert is on."""
+        """The plan of the dense model: no expert is active."""
         raise NotImplementedError
 
-    # -- what only some routers can ---------------------------------------------------------------
+    # -- for some kinds of routers only -----------------------------------------------------------
 
     def require_rows(self, what: str) -> None:
         """Raises ConfigError where experts choose among patches."""
@@ -161,9 +167,9 @@ class Router(nn.Module):
     def observe(
         self, features: torch.Tensor, mask: torch.Tensor | None, expert: int | None
     ) -> None:
-        """Count the rows of these features as an expert's, or (None) as the frozen model's."""
+        """Add these features' rows to the statistics of an expert, or (None) the frozen model."""
         raise NotImplementedError
 
     def solve(self) -> None:
-        """Put the sums of what was observed to use."""
+        """Solve the router from the statistics of what was observed."""
         raise NotImplementedError

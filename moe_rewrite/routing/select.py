@@ -21,10 +21,12 @@ def resolve_router(
     spec: RouterSpec | None, features: Sequence[Any], causal: bool,
     default: TokenRouter | None = None,
 ) -> RouterSpec:  # fmt: skip
-    """The router for features of this shape: the one asked for, or (None) the one that fits: the
-    default, of samples where the features are a map; else by what the features are.
+    """The router for features of this shape.
 
-    Raises ConfigError where the one asked for cannot work.
+    spec: the router asked for; None chooses: `default` (with one gate a sample for a feature map)
+        if there is one, else by the shape of the features and by `causal`.
+
+    Raises ConfigError if the router asked for cannot work here.
     """
     if spec is None and default is not None:
         spec = replace(default, granularity="sequence") if len(features) == 4 else default
@@ -39,14 +41,14 @@ def resolve_router(
         )
     if spec.policy == "expert" and (causal or len(features) != 3):
         raise ConfigError(
-            "TokenRouter policy='expert': experts choose among all rows of a sequence, which a "
-            "causal model would look ahead by, and a feature map has none (there a PatchRouter "
-            "does); use policy='token'"
+            "TokenRouter policy='expert': experts choose among all rows of a sequence: a causal "
+            "model would look ahead, and a feature map has no such rows (use a PatchRouter "
+            "there); use policy='token'"
         )
     if len(features) == 4 and spec.granularity != "sequence":
         raise ConfigError(
             f"TokenRouter granularity={spec.granularity!r}: the cut carries a feature map, for "
-            "which only 'sequence' (one gate per sample) is there; use a PatchRouter for patches"
+            "which only 'sequence' (one gate per sample) exists; use a PatchRouter for patches"
         )
     return spec
 
@@ -77,7 +79,7 @@ def _fit_patches(spec: PatchRouter, features: Sequence[Any]) -> PatchRouter:
 
 
 def make_router(spec: RouterSpec, features: Sequence[Any], device: torch.device) -> Router:
-    """features: shape of the value at the cut, with fixed sizes where patches are routed."""
+    """The router's module. features: shape of the value at the cut, of fixed sizes for patches."""
     if isinstance(spec, TokenRouter):
         pooled = len(features) == 4
         width = features[1] * spec.pool**2 if pooled else features[-1]

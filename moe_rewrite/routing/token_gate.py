@@ -17,7 +17,10 @@ from .router import GivenRows, Router
 
 
 class TokenGate(Router):
-    """rows[e]: (D + 1,), weights and a bias. Output 0 is the frozen model, with logit 0."""
+    """The gate of a TokenRouter. Output 0 is the frozen model, with logit 0, if `base`.
+
+    rows[e]: (D + 1,) fp32, weights and a bias.
+    """
 
     by_row = biased = True
 
@@ -60,8 +63,8 @@ class TokenGate(Router):
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
 
-        mask: (B, S) with nonzero for positions that count, or None. state: what a prefix router
-        has seen before these positions; the state after them comes back.
+        mask: (B, S), nonzero for positions that count, or None.
+        state: of a prefix router, before these positions; the state after them is returned.
         """
         with torch.no_grad():
             lead = lead_of(features.shape)
@@ -81,10 +84,10 @@ class TokenGate(Router):
     def _gates(
         self, logits: torch.Tensor, mask: torch.Tensor | None, spare: int
     ) -> tuple[torch.Tensor, int | None]:
-        """Gates of every row, zero for experts that it does not go to, and how many it goes to.
+        """(gates of every row, zero for experts that it does not go to; top_k).
 
-        spare: columns of minus infinity that the top k is taken over as well, so that there is one
-        for any number of experts.
+        spare: columns of minus infinity to take the top k over, so that k columns exist for any
+        number of experts.
         """
         if self.spec.policy == "expert":
             return _expert_choice(logits, mask, self.spec.capacity), None
@@ -99,8 +102,11 @@ class TokenGate(Router):
     def _read(
         self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
     ) -> tuple[torch.Tensor, PrefixState | None, torch.Tensor | None]:
-        """What the gate reads, fp32: (B, S, D), (B, 1, D) for a sequence gate, or (B, D); the state
-        after it; and of a prefix gate how many positions (B, S, 1) each mean is of."""
+        """(features that the gate reads, state after them, positions in each mean).
+
+        Features are fp32 (B, S, D); (B, 1, D) for a sequence gate; or (B, D). The positions are
+        (B, S, 1) for a prefix gate, else None.
+        """
         x = features.float()
         if x.ndim == 4:
             x = nn.functional.adaptive_avg_pool2d(x, self.spec.pool).flatten(1)
@@ -110,7 +116,7 @@ class TokenGate(Router):
         if x.ndim == 2 or self.spec.granularity == "token":
             return x, None, None
         counted = x.new_ones(x.shape[:2]) if mask is None else _own_columns(mask, x).float()
-        # a masked position may hold anything, infinities included: drop it, do not scale it
+        # a masked position may hold infinities, which a multiplication by zero would make NaN
         x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
         if self.spec.granularity == "sequence":
             total = counted.sum(1, keepdim=True).clamp_min(1)
@@ -123,7 +129,7 @@ class TokenGate(Router):
         return sums / counts, after, counts
 
     def _lifted(self, x: torch.Tensor) -> torch.Tensor:
-        """Features of a position, before positions are averaged."""
+        """Features of each position, before positions are averaged."""
         return x
 
     def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -139,7 +145,7 @@ class TokenGate(Router):
 
 
 def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
-    """fp32 softmax with zero for all but the top k, over those or over all outputs."""
+    """fp32 softmax, over the top k or over all outputs, with zero for all but the top k."""
     if top_k == logits.shape[-1]:
         return logits.softmax(-1)
     gates, experts = route(logits, top_k, normalize=not over_all)
@@ -149,9 +155,9 @@ def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
 def _expert_choice(
     logits: torch.Tensor, mask: torch.Tensor | None, capacity: float
 ) -> torch.Tensor:
-    """(B, S, E): the softmax over experts, where an expert has the row among its best of a sample.
+    """(B, S, E): the softmax over experts, zero where the row is not among an expert's best.
 
-    Expert choice (arXiv 2202.09368, section 3.2); rows that the mask leaves out are not chosen.
+    Expert choice (arXiv 2202.09368, section 3.2) within each sample; masked rows are not chosen.
     """
     gates = logits.softmax(-1)
     length, experts = gates.shape[1:]
@@ -165,7 +171,7 @@ def _expert_choice(
 
 
 def _own_columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The part of a (B, past + S) mask that belongs to these S positions."""
+    """The columns of a (B, past + S) mask that belong to these S positions."""
     if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
         raise InputError(
             f"attention_mask of shape {tuple(mask.shape)}: a router that averages positions "

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside the file, flush to the disk, then rename over it."""
+    """Write to a temporary file in the same folder, flush it to the disk, and rename it."""
     descriptor, fresh = tempfile.mkstemp(prefix=".moe_rewrite-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""Keys of values by what they hold, never by how they print."""
+"""Hashable keys of values, by type and content."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ATOMS = (
 
 
 def content_key(value: Any, other: Callable[[Any], Any]) -> Any:
-    """A hashable that is equal for values of the same types and contents alone.
+    """A key that is equal only for values with the same types and contents.
 
-    Takes None, bools, numbers, strings, dtypes, devices, enumerations and NumPy arrays, in lists,
-    tuples, slices and dicts. other: the key of anything else; it may raise.
+    Supports None, bools, numbers, strings, dtypes, devices, enumerations and NumPy arrays, in
+    lists, tuples, slices and dicts. other: makes the key of anything else, or raises.
     """
     kind = type(value)
     if isinstance(value, np.ndarray) and value.dtype != object:

@@ -1,4 +1,4 @@
-"""What a tensor holds, as bytes."""
+"""The bytes of a tensor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """In row-major order; of a tensor on the CPU that lies so, no copy is made."""
+    """The elements in row-major order; no copy for a contiguous tensor on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")  # type: ignore[arg-type]

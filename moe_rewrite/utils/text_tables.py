@@ -1,4 +1,4 @@
-"""Plain-text tables for people."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
 
 
 def count(n: int) -> str:
-    """A number with a unit of thousands: 1234 -> 1.23k."""
+    """A number with a decimal prefix: 1234 -> 1.23k."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.2f}{unit}"

@@ -1,4 +1,4 @@
-"""Features at the cut, computed once: the same losses, nothing of the shallow segment run."""
+"""Cached features at the cut: the same losses, without running the shallow segment."""
 
 import json
 
@@ -92,7 +92,7 @@ def test_images_too():
     assert (cache.hits, cache.misses) == (6, 6)
 
 
-def test_a_later_run_goes_on_and_damage_is_computed_anew(llama, tmp_path):
+def test_a_later_run_reuses_the_file_and_recomputes_damaged_samples(llama, tmp_path):
     moe, batch = routed(llama), PROBLEM.inputs(batches()[0])
     first = FeatureCache(moe, tmp_path, 2**20)
     want = first.features(batch)

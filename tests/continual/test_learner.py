@@ -1,4 +1,4 @@
-"""PMoE on a stream: what is learnt, what stays, and how a run goes on."""
+"""PMoE on a stream: what is learnt, what stays, and how a run resumes."""
 
 import json
 
@@ -27,7 +27,7 @@ QUICK = Training(epochs=25, lr=5e-2, batch_size=8)
 def llama():
     model = architectures.build("Llama", layers=2)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # as decided as a trained one
+        model.lm_head.weight.mul_(20)  # logits as large as a trained model's
     return model
 
 
@@ -151,7 +151,7 @@ def test_load_balance_is_the_variation_of_mean_gates_and_evens_them_out(llama):
 
 
 @pytest.mark.parametrize("fit", ["analytic", "gradient"])
-def test_a_saved_stream_goes_on_later(llama, fit, tmp_path):
+def test_a_saved_stream_can_be_continued(llama, fit, tmp_path):
     """With another learner, which has seen no task."""
     torch.manual_seed(0)
     tasks = words.stream()
@@ -226,8 +226,8 @@ def test_a_save_of_before_there_was_the_flag_goes_by_the_routers_rows(llama, tmp
         moe_rewrite.load(tmp_path, llama, verify=False)
 
 
-def test_a_run_is_scored_by_what_is_said(llama):
-    """TRACE's way: answers are generated, without the task's number, and held against the right
+def test_a_run_is_scored_by_generated_answers(llama):
+    """As in TRACE: answers are generated without the task's number, and compared with the right
     ones."""
     problem = TextProblem(words.Letters(), 32, new_tokens=6)
     llama.generation_config.eos_token_id = 2

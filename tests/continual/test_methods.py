@@ -1,4 +1,4 @@
-"""Every method over a stream: the same protocol, and a run that stops anywhere goes on as if not."""
+"""Every method over a stream: the same protocol, and a run that was stopped resumes identically."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def llama():
 
 
 class Stopped(Exception):
-    """What a kill is to a test in one process."""
+    """Stands for a kill, within one process."""
 
 
 def counted(made, batches):
@@ -65,7 +65,7 @@ def test_it_learns_and_a_run_that_was_stopped_ends_in_the_same_result(llama, met
     tasks, base_task = words.stream(), words.task("own", "klmnop", "ok")
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     want = run(method, llama, problem(), tasks, SETUP, base_task, "loss", tmp_path / "whole")
-    assert want.R[0][0] > want.before[0] + 1  # each learns the task at hand
+    assert want.R[0][0] > want.before[0] + 1  # each learns the current task
     assert len(want.R) == 3 and all(len(row) == 3 for row in want.R) and want.trainable > 0
     for stop_in in (12, 64):  # in the first task; then in a later one
         with pytest.raises(Stopped):
@@ -102,7 +102,7 @@ def test_what_adapters_add_is_what_the_method_says(llama):
         torch.testing.assert_close(oracle.model_for(None)(**inputs).logits, llama(**inputs).logits)
 
 
-def test_ewc_holds_what_mattered(llama, monkeypatch):
+def test_ewc_keeps_important_weights(llama, monkeypatch):
     moved = []
     setup = Setup(split=1, rank=4, training=Training(epochs=10, lr=3e-3))
     for strength in (0.0, 1e3):
@@ -122,7 +122,7 @@ def test_ewc_holds_what_mattered(llama, monkeypatch):
     assert moved[1] < 0.2 * moved[0], moved
 
 
-def test_lwf_stays_near_what_was_said(llama, monkeypatch):
+def test_lwf_stays_near_earlier_outputs(llama, monkeypatch):
     drift = []
     setup = Setup(split=1, rank=4, training=Training(epochs=10, lr=5e-3))
     for strength in (0.0, 10.0):

@@ -1,4 +1,4 @@
-"""Streams of tasks from their usual files; what is malformed is named by file and line."""
+"""Streams of tasks from their usual files; errors name the file and line."""
 
 import gzip
 import json

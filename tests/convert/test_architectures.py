@@ -1,4 +1,4 @@
-"""Every architecture: converted it is the dense model, and with experts what plain hooks do."""
+"""Every architecture: converted, it equals the dense model; with experts, the model with hooks."""
 
 import architectures
 import pytest

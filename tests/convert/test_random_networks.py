@@ -48,7 +48,7 @@ def test_random_networks_stay_equal_or_are_refused(
         same(moe(x), model(x))
         moe.expand(2)
         same(moe(x), model(x))
-    moe.train()  # the shallow blocks stay in eval, those behind the cut drop as the original does
+    moe.train()  # shallow blocks stay in eval mode; deep ones use dropout as the original does
     try:
         torch.manual_seed(1)
         ours = moe(x)
@@ -73,7 +73,7 @@ def test_random_networks_stay_equal_or_are_refused(
 def test_experts_of_random_networks_do_what_hooks_do(
     names, tokens, granularity, batch, length, seed
 ):
-    """Sites of every form, found by the reference by the weight itself."""
+    """Sites of every form; the reference finds them by the weight itself."""
     model = networks.Network(["Mlp", *names], tokens, seed).eval()
     try:
         moe = moe_rewrite.convert(

@@ -86,7 +86,7 @@ def test_the_comparison_fails_without_the_routing(stories, three, monkeypatch):
 HOW = [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 1.3}]
 
 
-def told(model, how, pad=True, **more):
+def generated(model, how, pad=True, **more):
     """Seeded generation from left-padded prompts."""
     ids, mask = ids_and_mask(3, 6, pad)
     torch.manual_seed(3)
@@ -96,22 +96,22 @@ def told(model, how, pad=True, **more):
 
 @pytest.mark.parametrize("how", HOW)
 def test_generation_is_the_dense_models_own(stories, moe, how):
-    assert torch.equal(told(moe, how), told(stories, how))
+    assert torch.equal(generated(moe, how), generated(stories, how))
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_generation_with_experts_is_that_of_hooks_without_a_cache(stories, three, how):
-    got = told(three, how)
+    got = generated(three, how)
     with hooked(stories, CUT, copied(three), 2.0, "prefix"):
-        assert torch.equal(got, told(stories, how, use_cache=False))
-    assert torch.equal(got, told(three, how, use_cache=False))
-    assert not torch.equal(got, told(stories, how))  # the experts change what is said
+        assert torch.equal(got, generated(stories, how, use_cache=False))
+    assert torch.equal(got, generated(three, how, use_cache=False))
+    assert not torch.equal(got, generated(stories, how))  # the experts change the text
 
 
-def test_saved_experts_say_the_same(stories, three, tmp_path):
+def test_saved_experts_generate_the_same_text(stories, three, tmp_path):
     three.save_pretrained(tmp_path)
     back = moe_rewrite.load(tmp_path, stories)
-    assert torch.equal(told(back, {}), told(three, {}))
+    assert torch.equal(generated(back, {}), generated(three, {}))
     ids, mask = ids_and_mask(2, 9, pad=True)
     with torch.no_grad():
         assert torch.equal(*(m(input_ids=ids, attention_mask=mask).logits for m in (back, three)))
@@ -131,7 +131,7 @@ def test_a_second_expert_learns_a_task_and_nothing_else_changes(stories, data):
     randomize(moe)
     original = copy.deepcopy(stories.state_dict())
     before = {k: v.clone() for k, v in moe.state_dict().items()}
-    says = told(moe, {})
+    says = generated(moe, {})
     new = moe.expand(1, name="fomc")
     optimizer = torch.optim.AdamW(new, lr=1e-2)
     moe.train()
@@ -151,11 +151,11 @@ def test_a_second_expert_learns_a_task_and_nothing_else_changes(stories, data):
     assert all(torch.equal(v, original[k]) for k, v in stories.state_dict().items())
 
     moe.eval()
-    assert not torch.equal(told(moe, {}), says)
+    assert not torch.equal(generated(moe, {}), says)
     moe.deactivate("fomc")
-    assert torch.equal(told(moe, {}), says)
+    assert torch.equal(generated(moe, {}), says)
     moe.deactivate(0)
-    assert torch.equal(told(moe, {}), told(stories, {}))  # the dense model's greedy text
+    assert torch.equal(generated(moe, {}), generated(stories, {}))  # the dense model's greedy text
     moe.activate(0)
     moe.remove_last()
     assert {k: torch.equal(v, before[k]) for k, v in moe.state_dict().items()} == dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Saving and loading: whole or not at all, and only onto the model that it belongs to."""
+"""Saving and loading: atomic, and only onto the model that was converted."""
 
 import copy
 import json

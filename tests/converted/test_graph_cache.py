@@ -1,4 +1,4 @@
-"""Which calls one captured graph may serve: told by contents, never by how they print."""
+"""Which calls one captured graph may serve: decided by contents, never by how they print."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The converted model: training, growing, moving, and what people expect of a module."""
+"""The converted model: training, growing, moving, and the usual interface of a module."""
 
 import copy
 
@@ -135,7 +135,7 @@ def test_without_base_the_gates_are_the_experts_alone(llama):
         (lambda m: m.expand(0), "n=0"),
         (lambda m: m.expand(True), "n=True"),
         (lambda m: m.expand(1, name=""), "name=''"),
-        (lambda m: m.expand(1, name="expert0"), "there is an expert of this name"),
+        (lambda m: m.expand(1, name="expert0"), "an expert has this name already"),
         (lambda m: m.activate("nobody"), "'nobody'"),
         (lambda m: m.deactivate(7), "7"),
         (lambda m: m(input_ids=ids(), nonsense=1), "takes no argument nonsense"),
@@ -188,7 +188,7 @@ def test_checkpointing_keeps_dropout_seeds_and_gradients():
 
 
 class Normed(nn.Module):
-    """Batch norm in every layer, before and behind the cut."""
+    """Batch norm in every layer, before and after the cut."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The work between the products of a feed-forward is recognised by its operations, never by values."""
+"""Activations of a feed-forward are recognised by their operations, never by values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Single experts to and from PEFT's files, held against PEFT itself."""
+"""Single experts to and from PEFT's files, compared with PEFT itself."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Converted CNNs as models: what is a region and what is refused, cost, growth, training, copies."""
+"""Converted CNNs: which regions are found and refused, cost, growth, training, copies."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch import nn
 import moe_rewrite
 from moe_rewrite import MoeRewriteError, PatchRouter, RegionExperts, TokenRouter
 
-# A halo costs more than it saves on such small maps, which convert() says.
+# A halo costs more than it saves on maps this small, and convert() warns.
 pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
 
 
@@ -160,7 +160,7 @@ def test_the_default_region_ends_before_what_mixes_all_positions():
         ({"router": PatchRouter(8, 4)}, "grid=8.*at most 4"),
         ({"router": PatchRouter(None, 65)}, "per_expert=65.*patches"),
         ({"experts": RegionExperts("nowhere")}, "nowhere.*no module"),
-        ({"experts": RegionExperts("trunk")}, "trunk.*behind the cut"),
+        ({"experts": RegionExperts("trunk")}, "trunk.*after the cut"),
         ({"experts": RegionExperts(("stage.0", "head"))}, "mixes all positions"),
         ({"experts": RegionExperts("head")}, "feature map"),
         ({"router": TokenRouter()}, "patch"),

@@ -1,4 +1,4 @@
-"""Regions run by experts on patches: the dense network where all is taken, a masked one elsewhere."""
+"""Regions run by experts on patches, compared with the dense network and with masked dense runs."""
 
 import copy
 
@@ -16,7 +16,7 @@ from torch import nn
 import moe_rewrite
 from moe_rewrite import MoeRewriteError, PatchRouter, RegionExperts
 
-# A halo costs more than it saves on such small maps, which convert() says.
+# A halo costs more than it saves on maps this small, and convert() warns.
 pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
 
 SPLITS = {  # where regions start, early and late
@@ -52,7 +52,7 @@ def test_zero_rows_with_mean_one_gates_are_the_dense_network_too():
 
 
 MASKED = {  # split, module whose output is the region's, region
-    # the router reads before layer2, at twice the resolution of what the region reads
+    # the router reads before layer2, at twice the resolution of the region's input
     "ResNet": ("layer2", "layer3", "layer3"), "WideResNet": ("layer2", "layer2", "layer2"),
     "VGG": ("features.14", "features", None), "DenseNet": ("layers.3", "layers", ("layers.3", "layers.7")),
     "MobileNetV2": ("layers.5", "layers", None), "ConvNeXt": ("stages.2", "stages", None),
@@ -204,7 +204,7 @@ def test_isolated_patches_of_unlike_sizes_are_padded_with_zeros():
     x = image(2, 7, seed=4)
     with torch.no_grad():
         features = torch.relu(model.trunk(x))
-        # a convolution pads with zeros too: patches of their own sizes give the same
+        # a convolution pads with zeros too: patches of their real sizes give the same
         patch_ids, gates = plain.choose(features, plain.rows_of(state), moe.router.spec)
         out = torch.zeros(2, 6, 7, 7)
         for b in range(2):
@@ -285,7 +285,7 @@ def test_patches_that_no_expert_takes_give_zero_and_the_skip_remains():
 
 
 def test_experts_of_reduced_width_run_slices_of_the_hidden_channels():
-    """With a share of 1/4 and no bias behind them, four experts on all patches are the dense."""
+    """With a share of 1/4 and no bias after it, four experts on all patches equal the dense."""
     torch.manual_seed(0)
     stage = [
         nn.Conv2d(6, 8, 3, 1, 1),

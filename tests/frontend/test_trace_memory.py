@@ -1,4 +1,4 @@
-"""A conversion and an export let go of the graphs that they traced."""
+"""Conversion and export free the graphs that they traced."""
 
 import gc
 import weakref
@@ -51,7 +51,7 @@ def test_no_graph_of_a_trace_stays_in_low_memory(graphs, tmp_path):
 
 
 def of_the_process():
-    """What belongs to everybody: the collector's settings, functions, and caches."""
+    """Process-wide state: the collector's settings, functions, and caches."""
     from sympy.core.cache import CACHE
     from torch.export import _trace
     from torch.fx.experimental import symbolic_shapes
@@ -85,7 +85,7 @@ def test_a_plain_conversion_leaves_the_process_as_it_was(monkeypatch):
 
 
 class Fixed(nn.Module):
-    """Scales by what depends on sizes alone, without gradients: the trace has a graph in a graph."""
+    """Scales by a value that depends on sizes only, without gradients: the trace has a subgraph."""
 
     def __init__(self):
         super().__init__()

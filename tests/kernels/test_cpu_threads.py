@@ -1,4 +1,4 @@
-"""Shares of work on the CPU: each on one core, all done or an error, in the caller's mode."""
+"""Shares of work on the CPU: one core each, in the caller's mode, with errors passed on."""
 
 import os
 import sys

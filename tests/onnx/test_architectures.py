@@ -1,4 +1,4 @@
-"""Exports of many architectures: each proven on other sizes and experts, saved again, and loaded.
+"""Exports of many architectures: each verified on other sizes and experts, saved again, and loaded.
 
 All of them with ``-m sweep``; without, a few.
 """
@@ -35,7 +35,7 @@ def saved_again(moe, example, folder):
         want = moe(**given, **({"use_cache": False} if "input_ids" in given else {}))
     want = {"output": want} if isinstance(want, torch.Tensor) else dict(want)
     for name, tensor in got.items():
-        name = name.removesuffix(".out")  # where a weight bears the output's name
+        name = name.removesuffix(".out")  # if a weight has the output's name
         if name in want:
             torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
     assert {name.removesuffix(".out") for name in got} & set(want)
@@ -102,7 +102,7 @@ def test_region_experts_on_their_patches(tmp_path):
         model, split="layer3", router=PatchRouter(grid=4, per_expert=5), num_experts=2,
         experts=RegionExperts(halo=False), example_inputs=x, verify=False,
     )  # fmt: skip
-    with torch.no_grad():  # not the copies' batch statistics, which have to stay such
+    with torch.no_grad():  # not the copies' batch statistics, which must stay positive
         for p in moe.trainable_parameters():
             p.add_(0.05 * torch.randn_like(p))
     saved_again(moe.eval(), {"x": x}, tmp_path)

@@ -109,7 +109,7 @@ def test_one_expert_as_an_adapter_of_onnx_runtime(llama, tmp_path):
 
 
 def tampered_constant(model):
-    """A constant inside a node that lies in another folder."""
+    """A constant inside a node, stored in another folder."""
     tensor = onnx.TensorProto(data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="../weights.data")
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=tensor))
@@ -193,10 +193,10 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
 
 
 @pytest.mark.parametrize("external,dtype", [(False, "float16"), (True, None)])
-def test_weights_are_proven_where_they_are(
+def test_weights_are_verified_without_a_copy(
     external, dtype, llama, tmp_path, tmp_path_factory, monkeypatch
 ):
-    """ONNX Runtime reads the model's own memory, and the file is held against it."""
+    """ONNX Runtime reads the model's own memory, and the file is compared with it."""
     taken, real = [], compare_with_torch.open_session
     run = tmp_path_factory.mktemp("run") / "m.onnx"
 
@@ -240,7 +240,7 @@ def test_a_cast_copy_is_the_cast_model():
         assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
 
 
-def test_a_file_that_lost_a_bit_is_no_success(llama, tmp_path, monkeypatch):
+def test_a_file_that_lost_a_bit_is_an_error(llama, tmp_path, monkeypatch):
     real = export.write_model
 
     def spoilt(skeleton, path, external):

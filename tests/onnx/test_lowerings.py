@@ -1,4 +1,4 @@
-"""Exported feed-forward experts, each lowering against the converted model, an idle expert among them."""
+"""Exported feed-forward experts: each lowering against the converted model, with an idle expert."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_open_experts_are_replaced_by_more_of_them(given, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_weights_are_proven_as_what_they_stand_for(bits, tmp_path):
+def test_quantized_weights_are_compared_with_dequantized_ones(bits, tmp_path):
     moe = made(TOP2, Gated, Tanh)
     path = tmp_path / "m.onnx"
     report = moe_rewrite.export_onnx(moe, path, dtype=f"int{bits}", example_inputs=inputs(2, 6))
@@ -102,12 +102,12 @@ def test_rounding_is_by_row_and_half_a_step_at_most():
 def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
     path = tmp_path / "m.onnx"
     for given, bodies, options, words in (
-        (TOP2, BODIES[:1], {"lowering": "contrib"}, "'gelu' is none"),
+        (TOP2, BODIES[:1], {"lowering": "contrib"}, "'gelu': expected one of"),
         (TOP2, BODIES[2:3], {"lowering": "contrib"}, "none of the fused forms"),
         (CHOICE, (Gated,), {"lowering": "contrib"}, "experts choose"),
         (TOP2, (Gated,), {"lowering": "sparse", "dtype": "int8"}, "QMoE"),
         (TOP2, (Gated,), {"dtype": "int3"}, "int8"),
-        (TOP2, (Gated,), {"lowering": "sparse", "open_experts": True}, "one form"),
+        (TOP2, (Gated,), {"lowering": "sparse", "open_experts": True}, "one lowering"),
     ):
         moe = convert(Net(*bodies).eval(), verify=False, **given)
         with pytest.raises(ConfigError, match=words):
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_auto_takes_the_measured_best():
+def test_auto_takes_the_fastest_by_measurement():
     moe = made(TOP2, Gated)
     functional = FunctionalModel(moe, inputs(2, 6))
     functional(functional.example, functional.tensors, [])

@@ -65,7 +65,7 @@ def test_patches_cover_every_axis_once(length, grid):
     weights = shares(length, grid)
     torch.testing.assert_close(weights.sum(1), torch.ones(length))
     if length >= grid:
-        covered = [p for first, behind in bounds(length, grid) for p in range(first, behind)]
+        covered = [p for first, stop in bounds(length, grid) for p in range(first, stop)]
         assert covered == list(range(length))
         assert (weights.sum(0) >= 1).all()
         sizes = weights.sum(0)
@@ -124,7 +124,7 @@ def averaged(patch_ids, gates, grid, size):
 
 @pytest.mark.parametrize("name", cnns.CNNS)
 def test_lora_experts_on_convolutions_follow_the_patches(name):
-    """At every resolution behind the cut, strides, groups and channels-last maps included."""
+    """At every resolution after the cut, strides, groups and channels-last maps included."""
     model = cnns.build(name)
     split = {"ResNet": "layer2", "WideResNet": "layer2", "VGG": "features.14",
              "DenseNet": "layers.2", "MobileNetV2": "layers.3", "ConvNeXt": "stages.1"}[name]  # fmt: skip

@@ -173,8 +173,8 @@ def test_a_trained_router_cannot_be_solved(llama):
             TokenRouter(**wrong)
 
 
-def test_real_tasks_are_told_apart_without_training(stories, data):
-    """Three TRACE tasks and the model's own stories, on the pretrained Llama; test texts."""
+def test_real_tasks_are_distinguished_without_training(stories, data):
+    """Three TRACE tasks and the model's own stories, with the pretrained Llama, on test texts."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(data / "models" / "stories260K")
@@ -191,14 +191,14 @@ def test_real_tasks_are_told_apart_without_training(stories, data):
 
     torch.manual_seed(0)
     start = torch.full((48, 1), tokenizer.bos_token_id or 1)
-    told = stories.generate(start, max_new_tokens=64, do_sample=True, pad_token_id=0)
+    sampled = stories.generate(start, max_new_tokens=64, do_sample=True, pad_token_id=0)
     router = TokenRouter(fit="analytic", granularity="prefix")
     moe = moe_rewrite.convert(stories, split=3, router=router, num_experts=3)
-    moe.fit_router(None, [{"input_ids": told[:32]}])
+    moe.fit_router(None, [{"input_ids": sampled[:32]}])
     names = ("FOMC", "ScienceQA", "Py150")
     for expert, task in enumerate(names):
         moe.fit_router(expert, [tokens(texts(task, "train", 64))])
-    right = [last(moe, {"input_ids": told[32:]}) == 0]
+    right = [last(moe, {"input_ids": sampled[32:]}) == 0]
     right += [last(moe, tokens(texts(t, "test", 40))) == e + 1 for e, t in enumerate(names)]
     assert [r.float().mean() > 0.9 for r in right] == [True] * 4, [r.float().mean() for r in right]
 

@@ -1,1 +1,1 @@
-"""The methods that a Learner is held against, and what all have in common."""
+"""The methods that a Learner is compared with, and the interface of all methods."""

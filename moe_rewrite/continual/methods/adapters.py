@@ -1,6 +1,6 @@
-"""Rivals that train LoRA adapters of PEFT at the sites where experts would be.
+"""Methods that train PEFT's LoRA adapters at the sites where experts would be.
 
-One adapter for all tasks (plain, with replay, EWC, LwF, joint), or one for each (O-LoRA, oracle).
+One adapter for all tasks (plain, with replay, EWC, LwF, joint), or one a task (O-LoRA, oracle).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ..tasks import Task
 from ..training import TaskItem, Training, adamw, fit
 from .base import GrowingHead, Method, growing_head
 
-LEARNT = ("lora_", ".more.")  # in the names of what adapters and columns add
+LEARNT = ("lora_", ".more.")  # in the names of adapters' tensors and of added columns
 
 
 class Adapters(Method):
     """Sequential LoRA: one adapter, trained on each task in turn.
 
-    sites: dotted names of the modules that are adapted. Older columns of a growing head are
-    trained only where older tasks' samples are.
+    sites: dotted names of the modules that get an adapter.
+
+    Older columns of a growing head are trained only if older tasks' samples are replayed.
     """
 
     label = "lora"
@@ -62,13 +63,13 @@ class Adapters(Method):
 
         config = LoraConfig(r=self.rank, lora_alpha=int(self.alpha), target_modules=self.sites)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the point
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # intended
             inject_adapter_in_model(config, self.model, adapter_name=name)
         self.names.append(name)
         self.model.to(self.device)
 
     def _use(self, names: Sequence[str]) -> None:
-        """Let these adapters work; none: the model as it was."""
+        """Activate these adapters only; without any, the model is the original one."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for module in self.model.modules():
@@ -121,7 +122,7 @@ class Adapters(Method):
     def trainable(self) -> int:
         return sum(p.numel() for p in self._trained)
 
-    # -- going on -------------------------------------------------------------------------------
+    # -- saving ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
         learnt = self.model.state_dict()
@@ -146,8 +147,8 @@ def _train_but_norms(model: nn.Module) -> None:
 
 
 class Replay(Adapters):
-    """One adapter, with kept samples of older tasks mixed in (Chaudhry et al. 2019,
-    arXiv 1902.10486)."""
+    """One adapter, trained with samples of older tasks mixed in (Chaudhry et al. 2019, arXiv
+    1902.10486)."""
 
     label, keeps_data = "replay", True
 
@@ -160,7 +161,7 @@ class Replay(Adapters):
 
 
 class Joint(Adapters):
-    """All tasks at once, when the first comes: an upper bound, of no use on a stream."""
+    """Train on all tasks at once, at the first one: an upper bound, not a method for streams."""
 
     label, keeps_data = "joint", True
 
@@ -181,8 +182,8 @@ class Joint(Adapters):
 
 
 class EWC(Adapters):
-    """The adapter's weights are held where they were, each by its Fisher information (Kirkpatrick
-    et al. 2017, arXiv 1612.00796, equation 3; sums over tasks)."""
+    """A penalty keeps each weight of the adapter near its old value, by its Fisher information
+    (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3, summed over tasks)."""
 
     label, strength, samples = "ewc", 100.0, 64
 
@@ -224,8 +225,8 @@ class EWC(Adapters):
 
 
 class LwF(Adapters):
-    """On the new task's inputs, stay near what the model said before it (Li & Hoiem 2016,
-    arXiv 1606.09282, equation 3)."""
+    """On the new task's inputs, outputs are distilled from the model before the task (Li & Hoiem
+    2016, arXiv 1606.09282, equation 3)."""
 
     label, strength, temperature = "lwf", 1.0, 2.0
 
@@ -250,8 +251,8 @@ class LwF(Adapters):
 
 
 class OLoRA(Adapters):
-    """An adapter a task, all at work; the new one's A is kept orthogonal to the older ones' (Wang
-    et al. 2023, arXiv 2310.14152, equations 6 to 8)."""
+    """An adapter a task, all active; a loss keeps the new one's A orthogonal to the older ones'
+    (Wang et al. 2023, arXiv 2310.14152, equations 6 to 8)."""
 
     label, one_each, strength = "olora", True, 0.5
 
@@ -268,7 +269,7 @@ class OLoRA(Adapters):
 class Oracle(Adapters):
     """An adapter a task, chosen by the task's number at inference: an upper bound."""
 
-    label, one_each, told_task = "oracle", True, True
+    label, one_each, needs_task_number = "oracle", True, True
 
     def learn(self, tasks: Sequence[Task], number: int) -> None:
         super().learn(tasks, number)

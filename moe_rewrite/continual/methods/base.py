@@ -1,4 +1,4 @@
-"""What every method of learning a stream has in common."""
+"""The interface of methods that learn a stream of tasks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..training import Training, accelerator
 
 
 class Method(ABC):
-    """Learns tasks one by one. model: what is called; tasks are learnt in the order of their
-    numbers.
+    """Learns tasks one by one, in the order of their numbers.
 
-    keeps_data: it stores samples of older tasks. told_task: scored with the task's number given.
+    model: the model that is trained.
+    keeps_data: the method stores samples of older tasks.
+    needs_task_number: the method must know the task's number in scoring.
     """
 
     keeps_data = False
-    told_task = False
+    needs_task_number = False
     model: Any
 
     def __init__(self, problem: Problem, training: Training) -> None:
@@ -31,38 +32,38 @@ class Method(ABC):
         self.device: torch.device = accelerator(training).device
 
     def begin(self, base_task: Task | None) -> None:
-        """Before the first task: what the model can do already, if that is known."""
+        """Called before the first task. base_task: what the model can do already, or None."""
         del base_task  # most methods make no use of it
 
     @abstractmethod
     def learn(self, tasks: Sequence[Task], number: int) -> None:
-        """Learn tasks[number]; the ones before it were learnt."""
+        """Learn tasks[number]; the tasks before it have been learnt."""
 
     def model_for(self, number: int | None) -> Any:
-        """What answers task `number`, or (None) what the model could do before. In eval mode."""
+        """The model, in eval mode, to score task `number` with; None: the base task."""
         self.model.eval()
         return self.model
 
     @abstractmethod
     def trainable(self) -> int:
-        """Parameters trained for the last task."""
+        """Number of parameters trained for the last task."""
 
     def total(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """What was learnt, to go on from."""
+        """The tensors that a run needs to be resumed."""
 
     @abstractmethod
     def restore(self, state: dict[str, torch.Tensor], tasks: Sequence[Task], learnt: int) -> None:
-        """Take over the state of a method that had learnt so many of these tasks."""
+        """Load the state of a method after it had learnt the first `learnt` of these tasks."""
 
     def epochs(self, task: Task) -> int:
         return task.epochs or self.training.epochs
 
     def validator(self, task: Task) -> Any:
-        """The loss on the task's eval items, for early stop; None where there are none."""
+        """A function that returns the loss on the task's eval items for early stopping, or None."""
         if not task.eval or self.training.patience is None:
             return None
         held_out = Task(task.name, task.train, task.eval)
@@ -79,9 +80,9 @@ class Method(ABC):
 
 
 def head_place(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the classification head, the last linear layer, and its name there.
+    """(parent module, attribute name) of the classification head: the last linear layer.
 
-    Raises ConfigError.
+    Raises ConfigError if there is none.
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not names:
@@ -91,7 +92,7 @@ def head_place(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 class GrowingHead(nn.Module):
-    """A head and the columns of every task behind its own."""
+    """A head with the columns of every task appended."""
 
     def __init__(self, first: nn.Linear) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class GrowingHead(nn.Module):
 
 
 def growing_head(model: nn.Module) -> GrowingHead:
-    """The model's head, made to grow in its place."""
+    """Replace the model's head by a GrowingHead, in place, and return that."""
     holder, leaf = head_place(model)
     head = GrowingHead(getattr(holder, leaf))
     setattr(holder, leaf, head)

@@ -16,7 +16,7 @@ from .base import GrowingHead, Method, growing_head
 
 
 class FineTuning(Method):
-    """rate: its learning rate over that of adapters, for which `training.lr` is meant."""
+    """Sequential fine-tuning. rate: its learning rate relative to `training.lr`, which suits adapters."""
 
     rate = 0.1
 

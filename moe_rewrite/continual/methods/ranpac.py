@@ -18,9 +18,9 @@ from .base import Method, head_place
 
 
 class RanPAC(Method):
-    """The model up to its head, then relu(x W) and a linear map solved from sums. M features.
+    """The model up to its head, then relu(x W) with M features and a linear map solved from sums.
 
-    gram: (M, M), sums: (M, C), float64. Raises ConfigError for what is no classifier.
+    gram: (M, M) float64. sums: (M, C) float64. Raises ConfigError unless the model is a classifier.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class RanPAC(Method):
     ) -> None:  # fmt: skip
         super().__init__(problem, training)
         if problem.scores != ("accuracy", "loss"):
-            raise ConfigError("method 'ranpac' is a classifier's head: it cannot answer in text")
+            raise ConfigError("method 'ranpac' needs a classifier: it cannot generate text")
         self.model = copy.deepcopy(dense).requires_grad_(False).eval().to(self.device)
         holder, leaf = head_place(self.model)
         head: Any = getattr(holder, leaf)
@@ -78,7 +78,7 @@ class RanPAC(Method):
 
 
 class _Lifted(nn.Module):
-    """relu(x W), and behind it the solved map where there is one."""
+    """relu(x W), followed by the solved linear map if there is one."""
 
     def __init__(self, lift: torch.Tensor) -> None:
         super().__init__()

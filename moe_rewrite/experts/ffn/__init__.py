@@ -1,1 +1,1 @@
-"""Feed-forward experts: what replaces a feed-forward region."""
+"""Feed-forward experts: the call that replaces a feed-forward region."""

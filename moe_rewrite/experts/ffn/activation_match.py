@@ -1,8 +1,8 @@
-"""Which fused form a feed-forward region has, matched on its operations.
+"""Match a feed-forward region's operations to a fused form.
 
-What lies between the products is read as a polynomial in the products and in functions (tanh, erf,
-...) of such polynomials. So a GELU written by hand is one, whatever the order of its terms, and an
-operation that is not known here, such as a clamp, makes the region one without a fused form.
+The operations between the products are read as a polynomial in the products and in functions (tanh,
+erf, ...) of polynomials. So a handwritten GELU is recognised, whatever the order of its terms; with
+an operation that is unknown here (a clamp, for example) a region has no fused form.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ...ir.ops import argument, op_name, output_of
 from ...ir.program import Code
 
 aten = torch.ops.aten
-DIGITS = 6  # of coefficients: models write the square root of 2 / pi with eight digits or more
+DIGITS = 6  # compared in coefficients; models write sqrt(2 / pi) with eight digits or more
 MOST = 64  # terms of a polynomial
 
-Half = tuple[int, int | None]  # a product of x, and which half of it, where it holds both
+Half = tuple[int, int | None]  # (index of a product, which half of it; None: all of it)
 Atom = tuple[str, Any]  # ("product", Half), or (function, frozen polynomial)
 Term = frozenset[tuple[Atom, int]]  # atoms with their powers
 Polynomial = dict[Term, float]
@@ -39,7 +39,7 @@ class FusedFFN:
 
 
 def find_fused_form(middle: Code, widths: Sequence[int]) -> FusedFFN | None:
-    """The form of a code of products of these widths, or None where no fused one computes the same."""
+    """The fused form that computes `middle` of products of these widths, or None."""
     try:
         found = _frozen(_read(middle.module.graph, widths))
     except _Unknown:
@@ -48,7 +48,7 @@ def find_fused_form(middle: Code, widths: Sequence[int]) -> FusedFFN | None:
 
 
 class _Unknown(Exception):
-    """An operation that no fused form has."""
+    """An operation that no fused form contains."""
 
 
 # -- polynomials -----------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def _power(a: Polynomial, exponent: Any) -> Polynomial:
 
 
 def _frozen(a: Polynomial) -> frozenset[tuple[Term, float]]:
-    """Equal for polynomials whose coefficients agree in DIGITS digits."""
+    """A key that is equal for polynomials whose coefficients agree to DIGITS digits."""
     return frozenset((t, _rounded(c)) for t, c in a.items() if c)
 
 
@@ -133,7 +133,7 @@ ACTIVATIONS: dict[str, Callable[[Polynomial], Polynomial]] = {
 
 
 def _candidates(widths: Sequence[int]) -> Iterator[tuple[FusedFFN, Polynomial]]:
-    """Each form of products of these widths, with what it computes."""
+    """Each fused form of products of these widths, with the polynomial that it computes."""
     pairs: list[tuple[Half, Half]] = []
     if len(widths) == 1:
         pairs = [((0, 0), (0, 1)), ((0, 1), (0, 0))]
@@ -151,7 +151,7 @@ def _candidates(widths: Sequence[int]) -> Iterator[tuple[FusedFFN, Polynomial]]:
 
 
 def _read(graph: fx.Graph, widths: Sequence[int]) -> Polynomial:
-    """What a graph of products of x makes of them. Raises _Unknown."""
+    """The polynomial of a graph whose inputs are products of x. Raises _Unknown."""
     inputs = graph.find_nodes(op="placeholder")
     if len(inputs) != len(widths):  # it takes further weights
         raise _Unknown
@@ -180,7 +180,7 @@ def _read(graph: fx.Graph, widths: Sequence[int]) -> Polynomial:
 
 
 def _product(given: Any, widths: Sequence[int]) -> tuple[int, int]:
-    """(number, width) of a whole product."""
+    """(index, width) of a product, which must be whole."""
     for number, width in enumerate(widths):
         if given == _atom("product", (number, None)):
             return number, width

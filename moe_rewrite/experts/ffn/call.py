@@ -1,4 +1,4 @@
-"""What runs in the place of a feed-forward region: the dense one, or each row's experts."""
+"""The call that replaces a feed-forward region: runs the dense one, or each row's experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...kernels.triton import runs_on
 from ...routing.dispatch import Dispatch, RowGates
 from .activation_match import FusedFFN, find_fused_form
 
-Weights = list[torch.Tensor]  # of one expert
+Weights = list[torch.Tensor]  # one expert's tensors
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,21 @@ def bias(product: Linear, weights: Weights) -> torch.Tensor | None:
 class FeedForwardCall:
     """The target of a region's node: call(x, gates, dense, experts) -> the region's output.
 
-    x: rows (..., D), or a map (B, D, H, W). dense: the frozen region's tensors. experts: for each
-    of these, a list with one of every active expert, or None for a constant, which all share.
-    Without gates the dense region runs; a row that no expert takes gets zero.
+    x: rows (..., D), or a map (B, D, H, W).
+    gates: RowGates; None runs the dense region.
+    dense: the frozen region's tensors.
+    experts: for each of these, the active experts' tensors, or None for a constant that all share.
+
+    A row that no expert takes gets zero.
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
-    form: FusedFFN | None = None  # what the fused op that runs computes, once lowered
-    requested: Execution | None = None  # how it goes about it, None for the cheaper way
+    form: FusedFFN | None = None  # set by lowering: the fused form to run
+    requested: Execution | None = None  # of the fused op; None for the cheaper one
 
     def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
-        """widths: of the products of x. dims: dimensions of the output, which may have the rows
-        merged into one."""
+        """widths: of the products of x. dims: the output's number of dimensions, which is smaller
+        than x's if the rows were merged."""
         self.body = Body(region.ups, region.middle, region.extra, region.down)
         self.channels, self.widths, self.dims = region.channels, widths, dims
 
@@ -74,7 +77,7 @@ class FeedForwardCall:
         return []
 
     def lowered(self, requested: Execution | None) -> FeedForwardCall:
-        """The same by the fused op, where there is one for what the region computes."""
+        """A copy that runs the fused op, if there is one for this region."""
         call = copy.copy(self)
         call.form, call.requested = find_fused_form(self.body.middle, self.widths), requested
         return call
@@ -92,7 +95,7 @@ class FeedForwardCall:
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
 
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
-        """The region's tensors of each expert of a dispatch."""
+        """The tensors of each expert of a dispatch, the dense ones first if `base`."""
         count = len(next(own for own in experts if own is not None))
         both = list(zip(dense, experts, strict=True))
         copies = [[d if own is None else own[e] for d, own in both] for e in range(count)]
@@ -101,7 +104,7 @@ class FeedForwardCall:
     def run(
         self, x_TD: torch.Tensor, gates: RowGates, lead: tuple[int, ...], weights: list[Weights]
     ) -> torch.Tensor:
-        """(T, D): the rows, of these leading dimensions before they were merged, by their experts."""
+        """(T, D) output of each row's experts. lead: the rows' dimensions before flattening."""
         gates_TE, dispatch = gates.over(lead)
         fused = self.form is not None and (x_TD.device.type == "cpu" or runs_on(x_TD))
         of_kind = self._fused if fused else self._looped
@@ -111,7 +114,7 @@ class FeedForwardCall:
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
         weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
-        """Every expert on its rows, added up in the experts' order."""
+        """Run every expert on its rows and add the results in the experts' order."""
         ends = dispatch.plan.offsets.tolist()
         rows = dispatch.plan.order // dispatch.experts_TK.shape[1]
         y_TD = x_TD.new_zeros(x_TD.shape)
@@ -137,7 +140,7 @@ class FeedForwardCall:
     def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> Execution:
         if self.requested is not None:
             return self.requested
-        if x_TD.device.type != "cpu":  # what is dropped is known to the device alone
+        if x_TD.device.type != "cpu":  # the host does not know which pairs are dropped
             return "grouped"
         assert self.form is not None
         rows, width = x_TD.shape
@@ -148,8 +151,8 @@ class FeedForwardCall:
         )
 
     def parts(self, weights: list[Weights]) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form, each a list with one of
-        every expert, or None."""
+        """(up, down, gate, up_bias, gate_bias, down_bias) of the fused form: lists of one tensor an
+        expert, or None."""
         assert self.form is not None
         up, up_bias = self._of(self.form.up, weights)
         gate, gate_bias = self._of(self.form.gate, weights) if self.form.gate else (None, None)
@@ -157,7 +160,7 @@ class FeedForwardCall:
         return up, down, gate, up_bias, gate_bias, _biases(self.body.down, weights)
 
     def _of(self, place: tuple[int, int | None], weights: list[Weights]) -> tuple[Any, Any]:
-        """Of each expert the matrix and bias of a product, or of a half of one."""
+        """(matrices, biases) of a product, or of a half of it, one for each expert."""
         number, half = place
         product = self.body.ups[number]
         matrices, biases = [matrix(product, w) for w in weights], _biases(product, weights)

@@ -1,4 +1,4 @@
-"""What runs in the place of a linear map with LoRA experts whose router keeps few of them a row."""
+"""The call that replaces a linear map with LoRA experts if the router keeps few experts a row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ...routing.dispatch import RowGates
 class LoRACall:
     """The target of a lowered node: call(x, weight, bias, scales, gates, a, b).
 
-    scales: as the stacked product takes them. gates: of the experts that are on, or None without
-    any. form: None to take the cheaper one, call by call: it changes with the rows and experts.
+    scales: gates as `lora_linear` takes them.
+    gates: RowGates of the active experts, or None without any.
+    form: the execution; None chooses the cheaper one for each call's rows and experts.
     """
 
     __module__, __qualname__, __name__ = __name__, "LoRACall", "lora_call"
@@ -38,7 +39,7 @@ class LoRACall:
 
     @property
     def trace_key(self) -> Any:
-        """Equal for calls of which a trace for export is the same: it is always the dense form."""
+        """Key of the trace for export: equal for all calls, since export uses the dense form."""
         return LoRACall
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
@@ -62,7 +63,7 @@ class LoRACall:
         if gates is None or gates.top_k is None or torch.compiler.is_exporting():
             return "dense"
         experts = gates.gates.shape[-1]
-        if gates.top_k >= experts or x.device.type != "cpu":  # grouped has no kernel elsewhere
+        if gates.top_k >= experts or x.device.type != "cpu":  # grouped runs on the CPU only
             return "dense"
         if self.form is not None:
             return self.form

@@ -1,4 +1,4 @@
-"""The parameters of LoRA experts, one module a site."""
+"""The parameters of LoRA experts: one module a site."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from ..base import ExpertParameters
 
 
 class LoRAParameters(ExpertParameters):
-    """LoRA experts of one linear map or convolution. a[e]: (rank, in, *kernel), b[e]: (out, rank)
-    or (out, rank, 1, 1); b starts at zero."""
+    """LoRA experts of one linear map or convolution.
+
+    a[e]: (rank, in, *kernel).
+    b[e]: (out, rank), or (out, rank, 1, 1) for a convolution; zero at the start.
+    """
 
     site: LoRASite
     parts = ("a", "b")
@@ -58,10 +61,10 @@ class LoRAParameters(ExpertParameters):
         self._stack = None
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
-        """A as (active * rank, in, ...) and B as (out, active * rank, ...); of a linear map that is
-        trained, lists of parts: a stack of the older, frozen experts, and the others by themselves.
+        """A as (active * rank, in, ...) and B as (out, active * rank, ...).
 
-        Stacks are kept from call to call while no parameter changes.
+        For a linear map in training, lists: a stack of the older, frozen experts and one tensor for
+        each of the others. Stacks are cached until a parameter changes.
         """
         if len(active) == 1:
             return self.a[active[0]], self.b[active[0]]

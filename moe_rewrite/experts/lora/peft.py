@@ -39,8 +39,10 @@ def write_adapter(
     sites: dict[str, LoRAParameters], spec: Any, expert: int, base: str | None,
     folder: str | os.PathLike,
 ) -> None:  # fmt: skip
-    """Write an expert as an adapter that computes what the expert does with gate 1. base: the name
-    or path of the model that it belongs to, where that is known."""
+    """Write an expert as an adapter that computes the same as the expert with gate 1.
+
+    base: name or path of the model that it belongs to, if known.
+    """
     from safetensors.torch import save
 
     tensors = {}
@@ -63,10 +65,10 @@ def write_adapter(
 def read_adapter(
     sites: dict[str, LoRAParameters], spec: Any, folder: str | os.PathLike
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) of an adapter by site, with the rank and scale of these.
+    """Site -> (A, B) of an adapter, converted to the experts' rank and scale.
 
-    A smaller rank is filled up with zeros. Raises CheckpointError for what cannot be an expert at
-    these sites: another kind of adapter, a larger rank, modules that are no sites, other shapes.
+    A smaller rank is padded with zeros. Raises CheckpointError for another kind of adapter, a
+    larger rank, modules that are not sites, or other shapes.
     """
     config, tensors = _read(Path(folder))
     rank, scale = _rank_and_scale(Path(folder), config, spec)
@@ -102,7 +104,7 @@ def read_adapter(
 
 @torch.no_grad()
 def fill_newest(sites: dict[str, LoRAParameters], read: dict[str, Any]) -> None:
-    """Let the newest expert have what `read_adapter` gave."""
+    """Copy what `read_adapter` returned into the newest expert."""
     for name, (a, b) in read.items():
         sites[name].a[-1].copy_(a)
         sites[name].b[-1].copy_(b)
@@ -122,7 +124,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise CheckpointError(f"{folder}: an adapter of type {kind!r}, expected 'LORA'")
     for option in REFUSED:
         if config.get(option):
-            raise CheckpointError(f"{folder}: {option}={config[option]!r} has no expert's form")
+            raise CheckpointError(f"{folder}: {option}={config[option]!r}: experts cannot do this")
     return config, tensors
 
 

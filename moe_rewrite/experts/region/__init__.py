@@ -1,1 +1,1 @@
-"""Convolutional regions that experts run on patches."""
+"""Experts that run convolutional regions on patches."""

@@ -1,4 +1,4 @@
-"""What runs in the place of a region: the dense region, or experts on their patches."""
+"""The call that replaces a convolutional region: runs the dense one, or experts on patches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from .patch_code import PatchCode
 class RegionCall:
     """The target of a region's node: call(x, plan, dense, experts) -> the region's output.
 
-    x: (B, C, H, W). dense: the frozen region's tensors. experts: for each of these, a list with one
-    of every active expert, or None for a constant, which all share. Without patches in the plan the dense region runs; with patches
-    and no active expert, the dense region's weights run on them.
+    x: (B, C, H, W).
+    dense: the frozen region's tensors.
+    experts: for each of these, the active experts' tensors, or None for a constant that all share.
+
+    Without patches in the plan the dense region runs; with patches and no active expert, the dense
+    region's weights run on the patches.
     """
 
     __module__, __qualname__, __name__ = __name__, "RegionCall", "region_call"
@@ -30,7 +33,7 @@ class RegionCall:
         written: tuple[int, ...],
     ) -> None:  # fmt: skip
         self.whole, self.patches, self.size, self.concat = whole, patches, size, concat
-        self.written = written  # places in `dense` and `experts` of what the code writes to
+        self.written = written  # indices into `dense` and `experts` of tensors written in place
         self.frugal = for_inference(patches.code)
         self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
@@ -69,7 +72,7 @@ class RegionCall:
         return self._concatenated(made, plan, exit_)
 
     def _own(self, y: torch.Tensor, patch_ids: torch.Tensor) -> torch.Tensor:
-        """Positions of a smaller patch that are a neighbour's count as zero."""
+        """Set to zero the positions that pad a smaller patch and belong to a neighbour."""
         inside = self.patches.exit.inside
         if inside is None:
             return y
@@ -85,7 +88,7 @@ class RegionCall:
     def _concatenated(
         self, made: list[torch.Tensor], plan: RoutingPlan, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Expert e fills the e-th slice of the channels; one that is off leaves zeros."""
+        """Expert e fills the e-th slice of the channels; an inactive one leaves zeros."""
         if plan.patch_ids is None or plan.patch_gates is None:
             raise InvariantError("a plan without patches")
         slices: list[torch.Tensor | None] = [None] * plan.num_experts
@@ -98,7 +101,7 @@ class RegionCall:
         return torch.cat([torch.zeros_like(like) if s is None else s for s in slices], dim=1)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Positions of entry and exit, and the masks, on a device."""
+        """The tables of positions and the masks on a device."""
         if device not in self._tables:
             code = self.patches
             tables = (code.entry.positions, code.exit.positions, *code.outside)

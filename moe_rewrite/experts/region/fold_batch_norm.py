@@ -1,4 +1,4 @@
-"""A region's code for when no gradient is wanted: fewer maps in memory, the same values."""
+"""A region's code for inference: fewer maps in memory, the same values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IN_PLACE = {
 
 
 def for_inference(code: Code) -> Code:
-    """Batch norm with frozen statistics folded into the convolution before it, and activations in
-    place. The folding is done in every call, on weights only: they may have changed."""
+    """The code with frozen batch norms folded into the convolutions before them, and activations in
+    place. Weights are folded in every call, since they may have changed."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     made = graph.graph_copy(code.module.graph, copies)

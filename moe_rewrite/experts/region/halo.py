@@ -1,9 +1,8 @@
-"""The code of a region for patches with a halo: each computes what the dense region does there.
+"""A region's code for patches with a halo: each patch's output equals the dense region's there.
 
-A value is computed on the positions that the rest of the region needs for a patch: a reader crops
-what it needs, and positions outside the map are set to zero again (to minus infinity for
-max-pooling) before each operation that reads neighbours. Reordered: the same sums, in batches of
-another shape.
+A value is computed at the positions that the rest of the region needs for a patch. A reader crops
+what it needs, and positions outside the map are set to zero again (minus infinity for max-pooling)
+before each operation that reads neighbours. Reordered: the same sums, in batches of another shape.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def halo_code(
     program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
     weights: list[torch.Tensor],
 ) -> PatchCode:  # fmt: skip
-    """Each patch with the neighbours that it reads: the dense region's values, computed apart."""
+    """The code of each patch with the neighbouring positions that it reads."""
     made = _HaloCode(program, region, grid, sizes)
     code = made.build()
     entry = patch_grid.windows(
@@ -70,7 +69,7 @@ class _HaloCode:
         return Code(fx.GraphModule(torch.nn.Module(), self.graph))
 
     def _spans(self) -> dict[fx.Node, Spans]:
-        """What each value must be computed on: all that its readers need of it."""
+        """The positions at which each value is computed: all that its readers need."""
         spans: dict[fx.Node, Spans] = {self.region.exit: (Span(), Span())}
         for node in reversed(self.region.maps()):
             if node is self.region.entry or node not in spans:
@@ -80,12 +79,12 @@ class _HaloCode:
                 if source in self.region.places:
                     spans[source] = _join(spans.get(source), needed, self.region, source)
         for node in self.region.maps():
-            if node.target is operator.getitem:  # a part of a tuple has what the tuple has
+            if node.target is operator.getitem:  # an element has the positions of its tuple
                 spans[node] = spans[first(node)]
         return spans
 
     def _map(self, node: fx.Node) -> fx.Node:
-        """The node's copy on the positions it is needed on."""
+        """The node's copy, at the positions where it is needed."""
         ways = windows(node, self.region.places[node])
         needed = _read(self.spans[node], ways)
         given = {
@@ -103,20 +102,20 @@ class _HaloCode:
         copy = self.graph.node_copy(node, lambda n: given.get(n) or self.copies[n])
         copy.meta = {}
         resize(copy, node, self.sizes)
-        if op_name(node) == "conv2d":  # whose padding may have been a word
+        if op_name(node) == "conv2d":  # its padding may be a string, "same" or "valid"
             copy.target = aten.conv2d.default
         if kind in ("convolution", "pool"):
             set_argument(copy, "padding", [0, 0])
         return self._clean(copy, node)
 
     def _clean(self, copy: fx.Node, node: fx.Node) -> fx.Node:
-        """Max-pooling outside the map gives minus infinity, which no later sum may meet."""
+        """Zero the positions outside the map after max-pooling, where they are minus infinity."""
         if op_name(node) != "max_pool2d":
             return copy
         return self._mask(copy, self.spans[node], node, 0.0)
 
     def _cropped(self, source: fx.Node, needed: Spans, ways: tuple[Window, Window]) -> fx.Node:
-        """The part of a value that a reader needs, clean outside the map if it reads neighbours."""
+        """The part of a value that a reader needs, masked outside the map for windows."""
         spans, place = self.spans[source], self.region.places[source]
         copy = self.copies[source]
         if isinstance(value(source), (tuple, list)):
@@ -149,7 +148,7 @@ class _HaloCode:
         return self.masked[copy, fill]
 
     def _outside(self, key: Any, mask: torch.Tensor) -> fx.Node:
-        """The placeholder of a mask; those of equal masks are one."""
+        """The placeholder of a mask; equal masks share one."""
         if key not in self.outside:
             with self.graph.inserting_after(self.last_mask):
                 self.last_mask = self.graph.placeholder(f"outside_{len(self.outside)}")
@@ -157,7 +156,7 @@ class _HaloCode:
         return self.outside[key][0]
 
     def _channel_padding(self, node: fx.Node, source: Any) -> fx.Node:
-        """Padding of positions is done by the mask; what is left pads channels."""
+        """Only the padding of channels: positions are padded by the mask."""
         pads = padding_of(node)
         place, ndim = self.region.places[node], value(node).ndim
         for dim in (place.rows, place.cols):
@@ -179,7 +178,7 @@ class _HaloCode:
 
 
 def _read(spans: Spans, ways: tuple[Window, Window]) -> Spans:
-    """What an operation needs of its input to give `spans` of its output."""
+    """The spans of its input that an operation needs for `spans` of its output."""
     return tuple(  # type: ignore[return-value]
         Span(
             s.stride * w.stride,
@@ -195,7 +194,7 @@ def _join(known: Spans | None, needed: Spans, region: Region, node: fx.Node) -> 
         return needed
     if any(a.stride != b.stride for a, b in zip(known, needed, strict=True)):
         raise ConversionError(
-            f"region {region.name!r}: paths of different stride lead on from {node.name}"
+            f"region {region.name!r}: paths of different stride start at {node.name}"
         )
     return tuple(  # type: ignore[return-value]
         Span(a.stride, min(a.low, b.low), max(a.high, b.high))

@@ -1,4 +1,4 @@
-"""The code of a region: for the whole map, and for patches that are images of their own."""
+"""A region's code: for the whole map, and for isolated patches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ...ir.patch_grid import Table
 from ...ir.program import Code, Program
 
 aten = torch.ops.aten
-DRY = 2  # samples in a dry run: batch statistics of a single value are an error
+DRY = 2  # samples in a dry run: batch norm refuses to train on a single value
 
 
 @dataclass(frozen=True)
 class PatchCode:
     """code(x, *outside, *weights): x (N, C, h, w) gathered patches -> (N, C', h', w').
 
-    entry, exit: where patches lie in the map that is gathered from and in the one that is written.
-    outside: for each mask that the code takes, (n, 1, h, w) bool, True where a position is outside
-    the map. macs: multiply-adds of one patch.
+    entry, exit: positions of the patches in the map that is read and in the one that is written.
+    outside: masks that the code takes, each (n, 1, h, w) bool, True outside the map.
+    macs: multiply-adds of one patch.
     """
 
     code: Code
@@ -38,7 +38,7 @@ class PatchCode:
 
 
 def weights_of(program: Program, region: Region) -> list[fx.Node]:
-    """The placeholders that a region's code takes behind its map, in graph order."""
+    """The placeholders that a region's code takes after its map, in graph order."""
     used = {s for n in region.nodes for s in n.all_input_nodes if s.op == "placeholder"}
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     return sorted(used - {region.entry}, key=order.__getitem__)
@@ -47,9 +47,10 @@ def weights_of(program: Program, region: Region) -> list[fx.Node]:
 def whole_code(
     program: Program, region: Region, sizes: dict[fx.Node, int] | None = None, masked: bool = False
 ) -> Code:
-    """code(x, *weights): the region as captured. sizes: of the channel groups that nodes name.
+    """code(x, *weights): the region as captured.
 
-    masked: code(x, outside, *weights), which sets x to zero outside first.
+    sizes: for nodes with a number of channels as an argument, the expert's number.
+    masked: return code(x, outside, *weights), which first sets x to zero outside.
     """
     graph = fx.Graph()
     entry = graph.placeholder("x")
@@ -70,10 +71,11 @@ def isolated_code(
     program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
     weights: list[torch.Tensor],
 ) -> PatchCode:  # fmt: skip
-    """Each patch by itself: its borders are padded as the map's are (pMoE, section 3)."""
+    """The code of isolated patches: their borders are padded like the map's (pMoE, arXiv
+    2306.04073, section 3)."""
     entry = patch_grid.patches(*map_size(region.entry), grid)
     exit_ = patch_grid.patches(*map_size(region.exit), grid)
-    # the rows that fill up a smaller patch are a neighbour's: outside
+    # the positions that pad a smaller patch belong to a neighbour: outside
     outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
     code = whole_code(program, region, sizes, masked=bool(outside))
     made, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
@@ -102,10 +104,10 @@ def one_patch(
 def dry_run(
     code: Code, given: list[torch.Tensor], weights: list[torch.Tensor], device: torch.device
 ) -> tuple[tuple[int, int], int]:
-    """(height, width) of what the code makes of DRY samples, and the multiply-adds of one.
+    """((height, width) of the code's output, multiply-adds of one sample), from DRY samples.
 
-    given, weights: of the shapes and dtypes that the code takes. device: the model's, where the
-    code makes tensors of its own.
+    given, weights: inputs of the shapes and dtypes that the code takes.
+    device: the model's, on which the code may create tensors.
     """
 
     class Counting(fx.Interpreter):
@@ -133,7 +135,7 @@ def dry_run(
 
 
 def resize(copy: fx.Node, node: fx.Node, sizes: dict[fx.Node, int]) -> None:
-    """Write a smaller group's size into an operation that names it."""
+    """Set the expert's number of channels in an operation that has it as an argument."""
     if node not in sizes:
         return
     normalized = op(node).normalized

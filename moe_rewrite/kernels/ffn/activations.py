@@ -1,4 +1,4 @@
-"""Activations and their derivatives into given memory, in as few passes as PyTorch has."""
+"""Activations and their derivatives, written into given tensors in as few passes as possible."""
 
 from __future__ import annotations
 

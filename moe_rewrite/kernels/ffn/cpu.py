@@ -1,8 +1,8 @@
 """Feed-forward experts on the CPU: products of each expert's rows, sorted once.
 
-T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H hidden width.
-Buffers of one batch of groups are used again for all, so that what lies between the products stays
-in the cache. Gates are folded into arrays of width D, never into ones of width H.
+T rows, K experts a row, S = T * K pairs in the plan's order, D width, H hidden width. All batches
+of groups share the same buffers, so that intermediate values stay in the cache. Gates multiply
+arrays of width D, never ones of width H.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .cpu_plan import Batch, Gradients, HostPlan, Maps, Weights, combine, dot
 def forward(
     x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, D), pre (1 or 2, S, H): up's and, where there is one, the gate's products)."""
+    """(y (T, D), pre (1 or 2, S, H): the products of up and, if there is one, of the gate)."""
     if w.stacked() and rows.fits_padding():
         return cpu_padded.forward(x, gates, rows, w, activation, save)
     ups, gatings, downs = (
@@ -71,10 +71,10 @@ def backward(
     need_gates: bool,
     into: Gradients,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dgates); the gradients of the weights go into the tensors of `into`, where there is one.
+    """(dx, dgates), None where not needed; gradients of the weights are written into `into`.
 
-    With ungated products throughout: ``dhidden = dy down``, ``dgate = <dhidden, hidden>``; the
-    gates weigh the rows of dy, x and dx instead of those of width H.
+    Products are computed without the gates: ``dhidden = dy down``, ``dgate = <dhidden, hidden>``;
+    the gates multiply rows of dy, x and dx instead of rows of width H.
     """
     if w.stacked() and rows.fits_padding():
         return cpu_padded.backward(dy, x, gates, pre, rows, w, activation, need_x, need_gates, into)
@@ -135,18 +135,18 @@ def backward(
 
 
 def _pairs(rows: HostPlan, x: torch.Tensor) -> torch.Tensor:
-    """(S, D), zero for dropped pairs, unwritten for others."""
+    """(S, D), zero for dropped pairs and uninitialised for the others."""
     return rows.clear_dropped(_buffer(x, "pairs", len(rows.order_S), x.shape[1]))
 
 
 def _buffer(x: torch.Tensor, use: str, *size: int) -> torch.Tensor:
-    """Unwritten, for this call alone."""
+    """An uninitialised buffer for this call only."""
     return reused(x, *size, owner=None, use=use)
 
 
 def _products(b: Batch, given: torch.Tensor, maps: Maps, out: torch.Tensor) -> None:
     """Each group's rows through its expert's linear map."""
-    if b.rows == len(b.sizes):  # a row each: fewer views, which take a good part of the time here
+    if b.rows == len(b.sizes):  # one row a group: avoid views, which take much of the time here
         for (weight, bias), own, made in zip(b.of(maps), given.unbind(), out.unbind(), strict=True):
             if bias is None:
                 torch.mv(weight, own, out=made)
@@ -194,7 +194,7 @@ def _up_gradients(
 
 
 def _clear_idle(rows: HostPlan, into: Gradients) -> None:
-    """Gradients of experts without rows."""
+    """Set the gradients of experts without rows to zero."""
     idle = set(range(len(rows.bounds) - 1)) - set(rows.experts)
     for kind in into:
         for e in idle if len(kind) else ():

@@ -1,8 +1,8 @@
-"""Stacked feed-forward experts of few rows each: groups filled up to one size, one product a kind.
+"""Stacked feed-forward experts with few rows each: groups padded to one size, as batched products.
 
 T rows, S pairs in the plan's order, E experts, G rows of the largest group, D width, H hidden
-width. A product of a few rows does not fill the cores, E of them at once do. What fills a group up
-is zero at both ends (x and dy), so that it adds nothing to any gradient.
+width. A product of a few rows does not use all cores, a batch of E does. The padding is zero in x
+and in dy, so it adds nothing to any gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from .reference import Stack
 
 
 class Groups(NamedTuple):
-    """slot_S: the place of each sorted pair among the E * G; pair_EG: the reverse; filling: the
-    places without a pair."""
+    """Sorted pairs <-> padded groups.
+
+    slot_S: index of each sorted pair among the E * G slots.
+    pair_EG: index of each slot's pair.
+    filling: slots that are padding.
+    size: G.
+    """
 
     slot_S: torch.Tensor
     pair_EG: torch.Tensor
@@ -36,12 +41,12 @@ class Groups(NamedTuple):
         return cls(taken.nonzero()[:, 0], pair, taken.logical_not_().nonzero()[:, 0], size)
 
     def gather(self, x_TD: torch.Tensor, rows: HostPlan) -> torch.Tensor:
-        """(E, G, D)."""
+        """(E, G, D): the rows of each group, padded."""
         given = x_TD.index_select(0, rows.tokens_S[self.pair_EG])
         return given.index_fill_(0, self.filling, 0).view(-1, self.size, x_TD.shape[1])
 
     def sorted(self, y_EGD: torch.Tensor, pairs: int) -> torch.Tensor:
-        """(S, D); zero for dropped pairs."""
+        """(S, D): the rows in the plan's order; zero for dropped pairs."""
         y = y_EGD.flatten(0, 1).index_select(0, self.slot_S)
         return F.pad(y, (0, 0, 0, pairs - len(y)))
 
@@ -49,7 +54,7 @@ class Groups(NamedTuple):
 def forward(
     x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As of `cpu.forward`."""
+    """As `cpu.forward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
     given = groups.gather(x, rows)
     made = [_linear(given, w.up, w.up_bias)]
@@ -78,7 +83,7 @@ def backward(
     need_gates: bool,
     into: Gradients,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As of `cpu.backward`."""
+    """As `cpu.backward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
     up, *gating = (p.index_select(0, groups.pair_EG).unflatten(0, (-1, groups.size)) for p in pre)
     weights = gates.reshape(-1).index_select(0, rows.order_S[groups.pair_EG])
@@ -133,7 +138,8 @@ def _gradients(
     bias: Any,
     gate: torch.Tensor | None = None,
 ) -> None:
-    """``left^T right`` and the sum of left's rows (weighed by the gate, where one is given)."""
+    """``left^T right`` into `weight`, and the sum of left's rows (times `gate`, if given) into
+    `bias`."""
     if len(weight):
         torch.bmm(left.transpose(1, 2), right, out=weight)
     if len(bias):

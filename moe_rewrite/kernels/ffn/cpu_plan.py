@@ -1,6 +1,7 @@
-"""What the CPU's forms of feed-forward experts share: weights by expert, the plan at hand, sums.
+"""Shared by the CPU implementations of feed-forward experts: weights by expert, the plan on the
+host, sums.
 
-T rows, K experts a row takes, S = T * K pairs in the plan's order, D width, H hidden width.
+T rows, K experts a row, S = T * K pairs in the plan's order, D width, H hidden width.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 from .reference import Stack
 
-FEW = 1 << 16  # values that a core's cache holds beside what they are made of
-SPREAD = 1 << 25  # multiplications from which cores take shares (measured on 2 cores)
-UNEVEN = 16  # the largest share exceeds the mean by at most one in so many rows
-SMALL = 32  # rows of a group up to which all groups are one product (measured on 2 cores)
+FEW = 1 << 16  # hidden values of a batch of groups that fit a core's cache with their operands
+SPREAD = 1 << 25  # multiplications from which work is divided among cores (measured on 2 cores)
+UNEVEN = 16  # the largest share may exceed the mean by 1 / UNEVEN
+SMALL = 32  # rows of the largest group up to which groups are padded (measured on 2 cores)
 
 
 class Weights(NamedTuple):
-    """A stack or a list per kind; empty where the experts have no such tensor."""
+    """A stack, or a list of one tensor an expert, for each kind; empty if experts have none."""
 
     up: Stack  # (H, D) each
     down: Stack  # (D, H)
@@ -33,12 +34,12 @@ class Weights(NamedTuple):
         return all(isinstance(w, torch.Tensor) or not len(w) for w in self)
 
     def owner(self) -> torch.Tensor:
-        """The tensor that other large results of the call go with (see memory.py)."""
+        """The tensor that owns the buffers of the call (see buffer_reuse.py)."""
         return self.up if isinstance(self.up, torch.Tensor) else self.up[0]
 
 
 class Gradients(NamedTuple):
-    """As `Weights`; empty for a kind without gradients, None in a list for a tensor without."""
+    """Like `Weights`; empty for a kind without gradients, None for a tensor without one."""
 
     up: Any
     down: Any
@@ -52,18 +53,18 @@ class Gradients(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Groups that are taken together: one, or several of few rows, next to each other."""
+    """Consecutive groups that are processed together: one, or several with few rows."""
 
     first: int  # of the groups
     sizes: list[int]  # rows of each
     rows: int
 
     def of(self, by_expert: Sequence[Any]) -> Sequence[Any]:
-        """What the experts of these groups have; empty where experts have no such thing."""
+        """The entries of these groups' experts."""
         return by_expert[self.first : self.first + len(self.sizes)]
 
     def zip(self, by_expert: Sequence[Any], *values: torch.Tensor) -> Iterable[tuple[Any, ...]]:
-        """For each group what its expert has, and its rows."""
+        """(its expert's entry, *its rows of each value) for each group."""
         if not by_expert:
             return ()
         if len(self.sizes) == 1:
@@ -77,17 +78,17 @@ Maps = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class HostPlan(NamedTuple):
-    """The plan at hand: bounds of the experts' groups on the host, and each pair's row.
+    """The plan on the host: bounds of the experts' groups, and each pair's row.
 
-    dense: every expert takes all rows in their order, so that nothing is gathered.
+    dense: every expert takes all rows in order, so nothing is gathered.
     """
 
     bounds: list[int]
-    experts: list[int]  # that have rows: a group each, in the plan's order
+    experts: list[int]  # those with rows: a group each, in the plan's order
     batches: list[Batch]
-    shares: list[list[int]]  # numbers of the batches that a core takes
-    largest: int  # rows of a group
-    longest: int  # rows of a batch
+    shares: list[list[int]]  # indices of the batches that each core takes
+    largest: int  # most rows of a group
+    longest: int  # most rows of a batch
     tokens_S: torch.Tensor
     order_S: torch.Tensor
     inverse_TK: torch.Tensor
@@ -115,25 +116,25 @@ class HostPlan(NamedTuple):
         )  # fmt: skip
 
     def fits_padding(self) -> bool:
-        """Whether small groups filled up to the largest's size are fewer than twice the rows."""
+        """Whether groups are small and, padded to the largest, have at most twice the rows."""
         few = (len(self.bounds) - 1) * self.largest <= 2 * self.bounds[-1]
         return not self.dense and 0 < self.largest <= SMALL and few
 
     def clear_dropped(self, of_S: torch.Tensor) -> torch.Tensor:
-        """The values given, those of dropped pairs zero."""
+        """Set the values of dropped pairs to zero, in place."""
         if self.bounds[-1] < of_S.shape[0]:
             of_S[self.bounds[-1] :] = 0
         return of_S
 
     def parts(self, of_S: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Each batch's pairs, as views: made at once they cost a fifth of as many slices."""
+        """Each batch's pairs, as views; one split costs a fifth of as many slices."""
         if len(self.batches) == 1 and self.bounds[-1] == of_S.shape[0]:
             return (of_S,)
         kept = of_S[: self.bounds[-1]]
         return kept.split_with_sizes([b.rows for b in self.batches]) if self.batches else ()
 
     def each(self, weights: Stack) -> Sequence[torch.Tensor]:
-        """The tensor of each group's expert; none where the experts have no such tensor."""
+        """The tensor of each group's expert; empty if experts have none of this kind."""
         if not isinstance(weights, torch.Tensor):
             return [weights[e] for e in self.experts] if weights else ()
         if weights.shape[0] <= 4 * len(self.experts):
@@ -142,13 +143,13 @@ class HostPlan(NamedTuple):
         return [weights[e] for e in self.experts]
 
     def maps(self, weights: Stack, biases: Stack) -> Maps:
-        """The linear map of each group's expert; none where the experts have none."""
+        """(weight, bias or None) of each group's expert; empty if experts have no such map."""
         own = self.each(weights)
         added: Sequence[Any] = self.each(biases)
         return list(zip(own, added or [None] * len(own), strict=True))
 
     def gather(self, x_TD: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The rows of a batch's tokens: in `out`, or as they are where they are all in order."""
+        """The rows of a batch's tokens: in `out`, or x itself if these are all rows in order."""
         if x_TD.shape[0] == 1:
             return x_TD.expand(tokens.shape[0], -1)
         if self.dense and tokens.shape[0] == x_TD.shape[0]:
@@ -157,7 +158,7 @@ class HostPlan(NamedTuple):
 
 
 def _batches(sizes: list[int], hidden: int) -> list[Batch]:
-    """Neighbours together as long as their hidden values are few."""
+    """Batches of neighbouring groups, as long as their hidden values are few."""
     batches: list[Batch] = []
     for i, n in enumerate(sizes):
         if batches and (batches[-1].rows + n) * hidden <= FEW:
@@ -169,8 +170,11 @@ def _batches(sizes: list[int], hidden: int) -> list[Batch]:
 
 
 def _shares(rows: list[int], products: int) -> list[list[int]]:
-    """Batches by core: one share, of all of them, where that many would be small or uneven. The
-    largest first, each to whom has the fewest rows; products: of a row."""
+    """Indices of the batches of each core, or one share of all if shares would be small or uneven.
+
+    Greedy: the largest batch first, to the core with the fewest rows. products: multiplications of
+    one row.
+    """
     count, every = torch.get_num_threads(), list(range(len(rows)))
     if count == 1 or sum(rows) * products < SPREAD:
         return [every]

@@ -1,10 +1,10 @@
-"""Feed-forward experts in Triton: products of groups of rows, a program a tile of one group.
+"""Feed-forward experts in Triton: products of groups of rows, one program a tile of one group.
 
-T rows, K experts a row takes, S = T * K pairs in the plan's order, E experts, D width, H hidden
-width. A tile is up to M pairs of one expert: `tiles_kernel` finds them for a number of programs
-that the host knows (ceil(S / M) + E), those too many have expert -1. Products gather rows where they
-load them; but for the weights' gradients, which sum over rows, they are copied into the plan's order
-first: an H100 takes twice the time for rows that lie apart. Offsets are int64.
+T rows, K experts a row, S = T * K pairs in the plan's order, E experts, D width, H hidden width. A
+tile is up to M pairs of one expert: `tiles_kernel` finds them for a number of programs that the
+host knows (ceil(S / M) + E); superfluous ones have expert -1. Products gather rows while loading
+them; for the weights' gradients, which sum over rows, rows are first copied into the plan's order,
+since scattered rows take twice the time on an H100. Offsets are int64.
 """
 
 import triton
@@ -19,7 +19,7 @@ def tiles_kernel(
     offsets, tiles, starts, E, bound,
     M: tl.constexpr, TILES: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
-    """tiles: each tile's expert, int32; starts: its first place in the order, int64."""
+    """tiles: each tile's expert, int32. starts: its first position in the order, int64."""
     at, of = tl.program_id(0) * TILES + tl.arange(0, TILES), tl.arange(0, E2)
     first = tl.load(offsets + of, of < E, 0)
     many = (tl.load(offsets + of + 1, of < E, 0) - first + M - 1) // M
@@ -34,7 +34,7 @@ def tiles_kernel(
 
 @triton.jit
 def _tile(tiles, starts, offsets, tile, M: tl.constexpr):
-    """(expert int64, first place in the plan's order int64, which of M rows there are)."""
+    """(expert int64, first position in the plan's order int64, mask of the M rows)."""
     expert = tl.load(tiles + tile).to(tl.int64)
     start = tl.load(starts + tile)
     return expert, start, tl.arange(0, M) < tl.load(offsets + expert + 1) - start
@@ -48,7 +48,7 @@ def up_kernel(
     SAVE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """hidden (S, H) = act(gate x) * (up x), or act(up x); with SAVE what it is made of into pre."""
+    """hidden (S, H) = act(gate x) * (up x), or act(up x); with SAVE the products go into pre."""
     tile, column = program_tile(tl.cdiv(H, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
@@ -104,8 +104,8 @@ def rows_kernel(
     PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (S, N) = a w_e (+ a2 w2_e) (+ bias_e); a and a2 (S, C), with GATHER a (T, C); w an expert
-    (N, C) by strides."""
+    """out (S, N) = a w_e^T (+ a2 w2_e^T) (+ bias_e). a and a2: (S, C); with GATHER, a is (T, C).
+    w_e: (N, C), by strides."""
     tile, column = program_tile(tl.cdiv(N_ALL, N), bound, GROUP)
     if tl.load(tiles + tile) < 0:
         return
@@ -135,8 +135,9 @@ def hidden_backward_kernel(
     hidden, gates, order, offsets, pre, dpre, shares, S, E, H,
     ACT: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """hidden holds dhidden = dy down and gets the hidden rows again, times the gates as dpre (1 or 2,
-    S, H) is; shares (S,): <dhidden, hidden>, which is the gates' gradient, zero for dropped pairs."""
+    """In: hidden holds dhidden = dy down. Out: hidden (S, H) holds the hidden rows times the gates,
+    dpre (1 or 2, S, H) the gradients of the products times the gates, and shares (S,) the gates'
+    gradient <dhidden, hidden>, zero for dropped pairs."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     there = rows < tl.load(offsets + E)
     pair = tl.load(order + rows, there, 0)
@@ -166,7 +167,7 @@ def hidden_backward_kernel(
 
 @triton.jit
 def spread_kernel(x, inverse, out, T, K, D, x_t, M: tl.constexpr, N: tl.constexpr):
-    """out (S, D): each row of x (T, D) at the places of its pairs, read once."""
+    """out (S, D): each row of x (T, D), read once, at the positions of its pairs."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)
     mask = (rows < T)[:, None] & (n < D)[None, :]
@@ -181,8 +182,8 @@ def weights_kernel(
     left, right, offsets, out, I_ALL, J_ALL,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (E, I, J): left^T right over the pairs of an expert, left (S, I) and right (S, J); zero
-    for an expert with no pair."""
+    """out (E, I, J): left^T right over each expert's pairs, of left (S, I) and right (S, J); zero
+    for an expert without pairs."""
     expert, pid = tl.program_id(1).to(tl.int64), tl.program_id(0)
     columns = tl.cdiv(J_ALL, N)
     i_first, j_first = pid // columns * M, pid % columns * N
@@ -206,7 +207,7 @@ def bias_kernel(
     values, gates, order, offsets, out, K, N_ALL, stride,
     GATHER: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (E, N): the sum of an expert's rows; with GATHER those of its tokens times the gates."""
+    """out (E, N): the sum of each expert's rows; with GATHER, of its tokens' rows times gates."""
     expert = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * N + tl.arange(0, N)
     end = tl.load(offsets + expert + 1)
@@ -233,7 +234,7 @@ def combine_kernel(
     y, inverse, gates, offsets, out, T, K, D, E,
     WEIGHED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """out (T, D): each row's pairs added up in the order of its choices; dropped ones are not."""
+    """out (T, D): the sum of each row's pairs in the order of its choices, without dropped ones."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)
     kept = tl.load(offsets + E)

@@ -1,7 +1,7 @@
-"""Launches of the feed-forward kernels: shapes, grids, blocks.
+"""Launches of the feed-forward kernels: shapes, grids, tile sizes.
 
-T rows, K experts a row takes, S = T * K pairs, E experts, D width, H hidden width. Every size on
-the host comes from shapes alone, so that nothing waits for the device.
+T rows, K experts a row, S = T * K pairs, E experts, D width, H hidden width. Every size on the host
+follows from shapes, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..triton import ceil_div, power_of_two, precision
 from . import kernel
 from .cpu_plan import Gradients
 
-ROWS = 2  # that a program of combine and spread moves
+ROWS = 2  # rows a program, in combine_kernel and spread_kernel
 GROUP = 8  # tiles that go through a weight's columns together
-TILES = 64  # tiles that a program finds
+TILES = 64  # tiles a program, in tiles_kernel
 
 
 class Tiles(NamedTuple):
@@ -46,7 +46,8 @@ class Tiles(NamedTuple):
 
 
 def stack(weights: Sequence[torch.Tensor], dims: int) -> torch.Tensor | None:
-    """One tensor of an expert a row: given as such, or views side by side of one, or copied."""
+    """The experts' weights as one tensor (E, ...): as given if it is one, as a view of equally
+    spaced tensors in one storage, or as a copy."""
     if not weights:
         return None
     first = weights[0]
@@ -68,7 +69,7 @@ def stack(weights: Sequence[torch.Tensor], dims: int) -> torch.Tensor | None:
 
 
 def by_kind(lists: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor | None, ...]:
-    """up, down, gate (E, ...) and the biases (contiguous), None where there are none."""
+    """up, down, gate (E, ...) and the biases (contiguous), each None if experts have none."""
     stacks = [stack(w, 3) for w in lists[:3]]
     biases = [stack(w, 2) for w in lists[3:]]
     return (*stacks, *(b if b is None else b.contiguous() for b in biases))
@@ -84,7 +85,7 @@ def forward(
     activation: str,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As of `cpu.forward`."""
+    """As `cpu.forward`."""
     up, down, gate, up_bias, gate_bias, down_bias = by_kind(lists)
     assert up is not None and down is not None
     x, gates, S = _rows(x), gates.contiguous(), len(order)
@@ -120,7 +121,7 @@ def backward(
     need_gates: bool,
     into: Gradients,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As of `cpu.backward`."""
+    """As `cpu.backward`."""
     up, down, gate, _, _, down_bias = by_kind(lists)
     assert up is not None and down is not None
     dy, x, gates, S, H = _rows(dy), _rows(x), gates.contiguous(), len(order), up.shape[1]
@@ -193,8 +194,10 @@ def _rows_product(
     bias: torch.Tensor | None = None,
     gather: int = 0,
 ) -> torch.Tensor:
-    """(S, N) = a (S, C) times the experts' weights (and once more for `second`) plus the bias;
-    gather: a is (T, C), and the pairs' rows are taken, so many of each."""
+    """(S, N): a (S, C) times the experts' weights, plus the same for `second`, plus the bias.
+
+    gather: 0, or K if a is (T, C) and the pairs' rows are to be gathered from it.
+    """
     a2, w2 = second or (a, w_ENC)
     width, depth = w_ENC.shape[1:]
     size = tile_sizes.product(a, size.m, aligned(width, depth, a.stride(0)))
@@ -213,7 +216,7 @@ Groups = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # order, offsets, gate
 def _weight_gradient(
     into: Any, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor
 ) -> None:
-    """left^T right of each expert into the stack, or the list, of gradients that are asked for."""
+    """left^T right of each expert into the stack or list of requested gradients."""
     if not len(into):
         return
     shape = len(offsets) - 1, left.shape[1], right.shape[1]
@@ -279,7 +282,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _or(given: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A pointer for a kernel that does not read it."""
+    """`given`, or another tensor as a pointer that the kernel does not read."""
     return other if given is None else given
 
 

@@ -1,7 +1,7 @@
 """Feed-forward experts as one op: `ffn_experts` over a plan, `ffn_dense` on all rows.
 
-T rows, D width, H hidden width, E experts, K experts a row takes. Saved for the backward pass:
-what was given and the products before the activation.
+T rows, D width, H hidden width, E experts, K experts a row. Saved for the backward pass: the inputs
+and the products before the activation.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def ffn_experts(
     """``y_t = sum_k gates[t, k] * FFN_{experts[t, k]}(x_t)`` (arXiv 1701.06538, equation 1), with
     ``FFN(x) = down(act(gate x) * (up x))``, or ``down(act(up x))`` without gate.
 
-    x_TD, gates_TK and experts_TK (int64) have any and the same leading dimensions; plan: what
-    `sort_plan` gives for these experts, or None. The weights are stacks, or lists of a tensor an
-    expert; all of x's dtype (fp32, bf16, fp16; fp64 on the CPU), products accumulated in fp32.
-    activation: relu, gelu, gelu_tanh, silu, relu2, quick_gelu or identity. Differentiable once
-    with respect to x, the gates, weights and biases; two runs give the same bits. Raises
-    ValueError for shapes, dtypes or names that do not fit.
+    x_TD, gates_TK, experts_TK (int64): the same leading dimensions, of any number.
+    plan: the result of `sort_plan` for these experts, or None.
+    up, down, gate and biases: stacks, or lists of one tensor an expert, of x's dtype (fp32, bf16,
+        fp16; fp64 on the CPU). Products are accumulated in fp32.
+    activation: relu, gelu, gelu_tanh, silu, relu2, quick_gelu or identity.
+
+    Differentiable once with respect to x, the gates, weights and biases. Two runs give the same
+    bits. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
     _check(x_TD, gates_TK, experts_TK, lists, activation)
@@ -66,7 +68,7 @@ def ffn_dense(
     activation: str = "silu",
 ) -> torch.Tensor:
     """Every expert on every row, ``y_t = sum_e gates[t, e] * FFN_e(x_t)``: nothing is sorted or
-    gathered. For few rows, or where K is close to E. Arguments as of `ffn_experts`."""
+    gathered. For few rows, or if K is close to E. Arguments and errors as for `ffn_experts`."""
     lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
     experts = _count(lists[0])
     _check(x_TD, gates_TE, None, lists, activation)
@@ -99,7 +101,7 @@ def _run(
 
 
 def _weights(*given: Stack | None) -> list[list[torch.Tensor]]:
-    """A list a kind: of one stack, of a tensor an expert, or empty."""
+    """A list for each kind: with one stack, with one tensor an expert, or empty."""
     return [[] if w is None else [w] if isinstance(w, torch.Tensor) else list(w) for w in given]
 
 
@@ -164,7 +166,7 @@ def _check_plan(plan: Plan, experts: torch.Tensor, count: int) -> None:
 
 
 def _by_expert(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
-    """Each kind as something that an expert's number indexes: a stack stays one."""
+    """Each kind as something that is indexed by expert: a stack, or a list."""
     return Weights(*(
         w[0] if _stacked(kind, w) else list(w) for kind, w in zip(KINDS, lists, strict=True)
     ))  # fmt: skip
@@ -190,7 +192,7 @@ def _ffn_forward(
     dense: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, D), pre (1 or 2, T * K, H); pre has no rows where it is not saved)."""
+    """(y (T, D), pre (1 or 2, T * K, H)); pre has no rows if it is not saved."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     if _has_kernels(x, up):
         from . import launch
@@ -201,7 +203,7 @@ def _ffn_forward(
     return forward(x, gates, rows, _by_expert(lists), activation, save)
 
 
-# a few tokens at a time, an op's dispatch would show: `_run` goes around it where it can
+# with few tokens the op's dispatch takes noticeable time, so `_run` bypasses it if it can
 _ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _ffn_forward, mutates_args=())
 
 
@@ -231,7 +233,7 @@ def _ffn_backward(
     dense: bool,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    """The gradients that are needed, in the order x, gates, and all weights kind by kind."""
+    """The gradients that are needed, in the order x, gates, then the weights kind by kind."""
     lists = (up, down, gate, up_bias, gate_bias, down_bias)
     into, made = _new_gradients(lists, needs[2:], _gradient_memory)
     if _has_kernels(x, up):
@@ -267,7 +269,7 @@ def _new_gradients(
     needs: Sequence[bool],
     empty: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[list[list[torch.Tensor | None]], list[torch.Tensor]]:
-    """Unwritten gradients as `lists` has the weights, None where none is needed; and those made."""
+    """(uninitialised gradients in the structure of `lists`, None if not needed; those made)."""
     wanted = iter(needs)
     into = [[empty(w) if next(wanted) else None for w in kind] for kind in lists]
     return into, [g for kind in into for g in kind if g is not None]
@@ -285,7 +287,7 @@ def _gradients_by_expert(into: list[list[torch.Tensor | None]]) -> Gradients:
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, gates, order, offsets, inverse, *lists, ctx.activation, ctx.dense, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else zeros as large as output[1]
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as output[1]
     ctx.sizes = [len(kind) for kind in lists]
     flat = [w for kind in lists for w in kind]
     ctx.save_for_backward(x, gates, order, offsets, inverse, output[1], *flat)

@@ -1,6 +1,6 @@
-"""Feed-forward experts in plain PyTorch: the truth that every kernel is held against.
+"""Feed-forward experts in plain PyTorch: the reference that every kernel is compared with.
 
-T rows, D width, H hidden width, E experts, K experts a row takes.
+T rows, D width, H hidden width, E experts, K experts a row.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def ffn(
     down_bias_D: torch.Tensor | None = None,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """One expert: ``down(act(gate x) * (up x))`` (GLU, arXiv 2002.05202), ``down(act(up x))``
-    where there is no gate."""
+    """One expert: ``down(act(gate x) * (up x))`` (GLU, arXiv 2002.05202), or ``down(act(up x))``
+    without a gate."""
     act = ACTIVATIONS[activation]
     hidden = F.linear(x_TD, up_HD, up_bias_H)
     if gate_HD is None:

@@ -1,4 +1,7 @@
-"""Classification columns behind a head, in plain PyTorch. B batch, D width, C classes, E experts."""
+"""Classification columns appended to a head, in plain PyTorch.
+
+B batch, D width, C classes, E experts.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ def append_columns(
     columns: list[tuple[torch.Tensor, torch.Tensor, int] | int],
     gates_B1E: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The logits with the experts' columns behind.
+    """The logits with the experts' columns appended.
 
-    With gates, ``log p(c) = log g_e + log softmax_e(c)``: the router says whose classes a sample's
-    is, each expert (and the head, with the frozen model's gate) which of its own. So no column has
-    to be calibrated against those of experts that it was never trained beside. Without, the columns
-    as they are.
+    With gates, ``log p(c) = log g_e + log softmax_e(c)``: the router decides which expert's classes
+    a sample belongs to, and each expert (the head, with the frozen model's gate) decides among its
+    own. So no column has to be calibrated against columns that it was not trained with. Without
+    gates, columns are plain logits.
 
-    columns: (weight, bias, place of the expert among those that are on), or how many columns an
-    expert that is off has: they are minus infinity, so that classes keep their places.
+    columns: (weight, bias, index among the active experts), or the number of columns of an inactive
+        expert: these are minus infinity, so that classes keep their positions.
     gates_B1E: log of the gates, the frozen model's first, or None.
     """
     if not columns:

@@ -1,9 +1,8 @@
-"""A linear map with LoRA experts that each work on their own rows, taken from a plan.
+"""A linear map with LoRA experts that each run on their own rows, given by a plan.
 
-T rows, D input width, O output width, E experts of rank r, K experts a row takes, S = T * K pairs.
-Where the ranks of all experts together are wide, this leaves out the products that a gate of zero
-would undo; where they are few, `lora_linear` takes fewer passes. Saved for the backward pass: what
-was given and ``x A^T`` of the pairs.
+T rows, D input width, O output width, E experts of rank r, K experts a row, S = T * K pairs. This
+skips products that a gate of zero would cancel, which pays if E * r is large; for small E * r,
+`lora_linear` takes fewer passes. Saved for the backward pass: the inputs, and ``x A^T`` of pairs.
 """
 
 from __future__ import annotations
@@ -32,14 +31,16 @@ def lora_grouped(
     b_OEr: Stack,
     rank: int,
 ) -> torch.Tensor:
-    """``x W^T + bias``, and to row t for each of its K experts e ``scales[t, k] * (x_t A_e^T) B_e^T``
+    """``y_t = W x_t + bias + sum_k scales[t, k] * B_e A_e x_t`` with e the k-th expert of row t
     (LoRA, arXiv 2106.09685, section 4.1).
 
-    x_TD: any leading dimensions, T rows in all. scales_TK: gates times alpha / rank. plan: of T * K
-    pairs among the experts of A and B, from `sort_plan`; a row's pairs with one expert come once.
-    a (E * rank, D) and b (O, E * rank): stacks, or lists of parts of whole experts. All of one
-    floating-point dtype. Differentiable once; two runs give the same bits. Raises ValueError for
-    shapes that do not fit.
+    x_TD: any leading dimensions, T rows in total.
+    scales_TK: gates times alpha / rank.
+    plan: the T * K pairs sorted by expert, from `sort_plan`; a row's experts must differ.
+    a_ErD, b_OEr: (E * rank, D) and (O, E * rank), stacks, or lists of parts of whole experts.
+
+    All of one floating-point dtype. Differentiable once; two runs give the same bits. Raises
+    ValueError for shapes that do not fit.
     """
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a_ErD, b_OEr))
     ranks = sum(len(t) for t in a)
@@ -61,7 +62,7 @@ def lora_grouped(
 def _groups(
     offsets: torch.Tensor, a: Sequence[torch.Tensor], rank: int
 ) -> list[tuple[int, slice, int, int]]:
-    """(part of A, its rows, first pair, end) of each expert that has rows."""
+    """(index of the part of A, rows of that part, first pair, end) of each expert with rows."""
     bounds, found, expert = offsets.tolist(), [], 0
     for part, stack in enumerate(a):
         for first in range(0, len(stack), rank):
@@ -77,7 +78,7 @@ def _forward(
     order: torch.Tensor, offsets: torch.Tensor, a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor], rank: int, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(y (T, O), low (S, r) in the plan's order, of no rows where it is not saved)."""
+    """(y (T, O), low (S, r) in the plan's order); low has no rows if it is not saved."""
     y, flat = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
     rows, gates = order // scales.shape[-1], scales.reshape(-1, 1).index_select(0, order)
     low = x.new_zeros(len(order) if save else 0, rank)
@@ -96,7 +97,7 @@ def _gradients(
     order: torch.Tensor, offsets: torch.Tensor, low: torch.Tensor, a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor], rank: int, needs: Needs,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Those that are asked for, in the order of `needs`."""
+    """The gradients in `needs`, in its order."""
     dy_TO, x_TD = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     rows, gates = order // scales.shape[-1], scales.reshape(-1, 1).index_select(0, order)
     dx = torch.mm(dy_TO, weight) if needs.x else None

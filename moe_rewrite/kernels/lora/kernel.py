@@ -1,6 +1,6 @@
 """A product with a low-rank one in its epilogue, in Triton.
 
-T rows, C what is summed over, N columns, R the ranks of all experts.
+T rows, C summed width, N columns, R ranks of all experts together.
 """
 
 import triton

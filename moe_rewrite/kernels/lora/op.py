@@ -1,7 +1,7 @@
 """A linear map with LoRA experts as one op; rows keep their order.
 
-T rows (any leading dimensions), D input width, O output width, R the ranks of all experts. Saved
-for the backward pass: what was given and ``x A^T``.
+T rows (any leading dimensions), D input width, O output width, R ranks of all experts together.
+Saved for the backward pass: the inputs and ``x A^T``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def lora_linear(
     experts by their gates).
 
     scales_TR: each expert's gate times alpha / rank, repeated over its rank; its leading dimensions
-    broadcast to those of x. weight: may be a transposed view. a and b: stacks, or lists of parts of
-    any rank, a tensor an expert or the older experts' stack and the newest: only parts that want a
-    gradient get one, and nothing is computed for the others but what flows on to x and the scales.
-    All of one dtype (fp32, bf16, fp16, fp64). Differentiable once. A trace for export sees plain
-    products. Raises ValueError for shapes or dtypes that do not fit.
+        broadcast to those of x.
+    weight_OD: may be a transposed view.
+    a_RD, b_OR: stacks, or lists of parts of any rank (one tensor an expert, or the older experts'
+        stack and the newest expert). Only parts that require a gradient get one.
+
+    All of one dtype (fp32, bf16, fp16, fp64). Differentiable once. In a trace for export these are
+    plain products. Raises ValueError for shapes or dtypes that do not fit.
     """
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a_RD, b_OR))
     _check(x_TD, weight_OD, bias_O, scales_TR, a, b)
@@ -49,14 +51,15 @@ def lora_linear_unchecked(
     a: Stack,
     b: Stack,
 ) -> torch.Tensor:
-    """`lora_linear` for a graph, whose tensors fit: a token at a time, the checks would show."""
+    """`lora_linear` for a graph, whose tensors are known to fit: for one token, the checks would
+    take noticeable time."""
     if torch.compiler.is_exporting() or _autocasts(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, scales, *a, *b)
     )
-    if not save and not torch.compiler.is_compiling():  # so would the dispatch
+    if not save and not torch.compiler.is_compiling():  # skip the dispatch too
         return forward(x, weight, bias, scales, a, b, save)[0]
     return _lora(x, weight, bias, scales, a, b, save)[0]
 
@@ -79,9 +82,9 @@ def _check(
         )
     out, width = weight.shape
     if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias {tuple(bias.shape)}: expected ({out},), a number an output")
+        raise ValueError(f"bias {tuple(bias.shape)}: expected ({out},), one number an output")
     if not a or len(a) != len(b):
-        raise ValueError(f"{len(a)} parts of A and {len(b)} of B: expected as many, at least one")
+        raise ValueError(f"{len(a)} parts of A, {len(b)} of B: expected equally many, at least one")
     for part, factor in zip(a, b, strict=True):
         if part.ndim != 2 or part.shape[1] != width or factor.shape != (out, part.shape[0]):
             raise ValueError(

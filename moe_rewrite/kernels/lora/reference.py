@@ -1,4 +1,4 @@
-"""LoRA experts in plain PyTorch: the truth that every kernel is held against."""
+"""LoRA experts in plain PyTorch: the reference that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def add_lora_experts(
     a_RD: Stack,
     b_OR: Stack,
 ) -> torch.Tensor:
-    """``out + ((x A^T) * scales) B^T``: all experts stacked to one low-rank product.
+    """``out + ((x A^T) * scales) B^T``: all experts stacked into one low-rank product (LoRA, arXiv
+    2106.09685, section 4.1, summed over experts with their gates).
 
     T rows (any leading dimensions), D input width, O output width, R = experts * rank.
-    scales_TR: each expert's gate times alpha / rank, repeated over its rank (LoRA, arXiv
-    2106.09685, section 4.1, summed over experts by the gate). A and B may be lists, to be stacked
-    over R. All of one dtype.
+    scales_TR: each expert's gate times alpha / rank, repeated over its rank.
+    a_RD, b_OR: may be lists, to be stacked over R. All of one dtype.
     """
     a = a_RD if isinstance(a_RD, torch.Tensor) else torch.cat(list(a_RD))
     b = b_OR if isinstance(b_OR, torch.Tensor) else torch.cat(list(b_OR), dim=1)
@@ -39,7 +39,7 @@ def add_conv_lora_experts(
     padding: list[int] | str,
     dilation: list[int],
 ) -> torch.Tensor:
-    """The same beside a convolution: A is one with its window to R channels, B is pointwise.
+    """The same for a convolution: A has its kernel size and R output channels, B is pointwise.
 
     scales_BRHW: over the output's positions, or (B, R, 1, 1) for one gate a sample.
     """

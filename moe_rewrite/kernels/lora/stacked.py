@@ -1,7 +1,7 @@
-"""A linear map and its LoRA experts in the fewest passes: PyTorch's products, and on a GPU, of many
-rows, the gradient of x with its low-rank part in the epilogue.
+"""A linear map and its LoRA experts in the fewest passes: PyTorch's products, and for many rows on
+a GPU, the gradient of x with its low-rank part in the epilogue.
 
-T rows (any leading dimensions), D input width, O output width, R the ranks of all experts.
+T rows (any leading dimensions), D input width, O output width, R ranks of all experts together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FUSED_WORK = 2**38  # multiplications
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are needed."""
 
     x: bool
     weight: bool
@@ -30,9 +30,10 @@ class Needs(NamedTuple):
 
 
 def fuses(dy_TO: torch.Tensor, weight_OD: torch.Tensor) -> bool:
-    """Whether the kernel is the faster form of the gradient of x: on an H200 in bf16 it is for 32,768
-    rows of width 4096 (1.30 of the map's time for 1.35), and not for fewer or narrower ones, nor
-    forward, where the weights lie along what is summed over (`benchmarks/results/gpu_lora.json`)."""
+    """Whether the kernel is faster for the gradient of x: on an H200 in bf16 it is for 32,768 rows
+    of width 4096 (1.30 times the linear map alone, instead of 1.35), not for fewer or narrower
+    rows, nor in the forward pass, where weights are contiguous along the summed dimension
+    (`benchmarks/results/gpu_lora.json`)."""
     large = len(dy_TO) * weight_OD.numel() >= FUSED_WORK
     return large and weight_OD.stride(-1) == 1 and dy_TO.itemsize == 2 and runs_on(dy_TO)
 
@@ -46,7 +47,7 @@ def forward(
     b: Sequence[torch.Tensor],
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, O), low (T, R) = x A^T; low has no element where it is not saved)."""
+    """(y (T, O), low (T, R) = x A^T); low is empty if it is not saved."""
     y, low = F.linear(x, weight, bias), F.linear(x, _stack(a, 0))
     scaled = low * scales if save else low.mul_(scales)
     y.view(-1, y.shape[-1]).addmm_(_rows(scaled), _stack(b, 1).t())
@@ -63,7 +64,7 @@ def backward(
     b: Sequence[torch.Tensor],
     needs: Needs,
 ) -> list[torch.Tensor]:
-    """The gradients in the order of `needs`, those alone that are asked for."""
+    """The gradients that are needed, in the order of `needs`."""
     made: list[torch.Tensor] = []
     dy_TO, x_TD = _rows(dy), _rows(x)
     dscales: list[torch.Tensor] = []

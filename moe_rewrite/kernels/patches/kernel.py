@@ -1,9 +1,9 @@
-"""Patches out of a map and back into it, in Triton.
+"""Gather patches from a map and scatter them back, in Triton.
 
 B batch, C channels, E experts, L patches an expert takes of each sample, P positions of a patch,
-n patches of the grid, Q positions of the map. Patches lie as (E, B * L, C, P): a slot is one of
-the E * B * L. Writing back is a gather as well: each position of the map reads what falls on it, in
-the order of the slots, so that nothing is added atomically.
+n patches of the grid, Q positions of the map. Patches are stored as (E, B * L, C, P); a slot is one
+of the E * B * L. The scatter is a gather too: each position of the map reads the patches that cover
+it, in the order of the slots, so no atomic addition is needed.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _slot(slot, B, L):
-    """(sample, place among the picks (B, E, L)) of a slot."""
+    """(sample, index into the picks (B, E, L)) of a slot."""
     expert, rest = slot // (B * L), slot % (B * L)
     return rest // L, expert, rest % L
 
@@ -41,8 +41,8 @@ def scatter_kernel(
     patches, gates, order, ends, out, B, C, E, L, P, Q,
     GATED: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """order (B, E * L * P): a sample's patch positions by where they fall in the map, first those
-    of the lower slot; ends (B, Q + 1): where each position's begin."""
+    """order (B, E * L * P): a sample's patch positions sorted by position in the map, then by slot.
+    ends (B, Q + 1): where those of each position of the map begin."""
     sample = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     q = tl.program_id(2) * PLACES + tl.arange(0, PLACES)

@@ -9,7 +9,7 @@ from . import kernel
 
 
 def _blocks(channels: int, places: int) -> tuple[int, int]:
-    """Channels and places of a program: 1024 elements, along the places first."""
+    """(channels, positions) of a program: 1024 elements, positions first."""
     wide = min(power_of_two(places), 256)
     return min(power_of_two(channels), max(1, 1024 // wide)), wide
 
@@ -20,7 +20,7 @@ def gather(
     positions_nP: torch.Tensor,
     gates_BEL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(E, B * L, C, P): each expert's patches, times the gates where there are some."""
+    """(E, B * L, C, P): each expert's patches, times the gates if they are given."""
     x, picks, positions = x_BCQ.contiguous(), picks_BEL.contiguous(), positions_nP.contiguous()
     (B, C, Q), (E, L), P = x.shape, picks.shape[1:], positions.shape[1]
     out = x.new_empty(E, B * L, C, P)
@@ -40,7 +40,7 @@ def scatter(
     positions_nP: torch.Tensor,
     places: int,
 ) -> torch.Tensor:
-    """(B, C, Q = places): the patches (E, B * L, C, P) added up in their places."""
+    """(B, C, Q = places): the patches (E, B * L, C, P) added up at their positions."""
     (B, E, L), C, P = picks_BEL.shape, patches.shape[2], positions_nP.shape[1]
     out = patches.new_empty(B, C, places)
     if not out.numel() or not patches.numel():

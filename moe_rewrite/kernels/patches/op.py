@@ -1,7 +1,7 @@
-"""Patches out of a map and back: `gather_patches`, `scatter_patches`.
+"""Gather patches from a map and scatter them back: `gather_patches`, `scatter_patches`.
 
-Shapes as in reference.py. Where there are kernels these are ops with gradients that are
-deterministic; elsewhere, and in a trace for export, plain PyTorch.
+Shapes as in reference.py. Where kernels run these are ops with deterministic gradients; elsewhere,
+and in a trace for export, plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ __all__ = ["gather_patches", "scatter_patches"]
 def gather_patches(
     x_BCHW: torch.Tensor, picks_BEl: torch.Tensor, positions_nP: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """(E, B * l, C, h, w): each expert's patches, a batch an expert. Differentiable once in x.
+    """(E, B * l, C, h, w): each expert's patches as one batch. Differentiable once in x.
 
-    picks_BEl: int64, 0 .. n-1. positions_nP: int64, where each patch lies in the map flattened to
-    H * W; may repeat. size: (h, w).
+    picks_BEl: int64 indices of patches, 0 .. n-1.
+    positions_nP: int64 positions of each patch in the map flattened to H * W; may repeat.
+    size: (h, w).
     """
     if not runs_on(x_BCHW) or torch.compiler.is_exporting():
         return reference.gather_patches(x_BCHW, picks_BEl, positions_nP, size)
@@ -38,9 +39,12 @@ def scatter_patches(
     size: tuple[int, int],
     apart: bool,
 ) -> torch.Tensor:
-    """(B, C, H, W): the experts' patches, each (B * l, C, h, w), added up in their places times
-    their gates; zero where no patch was taken. size: (H, W). Differentiable once in the patches
-    and gates. apart: whether no two patches of the grid overlap."""
+    """(B, C, H, W): the experts' patches, each (B * l, C, h, w), added up at their positions times
+    their gates; zero where no patch was taken. Differentiable once in the patches and gates.
+
+    size: (H, W).
+    apart: whether no two patches of the grid overlap.
+    """
     if not runs_on(patches[0]) or torch.compiler.is_exporting():
         return reference.scatter_patches(patches, gates_BEl, picks_BEl, positions_nP, size, apart)
     together = torch.stack(patches).flatten(3)
@@ -72,7 +76,7 @@ def _scatter(
     positions: torch.Tensor,
     places: int,
 ) -> torch.Tensor:
-    """(B, C, places) of patches (E, B * L, C, P); gates of None are ones."""
+    """(B, C, places) of patches (E, B * L, C, P); gates=None means ones."""
     if runs_on(patches):
         from . import launch
 

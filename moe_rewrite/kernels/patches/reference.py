@@ -1,4 +1,4 @@
-"""Gather patches, run experts, scatter what they give, in plain PyTorch.
+"""Gather patches from a map and scatter them back, in plain PyTorch: the reference.
 
 B batch, C channels, E experts, l patches an expert takes of each sample, n patches of the grid,
 h x w the positions gathered for a patch, P = h * w.
@@ -12,9 +12,10 @@ import torch
 def gather_patches(
     x_BCHW: torch.Tensor, picks_BEl: torch.Tensor, positions_nP: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """(E, B * l, C, h, w): each expert's patches, a batch an expert.
+    """(E, B * l, C, h, w): each expert's patches as one batch.
 
-    positions_nP: int64, where each patch lies in the map flattened to H * W. size: (h, w).
+    positions_nP: int64 positions of each patch in the map flattened to H * W.
+    size: (h, w).
     """
     B, C = x_BCHW.shape[:2]
     E, taken = picks_BEl.shape[1:]
@@ -33,16 +34,16 @@ def scatter_patches(
     size: tuple[int, int],
     apart: bool,
 ) -> torch.Tensor:
-    """(B, C, H, W): the experts' patches, each (B * l, C, h, w), added up in their places times
+    """(B, C, H, W): the experts' patches, each (B * l, C, h, w), added up at their positions times
     their gates; zero where no patch was taken. size: (H, W)."""
     B, E, taken = picks_BEl.shape
     C, h, w = patches[0].shape[1:]
-    together = torch.stack(patches) if E > 1 else patches[0]  # a lone expert's need no copy
+    together = torch.stack(patches) if E > 1 else patches[0]  # one expert: no copy
     y = together.reshape(E, B, taken, C, h * w).permute(1, 3, 0, 2, 4)  # (B, C, E, l, P)
     gates = gates_BEl.to(y.dtype)[:, None, ..., None]
     if y.requires_grad or gates.requires_grad or torch.compiler.is_compiling():
         source = (y * gates).reshape(B, C, E * taken * h * w)
-    else:  # in one pass to the order that it is written in
+    else:  # one pass into the order of the output
         source = torch.mul(y, gates, out=y.new_empty(y.shape)).view(B, C, E * taken * h * w)
     index = positions_nP[picks_BEl].reshape(B, 1, E * taken * h * w).expand(-1, C, -1)
     out = y.new_zeros(B, C, size[0] * size[1])

@@ -1,7 +1,7 @@
-"""Routes and counting sort in Triton: a program a block of rows, or of (row, choice) pairs.
+"""Routes and counting sort in Triton: one program a block of rows, or of (row, choice) pairs.
 
-T rows, E experts, K experts a row takes, N = T * K pairs, B blocks of pairs. Constants in capitals
-that end in 2 are powers of two that hold the size of the same name.
+T rows, E experts, K experts a row, N = T * K pairs, B blocks of pairs. E2 and K2 are the smallest
+powers of two that are at least E and K.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _rising(x):
-    """fp32 -> int64 of the same order; -0.0 as 0.0."""
+    """fp32 -> int64 keys of the same order; -0.0 equals 0.0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -26,7 +26,7 @@ def route_kernel(
     x = tl.load(
         logits + rows[:, None] * stride + of[None, :], here & (of < E)[None, :], float("-inf")
     ).to(tl.float32)
-    # all keys differ: of equal logits the lower index is the larger key
+    # all keys differ: of equal logits, the lower index has the larger key
     keys = tl.where((of < E)[None, :], _rising(x) * 65536 + (E - 1 - of)[None, :], -(2**62))
     best = tl.topk(keys, K2)
     chosen = E - 1 - (best & 65535)
@@ -79,7 +79,7 @@ def route_backward_kernel(
 
 @triton.jit
 def count_kernel(experts, counts, N, E, B, PAIRS: tl.constexpr, E2: tl.constexpr):
-    """counts (E + 1, B): pairs of each expert in each block; dropped pairs last."""
+    """counts (E + 1, B): pairs of each expert in each block; dropped pairs in the last row."""
     block = tl.program_id(0).to(tl.int64)
     pairs, of = block * PAIRS + tl.arange(0, PAIRS), tl.arange(0, E2)
     expert = tl.load(experts + pairs, pairs < N, -1)
@@ -93,7 +93,7 @@ def count_kernel(experts, counts, N, E, B, PAIRS: tl.constexpr, E2: tl.constexpr
 
 @triton.jit
 def scan_kernel(counts, totals, B, BLOCKS: tl.constexpr):
-    """Each expert's counts to the sum over the blocks before; totals (E + 1,)."""
+    """Replace each expert's counts by their sum over earlier blocks; totals (E + 1,)."""
     row = counts + tl.program_id(0).to(tl.int64) * B
     before = tl.zeros((), tl.int32)
     for start in range(0, B, BLOCKS):
@@ -122,7 +122,7 @@ def place_kernel(
     start = first + tl.load(counts + of * B + block, of < E, 0)
     place = tl.sum(tl.where(here, start[None, :] + rank, 0), 1)
     dropped = ((expert < 0) | (expert >= E)) & (pairs < N)
-    behind = tl.sum(size, 0) + tl.load(counts + tl.cast(E, tl.int64) * B + block)
-    place = tl.where(dropped, behind + tl.cumsum(dropped.to(tl.int32), 0) - 1, place)
+    end = tl.sum(size, 0) + tl.load(counts + tl.cast(E, tl.int64) * B + block)
+    place = tl.where(dropped, end + tl.cumsum(dropped.to(tl.int32), 0) - 1, place)
     tl.store(order + place, pairs, pairs < N)
     tl.store(inverse + pairs, place, pairs < N)

@@ -1,4 +1,4 @@
-"""Launches of the routing kernels: sizes of blocks by the number of experts alone."""
+"""Launches of the routing kernels; block sizes depend only on the number of experts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Routes and plans, without a host synchronisation: `largest`, `route`, `sort_plan`.
 
-T rows, E experts, K experts a row takes. There is one rule of selection, that of `largest`: models,
-kernels and exported files choose the same experts and patches on every device.
+T rows, E experts, K experts a row. Every selection follows the rule of `largest`: models, kernels
+and exported files choose the same experts and patches on every device.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .reference import Plan
 
 __all__ = ["Plan", "dense_plan", "largest", "route", "sort_plan"]
 
-KEYS = 2**16  # places that a key of 64 bits has room for, beside a score of 32
+KEYS = 2**16  # most positions that a 64-bit key can hold beside a 32-bit score
 
 
 def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """(..., k) int64: where the k largest of the last dimension are, the largest first; of equal
-    ones the lower place comes first.
+    """(..., k) int64: indices of the k largest values of the last dimension, in falling order; of
+    equal values, the lower index comes first.
 
-    A trace for export sees one TopK, of which ONNX says the same.
+    A trace for export has one TopK instead, for which ONNX specifies the same order.
     """
     if torch.compiler.is_exporting():
         return scores.topk(k, dim=-1).indices
@@ -42,11 +42,13 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gates_TK fp32, experts_TK int64): softmax over all experts in fp32, then the k largest.
 
-    logits_TE: any leading dimensions, fp64 / fp32 / bf16 / fp16 (fp64 gives fp64 gates). Gates in
-    falling order, divided by their sum if `normalize`; of equal logits the lower index comes
-    first. Differentiable with respect to the logits. Raises ValueError for a k outside 1 .. E.
+    logits_TE: any leading dimensions, fp64 / fp32 / bf16 / fp16 (fp64 gives fp64 gates).
+    normalize: divide the gates by their sum.
+
+    Gates are in falling order; of equal logits, the lower index comes first. Differentiable once
+    with respect to the logits. Raises ValueError for a k outside 1 .. E or an integer dtype.
     """
-    if torch.compiler.is_exporting() and normalize:  # TopK gives the values too
+    if torch.compiler.is_exporting() and normalize:  # TopK returns the values too
         values, chosen = logits_TE.topk(k, dim=-1)
         return _wide(values).softmax(-1), chosen
     if torch.compiler.is_exporting():
@@ -67,8 +69,10 @@ def sort_plan(experts_TK: torch.Tensor, num_experts: int) -> Plan:
     """The (row, choice) pairs sorted by expert: a stable counting sort.
 
     experts_TK: int64, any leading dimensions; an index outside 0 .. num_experts-1 drops its pair,
-    which lies behind all others in the order. Nothing is read back to the host, so that a CUDA
-    graph can capture it. Raises ValueError for another dtype or no expert.
+        which comes after all others in the order.
+
+    Nothing is read back to the host, so a CUDA graph can capture it. Raises ValueError for another
+    dtype, or for num_experts < 1.
     """
     if experts_TK.dtype != torch.int64:
         raise ValueError(f"experts have dtype {experts_TK.dtype}: expected torch.int64")
@@ -78,7 +82,7 @@ def sort_plan(experts_TK: torch.Tensor, num_experts: int) -> Plan:
 
 
 def dense_plan(rows: int, num_experts: int, device: torch.device | str | None = None) -> Plan:
-    """The plan in which every row takes every expert, choice e being expert e: no sort."""
+    """The plan in which every row takes every expert, with expert e as choice e: no sort."""
     pairs = torch.arange(rows * num_experts, device=device)
     order = pairs.view(rows, num_experts).t().reshape(-1)
     inverse = pairs.view(num_experts, rows).t().reshape(-1)
@@ -108,7 +112,7 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-# a token at a time, an op's dispatch would show: `route` goes around it where it can
+# for one token the op's dispatch takes noticeable time, so `route` bypasses it if it can
 _route = torch.library.custom_op("moe_rewrite::route", _plain_route, mutates_args=())
 
 

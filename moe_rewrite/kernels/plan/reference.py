@@ -1,6 +1,6 @@
-"""Routes and plans in plain PyTorch: the truth that every kernel is held against.
+"""Routes and plans in plain PyTorch: the reference that every kernel is compared with.
 
-T rows, E experts, K experts a row takes.
+T rows, E experts, K experts a row.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 class Plan(NamedTuple):
     """The (row, choice) pairs sorted by expert. A pair's number is ``row * K + choice``.
 
-    order: (T * K,) int64, the pairs of expert 0 first, each expert's in rising order; dropped
-    pairs (expert outside 0 .. E-1) behind all others. offsets: (E + 1,) int64, expert e has
-    ``order[offsets[e] : offsets[e + 1]]``. inverse: (T * K,) int64, where each pair is in `order`.
+    order: (T * K,) int64, the pairs of expert 0 first, each expert's in rising order; dropped pairs
+        (expert outside 0 .. E-1) after all others.
+    offsets: (E + 1,) int64; expert e has ``order[offsets[e] : offsets[e + 1]]``.
+    inverse: (T * K,) int64, the index of each pair in `order`.
     """
 
     order: torch.Tensor
@@ -30,7 +31,7 @@ def route(
 
     Gates are fp32 (fp64 of fp64 logits) in falling order, divided by their sum if `normalize`
     (Mixtral, arXiv 2401.04088, section 2.1; else Switch, arXiv 2101.03961, equation 2). Of equal
-    logits the expert of the lower index comes first.
+    logits, the lower index comes first.
     """
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]

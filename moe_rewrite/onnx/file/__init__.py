@@ -1,1 +1,1 @@
-"""ONNX files: written tensor by tensor, read with distrust."""
+"""ONNX files: written tensor by tensor, and validated when read."""

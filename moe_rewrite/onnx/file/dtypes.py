@@ -1,4 +1,4 @@
-"""Dtypes as ONNX numbers them."""
+"""ONNX's numbers of dtypes."""
 
 from __future__ import annotations
 

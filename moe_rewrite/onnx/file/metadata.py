@@ -1,4 +1,4 @@
-"""What an exported file says about itself, read with distrust."""
+"""The metadata of an exported file, validated when read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from ..trace.weights import ExpertDim
 
 FORMAT = 1
 PREFIX = "moe_rewrite."
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # of a file in the same folder
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # a file in the same folder
 
 
 @dataclass(frozen=True)
 class Facts:
-    """base: digest of the frozen weights. experts: names. stacks: tensors that hold all experts.
-    cache: the graph takes and gives the key-value cache."""
+    """The metadata of an exported file.
+
+    base: digest of the frozen weights.
+    experts: their names.
+    stacks: tensors that hold all experts, with the dimension of these.
+    cache: whether the graph takes and returns the key-value cache.
+    """
 
     base: str
     experts: list[str]
@@ -32,8 +37,11 @@ class Facts:
 
 
 def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
-    """The facts of a file, and the model without external weights. Raises CheckpointError for a
-    file that is damaged, not ours, newer, or that names weights outside its folder."""
+    """The metadata of a file, and the model without external weights.
+
+    Raises CheckpointError for a file that is damaged, not written by `export_onnx`, newer, or that
+    refers to weights outside its folder.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -60,7 +68,7 @@ def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Everything that could be told to lie elsewhere, constants and subgraphs included."""
+    """Every tensor that could be external, including those in constants and subgraphs."""
     yield from graph.initializer
     for attribute in (a for node in graph.node for a in node.attribute):
         yield from (attribute.t, *attribute.tensors)
@@ -91,7 +99,7 @@ def _is_stack(said: Any, tensor: onnx.TensorProto) -> bool:
 
 
 def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
-    """External weights lie in the model's own folder, and are all there."""
+    """Raise CheckpointError unless an external weight is complete and in the model's folder."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return
     entry = {e.key: e.value for e in tensor.external_data}
@@ -99,20 +107,23 @@ def _require_inside(path: Path, tensor: onnx.TensorProto) -> None:
     file = path.parent / name
     if not PLAIN_NAME.fullmatch(name) or file.is_symlink():
         raise CheckpointError(
-            f"{path}: {tensor.name} lies in {name!r}: expected a file of the same folder"
+            f"{path}: {tensor.name} is in {name!r}: expected a file in the same folder"
         )
     try:
         offset, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
         if min(offset, length) < 0:
             raise ValueError(entry)
     except ValueError:
-        raise CheckpointError(f"{path}: {tensor.name} has a malformed place in {name}") from None
+        raise CheckpointError(f"{path}: {tensor.name} has a malformed range in {name}") from None
     if not file.is_file() or file.stat().st_size < offset + length:
         raise CheckpointError(f"{file}: missing or shorter than {path.name} says")
 
 
 def require_stack(name: str, stack: ExpertDim, old: onnx.TensorProto, new: torch.Tensor) -> int:
-    """How many experts a tensor holds that is to take the place of an initializer."""
+    """The number of experts in a tensor that is to replace an initializer.
+
+    Raises CheckpointError if its shape or dtype does not fit.
+    """
     from .dtypes import KINDS
 
     open_ = [d if i != stack.dim else None for i, d in enumerate(old.dims)]
@@ -120,7 +131,7 @@ def require_stack(name: str, stack: ExpertDim, old: onnx.TensorProto, new: torch
     count, rest = divmod(new.shape[stack.dim] if open_ == given else 1, stack.each)
     if open_ != given or rest or KINDS.get(new.dtype) != old.data_type:
         raise CheckpointError(
-            f"{name}: {tuple(new.shape)} of {new.dtype} cannot take the place of "
-            f"{tuple(old.dims)}, of which dimension {stack.dim} is open in steps of {stack.each}"
+            f"{name}: {tuple(new.shape)} of {new.dtype} cannot replace {tuple(old.dims)}: only "
+            f"dimension {stack.dim} may differ, in steps of {stack.each}"
         )
     return count

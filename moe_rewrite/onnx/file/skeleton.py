@@ -12,8 +12,13 @@ from ..lowerings.choose import Chosen
 
 @dataclass
 class Skeleton:
-    """model: the graph; what `weights` names are initializers that it lacks. chosen: the lowering of
-    each site of feed-forward experts. stand_ins: by name, what quantized weights stand for."""
+    """An exported graph before it is written.
+
+    model: the graph, without the initializers in `weights`.
+    weights: the initializers, by name.
+    chosen: the lowering of each site of feed-forward experts.
+    stand_ins: the dequantized values of quantized weights, by name.
+    """
 
     model: onnx.ModelProto
     weights: dict[str, torch.Tensor]

@@ -1,8 +1,7 @@
-"""ONNX files that are whole or not there, written tensor by tensor.
+"""ONNX files, written atomically and tensor by tensor.
 
-A protobuf message may come in pieces: fields of a message that appears twice are merged. So a
-file is the graph without weights, followed by one piece for each weight, and no more than one
-weight is ever copied.
+Protobuf merges the fields of a message that appears several times. So a file is the graph without
+weights, followed by one message for each weight, and at most one weight is copied at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from .skeleton import Skeleton
 
 PROTOBUF_LIMIT = 2**31
-EMBEDDED = 1_500_000_000  # bytes of weights that stay in the .onnx file unless told otherwise
+EMBEDDED = 1_500_000_000  # most bytes of weights in the .onnx file by default
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -42,8 +41,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
-    """Write the .onnx file at `path` and, if `external`, one file of weights beside it, whose name
-    holds their hash: so a file in place always finds the weights that it was written with."""
+    """Write the .onnx file at `path` and, if `external`, one file of weights beside it. That has
+    their hash in its name, so the .onnx file always finds the weights it was written with."""
     ranges: dict[str, FileRange] = {}
     if external:
         data = path.with_name(f"{path.stem}-{digest(skeleton.weights)[:16]}.data")
@@ -52,7 +51,7 @@ def write_model(skeleton: Skeleton, path: Path, external: bool) -> None:
 
 
 def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, FileRange]) -> None:
-    """The graph with the weights that are not elsewhere."""
+    """The graph, with the weights that are not `elsewhere`."""
     with open(path, "wb") as file:
         file.write(skeleton.model.SerializeToString())
         for name, tensor in skeleton.weights.items():
@@ -62,7 +61,7 @@ def _write_graph(skeleton: Skeleton, path: Path, elsewhere: dict[str, FileRange]
 
 
 def write_data(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, FileRange]:
-    """Write their bytes one after the other; large ones begin at a page."""
+    """Write the tensors' bytes one after the other; large ones start at a page."""
     ranges = {}
     with open(path, "wb") as file:
         for name, tensor in tensors.items():
@@ -81,7 +80,7 @@ def _flush(file: IO[bytes]) -> None:
 
 
 def checked_path(path: str | os.PathLike) -> Path:
-    """Raises ConfigError for what is no path of a .onnx file."""
+    """Raises ConfigError unless this can be the path of a .onnx file."""
     target = Path(path)
     if target.suffix != ".onnx" or target.is_dir():
         raise ConfigError(f"path={str(path)!r}: expected the name of a file that ends in .onnx")
@@ -90,8 +89,8 @@ def checked_path(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def in_place(target: Path) -> Iterator[Path]:
-    """A path to write to in a folder of its own; on success what lies there takes the place of the
-    target and its weights, on an error nothing is left."""
+    """A path to write to, in a temporary folder. On success the files there replace the target and
+    its weights; on an error they are deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".moe_rewrite-", dir=target.parent))
     try:
@@ -113,7 +112,7 @@ def _data_files(target: Path) -> list[Path]:
 
 
 def needs_external(tensors: dict[str, torch.Tensor], asked: bool | None) -> bool:
-    """Raises ConfigError where weights must be external and are asked not to be."""
+    """Whether to store weights externally. Raises ConfigError if asked=False is impossible."""
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     if asked is False and size >= PROTOBUF_LIMIT - 2**24:
         raise ConfigError(

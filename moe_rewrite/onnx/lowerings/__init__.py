@@ -1,1 +1,1 @@
-"""Forms that feed-forward experts take in ONNX, chosen site by site."""
+"""Lowerings of feed-forward experts to ONNX operators, chosen for each site."""

@@ -1,4 +1,4 @@
-"""One expert of a site as a graph of rows and its weights, whatever its region computes."""
+"""One expert of a site as a graph of rows and weights, for any feed-forward region."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Body(nn.Module):
 
 
 def body_graph(call: FeedForwardCall, weights: Weights, width: int, opset: int) -> ir.Graph:
-    """Inputs x (n, width), any n, and the weights; output (n, width)."""
+    """The graph of one expert: inputs x (n, width) for any n and the weights, output (n, width)."""
     x = weights[0].new_zeros(7, width)
     rows: Any = {0: torch.export.Dim("rows")}
     given = (x, list(weights))
@@ -31,8 +31,8 @@ def body_graph(call: FeedForwardCall, weights: Weights, width: int, opset: int) 
 
 
 def _products_as_gemm(graph: ir.Graph) -> ir.Graph:
-    """``x W^T`` of rows as one operator that reads W as it is: a transpose of a weight would be a
-    second copy of it in memory."""
+    """Write ``x W^T`` as one Gemm that reads W as it is: a transposed weight would be a second copy
+    in memory."""
     for node in list(graph):
         right: Any = node.inputs[1] if node.op_type == "MatMul" else None
         turned = right and right.producer()

@@ -1,4 +1,4 @@
-"""Nodes of one site, made in order, to take the place of its placeholder."""
+"""Builds the nodes of one site, which replace its placeholder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import torch
 
 @dataclass
 class Builder:
-    """nodes: what was made so far. name: what its values are called after. weights: initializers
-    that the nodes take and that the graph lacks; inputs: their values."""
+    """Makes nodes in order.
+
+    name: prefix of the names of its values.
+    nodes: the nodes made so far.
+    weights: new initializers that the nodes take, by name.
+    inputs: the values of these.
+    """
 
     name: str
     nodes: list[ir.Node] = field(default_factory=list)
@@ -25,7 +30,7 @@ class Builder:
         self, kind: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "",
         **attributes: Any,
     ) -> Any:  # fmt: skip
-        """The node's output, or a tuple where there are several."""
+        """Add a node; returns its output, or a tuple of several."""
         node = ir.node(kind, list(inputs), attributes or None, domain=domain, num_outputs=outputs)
         self.nodes.append(node)
         for i, value in enumerate(node.outputs):
@@ -43,7 +48,7 @@ class Builder:
         return value
 
     def inline(self, graph: ir.Graph, inputs: Sequence[ir.Value]) -> ir.Value:
-        """A copy of a graph without subgraphs, on other inputs; its one output."""
+        """Copy a graph, which must have no subgraphs, onto these inputs; returns its one output."""
         value_of: dict[Any, Any] = dict(zip(graph.inputs, inputs, strict=True)) | {None: None}
         for tensor in graph.initializers.values():
             assert tensor.const_value is not None

@@ -1,4 +1,4 @@
-"""Which lowering a site gets, and why; "auto" from a table that was measured."""
+"""Choose a site's lowering, with the reason; "auto" chooses from a table of measured times."""
 
 from __future__ import annotations
 
@@ -25,17 +25,24 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Choice:
-    """asked: one of LOWERINGS. bits: of quantized weights, 4 or 8, or None. open: the number of
-    experts may change."""
+    """The options by which each site's lowering is chosen.
+
+    asked: one of LOWERINGS.
+    bits: of quantized weights, 4 or 8; None without quantization.
+    open: the number of experts may change.
+    """
 
     asked: str
     bits: int | None = None
     open: bool = False
 
     def of(self, call: TracedFeedForward, routing: Routing) -> Chosen:
-        """Raises ConfigError where what was asked for does not fit, with the reason."""
+        """The site's lowering. Raises ConfigError, with the reason, if the one asked for does not
+        fit."""
         if self.open:
-            return Chosen("open", "their number may change: one after the other, on its rows")
+            return Chosen(
+                "open", "their number may change: one after the other, each on its own rows"
+            )
         reason = misfit(call, routing)
         if self.bits is not None:
             if reason or self.asked not in ("auto", "contrib"):
@@ -55,21 +62,26 @@ class Choice:
 
 def _measured(routing: Routing, misfit: str) -> Chosen:
     if routing.top_k is None:
-        return Chosen("sparse", f"no table for experts that choose rows; contrib not: {misfit}")
+        return Chosen(
+            "sparse", f"not measured for experts that choose rows; contrib does not fit: {misfit}"
+        )
     if routing.top_k >= routing.experts:
         return Chosen("dense", "every row goes to all experts")
     able = tuple(n for n in LOWERINGS[1:] if not (misfit and n == "contrib"))
     best, worst = fastest(table(), routing.experts, routing.top_k, able)
     ratios = ", ".join(f"{n} {r:.2f}" for n, r in worst.items())
     rest = f"; contrib does not fit: {misfit}" if misfit else ""
-    return Chosen(best, f"at most so many times the fastest where measured: {ratios}{rest}")
+    return Chosen(best, f"worst ratio to the fastest, as measured: {ratios}{rest}")
 
 
 def fastest(
     cells: list[dict[str, Any]], experts: int, top_k: int, able: tuple[str, ...]
 ) -> tuple[str, dict[str, float]]:
-    """Of the cells nearest in numbers of experts and choices, each lowering's worst ratio to the
-    fastest over numbers of rows and shapes; and the lowering of which it is least."""
+    """(best lowering, each lowering's worst ratio to the fastest over numbers of rows and shapes).
+
+    Uses the cells that are nearest in numbers of experts and choices; the best lowering is the one
+    with the smallest worst ratio.
+    """
 
     def far(cell: dict[str, Any]) -> float:
         return abs(math.log(cell["experts"] / experts)) + abs(math.log(cell["top_k"] / top_k))
@@ -82,5 +94,5 @@ def fastest(
 
 @cache
 def table() -> list[dict[str, Any]]:
-    """Cells of experts, top_k, rows and milliseconds by lowering, as `benchmarks.onnx` wrote them."""
+    """Cells of experts, top_k, rows and milliseconds by lowering, from `benchmarks.speed.onnx`."""
     return json.loads(TABLE.read_text())["cells"]

@@ -1,8 +1,9 @@
 """ONNX Runtime's own fused operators, com.microsoft.MoE and QMoE (of int8 or int4 weights).
 
-They take router logits and do softmax and top-k themselves. The logarithms of gates are such
-logits: their softmax is the gates over the gates' sum, and the k largest are those that are not
-zero. So any gates fit of which at most k a row are not zero, with their sum put back behind.
+They take router logits and do softmax and top-k themselves, so the logarithms of the gates are
+passed as logits: their softmax is the gates divided by their sum, and the k largest are the nonzero
+ones. This works for any gates with at most k nonzero a row, if the output is multiplied by their
+sum.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from .site import Site
 
 ACTIVATIONS = {
     "relu": "relu", "gelu_tanh": "gelu", "silu": "silu", "identity": "identity",
-}  # fmt: skip  # its gelu is the tanh one
+}  # fmt: skip  # its gelu is the tanh approximation
 SWIGLU: dict[str, Any] = {  # x * sigmoid(alpha x) * (y + beta), without a limit on either
     "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
     "activation_beta": 0.0,
 }  # fmt: skip
-SMALL = 1e-38  # the least gate of which a logarithm is taken
+SMALL = 1e-38  # gates are clamped to this before the logarithm
 
 
 def misfit(call: TracedFeedForward, routing: Routing, bits: int | None = None) -> str:
-    """Why the operator cannot stand for these experts, or "" where it can."""
+    """Why the operator cannot compute these experts; empty if it can."""
     form = call.form
     if routing.top_k is None:
-        return "experts choose their rows: a row has no largest number of them"
+        return "experts choose their rows: there is no bound on experts a row"
     if form is None:
         return "the region computes none of the fused forms"
     if form.gate is not None and form.activation != "silu":
-        return f"of gated experts only SwiGLU fits, not {form.activation}"
+        return f"the only gated form that fits is SwiGLU, not {form.activation}"
     if form.activation not in ACTIVATIONS:
-        return f"activation {form.activation!r} is none of {', '.join(ACTIVATIONS)}"
+        return f"activation {form.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
     return ""
 
 
 def contrib(build: Builder, site: Site, bits: int | None = None) -> ir.Value:
-    """bits: 4 or 8 for QMoE. The stacks that the operator takes are put into `build.weights`."""
+    """One MoE node, or QMoE with `bits` 4 or 8; its stacks of weights go into `build.weights`."""
     form, k = site.call.form, min(site.top_k or 0, len(site.weights))
     assert form is not None and k
     op = build.op
@@ -70,7 +71,7 @@ def contrib(build: Builder, site: Site, bits: int | None = None) -> ir.Value:
 def _stacks(
     call: TracedFeedForward, weights: list[list[torch.Tensor]]
 ) -> dict[str, torch.Tensor | None]:
-    """first: (E, H, D), or (E, 2 H, D) with rows of gate and up in turn; down: (E, D, H)."""
+    """first: (E, H, D), or (E, 2 H, D) with interleaved rows of gate and up; down: (E, D, H)."""
     up, down, gate, up_bias, gate_bias, down_bias = (
         p if p is None else torch.stack(list(p)) for p in call.parts(weights)
     )
@@ -87,14 +88,15 @@ def _stacks(
 
 
 def interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """(E, 2 H, ...): rows of gate and up in turn."""
+    """(E, 2 H, ...): rows of gate and up, interleaved."""
     return torch.stack([gate, up], dim=2).flatten(1, 2)
 
 
 def quantized(weight_ENK: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed uint8, scales (E, N)) of weights, symmetric by row; two of 4 bits in a byte.
+    """(packed uint8, scales (E, N)): symmetric quantization by row; two 4-bit values a byte.
 
-    Stored values are the signed ones plus 2^(bits-1), as QMoE reads them.
+    Stored are the signed values plus 2^(bits-1), as QMoE reads them. Raises ConfigError for an odd
+    last dimension with 4 bits.
     """
     if bits == 4 and weight_ENK.shape[-1] % 2:
         raise ConfigError(
@@ -115,6 +117,6 @@ def _rounded(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantized(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """What the `quantized` rows (the last dimension) of a weight stand for."""
+    """The weight after quantization by row (along its last dimension) and back."""
     stored, scales = _rounded(weight, bits)
     return stored * scales.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Dense: every expert runs on every row; what it gives is multiplied by its gate, zero included."""
+"""Dense: every expert runs on every row, and its output is multiplied by the gate, even if zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .site import Site
 
 
 def dense(build: Builder, site: Site) -> ir.Value:
-    """No shape depends on data."""
+    """The sum over experts. No shape depends on data."""
     total = None
     for e, weights in enumerate(site.weights):
         y = build.inline(site.body, [site.x, *weights])

@@ -1,4 +1,4 @@
-"""The placeholders of feed-forward experts in a graph -> the nodes of their lowerings."""
+"""Replace the placeholders of feed-forward experts by the nodes of their lowerings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from .sparse import sparse
 
 @dataclass
 class Expansion:
-    """weights: initializers that the graph takes instead of experts' own. stand_ins: by name, what
-    quantized weights stand for."""
+    """What an expansion added.
+
+    weights: initializers that replace the experts' own.
+    stand_ins: the dequantized values of quantized weights, by name.
+    """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -35,8 +38,12 @@ def expand(
     model: ir.Model, calls: list[TracedFeedForward], tensors: dict[str, torch.Tensor],
     chosen: dict[int, Chosen], bits: int | None, opset: int,
 ) -> Expansion:  # fmt: skip
-    """tensors: the values of the graph's inputs that are weights, by name. chosen: by the number of
-    a call. bits: of quantized weights. New weights become inputs of the graph."""
+    """Expand every placeholder; new weights become inputs of the graph.
+
+    tensors: values of the graph's inputs that are weights, by name.
+    chosen: the lowering, by the number of the call.
+    bits: of quantized weights, or None.
+    """
     done = Expansion()
     bodies: dict[Any, ir.Graph] = {}
     for node in [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OPERATOR)]:
@@ -76,7 +83,7 @@ def _site(
     weights: list[list[Any]] = [flat[i : i + each] for i in range(0, len(flat), each)]
     odd = [w.name for own in weights for w in own if w.name not in tensors]
     if odd:
-        raise CaptureError(f"{call.name}: {odd[0]} is computed from a weight and is none itself")
+        raise CaptureError(f"{call.name}: {odd[0]} is computed from a weight, expected a weight")
     first = [tensors[str(w.name)] for w in weights[-1]]
     if any(call.open):
         first = [w[0] if stacked else w for w, stacked in zip(first, call.open, strict=True)]

@@ -1,6 +1,6 @@
-"""Open: experts one after the other over stacks of their weights, so that their number may change.
+"""Open: a Scan over stacks of the experts' weights, so that the number of experts may change.
 
-Each runs on its own rows alone: one without a row runs products of no rows.
+Each expert runs on its own rows only; one without rows runs products of zero rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from .builder import Builder
 from .site import Site
 
-END = 2**62  # of a slice that goes on to the end
+END = 2**62  # end of a slice that has none
 
 
 def scan(build: Builder, site: Site) -> ir.Value:
@@ -20,7 +20,7 @@ def scan(build: Builder, site: Site) -> ir.Value:
     gates_ET = op("Transpose", site.gates, perm=[1, 0])
     total = op("Expand", op("CastLike", const(0), site.x), op("Shape", site.x))
     *base, stacked = site.weights
-    if base:  # the frozen region, which has the first gate and no place in the stacks
+    if base:  # the frozen region, which has the first gate and is not in the stacks
         total = _added(build, site, total, op("Gather", gates_ET, const(0), axis=0), base[0])
         gates_ET = op("Slice", gates_ET, const([1]), const([END]), const([0]))
     stacks = [w for w, open_ in zip(stacked, site.call.open, strict=True) if open_]
@@ -29,7 +29,7 @@ def scan(build: Builder, site: Site) -> ir.Value:
 
 
 def _body(build: Builder, site: Site, stacked: Sequence[ir.Value]) -> ir.Graph:
-    """(sum so far, an expert's gates, its weights) -> the sum with what it gives."""
+    """(sum so far, an expert's gates, its weights) -> the sum with its output."""
 
     def given(name: str, like: ir.Value, shape: Sequence[int | str]) -> ir.Value:
         return ir.Value(name=f"{build.name}.{name}", type=like.type, shape=ir.Shape(shape))
@@ -49,7 +49,7 @@ def _body(build: Builder, site: Site, stacked: Sequence[ir.Value]) -> ir.Graph:
 def _added(
     build: Builder, site: Site, total: ir.Value, gate_T: ir.Value, weights: Sequence[ir.Value]
 ) -> ir.Value:
-    """(T, D): the sum, with one expert's output on the rows whose gate is not zero."""
+    """(T, D): the sum, plus one expert's output on the rows whose gate is not zero."""
     op, const = build.op, build.constant
     rows = op("Transpose", op("NonZero", gate_T), perm=[1, 0])
     x = op("Gather", site.x, op("Squeeze", rows, const([1])), axis=0)

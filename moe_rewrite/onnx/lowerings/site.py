@@ -1,4 +1,4 @@
-"""What a lowering is given of a site."""
+"""A site of feed-forward experts, as a lowering gets it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from ..trace.ffn_placeholder import TracedFeedForward
 
 @dataclass(frozen=True)
 class Site:
-    """x: (T, width) rows. gates: (T, E). weights: of each expert, as `body` takes them behind its
-    rows. per_row: to how many experts a row goes at most, None: no bound but their number.
-    tensors: the values of weights, by name."""
+    """One placeholder and what it computes.
+
+    call: the region's call.
+    x: (T, width) rows.
+    gates: (T, E).
+    weights: of each expert, in the order in which `body` takes them after the rows.
+    top_k: most experts that a row goes to; None: no bound.
+    width: of the rows.
+    body: one expert's graph.
+    tensors: values of the weights, by name.
+    """
 
     call: TracedFeedForward
     x: ir.Value

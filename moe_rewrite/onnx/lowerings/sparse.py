@@ -1,6 +1,6 @@
-"""Sparse: rows sorted by expert once, split, each part run by its expert, and put back.
+"""Sparse: rows are sorted by expert and split; each expert runs on its rows; outputs are put back.
 
-All in standard operators: an expert without a row runs products of no rows.
+All in standard operators; an expert without rows runs products of zero rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def sparse(build: Builder, site: Site) -> ir.Value:
 
 
 def _bounded(build: Builder, site: Site, k: int) -> ir.Value:
-    """K experts a row: what they give is gathered and added up, in the same order each time."""
+    """K experts a row: their outputs are gathered and added up in a fixed order."""
     op, const = build.op, build.constant
     gates_TK, experts_TK = op("TopK", site.gates, const([k]), outputs=2)
     flat = op("Reshape", experts_TK, const([-1]))
@@ -34,7 +34,7 @@ def _bounded(build: Builder, site: Site, k: int) -> ir.Value:
 
 
 def _unbounded(build: Builder, site: Site) -> ir.Value:
-    """Any number of experts a row: each adds what it gives to its rows, one after the other."""
+    """Any number of experts a row: one after the other, each adds its output to its rows."""
     op, const = build.op, build.constant
     gates_ET = op("Transpose", site.gates, perm=[1, 0])
     ranges = op("Transpose", op("NonZero", gates_ET), perm=[1, 0])  # (n, 2): expert and row, sorted
@@ -55,7 +55,7 @@ def _unbounded(build: Builder, site: Site) -> ir.Value:
 
 
 def _by_expert(build: Builder, site: Site, x: ir.Value, counts: ir.Value) -> list[ir.Value]:
-    """What each expert gives of its part of the sorted rows."""
+    """Each expert's output for its rows, which are consecutive in the sorted x."""
     parts = (
         [x] if len(site.weights) == 1 else build.op("Split", x, counts, outputs=len(site.weights))
     )

@@ -1,4 +1,4 @@
-"""Rewrites of an exported graph into fewer and larger nodes that compute the same."""
+"""Rewrites of an exported graph into fewer and larger nodes with the same result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rotary import fold_signs
 
 
 def rewrite(model: ir.Model, experts: Container[str]) -> None:
-    """experts: names of the values that hold weights of several experts."""
+    """Apply every rewrite. experts: names of the values that are stacks of experts' weights."""
     graph = model.graph
     divide_by_roots(graph)
     join_first_products(graph, experts)

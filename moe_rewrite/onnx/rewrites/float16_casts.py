@@ -1,4 +1,4 @@
-"""16-bit values where the standard, ONNX Runtime or NumPy has none: float32, between casts."""
+"""Casts to float32 around nodes for which ONNX, ONNX Runtime or NumPy has no 16-bit type."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ BFLOAT16 = "tensor(bfloat16)"
 
 
 def insert_float16_casts(graph: ir.Graph, opset: int) -> None:
-    """graph: of a model with 16-bit values; all that a call gives has a type."""
+    """Insert casts into the graph of a 16-bit model. The types of its outputs are known."""
     _widen(graph)
     for node in list(graph.all_nodes()):
         if node.domain:
             continue
         _type_outputs(node, opset)
         if node.op_type.startswith("Scatter") and "reduction" in node.attributes:
-            # ONNX Runtime's CPU provider adds up nothing in 16 bits
+            # ONNX Runtime's CPU provider has no 16-bit scatter with addition
             _in_float32(node, [i for i in (0, 2) if _dtype(node.inputs[i]) in HALVES], [0])
         else:
             _in_float32(node, *_without_bfloat16(node, opset))
 
 
 def _widen(graph: ir.Graph) -> None:
-    """A call gives and gets float32 where the model has bfloat16, which NumPy does not know."""
+    """Make bfloat16 inputs and outputs float32, since NumPy has no bfloat16."""
     for i, value in enumerate(list(graph.inputs)):
         if value.dtype == HALF:
             given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(SINGLE))
@@ -53,11 +53,11 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
 
 
 def _in_float32(node: ir.Node, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-    """Cast these of a node's inputs up to float32, and these of its outputs back, if any is."""
+    """Cast these inputs of a node up to float32, and these of its outputs back."""
     graph = node.graph
     if not inputs or graph is None:
         return
-    first = node.outputs[0].name  # others' names would be the same in all subgraphs
+    first = node.outputs[0].name  # unique, unlike generated names in subgraphs
     dtype = _dtype(node.inputs[inputs[0]])
     assert dtype is not None
     for i in inputs:
@@ -77,8 +77,8 @@ def _in_float32(node: ir.Node, inputs: Sequence[int], outputs: Sequence[int]) ->
 
 
 def _without_bfloat16(node: ir.Node, opset: int) -> tuple[list[int], list[int]]:
-    """Places of a node's inputs and outputs in bfloat16, where the operator set has no such or CUDA
-    no kernel, but one for float32: else the node would run on the CPU, between copies."""
+    """Indices of a node's bfloat16 inputs and outputs, if the operator does not allow bfloat16, or
+    CUDA has a kernel for float32 only: the node would run on the CPU, between copies."""
     schema = _schema(node.op_type, opset)
     if schema is None:
         return [], []
@@ -101,7 +101,7 @@ def _without_bfloat16(node: ir.Node, opset: int) -> tuple[list[int], list[int]]:
 
 
 def _type_outputs(node: ir.Node, opset: int) -> None:
-    """Of a node that was made for experts: by the operator's schema."""
+    """Set the output types, which nodes made for experts lack, by the operator's schema."""
     schema = _schema(node.op_type, opset)
     if schema is None or all(value.dtype is not None for value in node.outputs):
         return
@@ -113,7 +113,7 @@ def _type_outputs(node: ir.Node, opset: int) -> None:
             kinds.setdefault(constraint.type_param_str, _concrete(constraint.allowed_type_strs[0]))
     if "to" in node.attributes:
         kinds[schema.outputs[0].type_str] = ir.DataType(node.attributes["to"].as_int())
-    if "value" in node.attributes:  # of a constant
+    if "value" in node.attributes:  # a constant
         kinds[schema.outputs[0].type_str] = node.attributes["value"].as_tensor().dtype
     for _, value, kind in _formal(node.outputs, schema.outputs):
         dtype = kinds.get(kind) or _concrete(kind)
@@ -124,7 +124,7 @@ def _type_outputs(node: ir.Node, opset: int) -> None:
 def _formal(
     values: Sequence[ir.Value | None], formal: Sequence[Any]
 ) -> Iterator[tuple[int, ir.Value | None, str]]:
-    """(place, value, type or its name in the schema) of each; the last of a schema may be many."""
+    """(index, value, type or type variable) of each; the schema's last one may be variadic."""
     for i, value in enumerate(values):
         yield i, value, formal[min(i, len(formal) - 1)].type_str
 
@@ -134,7 +134,7 @@ def _dtype(value: ir.Value | None) -> ir.DataType | None:
 
 
 def _concrete(kind: str) -> ir.DataType | None:
-    """Of ``tensor(int64)``."""
+    """The dtype of a schema's type, like ``tensor(int64)``; None for a type variable."""
     name = kind.removeprefix("tensor(").removesuffix(")").upper()
     return ir.DataType.__members__.get(name)
 

@@ -1,8 +1,8 @@
-"""Products with LoRA experts' weights in fewer and larger ones: a small product takes longer than its
-arithmetic, to begin and to be divided among threads.
+"""Join products with LoRA experts' weights into fewer and larger ones: in a small product, starting
+and dividing it among threads takes longer than the arithmetic.
 
-Weights side by side are one weight as soon as ONNX Runtime has opened the file, which holds both for
-a moment.
+Weights are joined by Concat nodes, which ONNX Runtime folds into one weight when it opens the file;
+for a moment it holds both.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from .nodes import Adder, is_op, made_by, only_use, other_input, sizes
 
-SMALL = 2**21  # elements of a weight: with more, what a product saves is below 3% of its time
+SMALL = 2**21  # elements of a weight: for larger ones, joining saves less than 3% of the time
 
 
 class WeightMatMul(NamedTuple):
-    """``node = MatMul(read, Transpose(weight))`` of a matrix that nothing computes."""
+    """``node = MatMul(read, Transpose(weight))``, where weight is a matrix and not computed."""
 
     node: ir.Node
     read: ir.Value
@@ -41,8 +41,10 @@ class WeightMatMul(NamedTuple):
 
 
 def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
-    """Of all ``(x A) * gates`` with one x, one product that is gated once. experts: names of their
-    weights; those that are joined have one shape, the number of experts open or not."""
+    """Join all ``(x A) * gates`` with the same x into one product with one multiplication.
+
+    experts: names of their weights; joined ones have one shape, which may be dynamic.
+    """
     groups: dict[Any, list[tuple[WeightMatMul, ir.Node]]] = {}
     for product, gating in products(graph, experts, "Mul"):
         gates, shape = other_input(gating, product.out), sizes(product.weight)
@@ -58,8 +60,8 @@ def join_first_products(graph: ir.Graph, experts: Container[str]) -> None:
 def products(
     graph: ir.Graph, experts: Container[str], then: str
 ) -> list[tuple[WeightMatMul, ir.Node]]:
-    """Those with experts' weights, and the node of this kind that alone takes each, in the order of
-    these nodes."""
+    """(product with experts' weights, its only user if that is a `then` node), in the order of the
+    users."""
     pairs = [
         (WeightMatMul.of(value), node)
         for node in graph
@@ -78,7 +80,7 @@ def _join_first(
     group: list[tuple[WeightMatMul, ir.Node]],
     repeated: dict[tuple[int, int], ir.Value],
 ) -> None:
-    """repeated: gates side by side, by the gates and how often."""
+    """repeated: concatenated gates, by (gates, number of copies)."""
     (first, gating), count = group[0], len(group)
     add, gates = Adder(graph, gating, first.out.name), other_input(gating, first.out)
     assert gates is not None
@@ -98,7 +100,7 @@ def _join_first(
 
 
 def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
-    """``x W (+ bias) + low B`` -> ``(x, low) (W, B) (+ bias)``, side by side."""
+    """``x W (+ bias) + low B`` -> ``[x, low] [W; B] (+ bias)``, with concatenations."""
     for product, total in products(graph, experts, "Add"):
         rest = other_input(total, product.out)
         if rest is None or only_use(rest, "Add") is not total:
@@ -113,7 +115,7 @@ def join_second_products(graph: ir.Graph, experts: Container[str]) -> None:
 
 
 def _fits(base: WeightMatMul, product: WeightMatMul) -> bool:
-    """Whether the base's product is small and read nowhere else, and both are of as many rows."""
+    """Whether the base product is small and read nowhere else, and both have the same rows."""
     read, low = sizes(base.read), sizes(product.read)
     numbers = [n for n in sizes(base.weight) or () if isinstance(n, int)]
     small = len(numbers) == 2 and prod(numbers) <= SMALL
@@ -140,8 +142,8 @@ def _join_second(
 
 
 def _turned(graph: ir.Graph, weights: list[ir.Value], axis: int, name: str | None) -> ir.Value:
-    """Weights side by side, transposed. At the graph's head: of all that a node needs, ONNX Runtime
-    runs last what comes first, and where it folds no constants few joined weights lie in memory."""
+    """Concatenated weights, transposed. The nodes go to the start of the graph: ONNX Runtime runs a
+    node's earliest inputs last, so without constant folding few joined weights are in memory."""
     add = Adder(graph, graph[0], name)
     joined = add("Concat", weights, weights[0], "weights", axis=axis)
     return add("Transpose", [joined], joined, "turned", perm=[1, 0])

@@ -1,4 +1,4 @@
-"""Reshapes to the shape that a value has."""
+"""Drop reshapes to the shape that a value already has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .nodes import is_op, sizes
 
 
 def drop_reshapes(graph: ir.Graph) -> None:
-    """The exporter writes one behind each attention."""
+    """The exporter writes one after each attention."""
     for node in list(graph.all_nodes()):
         if not is_op(node, "Reshape") or node.outputs[0].is_graph_output():
             continue

@@ -1,4 +1,4 @@
-"""Products with a reciprocal root, as the exporter writes root-mean-square norms, as divisions."""
+"""RMS norms: write the exporter's products with a reciprocal square root as divisions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .nodes import is_op, made_by, other_input
 
 
 def divide_by_roots(graph: ir.Graph) -> None:
-    """``x * Reciprocal(Sqrt(v))`` -> ``x / Sqrt(v)``, one rounding less: ONNX Runtime has one operator
-    for a whole norm, but knows it by this form alone."""
+    """``x * Reciprocal(Sqrt(v))`` -> ``x / Sqrt(v)``, with one rounding less: ONNX Runtime fuses a
+    norm into one operator, but only in this form."""
     for node in list(graph.all_nodes()):
         root = node.inputs[0] if is_op(node, "Reciprocal") else None
         if root is None or made_by(root, "Sqrt") is None:

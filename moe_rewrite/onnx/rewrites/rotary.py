@@ -1,4 +1,4 @@
-"""Rotary embeddings: the signs of turned features, in the sines that all layers share."""
+"""Rotary embeddings: move the negation of rotated features into the sines, which layers share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .nodes import Adder, is_op, made_by, only_use, other_input, sizes
 
 
 def fold_signs(graph: ir.Graph) -> None:
-    """``Concat(Neg(a), b) * s`` -> ``Concat(a, b) * (s * signs)``, to the bit, where what is in the
-    last parentheses is one value for all that are multiplied by `s`."""
+    """``Concat(Neg(a), b) * s`` -> ``Concat(a, b) * (s * signs)``, bit for bit, with one
+    ``s * signs`` for all products with `s`."""
     signed: dict[tuple[int, int, int], ir.Value] = {}
     for product in [node for node in graph if is_op(node, "Mul")]:
         for value in product.inputs:
@@ -30,7 +30,7 @@ def fold_signs(graph: ir.Graph) -> None:
 
 
 def _halves(joined: ir.Node) -> tuple[int, int] | None:
-    """How many features of a Concat of two along the last dimension come from each."""
+    """(features of a, features of b) if this is a Concat of two along the last dimension."""
     shapes = [sizes(value) for value in joined.inputs]
     if len(shapes) != 2 or not (shapes[0] and shapes[1]):
         return None
@@ -43,7 +43,7 @@ def _halves(joined: ir.Node) -> tuple[int, int] | None:
 def _signed(
     graph: ir.Graph, product: ir.Node, factor: ir.Value, halves: tuple[int, int]
 ) -> ir.Value:
-    """Before the first product that takes it."""
+    """``factor * signs``, inserted before the first product that reads it."""
     name = f"{factor.name}.signs_{halves[0]}_{halves[1]}"
     signs = ir.tensor([-1.0] * halves[0] + [1.0] * halves[1], dtype=factor.dtype)
     held = ir.Value(name=name, shape=ir.Shape([sum(halves)]), type=factor.type, const_value=signs)

@@ -1,1 +1,1 @@
-"""Exported files in ONNX Runtime."""
+"""Run exported files in ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Experts and router as a file of their own, for a model that is deployed already."""
+"""Experts and router in a separate file, for a model that is already deployed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def export_experts(
 ) -> dict[str, tuple[int, ...]]:
     """Write the active experts and the router as safetensors; returns shapes by name.
 
-    Any file that `export_onnx` wrote of this model, with however many experts, runs with them
-    (of feed-forward experts one with ``open_experts=True``): `moe_rewrite.onnx.load(path,
-    experts=file)`. Raises ConfigError where experts are not stacked (regions, widened heads):
-    export the model anew.
+    ``moe_rewrite.onnx.load(path, experts=file)`` runs any file that `export_onnx` wrote of this
+    model with these experts, whatever number it has; a file with feed-forward experts must have
+    been written with ``open_experts=True``. Raises ConfigError if experts are not stacked (regions,
+    widened heads): export the whole model again.
     """
     from safetensors.torch import save
 
@@ -51,8 +51,10 @@ def export_experts(
 def read_experts(
     file: Path, facts: Facts, model: onnx.ModelProto
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of an experts' file and their names. Raises CheckpointError for one that is
-    damaged, newer, of another base model, or does not fit."""
+    """(tensors of a file of experts, names of the experts).
+
+    Raises CheckpointError if it is damaged, newer, of another base model, or does not fit.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -66,12 +68,12 @@ def read_experts(
         raise CheckpointError(f"{file}: format {version!r}, this version reads {FORMAT}")
     if said.get("base") != facts.base:
         raise CheckpointError(
-            f"{file}: these experts were trained on another base model or cut; export them of the "
-            "model that the ONNX file was made of"
+            f"{file}: these experts were trained on another base model or cut; export them from "
+            "the model that the ONNX file was made from"
         )
     if set(tensors) != set(facts.stacks):
         odd = sorted(set(tensors) ^ set(facts.stacks))[:3]
-        raise CheckpointError(f"{file}: other tensors than the model's, such as {odd}")
+        raise CheckpointError(f"{file}: other tensors than the model's, for example {odd}")
     old = {t.name: t for t in model.graph.initializer}
     counts = {require_stack(n, facts.stacks[n], old[n], t) for n, t in tensors.items()}
     names = said.get("experts")
@@ -83,11 +85,11 @@ def read_experts(
 def export_adapter(
     moe: MoEModel, name: str | int, file: str | os.PathLike, example_inputs: Any = None
 ) -> None:
-    """Write one expert alone, with gate 1 everywhere, as an adapter file of ONNX Runtime.
+    """Write one expert, with gate 1 for every row, as an adapter file of ONNX Runtime.
 
-    It works on a file that was exported with ``open_inputs=True``: read it with
+    For a file that was exported with ``open_inputs=True``: read the adapter with
     ``onnxruntime.LoraAdapter`` and add it to a call's RunOptions. Raises ConfigError for experts
-    that are not stacked or are chosen by patches.
+    that are not stacked, or with a PatchRouter.
     """
     import onnxruntime as ort
 

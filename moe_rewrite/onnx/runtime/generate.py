@@ -1,4 +1,4 @@
-"""Exported models in ONNX Runtime: a call, and greedy generation."""
+"""Call an exported model in ONNX Runtime, and generate greedily with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .session import open_session, run
 
 
 class OnnxModel:
-    """An exported file in ONNX Runtime. experts: the names of those that it runs with."""
+    """An exported file, opened in ONNX Runtime. Raises CheckpointError as `load` does.
+
+    experts: names of the experts that it runs with.
+    """
 
     def __init__(
         self, path: str | os.PathLike, experts: str | os.PathLike | None = None,
@@ -39,7 +42,7 @@ class OnnxModel:
         self.outputs = [o.name for o in self.session.get_outputs()]
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Outputs by name. Raises InputError for inputs that are not the graph's."""
+        """Outputs by name. Raises InputError if the inputs are not those of the graph."""
         missing, unknown = set(self.inputs) - set(inputs), set(inputs) - set(self.inputs)
         if missing or unknown:
             raise InputError(
@@ -53,17 +56,20 @@ def load(
     path: str | os.PathLike, experts: str | os.PathLike | None = None,
     providers: list[Any] | None = None,
 ) -> OnnxModel:  # fmt: skip
-    """Open an exported file. experts: a file of `export_experts` to run with instead of its own.
+    """Open an exported file in ONNX Runtime.
 
-    Raises CheckpointError, with the reason, for files that are damaged, newer, not ours, of
-    another base model, or that name weights outside their folder.
+    experts: a file of `export_experts`, whose experts replace the file's own.
+    providers: ONNX Runtime's execution providers; None: the CPU.
+
+    Raises CheckpointError, with the reason, for files that are damaged, newer, not written by this
+    package, of another base model, or that refer to weights outside their folder.
     """
     return OnnxModel(path, experts, providers)
 
 
 class Generator(OnnxModel):
-    """Greedy generation on a file that was exported with ``cache=True``: one graph reads the
-    prompt and writes every token behind it."""
+    """Greedy generation with a file that was exported with ``cache=True``: one graph reads the
+    prompt and writes every token after it. Raises ConfigError for a file without a cache."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,8 +85,11 @@ class Generator(OnnxModel):
         self, input_ids: torch.Tensor, max_new_tokens: int, eos_token_id: int | None = None,
         pad_token_id: int = 0, attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """(B, S + new) ids. A row that has written `eos_token_id` goes on with `pad_token_id`; it
-        ends when all have, or after `max_new_tokens`."""
+        """(B, S + new) int64 ids: the prompts and the generated tokens.
+
+        input_ids, attention_mask: (B, S). After `eos_token_id`, a row continues with
+        `pad_token_id`. Generation ends when every row has ended, or after `max_new_tokens`.
+        """
         if input_ids.ndim != 2 or not input_ids.numel():
             raise InputError(
                 f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, length)"
@@ -118,5 +127,5 @@ def _present(past: str) -> str:
 
 
 def _empty(shape: list[Any], batch: int) -> list[int]:
-    """The size of a state before the first token: open dimensions are the batch, then no past."""
+    """The shape of a state before the first token: its dynamic dimensions are the batch, then 0."""
     return [batch, *(0 if isinstance(size, str) else size for size in shape[1:])]

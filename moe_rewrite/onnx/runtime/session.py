@@ -22,16 +22,19 @@ def open_session(
     providers: list[Any] | None = None, options: Any = None,
     shared: dict[str, torch.Tensor] | None = None, **given: Any,
 ) -> Any:  # fmt: skip
-    """A session on a file. replaced: other values, of other sizes too, for some initializers. shared:
-    values of initializers that are to be read where they are, and not in the file. given: further
-    arguments of InferenceSession."""
+    """An InferenceSession on a file.
+
+    replaced: other values, perhaps of other sizes, for some initializers.
+    shared: tensors in memory that are used for initializers instead of those in the file.
+    given: further arguments of InferenceSession.
+    """
     import onnxruntime as ort
 
     options = options or ort.SessionOptions()
     options.log_severity_level = 3
     if not options.intra_op_num_threads:
         options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # no busy waiting
     values = {name: _value(tensor) for name, tensor in (shared or {}).items()}
     for name, value in values.items():
         options.add_initializer(name, value)
@@ -43,7 +46,7 @@ def open_session(
         source = model.SerializeToString()
         del model
     session = ort.InferenceSession(source, options, providers or ["CPUExecutionProvider"], **given)
-    session.shared_values = values  # they must live as long as it does
+    session.shared_values = values  # must live as long as the session
     return session
 
 
@@ -62,12 +65,12 @@ def _value(tensor: torch.Tensor) -> Any:
     )
 
 
-FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # which would copy weights to turn them
+FRUGAL = {"disabled_optimizers": ["ConstantFolding"]}  # it would copy weights to transpose them
 
 
 def frugal_options(level: str = "ENABLE_ALL") -> Any:
-    """For a session that computes as any other in little memory, with FRUGAL: weights stay where
-    they are, in one copy. level: of ONNX Runtime's optimizations."""
+    """Options, to be used with FRUGAL, of a session that takes little memory: there is one copy of
+    each weight. level: of ONNX Runtime's optimizations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -82,7 +85,7 @@ def replace_initializers(
     replaced: dict[str, torch.Tensor],
     ranges: dict[str, FileRange] | None = None,
 ) -> None:
-    """places: of those whose bytes lie in a file."""
+    """Replace initializers of a model. ranges: of those whose bytes are in a file."""
     from ..file.dtypes import KINDS
 
     for tensor in model.graph.initializer:
@@ -97,8 +100,8 @@ def replace_initializers(
 
 
 def run(session: Any, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """All outputs; feeds that the graph does not take are passed over. A file takes and gives
-    float32 where it computes in bfloat16."""
+    """All outputs; feeds that the graph does not take are ignored. Inputs and outputs of a bfloat16
+    file are float32."""
     taken = {i.name for i in session.get_inputs()}
     tensors = {n: t.detach().cpu().contiguous() for n, t in feeds.items() if n in taken}
     given = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""The sizes of a plain call: which are open, what they are called, and calls to tell them by."""
+"""The dynamic sizes of a functional call: which they are, their names, and calls to find them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from .functional import FunctionalModel
 
-LONGEST = 1200  # size of a call that others are told by
-TRACED_EXPERTS = 3  # of a trace: export takes 0 and 1 for constants
+LONGEST = 1200  # largest size in the second call
+TRACED_EXPERTS = 3  # experts in a trace: torch.export specializes 0 and 1
 Call = tuple[list[torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]
 Dims = list[int | str]
 
 
 def two_calls(functional: FunctionalModel) -> tuple[Call, Call]:
-    """The one that is traced, and one in which each open size is another one; in the place of stacks
-    are zeros that take no memory."""
+    """The call that is traced, and one in which every dynamic size differs. Instead of the stacks,
+    both have zeros that take no memory."""
     others = other_leaves(functional)
     state, other_state = (
         functional.state(len(leaves[0])) for leaves in (functional.example, others)
@@ -29,7 +29,7 @@ def two_calls(functional: FunctionalModel) -> tuple[Call, Call]:
 
 
 def other_leaves(functional: FunctionalModel) -> list[torch.Tensor]:
-    """Of sizes by which everything open differs from the example's, where small ones do that."""
+    """Leaves with which every dynamic size differs from the example's; as small as possible."""
     known = {size for leaf in functional.example for size in leaf.shape}
     free = [n for n in range(2, LONGEST) if n not in known]
     opened = {s for of in functional.graph.emitted.sizes.values() for each in of for s in each}
@@ -49,7 +49,7 @@ def other_leaves(functional: FunctionalModel) -> list[torch.Tensor]:
 
 
 def _at(functional: FunctionalModel, leaves: list[torch.Tensor]) -> dict[Any, sympy.Integer]:
-    """The symbols of the capture's sizes, in a call of these leaves."""
+    """The values of the capture's symbols in a call with these leaves."""
     of = functional.graph.emitted.sizes
     return {
         symbol: sympy.Integer(size)
@@ -61,7 +61,7 @@ def _at(functional: FunctionalModel, leaves: list[torch.Tensor]) -> dict[Any, sy
 
 
 def zeros(functional: FunctionalModel, batch: int, length: int, past: int) -> list[torch.Tensor]:
-    """Leaves of these sizes."""
+    """Leaves of zeros with these sizes in their dynamic dimensions."""
     made = []
     for name, cached, like, dims in zip(
         functional.inputs, functional.cached, functional.example, functional.open, strict=True
@@ -85,8 +85,8 @@ def _with_experts(functional: FunctionalModel, count: int) -> dict[str, torch.Te
 
 
 def to_trace(functional: FunctionalModel) -> dict[str, torch.Tensor]:
-    """All tensors, but in the place of stacks such of TRACED_EXPERTS experts, laid out as the stacks
-    are, whose values are never read."""
+    """All tensors, with empty stacks of TRACED_EXPERTS experts instead of the real ones: a trace
+    reads no values."""
     empty = {
         n: t.new_empty(_stack_shape(functional, n, TRACED_EXPERTS))
         for n, t in functional.tensors.items()
@@ -102,8 +102,8 @@ def _stack_shape(functional: FunctionalModel, name: str, count: int) -> list[int
 
 
 def size_words(functional: FunctionalModel) -> dict[Any, str]:
-    """What a size of the capture is called, by its symbol; and one that the capture does not know,
-    a router's, that is these two in the two calls."""
+    """Names of dynamic sizes, by the capture's symbol, or by the pair of sizes in `two_calls` for
+    those that the capture does not know (a router's)."""
     words: dict[Any, str] = {}
     of = functional.graph.emitted.sizes
     leaves = zip(
@@ -123,8 +123,8 @@ def size_words(functional: FunctionalModel) -> dict[Any, str]:
 
 
 def input_dims(functional: FunctionalModel) -> dict[str, Dims]:
-    """By name the sizes of all that the graph takes: leaves, tensors and state; words for those that
-    are open: ``batch``, ``sequence`` and the like."""
+    """Shapes of the graph's inputs by name: leaves, tensors and state. Dynamic sizes have names:
+    ``batch``, ``sequence`` and so on."""
     dims: dict[str, Dims] = dict(zip(functional.inputs, _leaf_dims(functional), strict=True))
     for name, tensor in functional.tensors.items():
         dims[name] = list(tensor.shape)

@@ -1,4 +1,4 @@
-"""Feed-forward experts in a trace: one placeholder a site, whose lowering is chosen afterwards."""
+"""Feed-forward experts in a trace: one placeholder a site, which is lowered afterwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ DOMAIN, OPERATOR = "moe_rewrite", "FeedForwardExperts"
 
 @dataclass(frozen=True)
 class Routing:
-    """experts: how many a trace takes, the frozen region included where `base`. per_row: to how many
-    a row goes at most; None: no bound but their number."""
+    """How rows are routed at a site.
+
+    experts: how many a trace has, with the frozen region if `base`.
+    top_k: experts of a row at most; None: no limit.
+    base: the frozen region counts as expert 0.
+    """
 
     experts: int
     top_k: int | None
@@ -26,11 +30,11 @@ class Routing:
 
 
 class TracedFeedForward(FeedForwardCall):
-    """A region's call that leaves a placeholder (x, gates, weights of expert 0, of 1, ...) in a
-    trace, and elsewhere computes what the call does."""
+    """A region's call that becomes a placeholder (x, gates, weights of expert 0, of 1, ...) in a
+    trace, and is computed as usual elsewhere."""
 
     routing: Routing | None = None  # of the last call
-    open: tuple[bool, ...] = ()  # of the last call: the region's tensors that are stacks
+    open: tuple[bool, ...] = ()  # in the last call, which of the region's tensors were stacks
 
     def __init__(self, call: FeedForwardCall, number: int, name: str) -> None:
         self.__dict__.update(call.__dict__)
@@ -38,11 +42,11 @@ class TracedFeedForward(FeedForwardCall):
 
     @property
     def trace_key(self) -> Any:
-        """Equal for calls of which a trace is the same, but for the number of the placeholder."""
+        """Equal for calls whose traces differ only in the placeholder's number."""
         return TracedFeedForward, self.channels, self.dims
 
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
-        """Where experts come in stacks, a trace takes these for one expert, whose number is open."""
+        """In a trace, experts in stacks count as a single one, so their number stays dynamic."""
         self.open = tuple(isinstance(own, torch.Tensor) for own in experts)
         if any(self.open) and torch.compiler.is_exporting():
             stacks = [d if own is None else own for d, own in zip(dense, experts, strict=True)]
@@ -68,9 +72,9 @@ class TracedFeedForward(FeedForwardCall):
 def with_placeholders(
     code: Code, owned: tuple[tuple[str, str], ...], calls: list[TracedFeedForward]
 ) -> Code:
-    """The same code with a traced call in the place of every region's, put behind `calls`.
+    """The same code with a TracedFeedForward instead of every region's call, appended to `calls`.
 
-    owned: what the code takes first, by which a region's site is known.
+    owned: (kind, name) of the code's first arguments, which tell a region's site.
     """
     if not any(isinstance(n.target, FeedForwardCall) for n in code.module.graph.nodes):
         return code

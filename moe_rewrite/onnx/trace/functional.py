@@ -1,7 +1,7 @@
 """A converted model as one function of tensors: shallow blocks, router, gates, deep blocks.
 
-Every weight is an argument, so that a file's initializers bear the state-dict names and tracing
-copies none of them; stacks of experts are arguments whose expert dimension stays open.
+Every weight is an argument, so that a file's initializers have the state-dict names and tracing
+copies none of them; stacks of experts are arguments whose expert dimension is dynamic.
 """
 
 from __future__ import annotations
@@ -32,20 +32,28 @@ from .weights import ROWS, tensors_of
 if TYPE_CHECKING:
     from ...converted.model import MoEModel
 
-ROUTER = 40  # nodes of a plan, about
+ROUTER = 40  # nodes of the router's segment, about
 STATE = "router"  # prefix of the names of a prefix router's running sums
 
 
 class FunctionalModel(nn.Module):
     """forward(leaves, tensors, state) -> outputs, all of them tensors.
 
-    leaves: the call's tensors, of names `inputs`. tensors: by name, as in `tensors`; stacks: those
-    that hold all experts. state: [total (B, D), count (B,)] of a prefix router where the model is
-    exported with its cache, else []; the state after the call is put behind the outputs then.
-    outputs: names. example: leaves of sizes that a trace does not confuse. cached: per leaf, whether
-    it is one of a key-value cache; open: the dimensions that differ from call to call. mask: name of the input that says which rows count.
-    biased: a router's row ends in a bias. calls: of feed-forward regions, placeholders in a trace.
-    parts: what is done, in order, from the values of names `given`: leaves, and state as `past`.
+    leaves: the call's tensors, whose names are in `inputs`.
+    tensors: weights and buffers by name, as in the attribute `tensors`.
+    state: [total (B, D), count (B,)] of a prefix router if the model is exported with its cache,
+        else []; the state after the call is then appended to the outputs.
+
+    example: leaves with sizes that a trace does not confuse.
+    cached: for each leaf, whether it is part of a key-value cache.
+    open: for each leaf, its dynamic dimensions.
+    mask: name of the input that says which rows count, or None.
+    stacks: the tensors that hold all experts.
+    biased: a router's row ends in a bias.
+    calls: of feed-forward regions, which are placeholders in a trace.
+    given, past: names of what the segments start from: leaves and state; the state.
+    segments: what is computed, in order.
+    kept, outputs: names of the values that are returned, in the graph and in the file.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class FunctionalModel(nn.Module):
         self.segments = merge_small(self._single, self.kept)
 
     def require_open(self) -> None:
-        """Raises ConfigError where the number of experts is fixed in the graph."""
+        """Raises ConfigError if the number of experts is fixed in the graph."""
         if not self.stacks:
             raise ConfigError(
                 "the number of these experts is fixed in the graph (none is on, or they are of a "
@@ -102,15 +110,15 @@ class FunctionalModel(nn.Module):
         return [values[name] for name in self.kept]
 
     def as_one(self) -> None:
-        """Make of its parts one."""
+        """Merge the segments into one."""
         self.segments = as_one_segment(self._single, self.kept)
 
     def values(self, leaves: list[torch.Tensor], state: list[torch.Tensor]) -> dict[str, Any]:
-        """What the parts begin with, by name."""
+        """What the segments start from, by name."""
         return dict(zip(self.given, [*leaves, *state], strict=True))
 
     def _segments(self, after: list[str]) -> Iterator[Segment]:
-        """after: names of the router's state behind the call."""
+        """after: names of the router's state after the call."""
         graph, routed = self.graph, False
         for step in (bound.step for _, bound in graph.steps):
             if step.deep and not routed:
@@ -133,7 +141,7 @@ class FunctionalModel(nn.Module):
             )  # fmt: skip
 
     def state(self, batch: int) -> list[torch.Tensor]:
-        """The running sums of a prefix router before the first position."""
+        """The running sums of a prefix router before the first position, [] without."""
         if not self.with_state:
             return []
         router = self._held[0]
@@ -146,7 +154,7 @@ class FunctionalModel(nn.Module):
         return self._experts[name] if kind == "expert" else name
 
     def _routed(self, tensors: dict[str, torch.Tensor], taken: list[Any]) -> list[Any]:
-        """The plan as the sites take it, and the router's state behind it."""
+        """The views of the plan that the sites take, then the router's state after the call."""
         features, *others = taken
         mask = others.pop(0) if self.mask in self.graph.leaves else None
         plan, after = self._plan(features, mask, tensors, PrefixState(*others) if others else None)
@@ -184,7 +192,7 @@ def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any
 
 
 def _input_names(traced: dict[str, Any]) -> list[str]:
-    """``name`` of a tensor, ``name.0.key`` of a cache's, ``name.0`` of those in a container."""
+    """``name`` for a tensor, ``name.0.key`` for a cache, ``name.0`` for a tensor in a container."""
     names = []
     for name, given in traced.items():
         count = len(pytree.tree_leaves(given))
@@ -202,7 +210,7 @@ def _cache_names(prefix: str, count: int) -> list[str]:
 
 
 def _outputs(graph: BoundGraph) -> tuple[list[str], list[str]]:
-    """The values that are handed back as tensors, and the names of the output's fields."""
+    """Names of the values that are returned as tensors, and names of the output's fields."""
     made = list(graph.emitted.outputs)
     fields: list[str] = []
     if graph.cache_at is not None:

@@ -1,4 +1,4 @@
-"""Graphs of parts -> one graph: each in the place of its call, values and sizes under their names."""
+"""Link the graphs of segments into one graph, with names for its values and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .functional import FunctionalModel
 from .segment_export import Seen, SegmentModule, Template
 from .segments import Segment
 
-ONCE = ir.passes.Sequential(  # what each part has
+ONCE = ir.passes.Sequential(  # each segment has its own of these
     passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass()
 )
 AUTO = torch.export.Dim.AUTO
@@ -26,7 +26,7 @@ SYMBOL = re.compile(r"[A-Za-z_]\w*")
 def linked(
     functional: FunctionalModel, segment_modules: list[SegmentModule], opset: int, translations: Any
 ) -> ir.Model:
-    """The graph of a whole call, whose inputs bear the names of leaves, tensors and state."""
+    """The graph of a whole call, whose inputs have the names of leaves, tensors and state."""
     tensors, dims, words = to_trace(functional), input_dims(functional), size_words(functional)
     given = dict(
         zip(
@@ -40,7 +40,7 @@ def linked(
     free = {
         n: {functional.stacks[n].dim: AUTO} if n in functional.stacks else None for n in tensors
     }
-    as_one_segment = GraphLinker([inputs[name] for name in dims])
+    linker = GraphLinker([inputs[name] for name in dims])
     templates: dict[Any, Template] = {}
     for module in segment_modules:
         if (key := module.key(tensors)) not in templates:
@@ -49,7 +49,7 @@ def linked(
             )
         taken = [value for name in module.segment.takes for value in values[name]]
         own = [inputs[name] for name in module.names]
-        made = iter(as_one_segment.add(templates[key], module.segment, [*own, *taken]))
+        made = iter(linker.add(templates[key], module.segment, [*own, *taken]))
         for name, seen, of in zip(module.segment.left, module.made, module.captured, strict=True):
             known = of or [None] * len(seen)
             values[name] = [
@@ -57,7 +57,7 @@ def linked(
                 for s, captured in zip(seen, known, strict=True)
                 if s.traced
             ]
-    return as_one_segment.finished([values[name][0] for name in functional.kept])
+    return linker.finished([values[name][0] for name in functional.kept])
 
 
 def _input(name: str, dims: Dims, like: torch.Tensor) -> ir.Value:
@@ -68,7 +68,7 @@ def _input(name: str, dims: Dims, like: torch.Tensor) -> ir.Value:
 def _sized(
     value: ir.Value, seen: Seen, captured: tuple[Any, ...] | None, words: dict[Any, str]
 ) -> ir.Value:
-    """With its words, where it is a size."""
+    """The value; if it is a size, with its name put into `meta`."""
     if seen.dtype is None:
         (size,), (other,) = seen.sizes
         value.meta["size"] = words.get(captured[0] if captured else (size, other))
@@ -76,28 +76,28 @@ def _sized(
 
 
 class GraphLinker:
-    """model: the graph so far, whose open sizes have the words of its inputs."""
+    """Joins segments' graphs. model: the graph so far; dynamic sizes have its inputs' names."""
 
     def __init__(self, inputs: list[ir.Value]) -> None:
         graph = ir.Graph(inputs, [], nodes=[], name="main_graph")
         self.model = ir.Model(graph, ir_version=0)
         self._segments: set[str] = set()
-        self._same: dict[str, str] = {}  # of words that are one size: the other, the earlier one
+        self._same: dict[str, str] = {}  # of two names of one size: the later -> the earlier
 
-    def add(self, template: Template, made_of: Segment, given: list[ir.Value]) -> list[ir.Value]:
-        """What the template's graph makes of these values. A given size has its words under
-        "size" in its `meta`."""
-        name = self._fresh(made_of.name)
-        segment = ir.from_proto(onnx.ModelProto.FromString(template.model))
-        self.model.ir_version = segment.ir_version
-        self.model.graph.opset_imports.update(segment.opset_imports)
-        words = self._words(template, given, list(segment.graph.inputs))
-        number_of = dict(zip(template.calls, made_of.calls, strict=True))
-        outputs = _with_inputs(segment.graph, given)
-        initializers = list(segment.graph.initializers.values())
-        segment.graph.initializers.clear()
-        nodes = list(segment.graph)
-        for node in segment.graph.all_nodes():
+    def add(self, template: Template, segment: Segment, given: list[ir.Value]) -> list[ir.Value]:
+        """Append the template's graph, applied to these values; returns its outputs. A size among
+        `given` has its name under "size" in its `meta`."""
+        name = self._fresh(segment.name)
+        loaded = ir.from_proto(onnx.ModelProto.FromString(template.model))
+        self.model.ir_version = loaded.ir_version
+        self.model.graph.opset_imports.update(loaded.opset_imports)
+        words = self._words(template, given, list(loaded.graph.inputs))
+        number_of = dict(zip(template.calls, segment.calls, strict=True))
+        outputs = _with_inputs(loaded.graph, given)
+        initializers = list(loaded.graph.initializers.values())
+        loaded.graph.initializers.clear()
+        nodes = list(loaded.graph)
+        for node in loaded.graph.all_nodes():
             node.name = f"{name}/{node.name}"
             for value in node.outputs:
                 value.name = f"{name}/{value.name}"
@@ -105,7 +105,7 @@ class GraphLinker:
             if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
                 number = number_of[node.attributes["number"].as_int()]
                 node.attributes["number"] = ir.AttrInt64("number", number)
-        segment.graph.remove(nodes)
+        loaded.graph.remove(nodes)
         for value in initializers:
             value.name = f"constants/{name}/{value.name}"
             self.model.graph.register_initializer(value)
@@ -113,7 +113,7 @@ class GraphLinker:
         return outputs
 
     def _fresh(self, name: str) -> str:
-        """The name, or one like it where a part has it."""
+        """The name, with a number if another segment has it."""
         fresh, count = name, 1
         while fresh in self._segments:
             count += 1
@@ -124,8 +124,8 @@ class GraphLinker:
     def _words(
         self, template: Template, given: list[ir.Value], inputs: list[ir.Value]
     ) -> dict[str, str]:
-        """What the symbols of a part's shapes are in the whole graph. Two words of one symbol are
-        the same size: only this part shows it."""
+        """Symbol in the segment's shapes -> its name in the whole graph. Two names for one symbol
+        are names of the same size, and become one."""
         pairs = [(s, given[i].meta.get("size")) for i, s in template.sizes.items()]
         for value, outer in zip(inputs, given, strict=True):
             sizes = zip(value.shape or (), outer.shape or (), strict=True)
@@ -146,6 +146,7 @@ class GraphLinker:
         self._same |= {w: kept for w, to in self._same.items() if to == gone} | {gone: kept}
 
     def finished(self, outputs: list[ir.Value]) -> ir.Model:
+        """The model with these outputs, each size under one name, and duplicates removed."""
         self.model.graph.outputs.extend(outputs)
         made = (value for node in self.model.graph.all_nodes() for value in node.outputs)
         for value in (*self.model.graph.inputs, *made):
@@ -154,7 +155,7 @@ class GraphLinker:
 
 
 def _with_inputs(graph: ir.Graph, given: list[ir.Value]) -> list[ir.Value]:
-    """The outputs, with these values in the place of the inputs."""
+    """The outputs, with these values instead of the inputs."""
     stands_for = dict(zip(graph.inputs, given, strict=True))
     outputs = [stands_for.get(value, value) for value in graph.outputs]
     graph.outputs.clear()

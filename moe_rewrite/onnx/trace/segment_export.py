@@ -1,4 +1,4 @@
-"""A part -> an ONNX graph of its tensors, of the values that it takes and of those that it gives."""
+"""A segment -> an ONNX graph: from its tensors and the values that it takes to those it gives."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from .torch_export import onnx_program, quiet
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor or size in two calls of other sizes. open: the dimensions that are open by the
-    capture, or were others where that does not know the value; an open size has the dimension 0.
+    """A tensor or a size, as seen in two calls with different sizes.
+
+    sizes: its shape, or (size,), in both calls.
+    open: its dynamic dimensions: those that the capture has as symbols, or that differ between the
+        calls. A dynamic size counts as dimension 0.
+    strides: in the first call.
+    dtype: None for a size.
     """
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
     open: tuple[int, ...]
     strides: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None  # None: it is a size
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, leaf: Leaf, other: Leaf, captured: tuple[Any, ...] | None) -> Seen:
-        """captured: the sizes, or the size itself, as the capture has them, where it knows them."""
+        """captured: the sizes as ints or symbols of the capture; None if it does not know them."""
         if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
             sizes = tuple(leaf.shape), tuple(other.shape)
             rest: tuple[Any, Any] = leaf.stride(), leaf.dtype
@@ -44,25 +49,29 @@ class Seen:
 
     @property
     def traced(self) -> bool:
-        """Whether it is a value of the graph, and not a number in it."""
+        """Whether it is a value of the graph, not a constant."""
         return self.dtype is not None or bool(self.open)
 
     def example(self) -> Any:
-        """Never written to: it takes no memory."""
+        """An input to trace with. Never written to, so it takes no memory."""
         if self.dtype is None:
             return self.sizes[0][0]
         return torch.empty_strided(self.sizes[0], self.strides, dtype=self.dtype)
 
     def free(self) -> Any:
-        """What stays open in a trace."""
+        """Its entry in torch.export's `dynamic_shapes`."""
         auto = torch.export.Dim.AUTO
         return auto if self.dtype is None else dict.fromkeys(self.open, auto)
 
 
 @dataclass(frozen=True)
 class Template:
-    """model: a piece's graph, serialized. sizes: by the place of an input that is a size, the symbol
-    that it has in the graph's shapes. calls: the numbers that its feed-forward regions have."""
+    """The ONNX graph of a segment, which segments with the same key share.
+
+    model: the graph, a serialized ModelProto.
+    sizes: index of each input that is a size -> its symbol in the graph's shapes.
+    calls: the numbers of its feed-forward regions.
+    """
 
     model: bytes
     sizes: dict[int, str]
@@ -70,8 +79,8 @@ class Template:
 
 
 def segment_modules(functional: FunctionalModel) -> list[SegmentModule]:
-    """Each part as two calls of other sizes see it, which fill the caches of tables, too: no trace
-    may fill these."""
+    """Every segment with the values of two calls with different sizes. These calls also fill the
+    caches of tables, which a trace must not fill."""
     calls = two_calls(functional)
     runs = [functional.values(leaves, state) for leaves, _, state in calls]
     made = []
@@ -87,8 +96,8 @@ def segment_modules(functional: FunctionalModel) -> list[SegmentModule]:
 
 
 def require_own(segment: Segment, values: dict[str, Any]) -> None:
-    """Raises CaptureError where a part writes to what another value shows as well: that would not
-    see it, alone."""
+    """Raises CaptureError where a segment writes to a value that shares memory with another one,
+    which would not see the write if the segment is traced by itself."""
     tensors = [leaf for value in values.values() for leaf in spread(value)[0]]
     shown = Counter(t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor))
     for name in (segment.takes[i] for i in segment.writes):
@@ -97,18 +106,18 @@ def require_own(segment: Segment, values: dict[str, Any]) -> None:
 
 
 class SegmentModule(nn.Module):
-    """forward(given) -> made, all of them tensors and open sizes.
+    """A segment as a module of tensors and dynamic sizes only: forward(given) -> made.
 
-    given: the tensors of `names`, then what is traced of the values taken. taken, made: of each
-    value taken, and of each that is left, the leaves as two calls saw them. captured: of each that
-    is left, the sizes of its leaves as the capture has them, or None.
+    given: the tensors of `names`, then the traced leaves of the values taken.
+    taken, made: for each value taken, and for each left, its leaves as seen in two calls.
+    captured: for each value left, the sizes of its leaves in the capture, or None.
     """
 
     def __init__(
         self, segment: Segment, taken: list[list[Any]], made: list[list[Any]], sizes: dict[str, Any]
     ) -> None:  # fmt: skip
-        """taken, made: of two calls each: the values taken, and those left. sizes: by the name of a
-        value, those that the capture knows."""
+        """taken, made: the values taken and left, a list for each of two calls.
+        sizes: the capture's sizes, by name of the value."""
         super().__init__()
         self.segment = segment
         owned = pytree.tree_leaves(segment.owned)
@@ -121,7 +130,7 @@ class SegmentModule(nn.Module):
         self.made = [
             _seen(a, b, segment, of) for a, b, of in zip(*made, self.captured, strict=True)
         ]
-        # of a tensor all is known by now, and it may be large
+        # `taken` has all that is needed of a tensor, which may be large
         self._forms = [None if isinstance(value, Leaf) else value for value in taken[0]]
 
     def forward(self, given: list[Any]) -> list[Any]:
@@ -140,11 +149,12 @@ class SegmentModule(nn.Module):
         return [leaf for leaf, s in zip(made, seen, strict=True) if s.traced]
 
     def key(self, tensors: dict[str, torch.Tensor]) -> tuple:
-        """Equal for pieces of one plain call that have the same graph."""
+        """Equal for segments of one functional call that have the same graph."""
         place = {name: i for i, name in enumerate(self.names)}
         owned, structure = pytree.tree_flatten(self.segment.owned)
         return (
-            self.segment.alike, structure, tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
+            self.segment.signature, structure,
+            tuple(place[o] if isinstance(o, str) else id(o) for o in owned),
             tuple((tensors[n].shape, tensors[n].stride(), tensors[n].dtype) for n in self.names),
             tuple(map(id, self._forms)),
             tuple(map(tuple, self.taken)), tuple(map(tuple, self.made)),
@@ -154,7 +164,7 @@ class SegmentModule(nn.Module):
     def translated(
         self, tensors: dict[str, torch.Tensor], shapes: dict[str, Any], opset: int, **options: Any
     ) -> Template:
-        """tensors: to trace with. shapes: which of their dimensions stay open."""
+        """tensors: to trace with. shapes: their entries in torch.export's `dynamic_shapes`."""
         seen = [s for value in self.taken for s in value if s.traced]
         given = [*(tensors[n] for n in self.names), *(s.example() for s in seen)]
         free = [*(shapes[n] for n in self.names), *(s.free() for s in seen)]
@@ -164,8 +174,8 @@ class SegmentModule(nn.Module):
         values = [value_of.get(name) for name in traced.graph_signature.user_inputs]
         sizes = {i: str(v) for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
         model = program.model
-        for segment in (*model.graph.all_nodes(), *model.graph.inputs):
-            segment.meta.clear()
+        for item in (*model.graph.all_nodes(), *model.graph.inputs):
+            item.meta.clear()
         return Template(ir.to_proto(model).SerializeToString(), sizes, self.segment.calls)
 
 
@@ -177,6 +187,7 @@ def _seen(value: Any, other: Any, segment: Segment, captured: Any) -> list[Seen]
     opened = any(not isinstance(n, (int, float)) for each in captured or () for n in each)
     if not leaves and (value != other or opened):
         raise CaptureError(
-            f"{segment.name} takes or gives a {type(value).__name__} that depends on a call's sizes"
+            f"{segment.name} takes or returns a {type(value).__name__} that depends on the sizes "
+            "of a call"
         )
     return [Seen.of(*each) for each in zip(leaves, others, known, strict=True)]

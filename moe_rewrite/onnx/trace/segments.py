@@ -1,7 +1,7 @@
-"""The parts of a plain call: functions of tensors by name and of values that earlier parts gave.
+"""The segments of a functional call: functions of named tensors and of earlier segments' values.
 
-A part is traced alone, and parts that are alike are traced once: what a trace takes, in time and
-memory, is of the largest block, and not of the model.
+A segment is traced by itself, and segments with equal signatures are traced once: the time and the
+memory of tracing grow with the largest block, not with the model.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from torch.utils import _pytree as pytree
 from ...routing.dispatch import RowGates
 from ...routing.plan import RoutingPlan
 
-LARGE = 150  # nodes of a part, about those of two blocks of a transformer
-Leaf = torch.Tensor | int | torch.SymInt  # of a value: a tensor, or a size
+LARGE = 150  # most nodes of a merged segment, about those of two transformer blocks
+Leaf = torch.Tensor | int | torch.SymInt  # of a value's pytree: a tensor or a size
 
 
 @dataclass(frozen=True)
 class Segment:
-    """run(owned, taken) -> given. owned: a pytree with names of tensors, and constants as they are.
-    takes, gives: names of values. drops: of those that nothing behind it reads. writes: places in
-    `taken` that it writes to. calls: numbers of its feed-forward regions, in order. alike: equal
-    for parts that compute the same of their tensors and values. nodes: how large it is, about."""
+    """One segment: ``run(owned, taken)`` returns the values that it gives.
+
+    owned: a pytree of tensor names and of constants, which stand for themselves.
+    takes, gives: names of the values that it reads and makes.
+    signature: equal for segments that compute the same function of their tensors and values.
+    nodes: its size, about.
+    writes: indices in `takes` of the values that it writes to.
+    calls: numbers of its feed-forward regions, in order.
+    drops: names of the values that no later segment reads.
+    """
 
     name: str
     owned: Any
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     run: Callable[[Any, list[Any]], Sequence[Any]]
-    alike: Any
+    signature: Any
     nodes: int
     writes: tuple[int, ...] = ()
     calls: tuple[int, ...] = ()
@@ -42,12 +48,12 @@ class Segment:
 
     @property
     def left(self) -> list[str]:
-        """Names of the values that it makes or changes and that something reads behind it."""
+        """Names of the values that it makes or changes and that are read later."""
         written = [self.takes[i] for i in self.writes]
         return [name for name in (*self.gives, *written) if name not in self.drops]
 
     def __call__(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Put what it gives into `values`."""
+        """Run it on `values`, put what it gives there, and remove what it drops."""
         owned = pytree.tree_map_only(str, tensors.__getitem__, self.owned)
         given = self.run(owned, [values[n] for n in self.takes])
         values.update(zip(self.gives, given, strict=True))
@@ -56,13 +62,13 @@ class Segment:
 
 
 def merge_small(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
-    """The parts as they are traced: neighbours that no other part is like are one up to a size, for
-    a trace takes some time at any; each with what it is the last to read, but for what is kept."""
-    count = Counter(segment.alike for segment in segments)
+    """The segments to trace. Neighbours with unique signatures are merged up to LARGE nodes, since
+    every trace costs time. Each drops the values that it reads last, except those in `kept`."""
+    count = Counter(segment.signature for segment in segments)
     made: list[list[Segment]] = []
     for segment in segments:
         small = made and sum(p.nodes for p in (*made[-1], segment)) <= LARGE
-        if small and all(count[p.alike] == 1 for p in (made[-1][-1], segment)):
+        if small and all(count[p.signature] == 1 for p in (made[-1][-1], segment)):
             made[-1].append(segment)
         else:
             made.append([segment])
@@ -70,12 +76,12 @@ def merge_small(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
 
 
 def as_one_segment(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
-    """The parts as one."""
+    """All segments merged into one."""
     return _dropping([_one(segments)], kept)
 
 
 def _one(segments: list[Segment]) -> Segment:
-    """A part that does what these do one after the other."""
+    """A segment that runs these one after the other."""
     if len(segments) == 1:
         return segments[0]
     gives = tuple(name for segment in segments for name in segment.gives)
@@ -98,6 +104,7 @@ def _one(segments: list[Segment]) -> Segment:
 
 
 def _dropping(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
+    """The segments with `drops` filled in."""
     needed, made = set(kept), []
     for segment in reversed(segments):
         last = {*segment.takes, *segment.gives} - needed
@@ -107,12 +114,12 @@ def _dropping(segments: list[Segment], kept: Iterable[str]) -> list[Segment]:
 
 
 def traced_target(node: fx.Node) -> Any:
-    """What a trace of a node depends on: of a call of this package's own, what it says itself."""
+    """What the trace of a node depends on: its target, or a call's `trace_key`."""
     return getattr(node.target, "trace_key", node.target)
 
 
 def spread(value: Any) -> tuple[list[Leaf], Callable[[list[Any]], Any]]:
-    """The tensors and sizes of a value, and what makes it of others."""
+    """The tensors and sizes of a value, and a function that rebuilds the value from others."""
     if isinstance(value, Leaf) and not isinstance(value, bool):
         return [value], lambda given: given[0]
     if isinstance(value, RowGates):

@@ -1,4 +1,4 @@
-"""A module -> PyTorch's program in ONNX, traced in little memory."""
+"""A module -> an ONNXProgram of PyTorch, traced with little memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 
 from ...frontend.trace_memory import forget_inputs, tracing
 
-MAKE = "from_torchlib"  # of PyTorch's class of tables of translations
-_tables: dict[tuple, Any] = {}  # by what they were asked for
+MAKE = "from_torchlib"  # the constructor of ONNXRegistry, PyTorch's table of translations
+_tables: dict[tuple, Any] = {}  # by the constructor's arguments
 
 
 def onnx_program(
     module: torch.nn.Module, given: Any, shapes: Any, opset: int, **options: Any
 ) -> Any:
-    """given: positional arguments. shapes: which of their dimensions stay open. Raises as
-    torch.export and torch.onnx.export do."""
+    """Export a module. given: positional arguments. shapes: torch.export's `dynamic_shapes`. Raises
+    what torch.export and torch.onnx.export raise."""
     with quiet(), tracing():
         exported = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
         forget_inputs(exported)
@@ -33,8 +33,8 @@ def onnx_program(
 
 @contextmanager
 def one_registry() -> Iterator[None]:
-    """PyTorch makes its table of translations, which takes as long as the trace of a small block,
-    once in a process and not for every trace. Where it has another name nothing is done."""
+    """Build PyTorch's table of translations once a process instead of once a trace: it takes as
+    long as tracing a small block. No effect if this version of PyTorch lacks that class."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -50,7 +50,7 @@ def one_registry() -> Iterator[None]:
 
 
 def _table(make: Callable[..., Any], **given: Any) -> Any:
-    """With lists of its own: a trace puts its translations into them."""
+    """A copy of the cached table with lists of its own, to which a trace adds translations."""
     key = tuple(given.items())
     made = _tables[key] = _tables.get(key) or make(**given)
     table = copy.copy(made)
@@ -59,6 +59,7 @@ def _table(make: Callable[..., Any], **given: Any) -> Any:
 
 
 def root_cause(error: BaseException) -> BaseException:
+    """The first error in the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -66,7 +67,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on what is not installed."""
+    """Silence the exporter's log and warnings, such as those on missing packages."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Operators that torch.onnx does not know, or writes in many nodes."""
+"""Translations for operators that torch.onnx lacks or writes as many nodes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _op() -> Any:
 
 
 def _round(number: Any, digits: None = None) -> Any:
-    """Of a size: Python's, of halves to even ones, as ONNX has it."""
+    """Python's round() of a size: halves go to the even number, as in ONNX."""
     op = _op()
     return op.Cast(op.Round(number), to=onnx.TensorProto.INT64)
 
 
 def _sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """ONNX's TopK puts the first of equal values first, as a stable sort does."""
+    """A stable sort as a TopK, which orders equal values by index."""
     op = _op()
     size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
     return op.TopK(x, size, axis=dim, largest=int(descending))
@@ -32,16 +32,16 @@ def _attention(
     query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """softmax(query key^T scale + mask) value of (..., H, L, D), (..., Hk, S, D) and (..., Hk, S, V);
-    a row that may see nothing gets zero. torch.onnx swaps the key's dimensions by its shape, in
-    nine nodes."""
+    """softmax(query key^T scale + mask) value, for query (..., H, L, D), key (..., Hk, S, D) and
+    value (..., Hk, S, V). A fully masked row gives zero. torch.onnx's own translation transposes
+    the key by its shape, in nine nodes."""
     op = _op()
     *rows, last, second = range(len(key.shape))
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         key, value = (_for_each_head(t, int(query.shape[-3])) for t in (key, value))
     width = query.shape[-1]
     if scale is None and not isinstance(width, int):
-        raise TypeError(f"attention over heads of {width} features: expected a number")
+        raise TypeError(f"attention over heads of {width} features: expected a fixed size")
     factor = op.Constant(value_float=width**-0.5 if scale is None else scale)
     turned = op.Transpose(key, perm=[*rows, second, last])
     scores = op.MatMul(op.Mul(query, op.CastLike(factor, query)), turned)
@@ -65,7 +65,7 @@ def _like(number: float, tensor: Any) -> Any:
 
 
 def _causal(query: Any, key: Any) -> Any:
-    """(L, S), zero up to the diagonal and minus infinity above it."""
+    """An (L, S) bias: zero up to the diagonal and minus infinity above it."""
     op = _op()
     sizes = [op.Shape(t, start=-2, end=None) for t in (query, key)]
     first = [op.Slice(s, op.Constant(value_ints=[0]), op.Constant(value_ints=[1])) for s in sizes]
@@ -74,7 +74,7 @@ def _causal(query: Any, key: Any) -> Any:
 
 
 def _for_each_head(x: Any, heads: int) -> Any:
-    """(..., Hk, S, D) -> (..., H, S, D), each repeated for the heads that share it."""
+    """(..., Hk, S, D) -> (..., H, S, D): each head repeated for the query heads that share it."""
     op = _op()
     *lead, kept, _, width = x.shape
     times = [1] * len(lead) + [1, heads // int(kept), 1, 1]

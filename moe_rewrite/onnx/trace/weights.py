@@ -1,4 +1,4 @@
-"""The tensors of a converted model by name, experts in stacks."""
+"""The tensors of a converted model by name, experts stacked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = f"{ADDED}router.rows"
 
 @dataclass(frozen=True)
 class ExpertDim:
-    """Where a tensor holds several experts: dimension `dim` has `each` elements for every one."""
+    """The experts' dimension of a stack: `each` elements of dimension `dim` for every expert."""
 
     dim: int
     each: int
@@ -28,8 +28,8 @@ class ExpertDim:
 def tensors_of(
     moe: MoEModel, graph: BoundGraph, active: tuple[int, ...], open_experts: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, ExpertDim], dict[str, Any]]:
-    """All tensors by name; the stacks among them; per expert input of the graph, what it takes,
-    with names instead of tensors. open_experts: copies of a feed-forward are stacked too."""
+    """Returns all tensors by name; the stacks among them; and what each expert input of the graph
+    takes, with names instead of tensors. open_experts: stack copies of a feed-forward too."""
     tensors: dict[str, torch.Tensor] = {}
     stacks: dict[str, ExpertDim] = {}
     for _, bound in graph.steps:
@@ -53,7 +53,7 @@ def tensors_of(
         tensors[ROWS] = moe.router.stacked(active).detach()
         stacks[ROWS] = ExpertDim(0, 1)
     if any(isinstance(v, list) and v for v in experts.values()):
-        stacks = {}  # experts that are not stacked, of a fixed number
+        stacks = {}  # experts that are not stacked: their number is fixed
     for name in ("lift", "frozen"):
         if name in moe.router._buffers:
             tensors[f"{ADDED}router.{name}"] = moe.router._buffers[name]  # type: ignore[assignment]

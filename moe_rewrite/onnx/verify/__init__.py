@@ -1,1 +1,1 @@
-"""Proof of an exported file against PyTorch."""
+"""Verification of an exported file against PyTorch."""

@@ -1,4 +1,4 @@
-"""Proof of an exported file: ONNX Runtime against PyTorch, on calls that the trace has not seen."""
+"""Compare an exported file in ONNX Runtime with PyTorch, on other calls than the traced one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 BATCH = 2
 SIZES = ((2, 4, 0), (1, 7, 3), (3, 3, 6))  # batch, length and past of the cases
-OFF = -1e4  # a router's bias for an expert that gets nothing
+OFF = -1e4  # router bias of an expert that gets no row
 
 
 @dataclass
 class Case:
-    """One call."""
+    """One call to compare."""
 
     name: str
     leaves: list[torch.Tensor]
@@ -56,14 +56,18 @@ def compare_with_torch(
     moe: MoEModel, functional: FunctionalModel, path: Path, stand_ins: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor],
 ) -> list[Check]:  # fmt: skip
-    """Raises EquivalenceError where a result differs by more than the dtype's tolerance. stand_ins:
-    what quantized weights stand for: PyTorch computes with these. shared: weights of the file that
-    are taken from memory. It and the plain call hold the last case's experts afterwards: the two
-    sets are as large as the experts each, and need not be in memory at once."""
+    """Raises EquivalenceError if an output differs by more than the dtype's tolerance.
+
+    stand_ins: dequantized values of quantized weights, with which PyTorch computes.
+    shared: weights of the file that ONNX Runtime takes from memory.
+
+    Afterwards `functional` and `shared` hold the last case's experts instead of the model's, so that
+    only one of the two sets is in memory at a time.
+    """
     _require_plain(moe, functional)
     cases = list(_cases(moe, functional))
     checks = _compared(moe, functional, path, cases, stand_ins, shared)
-    release_memory()  # of that session: there is one at a time
+    release_memory()  # of that session: one session exists at a time
     replaced = _other_experts(functional)
     if replaced:
         _exchange(replaced, moe, functional, shared)
@@ -76,11 +80,11 @@ def _compared(
     moe: MoEModel, functional: FunctionalModel, path: Path, cases: list[Case], stand_ins: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor], replaced: dict[str, torch.Tensor] | None = None,
 ) -> list[Check]:  # fmt: skip
-    """Calls in one session. replaced: tensors of experts and router in the place of the file's."""
+    """Compare the cases in one session. replaced: replaces tensors of experts and router."""
     release_memory()
     checks, session = [], _opened(path, replaced or {}, shared, moe.dtype)
     for case in cases:
-        release_memory()  # of opening, or of the last case
+        release_memory()  # after opening the session, or the last case
         with torch.no_grad():
             want = functional(case.leaves, functional.tensors | stand_ins, case.state)
         names = dict(zip(functional.inputs, case.leaves, strict=True))
@@ -115,7 +119,7 @@ def _exchange(
     functional: FunctionalModel,
     shared: dict[str, torch.Tensor],
 ) -> None:
-    """Put other experts in the place of the file's, whose memory is free then."""
+    """Replace the model's experts by others, which frees their memory."""
     for held in (functional.tensors, shared):
         held.update({n: t for n, t in replaced.items() if n in held})
     for site in moe.expert_sites():
@@ -140,7 +144,7 @@ def _on_this_cpu() -> Iterator[None]:
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise EquivalenceError(
             f"ONNX Runtime's CPU provider cannot run this file ({str(error).splitlines()[0]}): "
-            "export with verify=False, and compare where its kernels are"
+            "export with verify=False, and compare on a machine that has its kernels"
         ) from error
 
 
@@ -153,7 +157,7 @@ def _mask(functional: FunctionalModel, leaves: list[torch.Tensor]) -> Any:
 
 
 def _require_plain(moe: MoEModel, functional: FunctionalModel) -> None:
-    """The traced function is the converted model: the rest is held against it."""
+    """Raise EquivalenceError unless `functional`, the reference of all cases, equals the model."""
     asked = {k: v for k, v in functional.arguments.items() if not is_cache(v)}
     arguments = random_arguments(asked, moe.host.vocabulary(), BATCH)
     given = iter(pytree.tree_leaves(split_static(arguments)[0]))
@@ -194,13 +198,13 @@ def _others_name(functional: FunctionalModel) -> str:
 def _leaves(
     functional: FunctionalModel, host: Any, batch: int, length: int, past: int
 ) -> list[torch.Tensor]:
-    """Random leaves with other open sizes."""
+    """Random leaves of these sizes."""
     leaves = dict(zip(functional.inputs, zeros(functional, batch, length, past), strict=True))
     return list(random_arguments(leaves, host.vocabulary(), batch).values())
 
 
 def _state(functional: FunctionalModel, batch: int, past: int) -> list[torch.Tensor]:
-    """Sums as they are behind `past` positions."""
+    """Random running sums, as they could be after `past` positions."""
     if not functional.with_state:
         return []
     total, count = functional.state(batch)
@@ -210,8 +214,8 @@ def _state(functional: FunctionalModel, batch: int, past: int) -> list[torch.Ten
 
 
 def _other_experts(functional: FunctionalModel) -> dict[str, torch.Tensor]:
-    """Random experts and a router that is sure, so that experts matter even in a model whose own
-    are still zero; where their number is open, one more than there are, the last without a row."""
+    """Random experts and a router with large logits, so that experts matter even if the model's own
+    are still zero. If their number is dynamic, one more than there are, the last without rows."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: list[int], size: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Which nodes of a file ONNX Runtime's CUDA provider has kernels for.
+"""Which nodes of a file have no kernel in ONNX Runtime's CUDA provider.
 
-From the list of kernels in ONNX Runtime's documentation (docs/OperatorKernels.md, the section of
-CUDAExecutionProvider, for operator sets 20 and up). A node without a kernel runs on the CPU, with
+From the table of kernels in ONNX Runtime's documentation (docs/OperatorKernels.md, section
+CUDAExecutionProvider, operator sets from 20 on). A node without a kernel runs on the CPU, with
 copies to and from it.
 """
 
@@ -52,13 +52,13 @@ GROUPS = {  # types of a node's first input that is not a condition
 }  # fmt: skip
 KERNELS = {op: types.split() for types, ops in GROUPS.items() for op in ops.split()}
 NO_KERNEL_NEEDED = {"Constant"}
-CASTS = {"CastLike": "Cast"}  # a function of the standard, of this operator
+CASTS = {"CastLike": "Cast"}  # a function of the ONNX standard -> the operator that it calls
 
 
 def without_kernel(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> dict[str, int]:
     """How many nodes of each operator and type have no kernel on CUDA: ``{"CumSum bfloat16": 1}``.
 
-    model: a graph; weights: its initializers that the graph itself lacks.
+    model: the graph. weights: initializers that are not in the graph.
     """
     types = _types(model, weights)
     found: Counter[str] = Counter()
@@ -75,7 +75,7 @@ def without_kernel(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> 
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Those of subgraphs too."""
+    """All nodes, including those of subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

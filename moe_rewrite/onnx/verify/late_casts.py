@@ -1,7 +1,7 @@
-"""A 16-bit file as ONNX Runtime's CPU provider computes it: for the most part in float32.
+"""Run a 16-bit file in little memory on ONNX Runtime's CPU provider, which computes in float32.
 
-It runs first, of all that a node needs, what was added last to the graph, and the casts of weights
-are added by itself: many weights lie in memory in float32 before the first of them is needed.
+The provider inserts casts of weights, and of a node's inputs it runs those first that were added to
+the graph last: so many weights are in memory in float32 before the first of them is needed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from ..runtime.session import FRUGAL, frugal_options
 
 @contextmanager
 def late_casts(path: Path, dtype: torch.dtype) -> Iterator[tuple[Path, Any]]:
-    """(a graph that computes as the one at `path`, options of a session on it). dtype: of the model.
-    Of 16 bits it is one with ONNX Runtime's own casts, each of a weight run when it is needed, and
-    the bytes outside the file stay there; `path` itself where ONNX Runtime makes none."""
+    """(a file with the same computation as the one at `path`, options of a session on it).
+
+    For a 16-bit dtype it has ONNX Runtime's own casts, ordered so that each weight is cast when it
+    is needed, and refers to the same external bytes. It is `path` itself for other dtypes, or if
+    ONNX Runtime writes no such file.
+
+    dtype: of the model.
+    """
     if dtype.itemsize >= 4:
         yield path, frugal_options()
         return
@@ -37,17 +42,17 @@ def late_casts(path: Path, dtype: torch.dtype) -> Iterator[tuple[Path, Any]]:
 
 
 def _made(path: Path, made: Path) -> bool:
-    """Whether the graph at `path` with the casts could be written at `made`. What is computed from
-    weights alone is put first there: the descent that ends in it then comes last."""
+    """Write the graph at `path` with the casts at `made`; returns whether that was possible. Nodes
+    that depend only on weights come first in it, so that ONNX Runtime runs them last."""
     import onnxruntime as ort
 
-    # one level more, and all weights would be float32 for good
+    # the next higher level would convert all weights to float32 permanently
     options = frugal_options("ENABLE_EXTENDED")
     options.optimized_model_filepath = str(made)
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     source = _without_bytes(path)
     release_memory()
-    with suppress(Exception):  # ONNX Runtime's have no common base
+    with suppress(Exception):  # ONNX Runtime's errors have no common base
         ort.InferenceSession(source, options, ["CPUExecutionProvider"], **FRUGAL)
     if not made.exists():
         return False
@@ -64,8 +69,8 @@ def _made(path: Path, made: Path) -> bool:
 
 
 def _without_bytes(path: Path) -> bytes:
-    """The graph, its weights outside the file as inputs, of which no byte is read, and without what
-    it says of values in between, which takes a session a fifth of its memory."""
+    """The graph with external weights as inputs, so that no byte of them is read, and without
+    value_info, which takes a fifth of a session's memory."""
     graph = (model := onnx.load(path, load_external_data=False)).graph
     for tensor in [t for t in graph.initializer if t.external_data]:
         graph.initializer.remove(tensor)
@@ -76,7 +81,7 @@ def _without_bytes(path: Path) -> bytes:
 
 
 def _put_back(graph: onnx.GraphProto, said: onnx.GraphProto) -> None:
-    """What the file says of its weights, and of the values that are still there."""
+    """Restore the external weights, and the value_info of values that still exist."""
     outside = {t.name: t for t in said.initializer if t.external_data}
     for value in [i for i in graph.input if i.name in outside]:
         graph.input.remove(value)

@@ -1,7 +1,7 @@
-"""A written file read back, for its proof: the same graph, its large weights left where they are.
+"""Reread a written file for verification: the same graph, with large weights left in the file.
 
-A protobuf message is a row of fields: a varint of its number and kind, then a varint (kind 0), or
-(kind 2) the length of its content and that content.
+A protobuf message is a sequence of fields: a varint with number and wire type, then a varint (type
+0), or a length and that many bytes (type 2).
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ PIECE = 1 << 20
 
 
 def write_external_view(path: Path, twin: Path) -> dict[str, FileRange]:
-    """Write at `twin`, in the same folder, what the file at `path` holds, field by field, but in the
-    place of each large weight where in that file it lies. Returns where each weight lies by what
-    the file says. Raises EquivalenceError for a file that is no row of whole fields."""
+    """Copy the file at `path` to `twin`, in the same folder, with large weights as references into
+    the file at `path`.
+
+    Returns the range of each weight, as the file has it. Raises EquivalenceError if the file is not
+    a sequence of complete fields.
+    """
     ranges, size = {}, path.stat().st_size
     with open(path, "rb") as file, open(twin, "wb") as out:
         while (start := file.tell()) < size:
@@ -48,14 +51,14 @@ def write_external_view(path: Path, twin: Path) -> dict[str, FileRange]:
 
 @contextmanager
 def view_with_values(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[Path]:
-    """The graph at `path` with other values, of other sizes too, for some initializers, their bytes
-    in a file of their own: a copy within the graph would be read into memory again and again."""
+    """The graph at `path` with other values, perhaps of other sizes, for some initializers. Their
+    bytes are in a separate file: inside the graph they would be copied several times in memory."""
     model = onnx.load(path, load_external_data=False)
     graph, data = (path.with_name(f"other-{path.stem}{end}") for end in (".onnx", ".data"))
     try:
         replace_initializers(model, replaced, write_data(replaced, data))
         graph.write_bytes(model.SerializeToString())
-        del model  # a session on it takes as much again
+        del model  # the session needs as much memory
         yield graph
     finally:
         for file in (graph, data):
@@ -65,7 +68,7 @@ def view_with_values(path: Path, replaced: dict[str, torch.Tensor]) -> Iterator[
 def weights_match(
     ranges: dict[str, FileRange], weights: dict[str, torch.Tensor], folder: Path
 ) -> bool:
-    """Whether the files hold these weights, byte for byte, read in pieces."""
+    """Whether the files contain these weights, byte for byte; reads in pieces."""
     if ranges.keys() != weights.keys():
         return False
     for name, tensor in weights.items():
@@ -82,8 +85,8 @@ def weights_match(
 
 
 def _initializer(file: IO[bytes], end: int) -> tuple[onnx.TensorProto, int] | None:
-    """Of a graph that is nothing but one initializer: that without its raw data, which end the
-    graph, and their bytes. None for other graphs."""
+    """(initializer without its raw data, length of the data) of a graph with one initializer, whose
+    data come last, and nothing else; None for other graphs."""
     number, stop = _field(file, end)
     if number != INITIALIZER or stop != end:
         return None
@@ -100,7 +103,7 @@ def _initializer(file: IO[bytes], end: int) -> tuple[onnx.TensorProto, int] | No
 
 
 def _said(tensor: onnx.TensorProto) -> FileRange | None:
-    """Where a weight outside the file lies."""
+    """The range of an external weight; None for other tensors."""
     facts = {fact.key: fact.value for fact in tensor.external_data}
     if not facts:
         return None
@@ -108,7 +111,7 @@ def _said(tensor: onnx.TensorProto) -> FileRange | None:
 
 
 def _field(file: IO[bytes], end: int) -> tuple[int, int]:
-    """(number, end) of the field that begins here; the file is left where its content begins."""
+    """(number, end) of the field that starts here; leaves the file at the start of its content."""
     tag = _varint(file)
     number, kind = tag >> 3, tag & 7
     if kind == 0:

@@ -1,7 +1,7 @@
-"""Tests of the Triton kernels: on a GPU where there is one, else as Triton's interpreter runs them.
+"""Tests of the Triton kernels: on a GPU if there is one, else in Triton's interpreter.
 
-It has to be on from the start of the process, so that tests/kernels/test_interpreted.py runs these
-files in processes of their own; without it and without a GPU they are left out.
+The interpreter must be on from the start of a process, so tests/kernels/test_interpreted.py runs
+each of these files in a separate process; without interpreter and GPU they are skipped.
 """
 
 import os

@@ -92,7 +92,7 @@ def test_transposed_weights_lists_and_strided_rows():
         close(gradients(run_ffn(ffn_experts, "silu", plan), form), expected)
 
 
-def test_nothing_is_written_beside_the_outputs():
+def test_nothing_is_written_outside_the_outputs():
     given = ffn_inputs(21, 17, 19, 3, 2, KINDS["biases"], seed=11, spread="some")
     small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
     plan = sort_plan(given["experts"], 3)

@@ -54,7 +54,7 @@ def test_transposed_weight_and_strided_rows():
     close(gradients(run_lora(lora_linear), given), exact)
 
 
-def test_nothing_is_written_beside_the_outputs():
+def test_nothing_is_written_outside_the_outputs():
     g = lora_inputs((21,), (21,), 17, 19, 7)
     low = torch.randn(21, 7)
     with guarded():

@@ -50,7 +50,7 @@ def test_equal_the_reference(shape, dtype):
     compare(scatter, back, shape[4], dtype)
 
 
-def test_nothing_is_written_beside_the_outputs():
+def test_nothing_is_written_outside_the_outputs():
     given = {
         k: v.float() if v.is_floating_point() else v
         for k, v in patch_inputs(2, 3, 2, 2, (5, 7), 4, (3, 3)).items()

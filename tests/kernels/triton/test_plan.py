@@ -63,7 +63,7 @@ def test_more_blocks_than_a_scan_takes_at_once(monkeypatch):
     assert all(map(torch.equal, sort_plan(chosen, 7), reference.sort_plan(chosen, 7)))
 
 
-def test_nothing_is_written_beside_the_outputs():
+def test_nothing_is_written_outside_the_outputs():
     logits, chosen = torch.randn(11, 5), torch.randint(-1, 6, (37,))
     with guarded():
         gates, experts = launch.route(logits, 3, True)

@@ -1,4 +1,4 @@
-"""Greedy text from ONNX Runtime: token for token PyTorch's, with one graph for prompt and decoding."""
+"""Greedy text from ONNX Runtime: the same tokens as PyTorch's, from one graph for all steps."""
 
 import architectures
 import pytest

@@ -1,4 +1,4 @@
-"""Exports part by part: what is traced, what passes from part to part, and what needs the whole."""
+"""Export by segments: what is traced, which values pass between segments, what needs the whole."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import networks
 import pytest
 import torch
 from reference import randomize
+from sweeps import some
 from torch import fx, nn
 
 import moe_rewrite
@@ -22,7 +23,7 @@ from moe_rewrite.onnx.trace.segments import Segment, traced_target
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Names of the parts that are traced."""
+    """Names of the segments that are traced."""
     names = []
     trace = segment_export.onnx_program
 
@@ -35,7 +36,7 @@ def traced(monkeypatch):
 
 
 def exported(model, inputs, folder, split, **options):
-    """(converted model, file) with experts that matter; the export itself proves the file."""
+    """(converted model, file) with experts that matter; the export verifies the file."""
     moe = moe_rewrite.convert(
         model, split=split, num_experts=2, example_inputs=inputs, verify=False, **options
     )
@@ -53,7 +54,7 @@ def assert_same(moe, loaded, inputs):
 
 def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
     counts, nodes = [], []
-    for layers in (6, 12):
+    for layers in (4, 8):
         model = architectures.build("Llama", layers=layers)
         moe = moe_rewrite.convert(model, split=0.5, num_experts=2, verify=False)
         randomize(moe)
@@ -62,11 +63,11 @@ def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
         counts.append(len(traced))
         nodes.append(sum(report.operators.values()))
         traced.clear()
-    assert counts[0] == counts[1] <= 6 and nodes[1] > 1.7 * nodes[0]
+    assert counts[0] == counts[1] <= 6 and nodes[1] > 1.6 * nodes[0]
 
 
 @pytest.mark.parametrize("kind", sorted(networks.KINDS))
-def test_layers_that_are_alike_have_their_own_weights(kind, traced, tmp_path):
+def test_identical_layers_have_their_own_weights(kind, traced, tmp_path):
     model = networks.Network([kind] * 5).eval()
     moe, loaded = exported(model, model.input(2, 6), tmp_path, split=2)
     for batch, length in ((3, 7), (1, 4)):
@@ -74,9 +75,9 @@ def test_layers_that_are_alike_have_their_own_weights(kind, traced, tmp_path):
     assert len(traced) < len(FunctionalModel(moe, model.input(2, 6)).segments)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_open_experts_of_layers_that_are_alike(name, traced, tmp_path):
-    """Their stacks are loaded anew, with one expert more."""
+@pytest.mark.parametrize("name", some(["Llama", "GPT2"], ["Llama"]))
+def test_open_experts_of_identical_layers(name, traced, tmp_path):
+    """Their stacks are replaced by others with one more expert."""
     dense = architectures.build(name, layers=4)
     convert = partial(moe_rewrite.convert, dense, mode="upcycle", split=1, verify=False)
     moe, more = convert(num_experts=3).eval(), convert(num_experts=4).eval()
@@ -95,7 +96,7 @@ def test_open_experts_of_layers_that_are_alike(name, traced, tmp_path):
 
 
 class Scaled(nn.Module):
-    """A layer with a constant of its own."""
+    """A layer with its own constant."""
 
     def __init__(self, by):
         super().__init__()
@@ -176,7 +177,7 @@ class Lengthened(nn.Module):
         return x
 
 
-def test_a_number_between_parts_needs_the_whole(traced, tmp_path):
+def test_a_number_between_segments_needs_the_whole(traced, tmp_path):
     torch.manual_seed(0)
     moe, loaded = exported(Lengthened().eval(), torch.randn(2, 5, 8), tmp_path, split="layers.2")
     assert_same(moe, loaded, torch.randn(3, 9, 8))
@@ -206,7 +207,7 @@ def test_a_size_that_is_the_same_in_short_calls_stays_open(kind, traced, tmp_pat
     assert len(traced) == 4, traced
 
 
-def test_what_cannot_be_traced_in_parts_or_whole_is_refused(monkeypatch, tmp_path):
+def test_what_cannot_be_traced_in_segments_or_whole_is_refused(monkeypatch, tmp_path):
     def fails(*args, **kwargs):
         raise RuntimeError("no such operator")
 
@@ -217,7 +218,7 @@ def test_what_cannot_be_traced_in_parts_or_whole_is_refused(monkeypatch, tmp_pat
 
 
 def test_one_size_has_one_name(tmp_path):
-    """The batch, which each part sees for itself; the mask's is the same in the router's alone."""
+    """The batch, which each segment has; only in the router's is the mask's batch the same."""
     model = architectures.build("Llama", layers=3)
     prefix = TokenRouter(granularity="prefix")
     moe = moe_rewrite.convert(model, split=1, num_experts=2, router=prefix, verify=False)

@@ -25,7 +25,7 @@ KIND = {"LoRA": {}, "upcycled": {"mode": "upcycle"}}
 
 @pytest.fixture(scope="module", params=KIND)
 def file(request, tmp_path_factory):
-    """A float16 file whose weights lie beside it."""
+    """A float16 file with its weights in a second file."""
     model = architectures.build("Llama", layers=3)
     moe = moe_rewrite.convert(model, split=1, num_experts=2, verify=False, **KIND[request.param])
     randomize(moe)
@@ -36,7 +36,7 @@ def file(request, tmp_path_factory):
 
 
 def ran(path, options, folder):
-    """(outputs, the most weights that lay in float32 at once), from a profile of one run."""
+    """(outputs, most weights in float32 at once), from a profile of one run."""
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     options.optimized_model_filepath = str(folder / "run.onnx")
     session = open_session(path, None, options=options, **FRUGAL)
@@ -98,7 +98,7 @@ def regions():
     ids=["open", "choice", "regions"],
 )
 def test_sums_that_scatter_run_in_16_bits(build, options, x, tmp_path):
-    """ONNX Runtime's CPU provider adds such in float32 alone."""
+    """ONNX Runtime's CPU provider scatters with addition in float32 only."""
     moe, path = build().eval(), tmp_path / "m.onnx"
     report = moe_rewrite.export_onnx(
         moe, path, dtype="float16", example_inputs=torch.randn(2, *x.shape[1:]), **options

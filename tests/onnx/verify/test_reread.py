@@ -1,4 +1,4 @@
-"""Written files read back: the twin that is proven is the file as it lies on the disk."""
+"""Rereading written files: the twin that is verified equals the file on the disk."""
 
 from types import SimpleNamespace
 
@@ -83,10 +83,10 @@ def test_names_and_lengths_are_seen(tmp_path):
     lambda content: content[:-3],
     lambda content: content + b"\x3a",  # a field without its length
     lambda content: content + b"\x3a\x05abc",  # shorter than it says
-    lambda content: content + b"\x3b\x01a",  # of a kind that there is not
-    lambda content: content + b"\xff" * 20,  # a number without end
+    lambda content: content + b"\x3b\x01a",  # of an unknown wire type
+    lambda content: content + b"\xff" * 20,  # a varint without end
 ])  # fmt: skip
-def test_what_is_no_row_of_fields_is_an_error(spoil, tmp_path):
+def test_anything_but_a_sequence_of_fields_is_an_error(spoil, tmp_path):
     path = written(tmp_path)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(EquivalenceError, match="m.onnx as written is no ONNX file, at byte"):
