@@ -137,11 +137,12 @@ POOLED = {
 }
 
 
+@pytest.mark.parametrize("length", [6, W])
 @pytest.mark.parametrize("case", POOLED)
-def test_outputs_without_rows_have_nothing_ahead(case):
-    """And leave the question to those with rows."""
+def test_outputs_without_rows_have_nothing_ahead(case, length):
+    """And leave the question to those with rows, also where their width is the length."""
     work, expected = POOLED[case]
-    assert predicted(Net(work), torch.zeros(2, 6, W)) == expected
+    assert predicted(Net(work), torch.zeros(2, length, W)) == expected
 
 
 UNSEEN = {

@@ -93,6 +93,21 @@ CASES = {  # hidden channels -> a stage; the groups of its weights' dimensions
         ),
         {"a.weight": ("p", "in"), "a.bias": "p", "b.weight": ("out", "p"), "b.bias": ("out",)},
     ),
+    "padded positions": (
+        lambda h: Work(
+            last(lambda m, x: m.b(nn.functional.pad(m.a(x), (0, 0, 1, 0, 0, 2)))),
+            a=nn.Linear(W, h), b=nn.Linear(h, W),
+        ),
+        {"a.weight": ("p", "in"), "a.bias": "p", "b.weight": ("out", "p"), "b.bias": ("out",)},
+    ),
+    "one slope for all": (
+        lambda h: Work(
+            lambda m, x: m.c(m.act(m.b(m.act(m.a(x))))),
+            a=conv(W, h), b=conv(h, h + 2), c=conv(h + 2, W), act=nn.PReLU(),
+        ),
+        {"a.weight": ("p", "in"), "a.bias": "p", "b.weight": ("q", "p"), "b.bias": "q",
+         "c.weight": ("out", "q"), "c.bias": ("out",)},
+    ),
     "channels last": (
         lambda h: Work(
             last(lambda m, x: m.b(nn.functional.gelu(m.a(x)))), a=nn.Linear(W, h), b=nn.Linear(h, W)

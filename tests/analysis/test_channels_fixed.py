@@ -66,6 +66,24 @@ FIXED = {  # a stage -> its weights' dimensions of which no share can be taken, 
         lambda h: Work(lambda m, x: m.b(m.a(x)[:, 2:]), a=conv(W, h), b=conv(h - 2, W)),
         {"a.weight", "b.weight"}, "(slice) rearranges channels",
     ),
+    "halves": (
+        lambda h: Work(
+            lambda m, x: m.b(torch.mul(*m.a(x).chunk(2, 1))), a=conv(W, h), b=conv(h // 2, W)
+        ),
+        {"a.weight", "b.weight"}, "rearranges channels",
+    ),
+    "halves that change places": (
+        lambda h: Work(
+            lambda m, x: m.b(torch.cat(m.a(x).split(h // 2, 1)[::-1], 1)), a=conv(W, h), b=conv(h, W)
+        ),
+        {"a.weight", "b.weight"}, "rearranges channels",
+    ),
+    "padded": (
+        lambda h: Work(
+            lambda m, x: m.b(nn.functional.pad(m.a(x), (1, 1, 0, 0, 1, -1))), a=conv(W, h), b=conv(h, W)
+        ),
+        {"a.weight", "b.weight"}, "(pad) rearranges channels",
+    ),
     "one gate for all": (
         lambda h: Work(
             lambda m, x: m.c(m.a(x) * torch.sigmoid(m.b(x))), a=conv(W, h), b=conv(W, 1), c=conv(h, W)

@@ -22,6 +22,11 @@ class Net(nn.Module):
         self.embed, self.line = nn.Embedding(9, W), nn.Conv1d(W, 6, 3, 2)
         self.conv, self.apart = nn.Conv2d(W, 6, (3, 2), 2, 1), nn.Conv2d(W, 8, 3, groups=W)
         self.solid = nn.Conv3d(W, 2, (1, 2, 3), groups=2)
+        self.up, self.up_line = (
+            nn.ConvTranspose2d(W, 6, (3, 2), 2, groups=2),
+            nn.ConvTranspose1d(W, 6, 3),
+        )
+        self.cell, self.pair = nn.GRUCell(W, 5), nn.Bilinear(W, 3, 5)
         self.bias, self.cubes = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(3, W, 5))
         self.work = work
 
@@ -54,6 +59,22 @@ COUNTED = {  # work, shape of a sample
             x, m.conv.weight, None, [1, 1], [0, 0], [2, 1], False, [0, 0], 1
         ), (W, 8, 12),
     ),
+    "transposed": (lambda m, x: m.up(x), (W, 5, 3)),
+    "transposed line": (lambda m, x: m.up_line(x), (W, 9)),
+    "general transposed convolution": (
+        lambda m, x: torch.convolution(
+            x, m.up.weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 2
+        ), (W, 5, 3),
+    ),
+    "named dimensions": (lambda m, x: torch.einsum("bsd,hd->bsh", x, m.linear.weight), (5, W)),
+    "named dimensions of three": (
+        lambda m, x: torch.einsum("...d,hd,h->...h", x, m.linear.weight, m.bias), (2, 5, W),
+    ),
+    "product over dimensions": (
+        lambda m, x: torch.tensordot(x, m.linear.weight, dims=([2], [1])), (5, W),
+    ),
+    "inner": (lambda m, x: torch.inner(x, m.linear.weight), (5, W)),
+    "a recurrent step": (lambda m, x: m.cell(x), (W,)),
     "a weight used twice": (lambda m, x: m.linear(x) + m.linear(x * 2.0), (5, W)),
     "with other work": (
         lambda m, x: F.layer_norm(m.back(torch.tanh(m.linear(x)) * 2.0), [W]).sum(-1), (5, W),
@@ -91,6 +112,7 @@ BY_HAND = {  # work -> FLOPs of a sequence of n rows
         ),
         lambda n: 2 * (2 * n * n * (2 + 2)),
     ),
+    "of two values": (lambda m, x: m.pair(x, x[..., 1:]), lambda n: 2 * n * 5 * W * 3),
     "merged rows": (lambda m, x: m.linear(x.reshape(-1, W)), lambda n: 2 * n * W * 6),
     "no product": (lambda m, x: torch.cumsum(x.exp() * m.linear.weight[0], 1), lambda n: 0),
 }  # fmt: skip
@@ -108,6 +130,29 @@ def test_flops_are_of_the_given_nodes_alone():
     found, nodes = sizes(lambda m, x: m.back(torch.relu(m.linear(x))), torch.zeros(2, 5, W))
     each = [(op_name(n), found.flops([n])) for n in nodes if n.op == "call_function"]
     assert each == [("linear", 240), ("relu", 0), ("linear", 240)] and found.flops([]) == 0
+
+
+RECURRENT = {  # layer -> FLOPs of one row
+    nn.RNN: 2 * 5 * (W + 5), nn.GRU: 2 * 3 * 5 * (W + 5), nn.LSTM: 2 * 4 * 5 * (W + 5),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export on their own lists
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_recurrent_layers_multiply_each_row_with_every_weight(layer):
+    net = Net(lambda m, x: m.layer(x)[0]).eval()
+    net.layer = layer(W, 5, 2, batch_first=True, bidirectional=True)
+    program = program_of(net, torch.zeros(2, 7, W))
+    second = RECURRENT[layer] // (W + 5) * (10 + 5)  # which reads both directions
+    assert Sizes(program).flops(list(program.graph.nodes)) == 7 * 2 * (RECURRENT[layer] + second)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_sample_of_a_batch_of_fixed_size(batch):
+    found, nodes = sizes(
+        lambda m, x: m.linear(x) + torch.zeros(batch, 1, 1), torch.zeros(batch, 5, W)
+    )
+    assert found.flops(nodes) == 2 * 5 * W * 6
 
 
 def test_looking_ids_up_costs_nothing():

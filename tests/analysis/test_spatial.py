@@ -28,6 +28,7 @@ class Net(nn.Module):
         self.conv, self.up = nn.Conv2d(C, C, 3, 1, 1), nn.ConvTranspose2d(C, C, 2, 2)
         self.group, self.linear = nn.GroupNorm(2, C), nn.Linear(C, 6)
         self.register_buffer("table", torch.rand(16, 16))
+        self.gate = nn.Parameter(torch.rand(C, C, 6, 6))
         self.work = work
 
     def forward(self, x):
@@ -80,6 +81,7 @@ REFUSED = {
         "is a transposed convolution",
     ),
     "weight of the map": (lambda m, x: F.conv2d(x, x * 2.0), "takes a weight computed from the map"),
+    "the map as weight": (lambda m, x: F.conv2d(x, x), "takes a weight computed from the map"),
     "convolution of a moved map": (lambda m, x: m.conv(x.transpose(2, 3)), "dimensions were moved"),
     "ceil_mode": (lambda m, x: F.max_pool2d(x, 2, ceil_mode=True), "pools with ceil_mode=True"),
     "divisor": (lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
@@ -105,6 +107,21 @@ REFUSED = {
     "laid differently": (lambda m, x: x + x.transpose(2, 3), "different orders of dimensions"),
     "a value for each position": (
         lambda m, x: x * m.table[: x.shape[2], : x.shape[3]], "operand that varies by position",
+    ),
+    "gate of one position": (
+        lambda m, x: m.conv(x) * torch.sigmoid(F.conv2d(x, m.gate)), "the smaller map sigmoid over",
+    ),
+    "one row for all": (
+        lambda m, x: F.avg_pool2d(x, (6, 1)) + m.conv(x), "the smaller map avg_pool2d over",
+    ),
+    "one position, in place": (
+        lambda m, x: m.conv(x).mul_(F.avg_pool2d(x, 6)), "the smaller map avg_pool2d over",
+    ),
+    "a map of one position on a table": (
+        lambda m, x: F.avg_pool2d(x, 6) * m.table, "the smaller map avg_pool2d over",
+    ),
+    "a fifth dimension": (
+        lambda m, x: x * torch.ones(5, 1, 1, 1, 1), "adds dimensions to the map x",
     ),
 }  # fmt: skip
 
@@ -134,6 +151,8 @@ WHATEVER = {
     "gate": (lambda m, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), ["mul"]),
     "a value for each position": (lambda m, x: torch.relu(x + m.table[:8, :12]), ["add", "relu"]),
     "lost and not found": (lambda m, x: torch.relu(x.flip(2)), []),
+    "smaller map": (lambda m, x: x * F.avg_pool2d(x, (8, 12)), ["avg_pool2d", "mul"]),
+    "a fifth dimension": (lambda m, x: torch.relu(x) * torch.ones(5, 1, 1, 1, 1), ["relu"]),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 import words
 from conversions import fresh
 from reference import added
+from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
@@ -150,7 +151,7 @@ def test_load_balance_is_the_variation_of_mean_gates_and_evens_them_out(llama):
     assert variations[-1] < 0.3 * variations[0]
 
 
-@pytest.mark.parametrize("fit", ["analytic", "gradient"])
+@pytest.mark.parametrize("fit", some(["analytic", "gradient"], ["analytic"]))
 def test_a_saved_stream_can_be_continued(llama, fit, tmp_path):
     """With another learner, which has seen no task."""
     torch.manual_seed(0)
@@ -169,7 +170,7 @@ def test_a_saved_stream_can_be_continued(llama, fit, tmp_path):
         assert [max(range(3), key=row.__getitem__) for row in use] == [1, 2]
 
 
-@pytest.mark.parametrize("init", [0.0, 0.5])
+@pytest.mark.parametrize("init", some([0.0, 0.5], [0.5]))
 def test_the_untrained_expert_of_a_conversion_is_the_first_tasks(llama, init, tmp_path):
     """Whatever its row of the router starts from; after a save too."""
     spec = TokenRouter(granularity="prefix", init=init)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conversions import fresh
 from reference import added, assert_gradients_equal, copied, hooked, randomize
+from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
@@ -38,7 +39,7 @@ def three(stories):
     return moe
 
 
-@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("expanded", some([False, True], [True]))
 def test_logits_are_the_dense_models_bitwise(stories, expanded):
     moe = fresh(stories, split=3)
     if expanded:
@@ -68,7 +69,14 @@ def compare_with_hooks(stories, moe, granularity="prefix", top_k=None):
     assert all(p.grad is None for p in moe.shallow.parameters())
 
 
-@pytest.mark.parametrize(("granularity", "top_k"), [("token", None), ("token", 2), ("prefix", 1)])
+@pytest.mark.parametrize(
+    ("granularity", "top_k"),
+    [
+        pytest.param("token", None, marks=pytest.mark.sweep),
+        pytest.param("token", 2, marks=pytest.mark.sweep),
+        ("prefix", 1),
+    ],
+)
 def test_experts_do_what_plain_hooks_do(stories, granularity, top_k):
     router = TokenRouter(granularity=granularity, top_k=top_k)
     moe = moe_rewrite.convert(stories, split=3, router=router, num_experts=3)

@@ -16,7 +16,7 @@ import moe_rewrite
 from moe_rewrite import FFNExperts, MoeRewriteError, PatchRouter, TokenRouter
 
 D, H = 8, 12
-FEW = ("Llama", "GPT2", "Bert", "ModernBert", "ConvNext", "Albert")
+FEW = ("Llama", "GPT2", "ModernBert", "ConvNext", "Albert")
 
 
 def expert_weights(state, layer, expert):

@@ -192,7 +192,9 @@ def test_a_difference_leaves_the_old_file_and_nothing_else(llama, tmp_path, monk
     assert target.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
-@pytest.mark.parametrize("external,dtype", [(False, "float16"), (True, None)])
+@pytest.mark.parametrize(
+    "external,dtype", [(False, "float16"), pytest.param(True, None, marks=pytest.mark.sweep)]
+)
 def test_weights_are_verified_without_a_copy(
     external, dtype, llama, tmp_path, tmp_path_factory, monkeypatch
 ):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_inputs import gradients
 from sentinels import guarded
+from sweeps import some
 
 from moe_rewrite.kernels.plan import launch, reference
 from moe_rewrite.kernels.plan.op import route, sort_plan
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", some([True, False], [True]))
 @pytest.mark.parametrize(("rows", "experts", "k"), [
     (13, 5, 2), (1, 1, 1), (70, 8, 8), (0, 4, 2), (2, 129, 2), (3, 5, 5), (33, 2, 1),
 ])  # fmt: skip
@@ -45,7 +46,7 @@ def test_ties_zeros_and_infinities():
 @pytest.mark.parametrize(("pairs", "experts"), [
     (1, 1), (0, 3), (77, 5), (90, 256), (1500, 2), (40, 64),
 ])  # fmt: skip
-@pytest.mark.parametrize("spread", ["random", "dropped", "one"])
+@pytest.mark.parametrize("spread", some(["random", "dropped", "one"], ["dropped"]))
 def test_plans_equal_the_reference(pairs, experts, spread):
     torch.manual_seed(pairs)
     low, high = (-2, experts + 2) if spread == "dropped" else (0, experts)

@@ -66,7 +66,7 @@ def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
     assert counts[0] == counts[1] <= 6 and nodes[1] > 1.6 * nodes[0]
 
 
-@pytest.mark.parametrize("kind", sorted(networks.KINDS))
+@pytest.mark.parametrize("kind", some(sorted(networks.KINDS), ["Attention"]))
 def test_identical_layers_have_their_own_weights(kind, traced, tmp_path):
     model = networks.Network([kind] * 5).eval()
     moe, loaded = exported(model, model.input(2, 6), tmp_path, split=2)
@@ -198,7 +198,7 @@ class Counted(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("kind", some([int, float], [float]))
 def test_a_size_that_is_the_same_in_short_calls_stays_open(kind, traced, tmp_path):
     torch.manual_seed(0)
     moe, loaded = exported(Counted(kind).eval(), torch.randn(2, 9, 8), tmp_path, split=4)

@@ -91,7 +91,12 @@ def regions():
 @pytest.mark.parametrize(
     "build,options,x",
     [
-        (lambda: made(TOP2, Gated), {"open_experts": True}, inputs(3, 11, seed=2)),
+        pytest.param(
+            lambda: made(TOP2, Gated),
+            {"open_experts": True},
+            inputs(3, 11, seed=2),
+            marks=pytest.mark.sweep,
+        ),
         (lambda: made(CHOICE, Gated), {"lowering": "sparse"}, inputs(3, 11, seed=2)),
         (regions, {}, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))),
     ],
