@@ -136,7 +136,7 @@ class PatchRouter:
     init: standard deviation of the scores at the start, for features of unit root mean square;
         with 0 all scores are equal.
     prefix_tokens: tokens before a ViT's patch tokens (class, registers); every expert gets them,
-        with the mean of its gates. None: the tokens before the largest square.
+        with the mean of its gates. None: those that the map of patches leaves.
     """
 
     grid: int | None = None

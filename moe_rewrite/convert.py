@@ -26,7 +26,7 @@ from .passes.base import Decisions
 from .passes.clean import Clean
 from .passes.decide import plan_conversion
 from .passes.pipeline import Timer, run
-from .passes.recipe import Experts, Recipe, make_recipe
+from .passes.recipe import Experts, Recipe, make_recipe, require_trainable
 from .passes.split import FindDepth
 
 
@@ -87,6 +87,7 @@ def convert(
     experts, or EquivalenceError; nothing is left half done.
     """
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
+    require_trainable(recipe.router)
     return _convert(model, recipe, example_inputs, verify, dry_run)
 
 

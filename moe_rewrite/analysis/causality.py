@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils import _pytree as pytree
 from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
 from ..frontend.host import Host
+from ..ir.aten import expression, value
+from ..ir.ops import output_of
 from ..ir.program import Program
 
 
@@ -49,6 +52,9 @@ class _Run(fx.Interpreter):
         self.program, self.cut = program, program.cut.node
         self.tensors = dict([*host.module.named_parameters(), *host.module.named_buffers()])
         self.leaves = pytree.tree_leaves(split_static(arguments)[0])
+        lead = value(program.node(self.cut)).shape[:2]
+        returned = pytree.tree_leaves(output_of(program.graph))
+        self.with_rows = [_may_hold_rows(n, lead) for n in returned]
         self.changed, self.rows = False, torch.Size()
 
     def outputs(self, changed: bool = False) -> list[torch.Tensor]:
@@ -66,8 +72,8 @@ class _Run(fx.Interpreter):
                 )
             given.append(tensor if of.kind == "weight" else tensor.clone())
         made = pytree.tree_leaves(self.run(*given))
-        tensors = [t for t in made if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        return [t.clone() for t in tensors if t.ndim >= 2 and t.shape[:2] == self.rows]
+        tensors = [t for t, rows in zip(made, self.with_rows, strict=True) if rows]
+        return [t.clone() for t in tensors if t.shape[:2] == self.rows]
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
@@ -77,3 +83,17 @@ class _Run(fx.Interpreter):
                 made = made.clone()
                 made[:, -1] = 1.0 - 2.0 * made[:, -1]
         return made
+
+
+def _may_hold_rows(returned: Any, lead: Sequence[Any]) -> bool:
+    """Whether the first two sizes of what a graph returns depend on those at the cut, so that they
+    do not just coincide with them in one call."""
+    made = value(returned) if isinstance(returned, fx.Node) else None
+    if not isinstance(made, torch.Tensor) or not made.is_floating_point() or made.ndim < 2:
+        return False
+    pairs = zip(made.shape[:2], lead, strict=True)
+    return all(_symbols(size) >= _symbols(of) for size, of in pairs)
+
+
+def _symbols(size: Any) -> set[Any]:
+    return getattr(expression(size), "free_symbols", set())

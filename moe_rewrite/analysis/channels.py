@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..errors import ConversionError
@@ -16,7 +17,7 @@ from ..ir.aten import value
 from ..ir.ops import argument, op, op_name
 from ..ir.program import Program
 from .conv_region import Region
-from .spatial import axis
+from .spatial import axis, padding_along
 
 
 @dataclass
@@ -90,33 +91,48 @@ def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> 
         _tie(found, weight, {0: out, 1: inside})
         _tie(found, argument(node, "bias"), {0: out})
         return out
-    channels = region.places[node].channels
-    size = value(node).shape[channels] if not isinstance(value(node), (tuple, list)) else None
-    keeps = size == found.sizes[found.root(inside)]
-    if of.channels and keeps and not (of.positions == "slice" and axis(node) == channels):
+    sizes = [_count(region, n) for n in (node, *sources)]
+    if len(set(sizes)) == 1 and not _rearranges(node, region.places[node].channels):
         if of.normalized:
             found.counts[node] = inside
-        for weight in node.all_input_nodes:
-            if weight not in region.places:
-                _tie(found, weight, {0: inside})
-        return inside
-    same_shape = all(
-        value(n).ndim == value(node).ndim and value(n).shape[channels] == size for n in sources
-    )
-    if keeps and same_shape and of.positions not in ("cat", "pad", "split"):
         for other in sources[1:]:
             found.join(inside, found.of[other])
-        for weight in node.all_input_nodes:
-            if weight not in region.places:
-                at = channels - value(node).ndim + value(weight).ndim
-                if at >= 0 and value(weight).shape[at] != 1:
-                    _tie(found, weight, {at: inside})
+        for operand in node.all_input_nodes:
+            if operand not in region.places:
+                _tie_operand(found, node, operand, region.places[node].channels, inside)
         return inside
-    for source in sources:
-        found.fix(found.of[source], f"{node.name} ({name}) rearranges channels")
-    out = found.new(0 if size is None else int(size))
-    found.fix(out, f"{node.name} ({name}) rearranges channels")
+    out = found.new(_count(region, node))
+    for group in (out, *(found.of[n] for n in sources)):
+        found.fix(group, f"{node.name} ({name}) rearranges channels")
     return out
+
+
+def _count(region: Region, node: fx.Node) -> int:
+    """A map's channels; 0 of the list that a split gives."""
+    made = value(node)
+    return int(made.shape[region.places[node].channels]) if isinstance(made, torch.Tensor) else 0
+
+
+def _rearranges(node: fx.Node, channels: int) -> bool:
+    """Whether channels of the result may be others of the operands, although as many."""
+    positions = op(node).positions
+    if positions == "slice":
+        return axis(node) == channels
+    if positions == "pad":
+        return any(padding_along(node, channels))
+    return positions in ("cat", "split")
+
+
+def _tie_operand(
+    found: Channels, node: fx.Node, operand: fx.Node, channels: int, group: int
+) -> None:
+    """Assign the dimension of an operand that has a value for each channel, if one has."""
+    given = value(operand)
+    if not isinstance(given, torch.Tensor):
+        return
+    at = 0 if op(node).channels else channels - value(node).ndim + given.ndim
+    if 0 <= at < given.ndim and given.shape[at] != 1:
+        _tie(found, operand, {at: group})
 
 
 def _conv(node: fx.Node, inside: int, found: Channels) -> int:

@@ -4,12 +4,14 @@ windows of positions."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from ..errors import ConversionError
 from ..ir.aten import module_paths, reach, value
-from ..ir.ops import alias_root, mutated, out_of_place
+from ..ir.ops import alias_chain, mutated, out_of_place
 from ..ir.program import Program, routing_plan
 from .spatial import NCHW, SpatialDims, SpatialMap, propagate
 
@@ -57,13 +59,16 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
             f"RegionExperts: the cut carries {shape}, not a feature map (batch, channels, height, "
             "width): split at a convolutional stage"
         )
-    deep = [n for n in program.graph.nodes if n.target is not routing_plan]
-    _write_nowhere(program, propagate(deep, cut))
-    places = propagate(deep, cut)
+
+    def followed() -> SpatialMap:
+        return propagate([n for n in program.graph.nodes if n.target is not routing_plan], cut)
+
+    _write_nowhere(program, followed())
+    places = followed()
     if names:
         return _named(program, names, places)
-    points = [program.node(name) for _, name in program.depth.points]
-    exits = [n for n in points if n in places and n is not cut and places[n] == NCHW]
+    points = {name for _, name in program.depth.points}
+    exits = [n for n, p in places.items() if n.name in points and n is not cut and p == NCHW]
     reasons = [r for r in places.values() if isinstance(r, str)]
     for exit_ in reversed(exits):
         try:
@@ -113,6 +118,7 @@ def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: s
     between.discard(entry)
     if value(entry).ndim != 4:
         raise ConversionError(f"region {name!r} starts at {entry.name}, which is no feature map")
+    _require_unwritten(program, name, between, entry, exit_)
     places = propagate(sorted(between, key=order.__getitem__), entry)
     lost = [r for r in places.values() if isinstance(r, str)]
     if lost:
@@ -153,20 +159,78 @@ def _weights_side(
     return found
 
 
+def _require_unwritten(
+    program: Program, name: str, between: set[fx.Node], entry: fx.Node, exit_: fx.Node
+) -> None:
+    """Raises ConversionError if a write in place that `_write_nowhere` left changes what the region
+    reads or holds."""
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    inside = {_owner(n) for n in (*between, entry)}
+    until = order[exit_] if _owner(exit_) is not _owner(entry) else len(order)
+    for node in program.graph.nodes:
+        if not order[entry] < order[node] <= until:
+            continue
+        for written in mutated(node):
+            if _owner(written) in inside:
+                raise ConversionError(
+                    f"region {name!r}: {node.name} writes in place to {written.name}, which shares "
+                    "memory with a map of the region: expected a write to a whole map; compute a "
+                    "new tensor instead"
+                )
+
+
 def _write_nowhere(program: Program, places: SpatialMap) -> None:
     """Turn in-place operations on the feature maps into out-of-place ones.
 
-    Later readers of the tensor that was written to read the result instead: the same values.
+    Later readers of the tensor that was written to, or of a view of it, read the result, or the
+    same view of the result: the same values. Writes through a view stay, and those that only move
+    dimensions.
     """
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in [n for n, p in places.items() if isinstance(p, SpatialDims)]:
         written, plain = mutated(node), out_of_place(node)
-        if not written or plain is None:
+        turned = torch.Tag.inplace_view in getattr(node.target, "tags", ())
+        if not written or plain is None or turned:
             continue
-        target = written[0]
-        if alias_root(target) is not target or target.op == "placeholder":
-            continue  # a view: left as it is, and the region is refused because of its users
+        *steps, owner = _shown(written[0])
+        if owner.op == "placeholder" or not all(map(mutated, steps)):
+            continue
         node.target = plain
-        for user in list(target.users):
-            if order[user] > order[node]:
-                user.replace_input_with(target, node)
+        _read_result(program.graph, node, owner)
+
+
+def _read_result(graph: fx.Graph, result: fx.Node, owner: fx.Node) -> None:
+    """Let the nodes after `result` read it instead of `owner`, and its views instead of owner's."""
+    nodes = list(graph.nodes)
+    before, after = nodes[: nodes.index(result)], set(nodes[nodes.index(result) + 1 :])
+    now, last = {owner: result}, result
+    for node in before:
+        if _owner(node) is not owner or node is owner:
+            continue
+        if written := mutated(node):
+            now[node] = now[written[0]]
+            continue
+        with graph.inserting_after(last):
+            last = now[node] = graph.node_copy(node, lambda n: now.get(n, n))
+    for old, new in now.items():
+        for user in [u for u in old.users if u in after]:
+            user.replace_input_with(old, new)
+    for view in reversed(dict.fromkeys(v for pair in now.items() for v in pair)):
+        if not view.users and view not in (owner, result) and not mutated(view):
+            graph.erase_node(view)
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows."""
+    return _shown(node)[-1]
+
+
+def _shown(node: fx.Node) -> list[fx.Node]:
+    """From this node back to the one whose memory it shows. Operators that copy only where they
+    have to (contiguous, to, reshape) count as views where they copied nothing on the example."""
+    return [n for n in alias_chain(node) if _memory(n) == _memory(node)]
+
+
+def _memory(node: fx.Node) -> Any:
+    made = value(node)
+    part = made[0] if isinstance(made, (tuple, list)) else made
+    return part.untyped_storage()._cdata if isinstance(part, torch.Tensor) else None

@@ -9,11 +9,17 @@ import torch
 from torch import fx
 
 from ..ir.aten import expression, value
-from ..ir.ops import argument, op, op_name
+from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
 
 if TYPE_CHECKING:
     import sympy
+
+TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+RECURRENT = {
+    "rnn_tanh", "rnn_relu", "gru", "lstm", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell",
+}  # fmt: skip
+COUNTED = {"einsum", "tensordot", "inner"}  # by PyTorch's own counter
 
 
 def hint(size: Any) -> int:
@@ -37,14 +43,15 @@ class Sizes:
 
         self.words: dict[sympy.Symbol, str] = {}
         self.lengths: dict[str, int] = {}
-        self._batch = 1  # the batch size where it is not symbolic
+        leads = [expression(value(n).shape[0]) for n in program.leaves() if value(n).ndim]
+        static = [int(size) for size in leads if isinstance(size, (int, Integer))]
+        # the batch size where it is not symbolic
+        self._batch = static[0] if static and len(static) == len(leads) else 1
         self._known: dict[sympy.Expr, int] = {}
         self._at: dict[sympy.Symbol, sympy.Integer] = {}
         for leaf in program.leaves():
             for dim, size in enumerate(value(leaf).shape):
                 symbol = expression(size)
-                if dim == 0:
-                    self._batch = size if isinstance(size, int) else 1
                 if not isinstance(symbol, Symbol) or symbol in self.words:
                     continue
                 word = {0: "batch", 1: "sequence"}.get(dim, "")
@@ -75,20 +82,55 @@ class Sizes:
         return sum(map(self._flops, nodes)) // max(self._batch, 1)
 
     def _flops(self, node: fx.Node) -> int:
-        if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
+        if node.op != "call_function" or value(node) is None:
             return 0
-
-        def numel(tensor: torch.Tensor) -> int:
-            return math.prod(map(self.of_sample, tensor.shape))
-
-        out, of = numel(value(node)), op(node)
-        if of.product == "filter":
-            return (
-                2 * out * math.prod(map(self.of_sample, value(argument(node, "weight")).shape[1:]))
-            )
+        of, name = op(node), op_name(node) if _is_aten(node) else ""
+        general = name == "convolution" and argument(node, "transposed")
+        if general or name in TRANSPOSED:
+            return self._each_with_a_row(first(node), argument(node, "weight"))
+        if of.product == "filter" or name == "bilinear":
+            return self._each_with_a_row(node, argument(node, "weight"))
+        if name in RECURRENT:
+            return self._recurrent(node)
         if of.summed:
-            return 2 * out * self.of_sample(value(argument(node, of.summed)).shape[-1])
-        if op_name(node) == "scaled_dot_product_attention":
-            query, key = (value(argument(node, name)) for name in ("query", "key"))
-            return 2 * self.of_sample(key.shape[-2]) * (numel(query) + out)
-        return 0
+            summed = self._shape(argument(node, of.summed))[-1]
+            return 2 * math.prod(self._shape(node)) * summed
+        if name == "scaled_dot_product_attention":
+            query, key = (self._shape(argument(node, name)) for name in ("query", "key"))
+            return 2 * key[-2] * (math.prod(query) + math.prod(self._shape(node)))
+        return self._counted(node) if name in COUNTED else 0
+
+    def _shape(self, node: fx.Node) -> list[int]:
+        return [*map(self.of_sample, value(node).shape)]
+
+    def _each_with_a_row(self, node: fx.Node, weight: fx.Node) -> int:
+        """Each element of this value takes part in as many multiply-adds as the weight has elements
+        for one index of its first dimension."""
+        return 2 * math.prod(self._shape(node)) * math.prod(self._shape(weight)[1:])
+
+    def _recurrent(self, node: fx.Node) -> int:
+        """Each row of the input, and of the state at that row, is multiplied with every matrix."""
+        if takes(node, "params"):
+            weights = argument(node, "params")
+        else:
+            weights = [argument(node, name) for name in ("w_ih", "w_hh")]
+        shapes = [shape for w in weights if len(shape := self._shape(w)) == 2]
+        return 2 * math.prod(self._shape(first(node))[:-1]) * sum(map(math.prod, shapes))
+
+    def _counted(self, node: fx.Node) -> int:
+        """By PyTorch, from a run without values."""
+
+        def empty(given: fx.Node) -> torch.Tensor:
+            return torch.empty(self._shape(given), dtype=value(given).dtype, device="meta")
+
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), empty)
+        target: Any = node.target
+        with FlopCounterMode(display=False) as counter:
+            target(*args, **kwargs)
+        return counter.get_total_flops()
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "aten"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.aten import value
-from ..ir.ops import argument, first, is_pointwise, op, op_name, takes
+from ..ir.aten import expression, value
+from ..ir.ops import argument, first, is_pointwise, op, op_name, operands, takes
 from .flops import hint
 
 
@@ -104,27 +104,38 @@ def _of(node: Any, places: Known) -> SpatialDims:
 
 
 def _pointwise(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
-    """All maps have the same dimensions; with `apart`, other operands do not vary by position."""
-    found: SpatialDims | None = None
+    """All maps have the same dimensions; with `apart`, they have the same size, and other operands
+    do not vary by position."""
+    found = {_of(n, places) for n in node.all_input_nodes if n in places}
+    if len(found) != 1:
+        raise NotLocal(f"{node.name} joins maps with different orders of dimensions")
+    (place,), out = found, value(node)
     for source in node.all_input_nodes:
-        if source in places:
-            place = _of(source, places)
-            if found not in (None, place):
-                raise NotLocal(f"{node.name} joins maps with different orders of dimensions")
-            found = place
-    assert found is not None
-    out = value(node)
-    if apart and isinstance(out, torch.Tensor):
-        for source in node.all_input_nodes:
-            if source not in places:
-                _require_same_everywhere(node, value(source), found, out.ndim)
-    return found
+        operand = value(source)
+        if not isinstance(out, torch.Tensor) or not isinstance(operand, torch.Tensor):
+            continue
+        if source in places and operand.ndim != out.ndim:
+            raise NotLocal(f"{node.name} adds dimensions to the map {source.name}")
+        if apart and source in places:
+            _require_same_size(node, source, place)
+        elif apart:
+            _require_same_everywhere(node, operand, place, out.ndim)
+    return place
 
 
-def _require_same_everywhere(node: fx.Node, operand: Any, place: SpatialDims, ndim: int) -> None:
+def _require_same_size(node: fx.Node, source: fx.Node, place: SpatialDims) -> None:
+    """A smaller map would be broadcast: every position would read the same one of it."""
+    for dim in (place.rows, place.cols):
+        if expression(value(source).shape[dim]) != expression(value(node).shape[dim]):
+            raise NotLocal(f"{node.name} spreads the smaller map {source.name} over all positions")
+
+
+def _require_same_everywhere(
+    node: fx.Node, operand: torch.Tensor, place: SpatialDims, ndim: int
+) -> None:
     for dim in (place.rows, place.cols):
         at = dim - ndim + operand.ndim  # dimensions are matched from the last one
-        if at >= 0 and operand.shape[at] != 1:
+        if at >= 0 and expression(operand.shape[at]) != 1:
             raise NotLocal(f"{node.name} reads an operand that varies by position")
 
 
@@ -137,9 +148,14 @@ def _conv(node: fx.Node, places: Known) -> SpatialDims:
 def _nchw(node: fx.Node, places: Known) -> SpatialDims:
     if _of(first(node), places) != NCHW or value(first(node)).ndim != 4:
         raise NotLocal(f"{node.name} works on a map whose dimensions were moved")
-    if any(n in places for n in node.all_input_nodes if n is not first(node)):
-        raise NotLocal(f"{node.name} takes a weight computed from the map")
+    _require_weights(node, places)
     return NCHW
+
+
+def _require_weights(node: fx.Node, places: Known) -> None:
+    """Of all operands, only the first is a map."""
+    if sum(n in places for n in operands(node)) > 1:
+        raise NotLocal(f"{node.name} takes a weight computed from the map")
 
 
 def _pool(node: fx.Node, places: Known) -> SpatialDims:
@@ -199,8 +215,7 @@ def _permuted(node: fx.Node, places: Known) -> SpatialDims:
 
 def _over_last(node: fx.Node, places: Known) -> SpatialDims:
     place = _of(first(node), places)
-    if len([n for n in node.all_input_nodes if n in places]) > 1:
-        raise NotLocal(f"{node.name} takes a weight computed from the map")
+    _require_weights(node, places)
     last = place.channels == value(node).ndim - 1
     normalized = op(node).normalized
     if not last or (normalized and len(argument(node, normalized)) != 1):
@@ -241,6 +256,12 @@ def padding_of(node: fx.Node) -> list[int]:
     return list(argument(node, "pad"))
 
 
+def padding_along(node: fx.Node, dim: int) -> tuple[int, int]:
+    """(low, high) of a padding node along one dimension."""
+    pads, at = padding_of(node), 2 * (value(node).ndim - 1 - dim)
+    return (pads[at], pads[at + 1]) if at < len(pads) else (0, 0)
+
+
 def windows(node: fx.Node, place: SpatialDims = NCHW) -> tuple[Window, Window]:
     """The windows of input that an output position of this node reads, along rows and columns.
 
@@ -251,13 +272,9 @@ def windows(node: fx.Node, place: SpatialDims = NCHW) -> tuple[Window, Window]:
 
 
 def _pad_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
-    pads, ndim, fill = padding_of(node), value(node).ndim, argument(node, "value") or 0.0
-
-    def low(dim: int) -> int:
-        at = 2 * (ndim - 1 - dim)
-        return pads[at] if at < len(pads) else 0
-
-    return Window(padding=low(place.rows), fill=fill), Window(padding=low(place.cols), fill=fill)
+    fill = argument(node, "value") or 0.0
+    (top, _), (left, _) = (padding_along(node, dim) for dim in (place.rows, place.cols))
+    return Window(padding=top, fill=fill), Window(padding=left, fill=fill)
 
 
 def _slice_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:

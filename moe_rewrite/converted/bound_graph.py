@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..ir.conditions import Conditions, Pattern
 from ..ir.steps import Emitted, narrowed
 from ..routing.plan import Planner, PrefixState, RoutingPlan
 from .block_module import BlockModule, Bound
@@ -19,24 +19,21 @@ class BoundGraph:
     """One compiled signature, bound to a model's blocks.
 
     names: traced arguments, in order.
-    leaves: names in the graph of their tensors.
-    static: (leaf, dimension, size) that a call must have.
-    ties: groups of (leaf, dimension) whose sizes must be equal.
+    conditions: what a call must meet, with the names in the graph of its leaves.
     steps: each step with the block that runs it.
     out_spec: pytree of the outputs, with a key-value cache as one leaf.
     cache_at: (start, stop) of the outputs that make up this cache.
     mode: "eval" or "train".
     frozen: the shallow segment builds no autograd graph.
     comparable: the dense model can be put in a mode in which it computes the same.
-    checked: patterns of sizes for which the result was found equal to the dense model's.
-    refused: those for which it was found different.
+    last_use: number of the latest call that it served.
+    allowed: patterns of small sizes (`Conditions.pattern`) that it may serve.
+    refused: those for which it differs from the dense model, or was not compared.
     after_cut: the steps to run where the features at the cut are given; built on first use.
     """
 
     names: tuple[str, ...]
-    leaves: tuple[str, ...]
-    static: tuple[tuple[int, int, int], ...]
-    ties: tuple[tuple[tuple[int, int], ...], ...]
+    conditions: Conditions
     emitted: Emitted
     steps: tuple[tuple[BlockModule, Bound], ...]
     out_spec: Any
@@ -44,8 +41,9 @@ class BoundGraph:
     mode: str
     frozen: bool
     comparable: bool
-    checked: set = field(default_factory=set)
-    refused: set = field(default_factory=set)
+    last_use: int = 0
+    allowed: set[Pattern] = field(default_factory=set)
+    refused: set[Pattern] = field(default_factory=set)
     after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:
@@ -55,24 +53,10 @@ class BoundGraph:
             for block, bound in self.steps
         )
         return replace(
-            self, steps=steps, checked=set(self.checked), refused=set(self.refused), after_cut=None
+            self, steps=steps, allowed=set(self.allowed), refused=set(self.refused), after_cut=None
         )
 
-    def accepts(self, leaves: list[torch.Tensor]) -> bool:
-        fits = all(leaves[i].shape[d] == size for i, d, size in self.static)
-        return fits and small_sizes(leaves) not in self.refused
-
-    def require_ties(self, leaves: list[torch.Tensor]) -> None:
-        for group in self.ties:
-            (i, d), *others = group
-            for j, e in others:
-                if leaves[i].shape[d] != leaves[j].shape[e]:
-                    raise InputError(
-                        f"{self.leaves[j]} has shape {tuple(leaves[j].shape)}: dimension {e} "
-                        f"should be {leaves[i].shape[d]}, as dimension {d} of {self.leaves[i]}"
-                    )
-
-    def features(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+    def features(self, leaves: list[Any]) -> torch.Tensor:
         """The features at the cut."""
         seen: list[torch.Tensor] = []
 
@@ -84,7 +68,7 @@ class BoundGraph:
         return seen[0]
 
     def plan(
-        self, leaves: list[torch.Tensor], planner: Planner, features: torch.Tensor | None = None
+        self, leaves: list[Any], planner: Planner, features: torch.Tensor | None = None
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """Run up to the cut and return the plan; if the features are given, run only the router."""
         values = self._values(leaves)
@@ -98,7 +82,7 @@ class BoundGraph:
         return self._plan(values, planner)
 
     def run(
-        self, leaves: list[torch.Tensor], planner: Planner, checkpoint: bool = False,
+        self, leaves: list[Any], planner: Planner, checkpoint: bool = False,
         features: torch.Tensor | None = None,
     ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:  # fmt: skip
         """All outputs, the plan, and the router's state after these positions.
@@ -142,8 +126,8 @@ class BoundGraph:
             self.after_cut = tuple(kept[::-1])
         return self.after_cut
 
-    def _values(self, leaves: list[torch.Tensor]) -> dict[str, Any]:
-        values: dict[str, Any] = dict(zip(self.leaves, leaves, strict=True))
+    def _values(self, leaves: list[Any]) -> dict[str, Any]:
+        values: dict[str, Any] = dict(zip(self.conditions.leaves, leaves, strict=True))
         values[MASK] = values.get(self.emitted.mask) if self.emitted.mask else None
         return values
 
@@ -164,8 +148,3 @@ def _advance(values: dict[str, Any], bound: Bound, given: tuple) -> None:
     values.update(zip(bound.step.gives, given, strict=True))
     for name in bound.step.drops:
         values.pop(name, None)
-
-
-def small_sizes(leaves: list[torch.Tensor]) -> tuple:
-    """Which sizes are 0 or 1: those that a captured graph might have treated as constants."""
-    return tuple(tuple(min(s, 2) for s in t.shape) for t in leaves)

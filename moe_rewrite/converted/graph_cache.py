@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import EquivalenceError, InputError
+from ..errors import CaptureError, EquivalenceError, InputError
 from ..frontend.arguments import split_static
-from ..ir.aten import expression, value
+from ..frontend.capture import TRACING, Sizes
+from ..ir.conditions import Conditions, conditions_of
 from ..ir.equivalence import compare
 from ..ir.program import Program
 from ..ir.steps import Emitted
@@ -24,12 +26,15 @@ from ..passes.modes import modules_in_mode
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
 from ..utils.content_key import content_key
-from .bound_graph import BoundGraph, small_sizes
+from .bound_graph import BoundGraph
+from .call_facts import ChangingInts, ConfigStates
 from .parameters import ParameterStore
+
+LIMIT = 64  # graphs of one model; the least recently used is dropped
 
 
 class GraphCache:
-    """Every graph of one model.
+    """Every graph of one model; calls may come from many threads at once.
 
     check: compare each graph with the dense model on first use.
     dense: makes the plan for that comparison.
@@ -41,76 +46,129 @@ class GraphCache:
         self._compiler, self._store, self._check, self._dense = compiler, store, check, dense
         self._kept: dict[tuple, list[BoundGraph]] = {}
         self._caches: tuple[Any, Any] = None, None
+        self._configs = ConfigStates(compiler.host.config)
+        self._ints = ChangingInts()
+        self._uses = 0
 
     def get(
-        self, arguments: dict[str, Any], leaves: list[torch.Tensor], training: bool, where: tuple
-    ) -> BoundGraph:
-        """The graph that serves this call; compiled and checked first if it is new.
+        self, arguments: dict[str, Any], training: bool, where: tuple
+    ) -> tuple[BoundGraph, list[Any]]:
+        """The graph that serves this call, and the leaves that it takes; compiled and checked first
+        if it is new.
 
-        where: device and dtype of the model, which are constants of a graph.
+        where: device and dtype of the model, which are constants of a graph. Raises InputError for
+        a call whose conditions no graph meets.
         """
-        mode = "train" if training else "eval"
-        pattern = small_sizes(leaves)
-        kept = self._kept.setdefault(signature(arguments, mode, where), [])
-        graph = next((g for g in kept if g.accepts(leaves)), None)
+        call = self._call(arguments, "train" if training else "eval", where)
+        graph = self._allowed(call)
         if graph is None:
-            static_ones = any(pattern in g.refused for g in kept)
-            graph = self._compile(arguments, mode, where, static_ones)
-        graph.require_ties(leaves)
-        valued = where[0].type != "meta"  # meta tensors have no values to compare
-        if self._check and valued and graph.comparable and pattern not in graph.checked:
-            if not self._equals_dense(graph, arguments, leaves):
-                graph.refused.add(pattern)
-                graph = self._compile(arguments, mode, where, static_ones=True)
-                if not self._equals_dense(graph, arguments, leaves):
-                    graph.refused.add(pattern)
-                    raise EquivalenceError(
-                        f"the graph captured for {sorted(arguments)} in {mode} mode differs from "
-                        "the original on these inputs: please report this model, or convert with "
-                        "verify=False"
-                    )
-            graph.checked.add(pattern)
-        return graph
+            try:
+                with TRACING:  # another thread may have made it by now
+                    graph = self._allowed(call) or self._prepared(call)
+            except CaptureError:
+                if not call.ints:
+                    raise
+                self._ints.keep_constant(call.ints)
+                return self.get(arguments, training, where)
+        self._uses += 1
+        graph.last_use = self._uses
+        return graph, call.leaves
 
     def adopt(
         self, arguments: dict[str, Any], program: Program, emitted: Emitted, where: tuple
     ) -> BoundGraph:
         """Bind a compiled program to the blocks and keep it for calls of its signature."""
-        traced, _ = split_static(arguments)
-        nodes = program.leaves()
-        static: list[tuple[int, int, int]] = []
-        ties: dict[Any, list[tuple[int, int]]] = {}  # by the size's expression
-        for i, node in enumerate(nodes):
-            for d, size in enumerate(value(node).shape):
-                if isinstance(size, int):
-                    static.append((i, d, size))
-                elif program.inputs[node.name].kind != "cache":
-                    ties.setdefault(expression(size), []).append((i, d))
-        self._store.copy_written(emitted.steps)
-        spec, at = _without_cache(program.out_spec)
-        graph = BoundGraph(
-            tuple(traced), tuple(n.name for n in nodes), tuple(static),
-            tuple(tuple(t) for t in ties.values() if len(t) > 1), emitted,
-            self._store.bind(emitted), spec, at, program.mode, self._compiler.recipe.freeze,
-            not program.shallow_reruns,
-        )  # fmt: skip
-        self._kept.setdefault(signature(arguments, program.mode, where), []).append(graph)
-        return graph
+        call = self._call(arguments, program.mode, where)
+        return self._bound(call, program, emitted)
 
     def cache_format(self, where: tuple) -> Any:
         """The CacheFormat for a device and dtype."""
-        if self._caches[0] != where:
-            self._store.load_into(self._compiler.host.module)
-            with self._in_mode("eval"):
-                self._caches = where, self._compiler.host.cache_format()
-        return self._caches[1]
+        kept, made = self._caches
+        if kept != where:
+            with TRACING, self._in_mode("eval"):
+                self._store.load_into(self._compiler.host.module)
+                made = self._compiler.host.cache_format()
+                self._caches = where, made
+        return made
 
-    def _compile(
-        self, arguments: dict[str, Any], mode: str, where: tuple, static_ones: bool
-    ) -> BoundGraph:
-        self._store.load_into(self._compiler.host.module)
-        program, emitted = self._compiler.compile(arguments, mode, static_ones)
-        return self.adopt(arguments, program, emitted, where)
+    def _call(self, arguments: dict[str, Any], mode: str, where: tuple) -> Call:
+        ints = self._ints.among(arguments)
+        leaves = pytree.tree_leaves(split_static(arguments, ints)[0])
+        key = signature(arguments, mode, (*where, self._configs.current()), ints)
+        return Call(arguments, leaves, mode, where[0].type, ints, key)
+
+    def _allowed(self, call: Call) -> BoundGraph | None:
+        kept = self._kept.get(call.key, ())
+        return next((g for g in kept if g.conditions.pattern(call.leaves) in g.allowed), None)
+
+    def _prepared(self, call: Call) -> BoundGraph:
+        """A graph whose conditions the call meets, allowed for its pattern of small sizes."""
+        kept = [(g, g.conditions.pattern(call.leaves)) for g in self._kept.get(call.key, ())]
+        met = [(g, p) for g, p in kept if p is not None]
+        graph = next((g for g, p in met if p not in g.refused), None)
+        if graph is None:
+            graph = self._compiled(call, ("ones", "own") if met else ("general", "ones", "own"))
+        if not self._allow(graph, call):
+            graph = self._compiled(call, ("ones", "own"))
+            if not self._allow(graph, call):
+                raise EquivalenceError(
+                    f"the graph captured for {sorted(call.arguments)} in {call.mode} mode differs "
+                    "from the original on these inputs: please report this model, or convert with "
+                    "verify=False"
+                )
+        return graph
+
+    def _compiled(self, call: Call, tries: tuple[Sizes, ...]) -> BoundGraph:
+        """A new graph whose conditions the call meets. Raises InputError or CaptureError."""
+        tried = [g.conditions for g in self._kept.get(call.key, ())]
+        error: CaptureError | None = None
+        for sizes in tries:
+            self._store.load_into(self._compiler.host.module)
+            compile = self._compiler.compile
+            try:
+                program, emitted = compile(call.arguments, call.mode, sizes, call.ints)
+            except CaptureError as raised:
+                error = error or raised
+                if not tried:
+                    raise
+                continue
+            tried.append(_conditions(program))
+            if tried[-1].pattern(call.leaves) is not None:
+                return self._bound(call, program, emitted)
+        raise InputError(
+            f"no graph can be captured for this call: {tried[0].violated(call.leaves)}"
+        ) from error
+
+    def _bound(self, call: Call, program: Program, emitted: Emitted) -> BoundGraph:
+        self._store.copy_written(emitted.steps)
+        spec, at = _without_cache(program.out_spec)
+        traced, _ = split_static(call.arguments, call.ints)
+        graph = BoundGraph(
+            tuple(traced), _conditions(program), emitted, self._store.bind(emitted), spec, at,
+            program.mode, self._compiler.recipe.freeze, not program.shallow_reruns, self._uses + 1,
+        )  # fmt: skip
+        self._kept.setdefault(call.key, []).append(graph)
+        self._drop_least_used()
+        return graph
+
+    def _drop_least_used(self) -> None:
+        graphs = [(g.last_use, key, g) for key, kept in self._kept.items() for g in kept]
+        if len(graphs) > LIMIT:
+            _, key, oldest = min(graphs, key=lambda entry: entry[0])
+            self._kept[key] = [g for g in self._kept[key] if g is not oldest]
+
+    def _allow(self, graph: BoundGraph, call: Call) -> bool:
+        """Whether the graph may serve this call's pattern of small sizes: where it can be compared
+        with the dense model, if it is equal; else if no open size is 0 or 1, which capture assumes.
+        """
+        pattern = graph.conditions.pattern(call.leaves)
+        assert pattern is not None
+        if self._check and graph.comparable and call.device != "meta":
+            equal = self._equals_dense(graph, call.arguments, call.leaves)
+        else:
+            equal = all(size == 2 for size in pattern)
+        (graph.allowed if equal else graph.refused).add(pattern)
+        return equal
 
     def _in_mode(self, mode: str) -> Any:
         of = self._compiler
@@ -127,28 +185,47 @@ class GraphCache:
             for name, buffer in buffers.items():
                 buffer.copy_(before[name])
 
-        devices = {t.device for t in leaves if t.device.type == "cuda"}
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in tensors if t.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices), self._in_mode(graph.mode):
                 given = {k: _fresh(v) for k, v in arguments.items()}
                 dense = pytree.tree_leaves(self._compiler.host.module(**given))
             restore()
             with torch.random.fork_rng(devices):
-                ours, *_ = graph.run([t.clone() for t in leaves], self._dense)
+                ours, *_ = graph.run([_fresh(t) for t in leaves], self._dense)
         finally:
             restore()
         mask = arguments.get(graph.emitted.mask or "")
         return compare(dense, ours, mask, graph.emitted.numerics).equal
 
 
-def signature(arguments: dict[str, Any], mode: str, where: tuple) -> tuple:
-    """Key of the calls that one graph may serve: structure, dtypes and ranks of the tensors, values
-    of the constants. Raises InputError for a constant that cannot be compared by value.
+@dataclass
+class Call:
+    """One call: its arguments, those that are inputs of a graph as leaves, and its signature.
+
+    device: type of the model's device. ints: arguments whose ints are inputs.
+    """
+
+    arguments: dict[str, Any]
+    leaves: list[Any]
+    mode: str
+    device: str
+    ints: frozenset[str]
+    key: tuple
+
+
+def signature(
+    arguments: dict[str, Any], mode: str, where: tuple, ints: frozenset[str] = frozenset()
+) -> tuple:
+    """Key of the calls that one graph may serve: structure, dtypes, ranks and layouts of the
+    tensors, values of the constants. ints: arguments that are inputs. Raises InputError for a
+    constant that cannot be compared by value.
     """
     of_tensors: list[tuple] = []
     of_constants: list[tuple] = []
     for name, given in arguments.items():
-        if any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
+        if name in ints or any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
             of_tensors.append((name, _form(given)))
         else:
             of_constants.append((name, content_key(given, _no_content(name))))
@@ -159,10 +236,16 @@ def _form(given: Any) -> tuple:
     """(dtype, rank) of a tensor; of a container, its type and those of its elements."""
     if isinstance(given, torch.Tensor):
         return given.dtype, given.ndim
+    if isinstance(given, int):
+        return (int,)
     if isinstance(given, dict):
         return type(given), tuple((k, _form(v)) for k, v in given.items())
     inside = given if isinstance(given, (list, tuple)) else pytree.tree_leaves(given)
     return type(given), tuple(map(_form, inside))
+
+
+def _conditions(program: Program) -> Conditions:
+    return conditions_of(program.leaves("user", "cache", "int"), program.relations)
 
 
 def _no_content(name: str) -> Callable[[Any], Any]:
@@ -177,8 +260,8 @@ def _no_content(name: str) -> Callable[[Any], Any]:
 
 
 def _fresh(given: Any) -> Any:
-    """A copy of a cache, since the dense model may write into it; tensors as they are."""
-    return given if isinstance(given, torch.Tensor) else copy.deepcopy(given)
+    """A copy: the model may write into its inputs."""
+    return given.clone() if isinstance(given, torch.Tensor) else copy.deepcopy(given)
 
 
 def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:

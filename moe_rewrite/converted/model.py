@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..experts.base import ExpertParameters
 from ..experts.lora import peft
-from ..frontend.arguments import split_static
+from ..frontend.capture import TRACING
 from ..frontend.host import Host
 from ..ir.aten import value
 from ..ir.program import Program
@@ -53,7 +53,9 @@ class MoEModel(nn.Module):
         self._checkpointing = False
         self.shallow, self.deep, self.rest = store.shallow, store.deep, store.rest
         features = value(program.node(program.cut.node))
-        self.router = make_router(compiler.decisions.chosen, features.shape, self.device)
+        self.router = make_router(
+            compiler.decisions.chosen, features.shape, self.device, program.cut.token_map
+        )
         self._override = PlanOverride(self.router)
         self._graphs = GraphCache(compiler, store, checked, self._override.dense)
         fixed = kind_of(recipe.experts).fixed(recipe)
@@ -135,7 +137,8 @@ class MoEModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(), with its arguments, on the converted graphs."""
-        self._store.load_into(self.host.module)
+        with TRACING:
+            self._store.load_into(self.host.module)
         with torch.no_grad():
             return self.host.generate(self, *args, **kwargs)
 
@@ -150,12 +153,9 @@ class MoEModel(nn.Module):
         caches = self._graphs.cache_format(device_and_dtype(self))
         return arguments, caches.adopt(cache, arguments)
 
-    def graph_for(self, arguments: dict[str, Any]) -> tuple[BoundGraph, list[torch.Tensor]]:
-        """The graph that serves these arguments, and the tensors that it takes."""
-        traced, _ = split_static(arguments)
-        leaves = pytree.tree_leaves(traced)
-        where = device_and_dtype(self)
-        return self._graphs.get(arguments, leaves, self.training, where), leaves
+    def graph_for(self, arguments: dict[str, Any]) -> tuple[BoundGraph, list[Any]]:
+        """The graph that serves these arguments, and the leaves that it takes."""
+        return self._graphs.get(arguments, self.training, device_and_dtype(self))
 
     def _planner(self, cache: Any) -> Planner:
         if self._override.planner is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +14,37 @@ from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 
 
-class PlanOverride:
-    """What a call uses instead of its own router and features.
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """What one context replaces of one model."""
 
-    planner: makes the plans; None: the router does.
-    features: used as those at the cut; None: the shallow segment computes them.
-    """
+    owner: PlanOverride
+    planner: Planner | None = None
+    features: torch.Tensor | None = None
+
+
+# those in force, of every model, oldest first. Each thread and each task has its own; contexts that
+# overlap may end in any order.
+_in_force: ContextVar[tuple[_Replacement, ...]] = ContextVar("replacements", default=())
+
+
+class PlanOverride:
+    """What a call uses instead of its own router and features, in this thread or task."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self.planner: Planner | None = None
-        self.features: torch.Tensor | None = None
+
+    @property
+    def planner(self) -> Planner | None:
+        """Makes the plans; None: the router does."""
+        found = (r.planner for r in reversed(_in_force.get()) if r.owner is self and r.planner)
+        return next(found, None)
+
+    @property
+    def features(self) -> torch.Tensor | None:
+        """Used as those at the cut; None: the shallow segment computes them."""
+        of_this = (r.features for r in reversed(_in_force.get()) if r.owner is self)
+        return next((f for f in of_this if f is not None), None)
 
     def dense(self, features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
         """The planner that leaves every expert out: the dense model."""
@@ -46,18 +68,17 @@ class PlanOverride:
             return nullcontext()
         return self.planning_by(self.everything if by == "everything" else self.dense)
 
-    @contextmanager
-    def planning_by(self, planner: Planner) -> Iterator[None]:
-        before, self.planner = self.planner, planner
-        try:
-            yield
-        finally:
-            self.planner = before
+    def planning_by(self, planner: Planner) -> AbstractContextManager[None]:
+        return _replacing(_Replacement(self, planner=planner))
 
-    @contextmanager
-    def given_features(self, features: torch.Tensor) -> Iterator[None]:
-        before, self.features = self.features, features
-        try:
-            yield
-        finally:
-            self.features = before
+    def given_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
+        return _replacing(_Replacement(self, features=features))
+
+
+@contextmanager
+def _replacing(replacement: _Replacement) -> Iterator[None]:
+    _in_force.set((*_in_force.get(), replacement))
+    try:
+        yield
+    finally:
+        _in_force.set(tuple(r for r in _in_force.get() if r is not replacement))

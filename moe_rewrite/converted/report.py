@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..ir.conditions import conditions_of
 from ..ir.sites import Macs
 from ..passes.kinds import kind_of
 from ..utils.text_tables import table
@@ -27,6 +28,7 @@ class Report:
     router: the router that was chosen, with its options.
     sites: (name, input features, output features) of the converted sites.
     rejected: (name, reason) of the others.
+    conditions: on the sizes of a call, for the first graph; other calls get other graphs.
     numerics: (pass, ``"exact"``, ``"reordered"`` or ``"approximate"``).
     seconds: time spent, by pass.
     notes: what the user should know.
@@ -43,6 +45,7 @@ class Report:
     router: str
     sites: list[tuple[str, Any, Any]]
     rejected: list[tuple[str, str]]
+    conditions: list[str]
     numerics: list[tuple[str, Numerics]]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
@@ -67,6 +70,7 @@ class Report:
             router=str(decisions.router),
             sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
             rejected=[(r.name, r.reason) for r in decisions.rejected],
+            conditions=conditions_of(program.leaves(), program.relations).texts,
             numerics=list(program.numerics),
             seconds=compiler.timed.seconds,
             notes=compiler.notes,
@@ -103,6 +107,7 @@ class Report:
         facts = [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
             ("router", self.router),
+            *(("condition", c) for c in self.conditions),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),

@@ -41,10 +41,16 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
 
 
-def split_static(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that hold tensors, and the others, which are constants of the captured graph."""
+def split_static(
+    arguments: dict[str, Any], open_ints: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of the captured graph, and the others, which are its constants. open_ints: arguments
+    that are ints and inputs; else inputs hold tensors."""
     traced, static = {}, {}
     for name, value in arguments.items():
+        if name in open_ints:
+            traced[name] = value
+            continue
         leaves = pytree.tree_leaves(value)
         tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         if tensors and all(tensors):

@@ -8,16 +8,18 @@ are changed where torch.export would take a size for a constant (1) or two sizes
 from __future__ import annotations
 
 import inspect
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from .adapters import host_of
 from .arguments import is_cache, split_static
@@ -25,6 +27,10 @@ from .host import Host
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
 
+TRACING = threading.RLock()  # torch.export and its patches change state of the whole process
+# How sizes of the example are chosen: "general" serves most calls; with "ones", sizes of 0 and 1
+# are constants; with "own", the others are the call's, so that branches go the way of this call.
+Sizes = Literal["general", "ones", "own"]
 BATCH_SIZES = (3, 5, 7, 11, 13)  # tried in this order: the first that no other size equals
 SHORT = 9  # stands in for a sequence of length one
 
@@ -43,21 +49,27 @@ def dynamic_dims(name: str, tensor: torch.Tensor, cached: bool = False) -> tuple
     return (0, 1)[: tensor.ndim] if tensor.ndim <= 3 else (0,)
 
 
-def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str, Any]:
+def example_like(traced: dict[str, Any], sizes: Sizes = "general") -> dict[str, Any]:
     """Zeros shaped like the arguments, with sizes that torch.export does not confuse.
 
-    A dynamic dimension of size one is enlarged (export would take it for a constant, which is
-    wanted only with `static_ones`), and the batch gets a size that no other dimension has.
+    A dynamic dimension of size 0 or 1 is enlarged unless it is wanted as a constant (export would
+    make it one), and the batch gets a size that no other dimension has.
     """
+    if sizes == "own":
+        return traced
+    constant = sizes == "ones"
     caches = [name for name, given in traced.items() if is_cache(given)]
-    sizes = {s for t in pytree.tree_leaves(traced) for s in t.shape}
-    batch = next(b for b in (*BATCH_SIZES, 1009) if b not in sizes)
-    old_batch = next((t.shape[0] for t in pytree.tree_leaves(traced) if t.ndim), None)
+    tensors = [t for t in pytree.tree_leaves(traced) if isinstance(t, torch.Tensor)]
+    taken = {s for t in tensors for s in t.shape}
+    batch = next(b for b in (*BATCH_SIZES, 1009) if b not in taken)
+    old_batch = next((t.shape[0] for t in tensors if t.ndim), None)
 
-    def enlarge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def enlarge(name: str, tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor  # an int
         shape = list(tensor.shape)
         for dim in dynamic_dims(name, tensor, name in caches):
-            if static_ones and shape[dim] == 1:
+            if constant and shape[dim] <= 1:
                 continue
             if dim == 0 and shape[0] in (old_batch, 1):
                 shape[0] = batch
@@ -75,19 +87,21 @@ def example_like(traced: dict[str, Any], static_ones: bool = False) -> dict[str,
     return example
 
 
-def _dynamic_shapes(name: str, value: Any, static_ones: bool, cached: bool = False) -> Any:
+def _dynamic_shapes(name: str, given: Any, sizes: Sizes, cached: bool = False) -> Any:
     """The `dynamic_shapes` of torch.export for one argument."""
-    if isinstance(value, torch.Tensor):
-        dims = dynamic_dims(name, value, cached)
-        if static_ones:
-            dims = tuple(d for d in dims if value.shape[d] != 1)
+    if isinstance(given, torch.Tensor):
+        dims = dynamic_dims(name, given, cached)
+        if sizes != "general":
+            dims = tuple(d for d in dims if given.shape[d] > 1)
         return dict.fromkeys(dims, torch.export.Dim.AUTO)
-    if isinstance(value, dict):
-        return {k: _dynamic_shapes(name, v, static_ones, cached) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_dynamic_shapes(name, v, static_ones, cached) for v in value)
-    children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
-    return [_dynamic_shapes(name, v, static_ones, is_cache(value)) for v in children]
+    if isinstance(given, int):
+        return torch.export.Dim.AUTO
+    if isinstance(given, dict):
+        return {k: _dynamic_shapes(name, v, sizes, cached) for k, v in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(_dynamic_shapes(name, v, sizes, cached) for v in given)
+    children, _ = pytree.SUPPORTED_NODES[type(given)].flatten_fn(given)
+    return [_dynamic_shapes(name, v, sizes, is_cache(given)) for v in children]
 
 
 @contextmanager
@@ -122,23 +136,29 @@ def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval")
     return capture(host, host.arguments(example_inputs), mode)
 
 
-def capture(host: Host, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Program:
+def capture(
+    host: Host, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
+    open_ints: frozenset[str] = frozenset(),
+) -> Program:  # fmt: skip
     """Capture `host` as it stands (its submodules' training flags included) on these arguments.
 
     arguments: by name; only sizes and dtypes of tensors matter. mode: "eval" records no autograd
-    regions, "train" keeps them. Raises CaptureError with the reason torch.export gave.
+    regions, "train" keeps them. open_ints: arguments whose ints are inputs of the graph. Raises
+    CaptureError with the reason torch.export gave.
     """
-    traced, static = split_static(arguments)
+    traced, static = split_static(arguments, open_ints)
     if not traced:
         raise InputError("no tensor among the arguments: pass the model's inputs as tensors")
-    attempts = [example_like(traced, static_ones), traced]
+    attempts = [example_like(traced, sizes)] + ([traced] if sizes != "own" else [])
     first: Exception | None = None
     for example in attempts:
         try:
-            return _export(host, example, static, mode, static_ones)
+            return _export(host, example, static, mode, sizes)
         except Exception as error:  # torch.export raises many kinds; all mean "not captured"
             first = first or error
-    shapes = {n: [list(t.shape) for t in pytree.tree_leaves(v)] for n, v in traced.items()}
+    shapes = {
+        n: [list(getattr(t, "shape", [])) for t in pytree.tree_leaves(v)] for n, v in traced.items()
+    }
     assert first is not None
     lines = [line for line in str(first).strip().splitlines() if line.strip()]
     reason = lines[0] if lines else type(first).__name__
@@ -163,11 +183,11 @@ def _place(host: nn.Module, error: Exception) -> str:
 
 
 def _export(
-    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, static_ones: bool
+    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes
 ) -> Program:
-    shapes = {n: _dynamic_shapes(n, v, static_ones) for n, v in example.items()}
+    shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
     forward = _explicit_forward(host.module, list(example), static)
-    with torch.set_grad_enabled(mode == "train"), host.traced(), forward, tracing():
+    with TRACING, torch.set_grad_enabled(mode == "train"), host.traced(), forward, tracing():
         exported = torch.export.export(
             host.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )
@@ -189,8 +209,10 @@ def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -
         if kind == "user" and spec.arg.name.startswith(caches) and spec.arg.name not in example:
             kind = "cache"
         name = names.get(spec.target, spec.target) if spec.target else spec.arg.name
-        called = kind in ("user", "cache")
-        if called and not isinstance(node.meta.get("val"), torch.Tensor):
+        if kind == "user" and isinstance(node.meta.get("val"), (torch.SymInt, int)):
+            kind = "int"
+        called = kind in ("user", "cache", "int")
+        if called and kind != "int" and not isinstance(node.meta.get("val"), torch.Tensor):
             raise CaptureError(f"argument {name} is not a tensor in the captured graph")
         if kind in ("weight", "buffer") and name in owner:  # a tied name: one placeholder is enough
             node.replace_all_uses_with(owner[name])
@@ -213,6 +235,7 @@ def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         mode=mode,
+        relations=relations_of(exported),
         model=host.name,
         # where the graph has an explicit mask, eager attention may choose another kernel
         numerics=(("capture", "reordered"),),

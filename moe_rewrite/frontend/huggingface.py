@@ -5,6 +5,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -133,22 +134,15 @@ class HuggingFaceHost(Host):
                 f"{self.name}.generate(): only decoder-only language models generate on their "
                 "converted graphs; call to_dense().generate() for the original"
             )
-        host = self.module
-        dense = host.forward
+        # of its own for every call, so that threads do not share it: only `forward` is another
+        caller = copy.copy(self.module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            host.__dict__.pop("forward", None)  # the host itself may have to be captured now
-            try:
-                return call(*args, **kwargs)
-            finally:
-                host.forward = forward
+            return call(*args, **kwargs)
 
-        forward.__signature__ = inspect.signature(dense)  # type: ignore[attr-defined]
-        host.forward = forward
-        try:
-            return host.generate(*args, **kwargs)
-        finally:
-            host.__dict__.pop("forward", None)
+        forward.__signature__ = inspect.signature(self.module.forward)  # type: ignore[attr-defined]
+        caller.forward = forward
+        return caller.generate(*args, **kwargs)
 
 
 @cache

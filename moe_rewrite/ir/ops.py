@@ -201,6 +201,13 @@ def first(node: fx.Node) -> Any:
     return next(iter(node.args), None)
 
 
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments; one that is given twice is listed twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
 def output_of(graph: fx.Graph) -> Any:
     """What a graph returns."""
     return first(graph.output_node())

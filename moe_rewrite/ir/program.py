@@ -28,7 +28,8 @@ class Input:
     """What a placeholder stands for.
 
     kind: ``"weight"`` (a parameter), ``"buffer"``, ``"constant"``, ``"user"`` (a leaf of the call's
-        arguments), ``"cache"`` (one of its key-value cache) or ``"expert"``.
+        arguments), ``"cache"`` (one of its key-value cache), ``"int"`` (an argument that is an
+        int and changes from call to call) or ``"expert"``.
     name: the state-dict name, the argument's path, or the site and part of an expert.
     """
 
@@ -55,6 +56,7 @@ class Cut:
     index: of the first deep block.
     rows: the user's input whose positions are the rows at the cut, or None.
     mask: the user's input that masks these rows, or None.
+    token_map: (H, W) of the map of patches that became the rows (a ViT's tokens), or None.
     """
 
     node: str
@@ -62,6 +64,7 @@ class Cut:
     index: int
     rows: str | None
     mask: str | None
+    token_map: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Program:
     constants: values of the "constant" inputs.
     in_spec, out_spec: pytree specs of the call and of the output.
     mode: "eval" or "train".
+    relations: what capture states about the sizes of the inputs, see `ir.conditions`.
     model: name of the class that was captured.
     depth: its blocks, once FindDepth ran.
     cut: where the shallow segment ends, once Split ran.
@@ -95,6 +99,7 @@ class Program:
     in_spec: Any
     out_spec: Any
     mode: str
+    relations: tuple[Any, ...] = ()
     model: str = ""
     depth: DepthMap | None = None
     cut: Cut | None = None
@@ -108,10 +113,12 @@ class Program:
     def node(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.name == name)
 
-    def leaves(self) -> list[fx.Node]:
-        """Placeholders of the user's inputs, in the order of the flattened call."""
+    def leaves(self, *kinds: str) -> list[fx.Node]:
+        """Placeholders of the user's inputs, in the order of the flattened call: tensors, unless
+        other kinds are asked for."""
         placeholders = self.graph.find_nodes(op="placeholder")
-        return [n for n in placeholders if self.inputs[n.name].kind in ("user", "cache")]
+        kinds = kinds or ("user", "cache")
+        return [n for n in placeholders if self.inputs[n.name].kind in kinds]
 
     def __str__(self) -> str:
         lines = [f"{self.model or 'a program'} ({self.mode}):"]

@@ -25,6 +25,7 @@ from .file.write import checked_path, digest, in_place, needs_external, set_meta
 from .lowerings.choose import Chosen
 from .options import ExportOptions
 from .report import OnnxReport
+from .trace.dynamic_dims import require_any_size
 from .trace.functional import FunctionalModel
 from .translate import translate
 from .verify.compare_with_torch import check_file, compare_with_torch
@@ -50,6 +51,7 @@ def export(moe: MoEModel, path: str | os.PathLike, options: ExportOptions) -> On
         moe = _cast(moe, cast)
     given = options.example_inputs, options.cache, options.open_experts
     functional = timed("capture", FunctionalModel, moe, *given)
+    require_any_size(functional)
     if options.open_experts:
         functional.require_open()
     external = needs_external(functional.tensors, options.external_data)
@@ -180,6 +182,7 @@ def _describe(
             "moe_rewrite.stacks": {
                 n: [s.dim, s.each] for n, s in functional.stacks.items() if n in skeleton.weights
             },
+            "moe_rewrite.largest": functional.largest,
             "moe_rewrite.recipe": moe.recipe.to_dict(),
             "moe_rewrite.conversion": {
                 "split": conversion.split, "router": conversion.router,

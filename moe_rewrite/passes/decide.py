@@ -53,7 +53,7 @@ def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Rec
     features = value(program.node(program.cut.node))
     causal = features.ndim == 3 and is_causal(program, host, arguments)
     default = UPCYCLE if recipe.mode == "upcycle" else None
-    return resolve_router(recipe.router, features.shape, causal, default)
+    return resolve_router(recipe.router, features.shape, causal, default, program.cut.token_map)
 
 
 def _with_sites(decisions: Decisions, program: Program, recipe: Recipe) -> Decisions:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import RouterSpec
 from ..errors import CaptureError, ConversionError
-from ..frontend.capture import capture
+from ..frontend.capture import TRACING, Sizes, capture
 from ..frontend.host import Host
 from ..ir.program import Code, Program
 from ..ir.steps import Emitted
@@ -88,15 +88,19 @@ class Compiler:
     notes: list[str] = field(default_factory=list)
     codes: dict[tuple, Code] = field(default_factory=dict, repr=False)  # shared by all graphs
 
-    def capture(self, arguments: dict[str, Any], mode: str, static_ones: bool = False) -> Program:
+    def capture(
+        self, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
+        open_ints: frozenset[str] = frozenset(),
+    ) -> Program:  # fmt: skip
         """The host's graph. mode: "eval", or "train" for the deep segment in training mode."""
-        with modules_in_mode(self.host, mode, self.recipe, self.decisions):
+        with TRACING, modules_in_mode(self.host, mode, self.recipe, self.decisions):
             name = f"capture ({mode})"
-            return self.timed(name, capture, self.host, arguments, mode, static_ones)
+            return self.timed(name, capture, self.host, arguments, mode, sizes, open_ints)
 
     def compile(
-        self, arguments: dict[str, Any], mode: str, static_ones: bool = False
-    ) -> tuple[Program, Emitted]:
+        self, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
+        open_ints: frozenset[str] = frozenset(),
+    ) -> tuple[Program, Emitted]:  # fmt: skip
         """Compile one more graph, for a call with a new signature.
 
         The first training graph confirms the decisions, which were taken on an evaluation graph.
@@ -104,7 +108,7 @@ class Compiler:
         """
         first = mode == "train" and not self.decisions.trains
         to_sites = self._first_to_train if first else self._to_sites
-        return self.emitted(self.with_experts(to_sites(arguments, mode, static_ones)))
+        return self.emitted(self.with_experts(to_sites(arguments, mode, sizes, open_ints)))
 
     def with_experts(self, program: Program) -> Program:
         passes = to_experts(self.recipe, self.decisions.chosen)
@@ -113,22 +117,22 @@ class Compiler:
     def emitted(self, program: Program) -> tuple[Program, Emitted]:
         return program, self.timed("emit", emit, program, self.codes)
 
-    def _to_sites(self, arguments: dict[str, Any], mode: str, static_ones: bool) -> Program:
-        captured = self.capture(arguments, mode, static_ones)
+    def _to_sites(self, *call: Any) -> Program:
+        captured = self.capture(*call)
         return run((*TO_CUT, *to_sites(self.recipe)), captured, self.decisions, self.timed)
 
-    def _first_to_train(self, arguments: dict[str, Any], mode: str, static_ones: bool) -> Program:
+    def _first_to_train(self, *call: Any) -> Program:
         """Modules before the cut that only a training graph shows (dropout) are frozen as well. If
         a module that contains the cut cannot be traced in training mode (layer drop), such modules
         are captured in eval mode, with a note. Nothing changes if this raises."""
         before = self.decisions
         try:
             try:
-                program = self._to_sites(arguments, mode, static_ones)
+                program = self._to_sites(*call)
             except CaptureError as error:
                 self.decisions = replace(before, containers_eval=True)
                 try:
-                    program = self._to_sites(arguments, mode, static_ones)
+                    program = self._to_sites(*call)
                 except CaptureError:
                     raise error from None
                 note = f"modules around the cut train in eval mode: {error}".split("\n")[0]
@@ -136,7 +140,7 @@ class Compiler:
             shallow = before.shallow | shallow_of(program, self.host)
             self.decisions = replace(self.decisions, shallow=shallow, trains=True)
             if shallow != before.shallow:
-                program = self._to_sites(arguments, mode, static_ones)
+                program = self._to_sites(*call)
             self._require_sites(program)
         except Exception:
             self.decisions = before

@@ -50,6 +50,22 @@ class Recipe:
         )
 
 
+def require_trainable(router: RouterSpec | None) -> None:
+    """Raises ConfigError for a router that gets no gradient however it is trained."""
+    if not isinstance(router, TokenRouter) or router.top_k != 1 or router.fit != "gradient":
+        return
+    one = "TokenRouter top_k=1 with fit='gradient'"
+    require(
+        router.gate == "all", f"{one}: gate", router.gate,
+        "'all', since a softmax over the one output chosen is constant (Switch Transformer, arXiv "
+        "2101.03961, section 2.1, takes it over all)",
+    )  # fmt: skip
+    require(
+        router.init > 0, f"{one}: init", router.init,
+        "a number > 0 (0.5, say), since with equal logits every row goes to the first output",
+    )  # fmt: skip
+
+
 def _with_kind(spec: Any) -> dict[str, Any]:
     return {"kind": type(spec).__name__, **asdict(spec)}
 

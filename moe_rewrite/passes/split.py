@@ -10,6 +10,7 @@ from torch import fx
 
 from ..analysis.depth import depth_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
+from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
 from ..ir.program import Cut, Program
 from .base import Decisions, Pass
@@ -40,7 +41,10 @@ class Split(Pass):
         named = isinstance(at, str) and at != "auto"
         label = str(at) if named else program.depth.blocks[index].name
         rows = source_of_rows(program, program.node(name))
-        return self.done(program, cut=Cut(name, label, index, rows, mask_of_rows(program, rows)))
+        node = program.node(name)
+        token_map = find_token_map(program, node) if value(node).ndim == 3 else None
+        mask = mask_of_rows(program, rows)
+        return self.done(program, cut=Cut(name, label, index, rows, mask, token_map))
 
 
 def _after_input(program: Program, name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import PatchRouter
+from ..errors import InputError
 from ..ir import patch_grid
 from ..kernels.patches.op import gather_patches
 from ..kernels.plan.op import largest
@@ -24,7 +25,7 @@ class PatchGate(Router):
 
     rows[e]: weights of expert e's score, (C * h * w,) for patches of h x w, or (C,) if pooled.
     spec: without any None.
-    size: (C, H, W) of the map at the cut; for a ViT's tokens, the width and the sides of the square
+    size: (C, H, W) of the map at the cut; for a ViT's tokens, the width and the sides of the map
         of patch tokens.
     """
 
@@ -48,6 +49,7 @@ class PatchGate(Router):
         active, rows = self._chosen(given)
         if rows is None:
             return self.without_experts(features), None
+        self._require_sides(features)
         x = self._map(features)
         scale = self._scale(x)
         few = given is None and torch.is_grad_enabled() and self._few_matter(len(active))
@@ -89,11 +91,35 @@ class PatchGate(Router):
             x = x[:, self.spec.prefix_tokens :].transpose(1, 2).unflatten(2, self.sides)
         return x
 
+    def _require_sides(self, features: torch.Tensor) -> None:
+        """Raises InputError where the map of this call has no patches as the router scores them."""
+        height, width = self.sides
+        if features.ndim == 3:
+            wanted = (self.spec.prefix_tokens or 0) + height * width
+            if features.shape[1] != wanted:
+                raise InputError(
+                    f"{features.shape[1]} tokens at the cut: the router was made for {wanted}, of "
+                    f"a map of {height}x{width} patches; pass images of the size of the example"
+                )
+            return
+        found = features.shape[2], features.shape[3]
+        if found != self.sides and self.spec.features == "flat":
+            raise InputError(
+                f"the map at the cut is {found[0]}x{found[1]}: PatchRouter(features='flat') weighs "
+                f"every value of a patch of the {height}x{width} map of the example; pass images "
+                "of that size, or convert with PatchRouter(features='pooled')"
+            )
+        if min(found) < self.grid:
+            raise InputError(
+                f"the map at the cut is {found[0]}x{found[1]}: expected at least {self.grid} "
+                f"positions a side for grid={self.grid}"
+            )
+
     def _scores(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(B, E, n): the inner product of each patch with each row."""
         g = self.grid
         if self.spec.features == "pooled":
-            down, across = (_means(n, g).to(x) for n in self.sides)
+            down, across = (_means(n, g).to(x) for n in x.shape[2:])
             pooled = torch.einsum("iy,jx,bcyx->bcij", down, across, x)
             return torch.einsum("ec,bcn->ben", rows, pooled.flatten(2))
         weight = rows.unflatten(1, (x.shape[1], *self.patch))
@@ -123,7 +149,7 @@ class PatchGate(Router):
         """(B, 1, 1) factor of the scores: like scaling the features, but without copying them."""
         if not self.spec.normalize:
             return 1.0
-        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x[0].numel()
+        square = torch.linalg.vector_norm(x.flatten(1), dim=1).square() / x.shape[1:].numel()
         return torch.rsqrt(square + 1e-6)[:, None, None]
 
     def _gates(self, scores: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:

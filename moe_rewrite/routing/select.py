@@ -19,7 +19,7 @@ from .token_gate import TokenGate
 
 def resolve_router(
     spec: RouterSpec | None, features: Sequence[Any], causal: bool,
-    default: TokenRouter | None = None,
+    default: TokenRouter | None = None, token_map: tuple[int, int] | None = None,
 ) -> RouterSpec:  # fmt: skip
     """The router for features of this shape.
 
@@ -31,7 +31,7 @@ def resolve_router(
     if spec is None and default is not None:
         spec = replace(default, granularity="sequence") if len(features) == 4 else default
     if isinstance(spec, PatchRouter) or (spec is None and len(features) == 4):
-        return _fit_patches(spec or PatchRouter(), features)
+        return _fit_patches(spec or PatchRouter(), features, token_map)
     if spec is None:
         return TokenRouter(granularity="prefix" if causal else "sequence")
     if causal and spec.granularity == "sequence":
@@ -53,7 +53,9 @@ def resolve_router(
     return spec
 
 
-def _fit_patches(spec: PatchRouter, features: Sequence[Any]) -> PatchRouter:
+def _fit_patches(
+    spec: PatchRouter, features: Sequence[Any], token_map: tuple[int, int] | None
+) -> PatchRouter:
     shape = "x".join(str(s) for s in features)
     fixed = all(isinstance(s, int) for s in features[1:])
     if not fixed or len(features) not in (3, 4):
@@ -64,22 +66,29 @@ def _fit_patches(spec: PatchRouter, features: Sequence[Any]) -> PatchRouter:
     if len(features) == 4:
         return spec.fitted(*features[2:])
     tokens = features[1]
-    prefix = spec.prefix_tokens
-    side = math.isqrt(tokens - (prefix or 0))
-    if prefix is None:
-        prefix = tokens - side**2
-    if side < 1 or side**2 + prefix != tokens:
+    if token_map is None or math.prod(token_map) > tokens:
         raise ConfigError(
-            f"PatchRouter prefix_tokens={prefix}: {tokens} tokens at the cut less {prefix} do not "
-            "form a square"
+            f"PatchRouter: no map of patches becomes the {tokens} tokens at the cut {shape} in the "
+            "graph, so their rows and columns are not known; use a TokenRouter"
         )
-    if spec.grid is None:
-        spec = replace(spec, grid=side)
-    return spec.fitted(side, side, prefix)
+    height, width = token_map
+    prefix = tokens - height * width
+    if spec.prefix_tokens not in (None, prefix):
+        raise ConfigError(
+            f"PatchRouter prefix_tokens={spec.prefix_tokens}: the {tokens} tokens at the cut are "
+            f"{prefix} and a map of {height}x{width} patches; expected None or {prefix}"
+        )
+    if spec.grid is None and height == width:
+        spec = replace(spec, grid=height)
+    return spec.fitted(height, width, prefix)
 
 
-def make_router(spec: RouterSpec, features: Sequence[Any], device: torch.device) -> Router:
-    """The router's module. features: shape of the value at the cut, of fixed sizes for patches."""
+def make_router(
+    spec: RouterSpec, features: Sequence[Any], device: torch.device,
+    token_map: tuple[int, int] | None = None,
+) -> Router:  # fmt: skip
+    """features: shape of the value at the cut, with fixed sizes where patches are routed.
+    token_map: (H, W) of the map that became its tokens."""
     if isinstance(spec, TokenRouter):
         pooled = len(features) == 4
         width = features[1] * spec.pool**2 if pooled else features[-1]
@@ -87,5 +96,5 @@ def make_router(spec: RouterSpec, features: Sequence[Any], device: torch.device)
         return gate(spec, int(width), device)
     if len(features) == 4:
         return PatchGate(spec, (features[1], features[2], features[3]), device)
-    side = math.isqrt(features[1] - (spec.prefix_tokens or 0))
-    return PatchGate(spec, (features[2], side, side), device)
+    assert token_map is not None
+    return PatchGate(spec, (features[2], *token_map), device)

@@ -117,6 +117,12 @@ def a_part(m, x):
     return m.b(y)
 
 
+def a_part_and_then_the_whole(m, x):
+    (y := m.a(x))[:, :2].mul_(2.0)
+    y.relu_()
+    return m.b(y)
+
+
 def a_part_of_the_entry(m, x):
     y = m.a(x)
     x[:, :2].mul_(2.0)
@@ -140,6 +146,7 @@ def turned(m, x):
 
 LEFT = {
     "a part": (a_part, "mul_ writes in place to slice"),
+    "a part and then the whole": (a_part_and_then_the_whole, "mul_ writes in place to slice"),
     "a part of the entry": (a_part_of_the_entry, "mul_ writes in place to slice"),
     "what a view shows": (what_a_view_shows, "relu_ writes in place to permute"),
     "by an operation over positions": (over_positions, "cumsum_ writes in place to conv2d_1"),

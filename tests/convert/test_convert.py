@@ -35,6 +35,8 @@ def llama():
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"batch_norm": "on"}, "batch_norm='on'"),
         ({"router": TokenRouter(granularity="sequence")}, "look ahead"),
+        ({"router": TokenRouter(top_k=1)}, "gate='selected'.*constant"),
+        ({"router": TokenRouter(top_k=1, gate="all")}, "init=0.0.*every row"),
         ({"example_inputs": {"pixels": torch.zeros(2, 3)}}, "could not be captured"),
         ({"example_inputs": {"input_ids": "text"}}, "no tensor among the arguments"),
         ({"example_inputs": 3}, "example_inputs=int"),

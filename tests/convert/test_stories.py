@@ -74,7 +74,7 @@ def compare_with_hooks(stories, moe, granularity="prefix", top_k=None):
     [
         pytest.param("token", None, marks=pytest.mark.sweep),
         pytest.param("token", 2, marks=pytest.mark.sweep),
-        ("prefix", 1),
+        ("prefix", 2),
     ],
 )
 def test_experts_do_what_plain_hooks_do(stories, granularity, top_k):

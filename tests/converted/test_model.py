@@ -117,7 +117,7 @@ def test_deactivated_experts_take_no_part(moe):
 
 
 def test_without_base_the_gates_are_the_experts_alone(llama):
-    router = TokenRouter(granularity="token", base=False, top_k=1)
+    router = TokenRouter(granularity="token", base=False, top_k=1, gate="all", init=0.5)
     moe = moe_rewrite.convert(llama, split=1, router=router, num_experts=3)
     randomize(moe)
     gates = moe.route(input_ids=ids()).gates

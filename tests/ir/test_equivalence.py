@@ -69,3 +69,20 @@ def test_what_is_compared_stays_as_it_was(dtype):
     before = [t.clone() for t in outputs]
     compare(outputs[:1], outputs[1:])
     assert all(torch.equal(t, b) for t, b in zip(outputs, before, strict=True))
+
+
+def test_each_output_has_the_tolerance_of_its_own_dtype():
+    """Rounding in a float output next to an int output that is equal."""
+    x, i = torch.tensor([1.0, 2.0]), torch.tensor([0, 1])
+    near = x * (1 + 2e-7)
+    assert compare([x, i], [near, i]).equal and compare([i, x], [i, near]).equal
+    assert not compare([x, i], [near, i + 1]).equal
+    assert not compare([x.half(), x], [x.half(), x * 1.001]).equal
+
+
+def test_imaginary_parts_and_bools_count():
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    assert compare([z], [z * (1 + 1e-7)]).equal and compare([z], [z.clone()]).exact
+    assert not compare([z], [z + 5j]).equal
+    flags = torch.tensor([True, False])
+    assert compare([flags], [flags.clone()]).exact and not compare([flags], [~flags]).equal

@@ -270,7 +270,7 @@ def test_no_patches_without_a_map():
         moe_rewrite.convert(
             architectures.build("ViT"), split=1, experts=moe_rewrite.RegionExperts()
         )
-    with pytest.raises(MoeRewriteError, match="do not form a square"):
+    with pytest.raises(MoeRewriteError, match="prefix_tokens=2.*4x4 patches; expected None or 1"):
         moe_rewrite.convert(
             architectures.build("ViT"), split=1, router=PatchRouter(prefix_tokens=2)
         )

@@ -16,7 +16,7 @@ from .base import GrowingHead, Method, growing_head
 
 
 class FineTuning(Method):
-    """Sequential fine-tuning. rate: its learning rate relative to `training.lr`, which suits adapters."""
+    """Sequential fine-tuning. rate: its learning rate relative to `training.lr` (for adapters)."""
 
     rate = 0.1
 

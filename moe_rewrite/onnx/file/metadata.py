@@ -28,12 +28,14 @@ class Facts:
     experts: their names.
     stacks: tensors that hold all experts, with the dimension of these.
     cache: whether the graph takes and returns the key-value cache.
+    largest: by input, its bounded dimensions with their largest size.
     """
 
     base: str
     experts: list[str]
     stacks: dict[str, ExpertDim]
     cache: bool
+    largest: dict[str, dict[int, int]]
 
 
 def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
@@ -78,17 +80,27 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _facts(path: Path, said: dict[str, Any], tensors: dict[str, onnx.TensorProto]) -> Facts:
     base, experts, stacks = said.get("base"), said.get("experts"), said.get("stacks")
-    exported = said.get("export")
+    exported, largest = said.get("export"), said.get("largest", {})
     well_formed = (
         isinstance(base, str) and isinstance(stacks, dict)
         and isinstance(exported, dict) and isinstance(exported.get("cache"), bool)
         and isinstance(experts, list) and all(isinstance(e, str) for e in experts)
         and all(n in tensors and _is_stack(s, tensors[n]) for n, s in stacks.items())
+        and isinstance(largest, dict) and all(map(_are_bounds, largest.values()))
     )  # fmt: skip
     if not well_formed:
         raise CheckpointError(f"{path}: its metadata is malformed")
     assert isinstance(base, str) and isinstance(experts, list) and isinstance(stacks, dict)
-    return Facts(base, experts, {n: ExpertDim(*s) for n, s in stacks.items()}, exported["cache"])  # type: ignore[index]
+    bounds = {n: {int(d): size for d, size in dims.items()} for n, dims in largest.items()}
+    stacked = {n: ExpertDim(*s) for n, s in stacks.items()}
+    return Facts(base, experts, stacked, exported["cache"], bounds)  # type: ignore[index]
+
+
+def _are_bounds(said: Any) -> bool:
+    """JSON writes dimensions as strings."""
+    return isinstance(said, dict) and all(
+        d.isdecimal() and type(size) is int for d, size in said.items()
+    )
 
 
 def _is_stack(said: Any, tensor: onnx.TensorProto) -> bool:

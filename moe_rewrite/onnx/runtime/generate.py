@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,17 @@ class OnnxModel:
                 f"{self.path.name} takes {', '.join(self.inputs)}; "
                 f"missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
+        self._require_sizes(inputs)
         return dict(zip(self.outputs, run(self.session, inputs), strict=True))
+
+    def _require_sizes(self, inputs: Mapping[str, Any]) -> None:
+        for name, dims in self.facts.largest.items():
+            for dim, size in dims.items():
+                if inputs[name].shape[dim] > size:
+                    raise InputError(
+                        f"{name} has shape {tuple(inputs[name].shape)}: this file holds for at "
+                        f"most {size} in dimension {dim}"
+                    )
 
 
 def load(
@@ -101,6 +112,7 @@ class Generator(OnnxModel):
         going = np.ones(len(ids), bool)
         for _ in range(max_new_tokens):
             feeds = {"input_ids": new, "attention_mask": mask, **state}
+            self._require_sizes(feeds)
             made = dict(
                 zip(
                     self.outputs,

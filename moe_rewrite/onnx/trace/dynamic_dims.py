@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import sympy
 import torch
 
+from ...errors import CaptureError
 from .functional import FunctionalModel
 
 LONGEST = 1200  # largest size in the second call
@@ -53,11 +55,29 @@ def _at(functional: FunctionalModel, leaves: list[torch.Tensor]) -> dict[Any, sy
     of = functional.graph.emitted.sizes
     return {
         symbol: sympy.Integer(size)
-        for name, leaf in zip(functional.graph.leaves, leaves, strict=True)
+        for name, leaf in zip(functional.graph.conditions.leaves, leaves, strict=True)
         for symbols in of.get(name, ())
         for symbol, size in zip(symbols, leaf.shape, strict=True)
         if isinstance(symbol, sympy.Symbol)
     }
+
+
+def require_any_size(functional: FunctionalModel) -> None:
+    """Raises CaptureError where the graph holds for some sizes only, bounds left out: a file has
+    one graph."""
+    conditions, draw = functional.graph.conditions, random.Random(0)
+    for _ in range(64):
+        batch, length, past = (draw.randint(2, 2 ** draw.randint(2, 7)) for _ in range(3))
+        leaves = zeros(functional, batch, length, past)
+        bounds = conditions.largest.items()
+        if any(leaves[leaf].shape[dim] > size for (leaf, dim), size in bounds):
+            continue
+        if (violated := conditions.violated(leaves)) is not None:
+            raise CaptureError(
+                f"a file holds one graph, and for some sizes the model's code takes another branch: "
+                f"{violated}. Write the branch with tensor operations (torch.where), or run the "
+                "converted model in PyTorch"
+            )
 
 
 def zeros(functional: FunctionalModel, batch: int, length: int, past: int) -> list[torch.Tensor]:
@@ -107,7 +127,7 @@ def size_words(functional: FunctionalModel) -> dict[Any, str]:
     words: dict[Any, str] = {}
     of = functional.graph.emitted.sizes
     leaves = zip(
-        functional.graph.leaves,
+        functional.graph.conditions.leaves,
         functional.example,
         other_leaves(functional),
         _leaf_dims(functional),
@@ -138,7 +158,7 @@ def input_dims(functional: FunctionalModel) -> dict[str, Dims]:
 
 def _leaf_dims(functional: FunctionalModel) -> list[Dims]:
     with_cache = any(functional.cached)
-    first = {place: tied[0] for tied in functional.graph.ties for place in tied}
+    first = functional.graph.conditions.same_as
     words: dict[Any, str] = {}
     of_each = zip(functional.inputs, functional.cached, functional.open, strict=True)
     for i, (name, cached, dims) in enumerate(of_each):

@@ -63,13 +63,13 @@ class FunctionalModel(nn.Module):
         super().__init__()
         with evaluating(moe):
             self.arguments = _arguments(moe, example_inputs, cache)
-            self.graph, _ = moe.graph_for(self.arguments)
+            self.graph = _graph_for_any_size(moe, self.arguments)
         traced, _ = split_static(self.arguments)
         self.example = [t.detach() for t in pytree.tree_leaves(example_like(traced))]
         self.inputs = _input_names(traced)
         self.cached = [is_cache(v) for v in traced.values() for _ in pytree.tree_leaves(v)]
         self.kept, self.outputs = _outputs(self.graph)
-        closed = {(i, d) for i, d, _ in self.graph.static}
+        closed = self.graph.conditions.constant
         self.open = [
             [d for d in range(t.ndim) if (i, d) not in closed] for i, t in enumerate(self.example)
         ]
@@ -86,11 +86,19 @@ class FunctionalModel(nn.Module):
         self.with_state = cache and moe.router.keeps_state
         sums = [f"{STATE}.total", f"{STATE}.count"] if self.with_state else []
         self.past, after = ([f"{when}_{name}" for name in sums] for when in ("past", "present"))
-        self.given = [*self.graph.leaves, *self.past]
+        self.given = [*self.graph.conditions.leaves, *self.past]
         self.outputs += after
         self.kept += after
         self._single = list(self._segments(after))
         self.segments = merge_small(self._single, self.kept)
+
+    @property
+    def largest(self) -> dict[str, dict[int, int]]:
+        """By input, its dimensions that are bounded in the graph, with their largest size."""
+        found: dict[str, dict[int, int]] = {}
+        for (leaf, dim), size in self.graph.conditions.largest.items():
+            found.setdefault(self.inputs[leaf], {})[dim] = size
+        return found
 
     def require_open(self) -> None:
         """Raises ConfigError if the number of experts is fixed in the graph."""
@@ -122,7 +130,7 @@ class FunctionalModel(nn.Module):
         graph, routed = self.graph, False
         for step in (bound.step for _, bound in graph.steps):
             if step.deep and not routed:
-                mask = [self.mask] if self.mask in graph.leaves else []
+                mask = [self.mask] if self.mask in graph.conditions.leaves else []
                 own = {n: n for n in self.tensors if n.startswith(f"{ADDED}router.")}
                 gives = (*(name for name, _ in graph.emitted.views), *after)
                 takes = (graph.emitted.cut, *mask, *self.past)
@@ -156,7 +164,7 @@ class FunctionalModel(nn.Module):
     def _routed(self, tensors: dict[str, torch.Tensor], taken: list[Any]) -> list[Any]:
         """The views of the plan that the sites take, then the router's state after the call."""
         features, *others = taken
-        mask = others.pop(0) if self.mask in self.graph.leaves else None
+        mask = others.pop(0) if self.mask in self.graph.conditions.leaves else None
         plan, after = self._plan(features, mask, tensors, PrefixState(*others) if others else None)
         aligned = [view.of(plan) for _, view in self.graph.emitted.views]
         return [*aligned, after.total, after.count] if self.with_state else aligned
@@ -189,6 +197,14 @@ def _arguments(moe: MoEModel, example_inputs: Any, cache: bool) -> dict[str, Any
         return t.to(moe.dtype) if t.is_floating_point() else t
 
     return moe.normalized((), pytree.tree_map_only(torch.Tensor, cast, arguments))[0]
+
+
+def _graph_for_any_size(moe: MoEModel, arguments: dict[str, Any]) -> BoundGraph:
+    """The graph for a call like this one without sizes of 0 and 1, which could be constants."""
+    traced, static = split_static(arguments)
+    general = example_like(traced)
+    masks = {n: torch.ones_like(t) for n, t in general.items() if "mask" in n}
+    return moe.graph_for(general | masks | static)[0]
 
 
 def _input_names(traced: dict[str, Any]) -> list[str]:

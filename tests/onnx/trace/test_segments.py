@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import moe_rewrite
 from moe_rewrite import TokenRouter
-from moe_rewrite.errors import CaptureError
+from moe_rewrite.errors import CaptureError, MoeRewriteError
 from moe_rewrite.ir.structural_key import structural_key
 
 onnx = pytest.importorskip("onnx")
@@ -54,7 +54,7 @@ def assert_same(moe, loaded, inputs):
 
 def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
     counts, nodes = [], []
-    for layers in (4, 8):
+    for layers in (6, 10):
         model = architectures.build("Llama", layers=layers)
         moe = moe_rewrite.convert(model, split=0.5, num_experts=2, verify=False)
         randomize(moe)
@@ -63,7 +63,7 @@ def test_a_deep_model_takes_no_more_traces(traced, tmp_path):
         counts.append(len(traced))
         nodes.append(sum(report.operators.values()))
         traced.clear()
-    assert counts[0] == counts[1] <= 6 and nodes[1] > 1.6 * nodes[0]
+    assert counts[0] == counts[1] <= 6 and nodes[1] > 1.4 * nodes[0]
 
 
 @pytest.mark.parametrize("kind", some(sorted(networks.KINDS), ["Attention"]))
@@ -199,12 +199,32 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("kind", some([int, float], [float]))
-def test_a_size_that_is_the_same_in_short_calls_stays_open(kind, traced, tmp_path):
+def test_a_file_is_refused_sizes_that_its_graph_was_not_captured_for(kind, tmp_path):
     torch.manual_seed(0)
     moe, loaded = exported(Counted(kind).eval(), torch.randn(2, 9, 8), tmp_path, split=4)
-    for length in (3, 15, 16, 40):
+    for length in (3, 15):
         assert_same(moe, loaded, torch.randn(3, length, 8))
-    assert len(traced) == 4, traced
+    with pytest.raises(MoeRewriteError, match=r"\(3, 16, 8\): .* at most 15 in dimension 1"):
+        loaded(x=torch.randn(3, 16, 8))
+
+
+class Alternating(Counted):
+    """Layers that branch on a length in a way that no bound says."""
+
+    def forward(self, x):
+        odd = x.shape[1] % 4 == 1
+        for layer in self.layers:
+            x = x + torch.relu(layer(x)) * (2 if odd else 1)
+        return x
+
+
+def test_a_model_that_branches_on_a_size_is_refused(tmp_path):
+    moe = moe_rewrite.convert(
+        Alternating(int).eval(), split=4, example_inputs=torch.randn(2, 9, 8), verify=False
+    )
+    with pytest.raises(CaptureError, match=r"x.shape\[1\] % 4\) == 1 does not hold"):
+        moe_rewrite.export_onnx(moe, tmp_path / "m.onnx", example_inputs=torch.randn(2, 9, 8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_traced_in_segments_or_whole_is_refused(monkeypatch, tmp_path):

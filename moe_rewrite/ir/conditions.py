@@ -1,0 +1,203 @@
+"""What a graph takes for granted about a call, and the check of it.
+
+torch.export reads facts off its example: sizes that are constants of the graph, sizes that are equal
+or follow from others, branches taken (``length <= 16``, ``length % 4 == 1``). Each is a condition of
+the graph: a call that does not meet it needs another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .aten import expression, value
+
+if TYPE_CHECKING:  # importing it takes longer than all the rest
+    import sympy
+
+Place = tuple[int, int]  # (leaf, dimension); the dimension is -1 for a leaf that is an int
+Pattern = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of the leaves of a call: its tensors, and ints that are inputs of the graph.
+
+    leaves: their names.
+    open: sympy symbol -> the place that gives its value, for every size that may differ.
+    sizes: (place, int or expression in these symbols) that the other sizes must equal.
+    relations: sympy relations of the symbols that must hold.
+    """
+
+    leaves: tuple[str, ...]
+    open: tuple[tuple[sympy.Symbol, Place], ...]
+    sizes: tuple[tuple[Place, Any], ...]
+    relations: tuple[Any, ...]
+
+    def pattern(self, leaves: list[Any]) -> Pattern | None:
+        """None if a condition does not hold; else of every open size whether it is 0, 1 or more.
+
+        Capture assumes that open sizes are 2 or more, without a trace of where it matters: a graph
+        needs a check of its own for every pattern with a 0 or a 1.
+        """
+        return self._check(*leaves)
+
+    @cached_property
+    def _check(self) -> Callable[..., Pattern | None]:
+        """Generated code, since it runs at every call."""
+        names = {symbol: f"s{i}" for i, (symbol, _) in enumerate(self.open)}
+        given = [f"t{i}" for i in range(len(self.leaves))]
+        lines = [f"{names[symbol]} = {_code(place)}" for symbol, place in self.open]
+        wanted = [f"{_code(place)} == {_printed(size, names)}" for place, size in self.sizes]
+        wanted += [_printed(relation, names) for relation in self.relations]
+        if wanted:
+            lines.append(f"if not ({' and '.join(f'({w})' for w in wanted)}): return None")
+        sizes = [names[symbol] for symbol, (_, dim) in self.open if dim >= 0]
+        lines.append(f"return ({''.join(f'{n} if {n} < 2 else 2, ' for n in sizes)})")
+        body = "\n    ".join(lines)
+        scope: dict[str, Any] = {"math": __import__("math"), "torch": torch}
+        exec(f"def check({', '.join(given)}):\n    {body}", scope)
+        return scope["check"]
+
+    def violated(self, leaves: list[Any]) -> str | None:
+        """The first condition that does not hold, in words; None if all do."""
+        import sympy
+
+        values = {symbol: sympy.Integer(_size(leaves, place)) for symbol, place in self.open}
+        for place, size in self.sizes:
+            wanted = size if isinstance(size, int) else size.xreplace(values)
+            if (found := _size(leaves, place)) != wanted:
+                return f"{self._named(place)} is {found}: expected {self._words(size)}"
+        for relation in self.relations:
+            if relation.xreplace(values) == sympy.false:
+                return f"{self._words(relation)} does not hold"
+        return None
+
+    @property
+    def constant(self) -> set[Place]:
+        """Places of sizes that are constants of the graph."""
+        return {place for place, size in self.sizes if isinstance(size, int)}
+
+    @property
+    def same_as(self) -> dict[Place, Place]:
+        """Places whose size is the open size of another place."""
+        opened = dict(self.open)
+        return {place: opened[size] for place, size in self.sizes if size in opened}
+
+    @property
+    def largest(self) -> dict[Place, int]:
+        """The largest value of the open sizes that are bounded."""
+        opened, found = dict(self.open), {}
+        for relation in self.relations:
+            bound = relation.func.__name__ == "LessThan"
+            if bound and relation.lhs in opened and relation.rhs.is_number:
+                found[opened[relation.lhs]] = int(relation.rhs)
+        return found
+
+    @property
+    def texts(self) -> list[str]:
+        """Those that restrict a call beyond sizes that are constants, in words."""
+        derived = [(place, size) for place, size in self.sizes if not isinstance(size, int)]
+        equal = [f"{self._named(place)} == {self._words(size)}" for place, size in derived]
+        return equal + [self._words(relation) for relation in self.relations]
+
+    def _named(self, place: Place) -> str:
+        leaf, dim = place
+        return self.leaves[leaf] if dim < 0 else f"{self.leaves[leaf]}.shape[{dim}]"
+
+    def _words(self, expr: Any) -> str:
+        return _printed(expr, {symbol: self._named(place) for symbol, place in self.open})
+
+
+def relations_of(exported: Any) -> tuple[Any, ...]:
+    """What torch.export states about the symbols of its result: ranges, and guards of branches."""
+    import sympy
+
+    found: dict[Any, None] = {}
+    for symbol, bounds in exported.range_constraints.items():
+        if bounds.lower > 2 or (bounds.lower == 0 and bounds.upper != sympy.oo):
+            found[sympy.Ge(symbol, int(bounds.lower))] = None
+        if bounds.upper.is_finite and bounds.upper < 2**62:
+            found[sympy.Le(symbol, int(bounds.upper))] = None
+    for environment in _environments(exported.graph):
+        for guard in environment.guards:
+            found[_replaced(guard.expr, environment.replacements)] = None
+    return tuple(r for r in found if r not in (sympy.true, True))
+
+
+def conditions_of(leaves: list[fx.Node], relations: tuple[Any, ...]) -> Conditions:
+    """leaves: placeholders of a call's inputs, whose fake values have the sizes of the trace."""
+    opened: dict[Any, Place] = {}
+    others: list[tuple[Place, Any]] = []
+    for place, size in _sizes(leaves):
+        if getattr(size, "is_Symbol", False) and size not in opened:
+            opened[size] = place
+        else:
+            others.append((place, size))
+    known = set(opened)
+    return Conditions(
+        tuple(node.name for node in leaves),
+        tuple(opened.items()),
+        tuple((place, _fixed(size)) for place, size in others),
+        tuple(r for r in relations if r.free_symbols <= known),
+    )
+
+
+def _sizes(leaves: list[fx.Node]) -> list[tuple[Place, Any]]:
+    found: list[tuple[Place, Any]] = []
+    for i, node in enumerate(leaves):
+        made = value(node)
+        sizes = enumerate(made.shape) if isinstance(made, torch.Tensor) else [(-1, made)]
+        found += [((i, d), expression(size)) for d, size in sizes]
+    return found
+
+
+def _fixed(size: Any) -> Any:
+    """An int where an expression is a constant."""
+    return int(size) if isinstance(size, int) or size.is_number else size
+
+
+def _environments(graph: fx.Graph) -> list[Any]:
+    """The ShapeEnvs of a graph's values: one, or none where all sizes are constants."""
+    found: dict[int, Any] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        made = value(node)
+        sizes = made.shape if isinstance(made, torch.Tensor) else [made]
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                found[id(size.node.shape_env)] = size.node.shape_env
+    return list(found.values())
+
+
+def _replaced(expr: Any, replacements: dict[Any, Any]) -> Any:
+    """With the symbols that capture found equal to others, or to constants, replaced by these."""
+    for _ in range(len(replacements) + 1):
+        if (after := expr.xreplace(replacements)) == expr:
+            break
+        expr = after
+    return expr
+
+
+def _code(place: Place) -> str:
+    leaf, dim = place
+    return f"t{leaf}" if dim < 0 else f"t{leaf}.shape[{dim}]"
+
+
+def _size(leaves: list[Any], place: Place) -> int:
+    leaf, dim = place
+    return int(leaves[leaf] if dim < 0 else leaves[leaf].shape[dim])
+
+
+def _printed(expr: Any, names: dict[sympy.Symbol, str]) -> str:
+    """An expression as Python code, with these names for its symbols."""
+    if isinstance(expr, int):
+        return str(expr)
+    import sympy
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint(expr.xreplace({s: sympy.Symbol(n) for s, n in names.items()}))

@@ -1,0 +1,126 @@
+"""Calls beyond the example: each gets the dense model's result, whatever its capture assumed."""
+
+import math
+
+import architectures
+import pytest
+import torch
+from torch import nn
+
+import moe_rewrite
+from moe_rewrite import MoeRewriteError
+from moe_rewrite.converted import graph_cache
+
+
+class Branching(nn.Module):
+    """Embeds, does something that depends on sizes, and goes on through linear layers."""
+
+    def __init__(self, work):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.work = nn.Embedding(50, 8), work
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.cell = nn.GRUCell(8, 8)
+
+    def forward(self, ids, last=0, scale=None):
+        x = self.work(self, self.embed(ids))
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        x = x if scale is None else x * scale[..., None]
+        return x[:, -last:]
+
+
+def recurrent(model, x):
+    state, states = torch.zeros_like(x[:, 0]), []
+    for i in range(x.shape[1]):
+        state = model.cell(x[:, i], state)
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+WORK = {
+    "long": lambda m, x: x * 2 if x.shape[1] > 12 else x,
+    "modulus": lambda m, x: x + 1 if x.shape[1] % 4 == 1 else x,
+    "large batch": lambda m, x: x * 3 if x.shape[0] > 8 else x,
+    "one sample": lambda m, x: x * 3 if x.shape[0] == 1 else x,
+    "root": lambda m, x: x * math.sqrt(x.shape[1]) / len(x),
+    "half": lambda m, x: x + int(x.shape[1] * 0.5),
+    "loop": recurrent,
+}
+SIZES = [(2, 5), (9, 6), (1, 13), (12, 1), (3, 16)]
+
+
+def converted(work, **options):
+    model = Branching(work).eval()
+    example = torch.zeros(3, 9, dtype=torch.long)
+    return model, moe_rewrite.convert(model, split=1, example_inputs=example, **options)
+
+
+def graphs(moe):
+    return [g for kept in moe._graphs._kept.values() for g in kept]
+
+
+def ids(batch, length, seed=0):
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("case", WORK)
+def test_a_branch_on_a_size_is_taken_as_the_dense_model_takes_it(case, verify):
+    model, moe = converted(WORK[case], verify=verify)
+    with torch.no_grad():
+        for size in SIZES:
+            torch.testing.assert_close(moe(ids(*size)), model(ids(*size)))
+    assert len(graphs(moe)) <= 1 + 2 * len(SIZES)
+
+
+def test_an_int_that_changes_from_call_to_call_is_an_input():
+    model, moe = converted(lambda m, x: x)
+    with torch.no_grad():
+        for last in (3, 4, 5, 8, 2, 7, 3, 1):
+            torch.testing.assert_close(moe(ids(2, 9), last=last), model(ids(2, 9), last=last))
+    assert len(graphs(moe)) <= 4  # of the example, for 3, for the others, for 1
+
+
+def test_one_row_for_all_samples():
+    model, moe = converted(lambda m, x: x)
+    with torch.no_grad():
+        for rows in (2, 1, 2, 1):
+            scale = torch.rand(rows, 9)
+            torch.testing.assert_close(moe(ids(2, 9), scale=scale), model(ids(2, 9), scale=scale))
+
+
+def test_position_ids_of_one_row():
+    model = architectures.build("Llama", layers=2)
+    moe = moe_rewrite.convert(model, split=1)
+    for batch, length in ((2, 12), (3, 7)):
+        given = architectures.random_call(model, batch)
+        given = {k: v[:, :1].expand(-1, length).contiguous() for k, v in given.items()}
+        given["position_ids"] = torch.arange(length)[None]
+        assert moe_rewrite.verify(model, moe, given).equal
+
+
+def test_sizes_that_do_not_fit_each_other_are_named():
+    _, moe = converted(lambda m, x: x)
+    moe(ids(2, 9), scale=torch.rand(2, 9))
+    with pytest.raises(MoeRewriteError, match=r"scale.shape\[1\] is 7: expected 9"):
+        moe(ids(2, 9), scale=torch.rand(2, 7))
+
+
+def test_the_configuration_is_part_of_a_graph():
+    model = architectures.build("Llama", layers=2)
+    moe = moe_rewrite.convert(model, split=1)
+    given = architectures.random_call(model, 2)
+    assert moe(**given).hidden_states is None
+    for shown in (True, False, True):
+        moe.config.output_hidden_states = shown
+        assert (moe(**given).hidden_states is not None) == shown
+
+
+def test_graphs_are_bounded_in_number(monkeypatch):
+    monkeypatch.setattr(graph_cache, "LIMIT", 3)
+    model, moe = converted(WORK["half"])
+    with torch.no_grad():
+        for length in (5, 6, 7, 8, 9, 9, 5, 6):
+            torch.testing.assert_close(moe(ids(2, length)), model(ids(2, length)))
+            assert len(graphs(moe)) <= 3
