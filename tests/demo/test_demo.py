@@ -23,7 +23,7 @@ def test_digits_forget_less_than_by_fine_tuning(tmp_path):
 
 def test_a_language_model_keeps_more_of_its_own_text_than_by_fine_tuning(data, tmp_path):
     """The pretrained Llama and a real task of TRACE."""
-    options = ("--max-samples", "16", "--out", str(tmp_path))
+    options = ("--max-samples", "24", "--out", str(tmp_path))
     folders = ("--model", str(data / "models" / "stories260K"), "--data", str(data / "data" / "TRACE" / "FOMC"))  # fmt: skip
     done = CliRunner().invoke(app, ["demo", *folders, *options])
     assert done.exit_code == 0, done.output
