@@ -44,8 +44,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_result(data, tmp_path):
     finished(start(data, tmp_path / "whole", "--json", tmp_path / "whole.json", method=method))
     whole = time.monotonic() - started
     draw, kills = random.Random(method), 0
-    limits = [draw.uniform(0.3, 0.6) * whole, draw.uniform(0.6, 0.9) * whole, None]
-    for limit in limits:  # anywhere in a run, twice; then it is let live
+    for limit in (draw.uniform(0.4, 0.9) * whole, None):  # anywhere in a run; then it is let live
         process = start(data, tmp_path / "cut", "--json", tmp_path / "cut.json", method=method)
         try:
             process.communicate(timeout=limit)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from feedforwards import CHOICE, TOP2, Gated, inputs, made
 from reference import randomize
+from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import PatchRouter, RegionExperts
@@ -23,7 +24,7 @@ from moe_rewrite.onnx.verify.late_casts import late_casts
 KIND = {"LoRA": {}, "upcycled": {"mode": "upcycle"}}
 
 
-@pytest.fixture(scope="module", params=KIND)
+@pytest.fixture(scope="module", params=some(KIND, ["LoRA"]))
 def file(request, tmp_path_factory):
     """A float16 file with its weights in a second file."""
     model = architectures.build("Llama", layers=3)
@@ -98,7 +99,12 @@ def regions():
             marks=pytest.mark.sweep,
         ),
         (lambda: made(CHOICE, Gated), {"lowering": "sparse"}, inputs(3, 11, seed=2)),
-        (regions, {}, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))),
+        pytest.param(
+            regions,
+            {},
+            torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)),
+            marks=pytest.mark.sweep,
+        ),
     ],
     ids=["open", "choice", "regions"],
 )
