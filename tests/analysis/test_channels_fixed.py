@@ -3,6 +3,7 @@
 import pytest
 import stages
 import torch
+from stages import Work
 from torch import nn
 
 from moe_rewrite.analysis.channels import find_channels
@@ -12,19 +13,6 @@ from moe_rewrite.passes.base import Decisions
 from moe_rewrite.passes.pipeline import TO_CUT, run
 
 W = 6  # channels of a stage's entry and exit
-
-
-class Work(nn.Module):
-    """Layers by name, and what a test makes of them."""
-
-    def __init__(self, work, **layers):
-        super().__init__()
-        self.work = work
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.work(self, x)
 
 
 def conv(a, b, **options):

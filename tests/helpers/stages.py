@@ -32,6 +32,19 @@ class Stage(nn.Module):
         return self.head(self.stage(torch.relu(self.trunk(x))).mean((2, 3)))
 
 
+class Work(nn.Module):
+    """Layers by name, and what a test makes of them."""
+
+    def __init__(self, work, **layers):
+        super().__init__()
+        self.work = work
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.work(self, x)
+
+
 class Constant(nn.Module):
     """Reads values that are neither weight nor input."""
 

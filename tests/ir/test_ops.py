@@ -1,153 +1,28 @@
 """The operator table: what it says is checked by running the operators."""
 
 import itertools
-import operator
-import re
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 import torch
+from op_samples import SAMPLES, SAYS_POSITIONS, call, t
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from moe_rewrite.ir.ops import (
     OPS,
     Op,
-    alias_root,
     argument,
-    first,
     is_pointwise,
     is_random,
-    mutated,
     op,
     op_name,
-    out_of_place,
-    output_of,
     set_argument,
     takes,
 )
 
 aten = torch.ops.aten
-X = object()  # where a sample's input goes
-PACKAGE = Path(__file__).parents[2] / "moe_rewrite"
 NO_OPERATOR = {"softsign", "tanhshrink"}  # functions that PyTorch writes with other operators
-
-
-def t(*shape, seed=1):
-    """Multiples of 1/64, which every dtype of these tests holds."""
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (made * 64).round() / 64
-
-
-@dataclass(frozen=True)
-class PerChannel:
-    """An argument with one value for each channel."""
-
-    tensor: torch.Tensor
-
-
-class Sample:
-    """A call: X is an input of this shape. channels: its dimension, and the result's."""
-
-    def __init__(self, shape, *args, at="default", channels=(1, 1), **kwargs):
-        self.shape, self.args, self.kwargs = shape, args, kwargs
-        self.at, self.channels = at, channels
-
-    def node(self, name):
-        """The call as a node, on an input that is a placeholder."""
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        args, kwargs = self._filled(x, lambda channel: channel.tensor)
-        target = getattr(getattr(aten, name), self.at)
-        node = graph.call_function(target, args, kwargs)
-        graph.output(node)
-        return node
-
-    def run(self, name, x, order=None, seed=0):
-        """order: of the channels, in which arguments with a value for each are given."""
-        args, kwargs = self._filled(x, lambda c: c.tensor if order is None else c.tensor[order])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return getattr(getattr(aten, name), self.at)(*args, **kwargs)
-
-    def _filled(self, x, of_channel):
-        def fill(a):
-            if isinstance(a, PerChannel):
-                return of_channel(a)
-            if isinstance(a, torch.Tensor):
-                return a.clone()
-            return (x.clone() if isinstance(x, torch.Tensor) else x) if a is X else a
-
-        return pytree.tree_map(fill, (self.args, self.kwargs))
-
-
-def same(names, sample):
-    return dict.fromkeys(names.split(), sample)
-
-
-MAP = (2, 4, 6, 5)
-SAMPLES = {
-    "linear": Sample((3, 5), X, t(4, 5), torch.zeros(4).double()),
-    "addmm": Sample((3, 5), torch.zeros(4).double(), X, t(5, 4)),
-    "mm": Sample((3, 5), X, t(5, 4)),
-    "matmul": Sample((2, 3, 5), X, t(5, 4)),
-    "bmm": Sample((2, 3, 5), X, t(2, 5, 4)),
-    "baddbmm": Sample((2, 3, 5), torch.zeros(2, 3, 4).double(), X, t(2, 5, 4)),
-    "einsum": Sample((3, 5), "ij,jk->ik", [X, t(5, 4)]),
-    "scaled_dot_product_attention": Sample((3, 2, 4, 6), X, X, X, None, 0.5),
-    "conv1d": Sample((2, 3, 7), X, t(4, 3, 2)),
-    "conv2d": Sample((2, 3, 7, 6), X, t(4, 3, 2, 3)),
-    "conv3d": Sample((2, 3, 4, 5, 6), X, t(4, 3, 2, 1, 3)),
-    "convolution": Sample(
-        (2, 3, 7, 6), X, t(4, 3, 2, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
-    ),
-    "batch_norm": Sample(
-        MAP, X, *(PerChannel(t(4, seed=i).abs() + i) for i in range(1, 5)), True, 0.1, 1e-5, False
-    ),
-    "layer_norm": Sample(
-        (2, 3, 4), X, [4], *(PerChannel(t(4, seed=i)) for i in (1, 2)), channels=(2, 2)
-    ),
-    "rms_norm": Sample((2, 3, 4), X, [4], PerChannel(t(4)), channels=(2, 2)),
-    "max_pool2d": Sample(MAP, X, [2, 3], [1, 2]),
-    "avg_pool2d": Sample(MAP, X, [2, 3], [1, 2]),
-    **same("dropout feature_dropout alpha_dropout", Sample(MAP, X, 0.2, True)),
-    "rrelu": Sample(MAP, X, 0.1, 0.9, True),
-    "prelu": Sample(MAP, X, PerChannel(t(4))),
-    **same(
-        "gelu hardswish hardsigmoid mish selu celu relu6 log_sigmoid detach alias lift_fresh_copy "
-        "clone contiguous",
-        Sample(MAP, X),
-    ),
-    **same("softmax log_softmax", Sample(MAP, X, 1, at="int")),
-    "to": Sample(MAP, X, torch.float32, at="dtype"),
-    "_to_copy": Sample(MAP, X, dtype=torch.float32),
-    **same("view reshape _unsafe_view", Sample((2, 3, 4), X, [2, 12])),
-    "flatten": Sample((2, 3, 4), X, 0, 1, at="using_ints"),
-    "unsqueeze": Sample((2, 3), X, 1),
-    "squeeze": Sample((2, 1, 3), X, 1, at="dim"),
-    "permute": Sample((2, 3, 4), X, [0, 2, 1], channels=(2, 1)),
-    "transpose": Sample((2, 3, 4), X, 1, 2, at="int", channels=(1, 2)),
-    **same("t numpy_T", Sample((2, 3), X)),
-    "slice": Sample((2, 4, 6), X, 2, 1, 5, 2, at="Tensor"),
-    "chunk": Sample((2, 6, 3), X, 2, 1),
-    "split": Sample((2, 6, 3), X, 2, 1, at="Tensor"),
-    "split_with_sizes": Sample((2, 6, 3), X, [1, 5], 1),
-    "glu": Sample((2, 6, 3), X, 1),
-    **same("new_ones new_zeros new_empty", Sample((2, 3), X, [4])),
-    "new_full": Sample((2, 3), X, [4], 7.0),
-    **same("zeros_like ones_like empty_like rand_like randn_like sym_numel", Sample((2, 3), X)),
-    "full_like": Sample((2, 3), X, 7.0),
-    "sym_size": Sample((2, 3), X, 1, at="int"),
-    "_assert_scalar": Sample((), 1, "no"),
-    "_assert_tensor_metadata": Sample((2, 3), X, [2, 3], [3, 1], torch.float64),
-    "sym_constrain_range": Sample((), 3, min=2, max=4),
-    "sym_constrain_range_for_size": Sample((), 3, min=2, max=4),
-}
-SAYS_POSITIONS = {
-    "group_norm", "instance_norm", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum",
-    "amax", "cat", "pad", "constant_pad_nd",
-}  # fmt: skip
 
 
 # -- checks, one for each thing that an entry can say ----------------------------------------------
@@ -412,23 +287,6 @@ def test_each_argument_is_one_of_the_operator(name, given):
     assert any(given in {a.name for a in schema.arguments} for schema in schemas)
 
 
-def call(target, *args, **kwargs):
-    """A node; args that are strings are placeholders."""
-    graph = fx.Graph()
-    known = {}
-
-    def fill(a):
-        if isinstance(a, str) and a.startswith("%"):
-            known[a] = known.get(a) or graph.placeholder(a[1:])
-            return known[a]
-        return a
-
-    args, kwargs = pytree.tree_map(fill, (args, kwargs))
-    node = graph.call_function(target, args, kwargs)
-    graph.output(node)
-    return node
-
-
 @pytest.mark.parametrize(
     ("target", "name"),
     [(aten.linear.default, "linear"), (aten.add_.Tensor, "add"), (aten.relu_.default, "relu"),
@@ -456,166 +314,3 @@ def test_random_is_what_draws_numbers():
     assert is_random(call(aten.rand_like.default, "%x"))
     assert not is_random(call(aten.relu.default, "%x"))
     assert not is_random(call(torch.add, "%x"))
-
-
-# -- arguments -------------------------------------------------------------------------------------
-
-
-def test_an_argument_is_found_wherever_it_stands():
-    node = call(aten.softmax.int, "%x", -1)
-    assert argument(node, "self") is first(node) and argument(node, "dim") == -1
-    assert argument(node, "dtype") is None
-    assert argument(call(aten.softmax.int, "%x", dim=2), "dim") == 2
-    assert argument(call(aten.add.Tensor, "%x", "%y", alpha=3), "alpha") == 3
-    assert argument(call(aten.add.Tensor, "%x", "%y"), "alpha") == 1
-    assert argument(call(aten.flatten.using_ints, "%x"), "end_dim") == -1
-    assert output_of(node.graph) is node
-
-
-def test_takes_says_whether_an_overload_has_the_argument():
-    assert takes(call(aten.to.dtype, "%x", torch.float32), "copy")
-    assert not takes(call(aten._to_copy.default, "%x"), "copy")
-    assert takes(call(aten.permute.default, "%x", [0]), "dims")
-    assert not takes(call(aten.transpose.int, "%x", 0, 1), "dims")
-
-
-SETTINGS = {
-    "positional": (aten.softmax.int, (0,), {}, "dim", 1),
-    "left out": (aten.flatten.using_ints, (), {}, "start_dim", 1),
-    "left out after others": (aten.flatten.using_ints, (), {}, "end_dim", 1),
-    "before others": (aten.flatten.using_ints, (1, 2), {}, "start_dim", 0),
-    "keyword": (aten.softmax.int, (), {"dim": 0}, "dim", 2),
-    "keyword only": (aten.add.Tensor, (2.0,), {}, "alpha", 3),
-    "keyword only, given": (aten.add.Tensor, (2.0,), {"alpha": 5}, "alpha", 3),
-    "before a keyword": (aten.flatten.using_ints, (), {"end_dim": 2}, "start_dim", 1),
-}
-
-
-def after_setting(target, args, kwargs, name, setting):
-    """What the operator gives after an argument was set, and what it gives if called so."""
-    node = call(target, "%x", *args, **kwargs)
-    others = {a.name: argument(node, a.name) for a in target._schema.arguments if a.name != name}
-    set_argument(node, name, setting)
-    assert argument(node, name) == setting
-    assert others == {n: argument(node, n) for n in others}
-    x, others = t(2, 3, 4), {n: v for n, v in others.items() if n not in ("self", "dtype")}
-    found = fx.Interpreter(nn.Module(), graph=node.graph).run(x)
-    return found, target(x, **others, **{name: setting})
-
-
-@pytest.mark.parametrize("case", SETTINGS)
-def test_an_argument_that_is_set_counts_and_the_others_stay(case):
-    found, expected = after_setting(*SETTINGS[case])
-    assert torch.equal(found, expected)
-
-
-def test_an_argument_can_be_set_after_one_given_by_keyword():
-    found, expected = after_setting(aten.flatten.using_ints, (), {"start_dim": 1}, "end_dim", 1)
-    assert torch.equal(found, expected)
-
-
-# -- what is written, and whose memory a value is --------------------------------------------------
-
-
-def names(nodes):
-    return [n.name for n in nodes]
-
-
-def norm(training, *statistics):
-    return call(
-        aten.batch_norm.default, "%x", "%w", "%b", *statistics, training, 0.1, 1e-5, False
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("node", "written"),
-    [
-        (call(aten.relu_.default, "%x"), ["x"]),
-        (call(aten.add_.Tensor, "%x", "%y"), ["x"]),
-        (call(aten.copy_.default, "%x", "%y"), ["x"]),
-        (call(aten.add.out, "%x", "%y", out="%z"), ["z"]),
-        (call(aten.relu.default, "%x"), []),
-        (call(aten.view.default, "%x", [2]), []),
-        (call(torch.relu_, "%x"), []),
-        (norm(True, "%m", "%v"), ["m", "v"]),
-        (norm(False, "%m", "%v"), []),
-        (norm(True, None, None), []),
-    ],
-)
-def test_what_a_node_writes_to(node, written):
-    assert names(mutated(node)) == written
-    assert mutated(next(iter(node.graph.nodes))) == []
-
-
-def test_a_call_of_our_own_says_itself_what_it_writes():
-    class Call:
-        __name__ = "call"
-
-        def writes(self, node):
-            return list(node.all_input_nodes[1:])
-
-        def __call__(self, *args):
-            pass
-
-    assert names(mutated(call(Call(), "%x", "%y"))) == ["y"]
-
-
-@pytest.mark.parametrize(
-    ("target", "args", "plain"),
-    [
-        (aten.relu_.default, (), aten.relu.default),
-        (aten.add_.Tensor, (2.0,), aten.add.Tensor),
-        (aten.mul_.Scalar, (2.0,), aten.mul.Scalar),
-        (aten.clamp_.default, (-0.5, 0.5), aten.clamp.default),
-        (aten.relu.default, (), None),
-        (torch.relu_, (), None),
-    ],
-)
-def test_the_operator_that_gives_the_same_in_memory_of_its_own(target, args, plain):
-    assert out_of_place(call(target, "%x", *args)) is plain
-    if plain is not None:
-        x = t(2, 3)
-        before = x.clone()
-        y = plain(x, *args)
-        assert torch.equal(x, before) and torch.equal(target(x, *args), y)
-
-
-def test_an_alias_is_followed_through_views_and_writes_in_place():
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    made = graph.call_function(aten.mul.Tensor, (x, 2.0))
-    shown = graph.call_function(aten.view.default, (made, [3, 2]))
-    turned = graph.call_function(aten.transpose.int, (shown, 0, 1))
-    part = graph.call_function(aten.slice.Tensor, (turned, 0, 0, 1))
-    written = graph.call_function(aten.relu_.default, (part,))
-    again = graph.call_function(aten.add_.Tensor, (written, 1.0))
-    own = graph.call_function(aten.add.Tensor, (again, 1.0))
-    assert {alias_root(n) for n in (made, shown, turned, part, written, again)} == {made}
-    assert alias_root(own) is own and alias_root(x) is x
-    assert alias_root(graph.call_function(aten.view.default, (x, [6]))) is x
-
-
-def test_an_alias_is_followed_through_the_parts_of_what_is_split():
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    parts = graph.call_function(aten.chunk.default, (x, 2, 1))
-    part = graph.call_function(operator.getitem, (parts, 0))
-    assert alias_root(part) is x
-
-
-# -- no other file knows an argument's place -------------------------------------------------------
-
-
-def places_of_arguments(text):
-    return re.findall(r"\bargs\[\s*-?\d+", text)
-
-
-def test_the_search_finds_what_it_is_for():
-    made_up = "x = node.args[0]\ny = args[-1]\nz = use.node.args[ 12 ]\nw = args[place], kwargs[0]"
-    assert places_of_arguments(made_up) == ["args[0", "args[-1", "args[ 12"]
-
-
-def test_no_other_file_knows_the_place_of_an_argument():
-    files = [f for f in PACKAGE.rglob("*.py") if f != PACKAGE / "ir" / "ops.py"]
-    assert len(files) > 100
-    assert not [f.name for f in files if places_of_arguments(f.read_text())]

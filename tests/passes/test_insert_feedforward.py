@@ -8,7 +8,8 @@ import feedforwards
 import pytest
 import torch
 from feedforwards import D, Fused, Gated, H, Mixed, Plain
-from torch import fx, nn
+from pipelines import Routed
+from torch import nn
 
 from moe_rewrite import FFNExperts, TokenRouter
 from moe_rewrite.errors import CaptureError
@@ -16,7 +17,6 @@ from moe_rewrite.experts.ffn.call import FeedForwardCall
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.gate_layout import Rows, Swapped
 from moe_rewrite.ir.ops import op_name
-from moe_rewrite.ir.program import routing_plan
 from moe_rewrite.ir.sites import FeedForwardSite, Part, Rejection
 from moe_rewrite.passes.base import Decisions
 from moe_rewrite.passes.insert_feedforward import FindFeedForwards, InsertFeedForward
@@ -46,15 +46,6 @@ def find(*bodies, experts=None, mode="eval"):
 
 def insert(program, decisions=DECISIONS, sums_to_one=True):
     return run((InsertRouter(), InsertFeedForward(sums_to_one)), program, decisions)
-
-
-class Routed(fx.Interpreter):
-    def __init__(self, program, plan):
-        super().__init__(program.root, graph=program.graph)
-        self.plan = plan
-
-    def call_function(self, target, args, kwargs):
-        return self.plan if target is routing_plan else super().call_function(target, args, kwargs)
 
 
 def outputs(program, model, x, plan=None, copies=2, change=0.0):

@@ -8,13 +8,13 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from pipelines import Routed
+from torch import nn
 
 from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.errors import CaptureError
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.ops import op
-from moe_rewrite.ir.program import routing_plan
 from moe_rewrite.ir.sites import Rejection
 from moe_rewrite.kernels.lora.reference import add_conv_lora_experts, add_lora_experts
 from moe_rewrite.passes.base import Decisions
@@ -45,17 +45,6 @@ def routed(model, example, decisions=EACH):
         (InsertRouter(), InsertLoRA(EXPERTS)), found(model, example, decisions), decisions
     )
     return found(model, example, decisions), inserted
-
-
-class Routed(fx.Interpreter):
-    """Runs a program with experts by a plan that is given."""
-
-    def __init__(self, program, plan):
-        super().__init__(program.root, graph=program.graph)
-        self.plan = plan
-
-    def call_function(self, target, args, kwargs):
-        return self.plan if target is routing_plan else super().call_function(target, args, kwargs)
 
 
 def outputs(program, model, x, experts, plan):

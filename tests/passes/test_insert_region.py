@@ -7,14 +7,14 @@ from functools import cache
 import pytest
 import stages
 import torch
-from torch import fx, nn
+from pipelines import Routed
+from torch import nn
 
 from moe_rewrite import PatchRouter, RegionExperts
 from moe_rewrite.errors import ConversionError
 from moe_rewrite.experts.region.call import RegionCall
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.ops import mutated, op_name
-from moe_rewrite.ir.program import routing_plan
 from moe_rewrite.passes.base import Decisions
 from moe_rewrite.passes.insert_region import FindRegion, InsertRegion
 from moe_rewrite.passes.insert_router import InsertRouter
@@ -45,15 +45,6 @@ def find(name="norm", experts=None, count=2, decisions=DECISIONS, mode="eval"):
 
 def insert(program, decisions=DECISIONS):
     return run((InsertRouter(), InsertRegion()), program, decisions)
-
-
-class Routed(fx.Interpreter):
-    def __init__(self, program, plan):
-        super().__init__(program.root, graph=program.graph)
-        self.plan = plan
-
-    def call_function(self, target, args, kwargs):
-        return self.plan if target is routing_plan else super().call_function(target, args, kwargs)
 
 
 def outputs(program, model, x, plan=None):

@@ -7,11 +7,11 @@ from functools import cache
 import networks
 import pytest
 import torch
-from torch import fx, nn
+from pipelines import Routed
+from torch import nn
 
 from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.frontend.capture import program_of
-from moe_rewrite.ir.program import routing_plan
 from moe_rewrite.ir.sites import HeadSite
 from moe_rewrite.kernels.head.reference import append_columns
 from moe_rewrite.kernels.lora.reference import add_lora_experts
@@ -73,15 +73,6 @@ def widened(model, example=EXAMPLE):
 
 
 NETS = {name: Net(end).eval() for name, end in (ENDS | NO_HEADS).items()}
-
-
-class Routed(fx.Interpreter):
-    def __init__(self, program, plan):
-        super().__init__(program.root, graph=program.graph)
-        self.plan = plan
-
-    def call_function(self, target, args, kwargs):
-        return self.plan if target is routing_plan else super().call_function(target, args, kwargs)
 
 
 def outputs(program, model, x, columns, plan):
