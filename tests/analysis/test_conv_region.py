@@ -18,26 +18,10 @@ from moe_rewrite.passes.pipeline import TO_CUT, run
 W = 6
 
 
-class Work(nn.Module):
-    """Convolutions a, b, c and other layers, and what a test makes of them."""
-
-    def __init__(self, work):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(W, W, 3, padding=1) for _ in range(3))
-        self.norm, self.group, self.linear = nn.BatchNorm2d(W), nn.GroupNorm(2, W), nn.Linear(W, W)
-        self.work = work
-
-    def forward(self, x):
-        return self.work(self, x)
-
-
-def network(work):
-    torch.manual_seed(0)
-    return stages.Stage(Work(work)).eval()
-
-
 def cut(work, size=8, split="stage"):
-    return run(TO_CUT, program_of(network(work), stages.image(2, size)), Decisions(split))
+    return run(
+        TO_CUT, program_of(stages.convolutions(work), stages.image(2, size)), Decisions(split)
+    )
 
 
 def names(nodes):
@@ -109,7 +93,7 @@ def test_from_the_cut_as_far_as_it_goes(case, size):
 @pytest.mark.parametrize("case", FOUND)
 def test_its_nodes_give_the_exit_from_the_entry_and_weights(case):
     """On another batch than the example's."""
-    program, model = cut(FOUND[case][0]), network(FOUND[case][0])
+    program, model = cut(FOUND[case][0]), stages.convolutions(FOUND[case][0])
     region = find_region(program, ())
     seen = recorded(program, model, stages.image(5, 8, seed=2))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import stages
 import torch
-from torch import fx, nn
+from torch import fx
 
 from moe_rewrite.analysis.conv_region import find_region
 from moe_rewrite.errors import ConversionError
@@ -15,26 +15,10 @@ from moe_rewrite.passes.pipeline import TO_CUT, run
 W = 6
 
 
-class Work(nn.Module):
-    """Convolutions a, b and other layers, and what a test makes of them."""
-
-    def __init__(self, work):
-        super().__init__()
-        self.a, self.b = (nn.Conv2d(W, W, 3, padding=1) for _ in range(2))
-        self.norm, self.linear = nn.BatchNorm2d(W), nn.Linear(W, W)
-        self.work = work
-
-    def forward(self, x):
-        return self.work(self, x)
-
-
-def network(work):
-    torch.manual_seed(0)
-    return stages.Stage(Work(work)).eval()
-
-
 def cut(work):
-    return run(TO_CUT, program_of(network(work), stages.image(2, 8)), Decisions("stage"))
+    return run(
+        TO_CUT, program_of(stages.convolutions(work), stages.image(2, 8)), Decisions("stage")
+    )
 
 
 def last(x):
@@ -102,7 +86,7 @@ def test_writes_in_place_become_plain_and_values_stay(case):
     program = cut(work)
     written = [n for n in program.graph.nodes if mutated(n)]
     assert len(written) == count
-    x, model = stages.image(5, 8, seed=3), network(work)
+    x, model = stages.image(5, 8, seed=3), stages.convolutions(work)
     (before,) = computed(program, model, x)
     region = find_region(program, ())
     assert not any(mutated(n) for n in program.graph.nodes) and set(written) <= set(region.nodes)

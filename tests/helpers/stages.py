@@ -45,6 +45,15 @@ class Work(nn.Module):
         return self.work(self, x)
 
 
+def convolutions(work, width=6):
+    """A network whose stage is what `work` makes of convolutions a, b, c and other layers."""
+    torch.manual_seed(0)
+    layers = {n: nn.Conv2d(width, width, 3, padding=1) for n in "abc"}
+    others = {"norm": nn.BatchNorm2d(width), "group": nn.GroupNorm(2, width)}
+    linear = nn.Linear(width, width)
+    return Stage(Work(work, **layers, **others, linear=linear)).eval()
+
+
 class Constant(nn.Module):
     """Reads values that are neither weight nor input."""
 
