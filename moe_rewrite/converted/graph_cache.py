@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, EquivalenceError, InputError
-from ..frontend.arguments import split_static
+from ..frontend.arguments import is_channels_last, split_static
 from ..frontend.capture import TRACING, Sizes
 from ..ir.conditions import Conditions, conditions_of
 from ..ir.equivalence import compare
@@ -233,9 +233,9 @@ def signature(
 
 
 def _form(given: Any) -> tuple:
-    """(dtype, rank) of a tensor; of a container, its type and those of its elements."""
+    """(dtype, rank, layout) of a tensor; of a container, its type and those of its elements."""
     if isinstance(given, torch.Tensor):
-        return given.dtype, given.ndim
+        return given.dtype, given.ndim, is_channels_last(given)
     if isinstance(given, int):
         return (int,)
     if isinstance(given, dict):

@@ -67,3 +67,9 @@ def is_cache(given: Any) -> bool:
     container, which holds tensors (batch, heads, length, width)."""
     plain = isinstance(given, (torch.Tensor, list, tuple, dict))
     return not plain and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given))
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether an image's channels are its innermost dimension in memory, as a trace bakes in."""
+    plain = tensor.ndim != 4 or tensor.is_contiguous()
+    return not plain and tensor.is_contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ from ..errors import CaptureError, InputError
 from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from .adapters import host_of
-from .arguments import is_cache, split_static
+from .arguments import is_cache, is_channels_last, split_static
 from .host import Host
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
@@ -75,7 +75,8 @@ def example_like(traced: dict[str, Any], sizes: Sizes = "general") -> dict[str, 
                 shape[0] = batch
             elif shape[dim] <= 1:
                 shape[dim] = SHORT
-        return tensor.new_zeros(shape)
+        zeros = tensor.new_zeros(shape)
+        return zeros.to(memory_format=torch.channels_last) if is_channels_last(tensor) else zeros
 
     example = {n: pytree.tree_map(lambda t, n=n: enlarge(n, t), v) for n, v in traced.items()}
     if caches and getattr(example.get("attention_mask"), "ndim", 0) == 2:

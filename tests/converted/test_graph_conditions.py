@@ -124,3 +124,27 @@ def test_graphs_are_bounded_in_number(monkeypatch):
         for length in (5, 6, 7, 8, 9, 9, 5, 6):
             torch.testing.assert_close(moe(ids(2, length)), model(ids(2, length)))
             assert len(graphs(moe)) <= 3
+
+
+class Flattened(nn.Module):
+    """Views memory that is contiguous for channels-last images only after a copy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+        self.head = nn.Linear(4 * 36, 3)
+
+    def forward(self, x):
+        first = x.contiguous().view(len(x), -1).mean(1, keepdim=True)
+        return self.head(self.layers(x).contiguous().view(len(x), -1)) + first
+
+
+def test_channels_last_images():
+    model = Flattened().eval()
+    moe = moe_rewrite.convert(model, split=1, example_inputs=torch.randn(3, 4, 6, 6))
+    with torch.no_grad():
+        for batch in (2, 1, 5):
+            x = torch.randn(batch, 4, 6, 6)
+            for given in (x, x.to(memory_format=torch.channels_last)):
+                torch.testing.assert_close(moe(given), model(given))
