@@ -27,15 +27,16 @@ def run(code, cwd=ROOT, **env):
 
 
 def test_import_is_light():
+    """Against PyTorch's own import in the same process, so that no machine's speed decides."""
     code = (
-        "import torch, time, sys; t = time.process_time(); import moe_rewrite; "
-        "print(time.process_time() - t, 'triton' in sys.modules, 'transformers' in sys.modules, "
-        "torch.cuda.is_initialized())"
+        "import sys, time; t = time.process_time(); import torch; u = time.process_time(); "
+        "import moe_rewrite; print((time.process_time() - u) / (u - t), 'triton' in sys.modules, "
+        "'transformers' in sys.modules, torch.cuda.is_initialized())"
     )
-    seconds, *loaded = run(code).split()
+    share, *loaded = run(code).split()
     assert loaded == ["False"] * 3
-    times = [float(seconds), *(float(run(code).split()[0]) for _ in range(2))]
-    assert median(times) < 0.5
+    shares = [float(share), *(float(run(code).split()[0]) for _ in range(2))]
+    assert median(shares) < 0.4
 
 
 def test_root_links_shadow_nothing(tmp_path):
