@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -37,28 +36,27 @@ def finished(process):
     return out
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_result(data, tmp_path):
-    """One method's files; the others' are tested within one process."""
-    method = "pmoe-gradient"
-    started = time.monotonic()
+@pytest.mark.parametrize("seen", [
+    "after-1", pytest.param("progress.json", marks=pytest.mark.sweep),
+])  # fmt: skip
+def test_killed_in_a_task_it_ends_in_the_same_result(data, tmp_path, seen):
+    """One method's files; the others' are tested within one process. seen: what is on disk when the
+    process is killed."""
+    method, cut = "pmoe-gradient", tmp_path / "cut"
     finished(start(data, tmp_path / "whole", "--json", tmp_path / "whole.json", method=method))
-    whole = time.monotonic() - started
-    draw, kills = random.Random(method), 0
-    for limit in (draw.uniform(0.4, 0.9) * whole, None):  # anywhere in a run; then it is let live
-        process = start(data, tmp_path / "cut", "--json", tmp_path / "cut.json", method=method)
-        try:
-            process.communicate(timeout=limit)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            for file in (tmp_path / "cut").rglob("*.json"):
-                json.loads(file.read_text())  # never half written
-    assert process.returncode == 0 and kills >= 1
+    killed = start(data, cut, "--json", tmp_path / "cut.json", method=method)
+    while not (cut / method / seen).exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "cut.json").exists()
+    for file in cut.rglob("*.json"):
+        json.loads(file.read_text())  # never half written
+    finished(start(data, cut, "--json", tmp_path / "cut.json", method=method))
     a, b = (json.loads((tmp_path / f"{n}.json").read_text())[method] for n in ("whole", "cut"))
     assert [a[k] for k in SAME] == [b[k] for k in SAME]
-    left = [f.name for f in (tmp_path / "cut" / method).iterdir()]
+    left = [f.name for f in (cut / method).iterdir()]
     assert sorted(n for n in left if not n.startswith(".")) == ["after-2", "progress.json"]
 
 
