@@ -1,6 +1,6 @@
 """convert(): what it does is the list of passes in `passes.pipeline`, on an evaluation graph.
 
-capture -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
+capture -> inline regions -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
 lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow;
 training graphs are captured when the model is first trained.
 """
@@ -20,11 +20,13 @@ from .converted.verify import verify_conversion
 from .errors import CheckpointError, ConfigError, ConversionError
 from .frontend.adapters import host_of
 from .frontend.capture import program_of
+from .frontend.hooks import require_no_hooks
 from .frontend.structural_copy import structural_copy
 from .ir.depth_map import DepthMap
 from .passes.base import Decisions
 from .passes.clean import Clean
 from .passes.decide import plan_conversion
+from .passes.inline_regions import InlineRegions
 from .passes.pipeline import Timer, run
 from .passes.recipe import Experts, Recipe, make_recipe, require_trainable
 from .passes.split import FindDepth
@@ -41,7 +43,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     """
     _require_dense(model)
     program = program_of(model, example_inputs)
-    depth = run((Clean(), FindDepth()), program, Decisions("auto")).depth
+    depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
     assert depth is not None
     return depth
 
@@ -96,6 +98,7 @@ def _convert(
 ) -> MoEModel | Report:
     _require_dense(model)
     host, timed = host_of(structural_copy(model)), Timer()
+    require_no_hooks(model)
     arguments = host.arguments(example_inputs)
     compiler, program = plan_conversion(host, recipe, arguments, timed)
     report = Report.of(program, compiler)
@@ -106,7 +109,7 @@ def _convert(
     moe = MoEModel(model, compiler, program, emitted, report, checked=verify)
     moe.adopt(arguments, program, emitted)
     if verify:
-        report.equivalence = timed("verify", verify_conversion, model, moe, arguments)
+        report.equivalence = timed("verify", verify_conversion, moe, arguments)
     return moe
 
 

@@ -13,7 +13,7 @@ from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
 from ..frontend.host import Host
 from ..ir.aten import expression, value
-from ..ir.ops import output_of
+from ..ir.ops import alias_root, mutated, output_of
 from ..ir.program import Program
 
 
@@ -53,6 +53,7 @@ class _Run(fx.Interpreter):
         self.tensors = dict([*host.module.named_parameters(), *host.module.named_buffers()])
         self.leaves = pytree.tree_leaves(split_static(arguments)[0])
         lead = value(program.node(self.cut)).shape[:2]
+        self.written = {alias_root(w) for n in program.graph.nodes for w in mutated(n)}
         returned = pytree.tree_leaves(output_of(program.graph))
         self.with_rows = [_may_hold_rows(n, lead) for n in returned]
         self.changed, self.rows = False, torch.Size()
@@ -70,7 +71,7 @@ class _Run(fx.Interpreter):
                     if of.kind == "constant"
                     else self.tensors[of.name]
                 )
-            given.append(tensor if of.kind == "weight" else tensor.clone())
+            given.append(tensor.clone() if of.kind != "weight" or node in self.written else tensor)
         made = pytree.tree_leaves(self.run(*given))
         tensors = [t for t, rows in zip(made, self.with_rows, strict=True) if rows]
         return [t.clone() for t in tensors if t.shape[:2] == self.rows]

@@ -79,7 +79,7 @@ class FeatureCache:
 
 def _fingerprint(moe: MoEModel) -> str:
     """Digest of the dense weights, the split and the dtype: features depend on nothing else."""
-    facts = [checkpoint.fingerprint(moe.to_dense()), str(moe.report.split), str(moe.dtype)]
+    facts = [checkpoint.fingerprint(moe.reference.state), str(moe.report.split), str(moe.dtype)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

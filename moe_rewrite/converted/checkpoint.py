@@ -89,9 +89,10 @@ def fill(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
 
 def write(
     folder: str | os.PathLike, tensors: dict[str, torch.Tensor], facts: dict[str, Any],
-    base: nn.Module,
+    base: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """Write tensors and facts, with the fingerprint of the model that they belong to.
+    """Write tensors and facts, with the fingerprint of the model that they belong to, whose state
+    dict is `base`.
 
     The tensors' file has their hash in its name, and the old one is deleted only after the JSON was
     replaced: the JSON on disk always finds the file that it was written with.
@@ -151,12 +152,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Name -> shape and content hash of every parameter and persistent buffer.
+def fingerprint(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Name -> shape and content hash of every tensor of a state dict.
 
     On the meta device, which has no content, the shape alone.
     """
-    return {name: _describe(tensor) for name, tensor in model.state_dict().items()}
+    return {name: _describe(tensor) for name, tensor in state.items()}
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -168,7 +169,7 @@ def _describe(tensor: torch.Tensor) -> str:
 
 def require_base(meta: dict[str, Any], model: nn.Module) -> None:
     """Raise CheckpointError unless `model` is the one that the save belongs to."""
-    ours, saved = fingerprint(model), meta["fingerprint"]
+    ours, saved = fingerprint(model.state_dict()), meta["fingerprint"]
     if ours == saved:
         return
     differ = sorted(k for k in ours | saved if ours.get(k) != saved.get(k))

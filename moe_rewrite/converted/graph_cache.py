@@ -7,7 +7,6 @@ could have taken for constants.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +21,12 @@ from ..ir.conditions import Conditions, conditions_of
 from ..ir.equivalence import compare
 from ..ir.program import Program
 from ..ir.steps import Emitted
-from ..passes.modes import modules_in_mode
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
 from ..utils.content_key import content_key
 from .bound_graph import BoundGraph
 from .call_facts import ChangingInts, ConfigStates
+from .dense_reference import DenseReference, fresh
 from .parameters import ParameterStore
 
 LIMIT = 64  # graphs of one model; the least recently used is dropped
@@ -41,9 +40,11 @@ class GraphCache:
     """
 
     def __init__(
-        self, compiler: Compiler, store: ParameterStore, check: bool, dense: Planner
-    ) -> None:
+        self, compiler: Compiler, store: ParameterStore, reference: DenseReference, check: bool,
+        dense: Planner,
+    ) -> None:  # fmt: skip
         self._compiler, self._store, self._check, self._dense = compiler, store, check, dense
+        self._reference = reference
         self._kept: dict[tuple, list[BoundGraph]] = {}
         self._caches: tuple[Any, Any] = None, None
         self._configs = ConfigStates(compiler.host.config)
@@ -85,7 +86,7 @@ class GraphCache:
         """The CacheFormat for a device and dtype."""
         kept, made = self._caches
         if kept != where:
-            with TRACING, self._in_mode("eval"):
+            with TRACING:
                 self._store.load_into(self._compiler.host.module)
                 made = self._compiler.host.cache_format()
                 self._caches = where, made
@@ -170,32 +171,15 @@ class GraphCache:
         (graph.allowed if equal else graph.refused).add(pattern)
         return equal
 
-    def _in_mode(self, mode: str) -> Any:
-        of = self._compiler
-        return modules_in_mode(of.host, mode, of.recipe, of.decisions)
-
     @torch.no_grad()
     def _equals_dense(self, graph: BoundGraph, arguments: dict[str, Any], leaves: list) -> bool:
-        """Run both without experts from the same random state; batch statistics are restored."""
-        self._store.load_into(self._compiler.host.module)
-        buffers = self._store.copied_buffers()
-        before = {n: b.clone() for n, b in buffers.items()}
-
-        def restore() -> None:
-            for name, buffer in buffers.items():
-                buffer.copy_(before[name])
-
+        """Run both without experts from the same random state."""
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = {t.device for t in tensors if t.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices), self._in_mode(graph.mode):
-                given = {k: _fresh(v) for k, v in arguments.items()}
-                dense = pytree.tree_leaves(self._compiler.host.module(**given))
-            restore()
-            with torch.random.fork_rng(devices):
-                ours, *_ = graph.run([_fresh(t) for t in leaves], self._dense)
-        finally:
-            restore()
+        with torch.random.fork_rng(devices):
+            dense = self._reference.outputs(arguments, graph.mode)
+        with torch.random.fork_rng(devices), self._reference.restoring():
+            ours, *_ = graph.run([fresh(t) for t in leaves], self._dense)
         mask = arguments.get(graph.emitted.mask or "")
         return compare(dense, ours, mask, graph.emitted.numerics).equal
 
@@ -257,11 +241,6 @@ def _no_content(name: str) -> Callable[[Any], Any]:
         )
 
     return refuse
-
-
-def _fresh(given: Any) -> Any:
-    """A copy: the model may write into its inputs."""
-    return given.clone() if isinstance(given, torch.Tensor) else copy.deepcopy(given)
 
 
 def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:

@@ -26,9 +26,10 @@ from ..routing.plan import Planner, RoutingPlan
 from ..routing.select import make_router
 from . import checkpoint
 from .bound_graph import BoundGraph
+from .dense_reference import DenseReference
 from .expert_set import ExpertSet
 from .graph_cache import GraphCache
-from .parameters import Original, ParameterStore, device_and_dtype
+from .parameters import ParameterStore, device_and_dtype
 from .plan_override import PlanOverride
 from .report import Report
 from .state_dict import added_tensors, use_public_names
@@ -45,7 +46,7 @@ class MoEModel(nn.Module):
         super().__init__()
         assert program.cut is not None
         recipe = compiler.recipe
-        self._original, self._compiler, self.report = Original(model), compiler, report
+        self._compiler, self.report = compiler, report
         store = ParameterStore(compiler.host.module, emitted, site_modules(program, recipe))
         if not recipe.freeze:
             store.unfreeze()
@@ -57,7 +58,8 @@ class MoEModel(nn.Module):
             compiler.decisions.chosen, features.shape, self.device, program.cut.token_map
         )
         self._override = PlanOverride(self.router)
-        self._graphs = GraphCache(compiler, store, checked, self._override.dense)
+        self.reference = DenseReference(model, compiler, store)
+        self._graphs = GraphCache(compiler, store, self.reference, checked, self._override.dense)
         fixed = kind_of(recipe.experts).fixed(recipe)
         self._experts = ExpertSet(self.router, store.sites.values(), store.tensors, fixed)
         self._experts.add([None] * recipe.num_experts, active=True)
@@ -251,7 +253,7 @@ class MoEModel(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The original model, which conversion never touched."""
-        return self._original.model
+        return self.reference.original
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -300,11 +302,9 @@ class MoEModel(nn.Module):
     # -- saving ---------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write what was added (experts, router, recipe) as safetensors and JSON.
-
-        A crash leaves the folder's previous save whole.
-        """
-        checkpoint.write(folder, self.saved_tensors(), self._facts(), self.to_dense())
+        """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
+        folder's previous save whole."""
+        checkpoint.write(folder, self.saved_tensors(), self._facts(), self.reference.state)
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """What a save holds: the added tensors, and dense ones that training may have changed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,6 @@ from ..ir.steps import Emitted, Step
 from .block_module import SEPARATOR, BlockModule, BlockRun, Bound, Slot
 
 
-@dataclass
-class Original:
-    """Holds the dense model outside the module tree; a deep copy keeps the same one."""
-
-    model: nn.Module
-
-    def __deepcopy__(self, memo: dict) -> Original:
-        return self
-
-
 class ParameterStore:
     """The blocks of a converted model, and where each tensor of the host lives in them.
 
@@ -34,6 +23,7 @@ class ParameterStore:
     sites: the experts' modules, by site.
     aliases: tied state-dict name -> the canonical one.
     copied: tensors that no longer share the original's storage, since training writes to them.
+    written_names: those among them that a forward pass writes to.
     """
 
     def __init__(
@@ -43,6 +33,7 @@ class ParameterStore:
         self.slots: dict[str, Slot] = {}
         self.sites: dict[str, ExpertParameters] = {}
         self.copied: set[str] = set()
+        self.written_names: set[str] = set()
         self.rest = BlockModule("unused by the graph")
         self._tensors = dict([*host.named_parameters(), *host.named_buffers()])
         self._persistent = set(host.state_dict(keep_vars=True))
@@ -106,7 +97,8 @@ class ParameterStore:
         for name in (n for n in names if n in self.slots and n not in self.copied):
             own = self.slots[name].get().detach().clone()
             weight = self.slots[name].table == "_parameters"
-            self.slots[name].set(nn.Parameter(own) if weight else own)
+            trains = self.slots[name].get().requires_grad
+            self.slots[name].set(nn.Parameter(own, trains) if weight else own)
             self.copied.add(name)
 
     def unfreeze(self) -> None:
@@ -117,17 +109,17 @@ class ParameterStore:
             runs = slot.table == "_parameters" and name not in replaced | unused
             if runs and slot.get().is_floating_point():
                 self.copy_on_write(name)
+                self.slots[name].get().requires_grad_()
 
-    def copied_buffers(self) -> dict[str, torch.Tensor]:
-        """The buffers that a forward pass may write to, by name."""
-        names = [n for n in self.copied if self.slots[n].table == "_buffers"]
-        return {n: self.slots[n].get() for n in names}
+    def written(self) -> dict[str, torch.Tensor]:
+        """The dense tensors that a forward pass writes to, by name."""
+        return self.tensors(self.written_names)
 
     def copy_written(self, steps: tuple[Step, ...]) -> None:
-        for step in steps:
-            for i in step.writes:
-                if i < len(step.owned) and step.owned[i][0] == "buffer":
-                    self.copy_on_write(step.owned[i][1])
+        owned = (s.owned[i] for s in steps for i in s.writes if i < len(s.owned))
+        names = {name for kind, name in owned if kind in ("weight", "buffer")}
+        self.copy_on_write(*names)
+        self.written_names |= names
 
     def written_tensors(self) -> dict[str, torch.Tensor]:
         """The persistent dense tensors that training may have changed, by name."""

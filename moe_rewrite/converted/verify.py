@@ -13,7 +13,9 @@ from ..errors import EquivalenceError
 from ..frontend.adapters import host_of
 from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
+from ..frontend.structural_copy import working_copy
 from ..ir.equivalence import EquivalenceReport, compare, evaluating
+from .dense_reference import clone, fresh
 
 if TYPE_CHECKING:
     from .model import MoEModel
@@ -24,35 +26,35 @@ def verify(model: nn.Module, moe: MoEModel, inputs: Any) -> EquivalenceReport:
 
     The tolerance follows from the numerics that the passes declare (`ir.equivalence.TOLERANCE`);
     experts that were trained make a difference. Positions that an attention_mask leaves out are
-    not compared, nor are key-value caches. Each module's training flag is restored. Raises
-    InputError for inputs that the model does not take.
+    not compared, nor are key-value caches. Neither model is changed: of the dense one a copy of its
+    structure and buffers runs. Raises InputError for inputs that the model does not take.
     """
     arguments = host_of(model).arguments(inputs)
-    outputs: list[list[Any]] = []
-    for module in (model, moe):
-        with torch.no_grad(), evaluating(module):
-            outputs.append(pytree.tree_leaves(module(**arguments)))
-    shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
-    report = compare(outputs[0], outputs[1], arguments.get("attention_mask"), moe.report.numerics)
-    return replace(report, shapes=shapes[:1])
+    written = moe.reference.written_names
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    own = {id(t): clone(t) for n, t in tensors if n in written or not isinstance(t, nn.Parameter)}
+    with torch.no_grad(), evaluating(copied := working_copy(model, own)):
+        dense = pytree.tree_leaves(copied(**arguments))
+    return _compared(dense, moe, arguments)
 
 
-def verify_conversion(
-    model: nn.Module, moe: MoEModel, arguments: dict[str, Any]
-) -> EquivalenceReport | None:
+def verify_conversion(moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceReport | None:
     """Compare a fresh conversion with its original at several batch sizes; raise on a difference.
 
     None for a model on the meta device, which computes nothing.
     """
-    if any(p.is_meta for p in model.parameters()):
+    if moe.device.type == "meta":
         return None
     reports = []
     for batch in (2, 1):
-        given = random_arguments(arguments, host_of(model).vocabulary(), batch)
-        if not _runs(model, given):
-            given = arguments  # random content is not valid here: compare on the user's inputs
+        given = random_arguments(arguments, moe.host.vocabulary(), batch)
+        try:
+            dense = moe.reference.outputs(given, "eval")
+        except (IndexError, RuntimeError, ValueError):  # random content is not valid here
+            given = arguments
+            dense = moe.reference.outputs(given, "eval")
         with moe.dense_plan():
-            reports.append(verify(model, moe, given))
+            reports.append(_compared(dense, moe, given))
         if not reports[-1].equal:
             raise EquivalenceError(
                 f"the converted model differs from the original by {reports[-1].max_error:.2e}: "
@@ -64,10 +66,12 @@ def verify_conversion(
     )  # fmt: skip
 
 
-def _runs(model: nn.Module, arguments: dict[str, Any]) -> bool:
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(**arguments)
-    except (IndexError, RuntimeError, ValueError):
-        return False
-    return True
+def _compared(dense: list[Any], moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceReport:
+    """A converted model's outputs compared with these of the dense model, in eval mode."""
+    with torch.no_grad(), evaluating(moe):
+        moe.graph_for(moe.normalized((), {k: fresh(v) for k, v in arguments.items()})[0])
+        with moe.reference.restoring():
+            ours = pytree.tree_leaves(moe(**{k: fresh(v) for k, v in arguments.items()}))
+    shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
+    report = compare(dense, ours, arguments.get("attention_mask"), moe.report.numerics)
+    return replace(report, shapes=shapes[:1])

@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from .adapters import host_of
 from .arguments import is_cache, is_channels_last, split_static
+from .assignments import recorded_assignments, require_no_state
 from .host import Host
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
@@ -105,8 +105,7 @@ def _dynamic_shapes(name: str, given: Any, sizes: Sizes, cached: bool = False) -
     return [_dynamic_shapes(name, v, sizes, is_cache(given)) for v in children]
 
 
-@contextmanager
-def _explicit_forward(host: nn.Module, names: list[str], static: dict[str, Any]) -> Iterator[None]:
+def _make_explicit(host: nn.Module, names: list[str], static: dict[str, Any]) -> None:
     """Give forward exactly the traced arguments as its signature, the rest as constants."""
     original: Callable = host.forward
 
@@ -117,15 +116,7 @@ def _explicit_forward(host: nn.Module, names: list[str], static: dict[str, Any])
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter(n, parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
     )
-    had = host.__dict__.get("forward")
     host.forward = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            del host.forward
-        else:
-            host.forward = had
 
 
 def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval") -> Program:
@@ -143,8 +134,8 @@ def capture(
 ) -> Program:  # fmt: skip
     """Capture `host` as it stands (its submodules' training flags included) on these arguments.
 
-    arguments: by name; only sizes and dtypes of tensors matter. mode: "eval" records no autograd
-    regions, "train" keeps them. open_ints: arguments whose ints are inputs of the graph. Raises
+    arguments: by name; only sizes and dtypes of tensors matter. mode: that of the host's modules;
+    both are captured with gradients enabled, so that no_grad regions are seen. open_ints: arguments whose ints are inputs of the graph. Raises
     CaptureError with the reason torch.export gave.
     """
     traced, static = split_static(arguments, open_ints)
@@ -187,12 +178,16 @@ def _export(
     host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes
 ) -> Program:
     shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
-    forward = _explicit_forward(host.module, list(example), static)
-    with TRACING, torch.set_grad_enabled(mode == "train"), host.traced(), forward, tracing():
+    host = host.working_copy()  # a trace may leave fake tensors in attributes
+    _make_explicit(host.module, list(example), static)
+    with (
+        TRACING, torch.enable_grad(), host.traced(), tracing(), recorded_assignments() as assigned,
+    ):  # fmt: skip
         exported = torch.export.export(
             host.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
         )
     forget_inputs(exported)
+    require_no_state(exported, assigned)
     return _to_program(host, exported, mode, example)
 
 

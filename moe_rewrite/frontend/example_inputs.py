@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from ..errors import InputError
 from .structural_copy import structural_copy
@@ -48,10 +53,13 @@ def _candidates(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _runs(model: nn.Module, value: torch.Tensor) -> bool:
+    """Tried on fake tensors: nothing is computed, and no buffer written."""
     host = structural_copy(model).eval()
     try:
-        with torch.no_grad():
-            host(value)
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            host(fake.from_tensor(value))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return True  # the shapes were right, as far as can be told
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
         return False
     return True

@@ -5,9 +5,9 @@ Hugging Face's. No other code distinguishes kinds of models.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import InputError
 from .arguments import bind
 from .example_inputs import infer_inputs
+from .structural_copy import working_copy
 
 
 class Host:
@@ -24,6 +25,10 @@ class Host:
         self.module: Any = module
         self.name = type(module).__name__
         self.signature = inspect.signature(module.forward)
+
+    def working_copy(self, own: Mapping[int, torch.Tensor] | None = None) -> Self:
+        """A host to trace or run and to throw away; see `structural_copy.working_copy`."""
+        return type(self)(working_copy(self.module, own))
 
     @property
     def config(self) -> Any:

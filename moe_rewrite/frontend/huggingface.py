@@ -125,7 +125,7 @@ class HuggingFaceHost(Host):
         return self.without_cache(arguments), False, None
 
     def cache_format(self) -> CacheFormat:
-        return CacheFormat(self.module)
+        return CacheFormat(self.working_copy().module.eval())
 
     def generate(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """transformers' generate()."""

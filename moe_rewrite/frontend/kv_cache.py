@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 from transformers.cache_utils import (
     Cache,
@@ -31,8 +32,9 @@ class CacheFormat:
     """
 
     def __init__(self, host: Any) -> None:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
-        with torch.no_grad():
+        """host: a working copy of the model; runs on fake tensors."""
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
             cache = host(input_ids=ids, use_cache=True)[CACHE]
         self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)
         for layer in cache.layers:

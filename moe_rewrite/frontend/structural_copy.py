@@ -1,26 +1,53 @@
-"""A copy of a model's structure over the same storage, and the names of its tensors."""
+"""Copies of a model's structure over the same storage, and the names of its tensors."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError
+from .hooks import hooks_of_users
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the model whose tensors are new objects over the same storage.
 
     The copy can change its mode, be cast or traced without any effect on the original. Its
-    parameters do not require gradients, since dense weights are frozen.
+    parameters do not require gradients, since dense weights are frozen. Users' hooks are left out.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"{name} of {type(model).__name__} has no shape yet: run the model once on its "
+                "inputs, so that its lazy layers are initialised"
+            )
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = b.detach()
+    for _, _, hooks, key in hooks_of_users(model):
+        memo[id(hooks[key])] = None
+    copied = _copy(model, memo)
+    for _, _, hooks, key in list(hooks_of_users(copied)):
+        del hooks[key]
+    return copied
+
+
+def working_copy(model: nn.Module, own: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
+    """A copy to trace or run, with the very same tensors: whatever that leaves in attributes of
+    modules goes with the copy. own: by the id of a tensor, another in its place."""
+    memo: dict[int, Any] = {id(t): t for t in _tensors(model)}
+    return _copy(model, memo | dict(own or {}))
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -28,6 +55,15 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied in structure ({error}). Remove attributes "
             "that Python's copy.deepcopy refuses (open files, locks, non-leaf tensors)."
         ) from error
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors among other attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        leaves = pytree.tree_leaves(vars(module))
+        yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Op:
     along: name of the argument with the dimension along which it slices or joins.
     normalized: name of the argument with the sizes over which it normalizes.
     transposes: permutes dimensions and does nothing else.
-    evaluation: values of arguments in eval mode.
+    evaluation: values of arguments in eval mode, where the statistics are given.
     statistics: name of a flag, and the arguments that are written while it is true although the
         schema does not say so.
     product: ``"linear"``: times a weight (out, in); ``"matmul"``: times one (in, out);
@@ -92,7 +92,12 @@ OPS: dict[str, Op] = {
         "layer_norm rms_norm",
         Op(rows="kept", positions="features", channels=True, normalized="normalized_shape"),
     ),
-    **_all("group_norm instance_norm", Op(positions="norm")),
+    "group_norm": Op(positions="norm"),
+    "instance_norm": Op(
+        positions="norm",
+        evaluation={"use_input_stats": False},
+        statistics=("use_input_stats", ("running_mean", "running_var")),
+    ),
     **_all("max_pool2d avg_pool2d", Op(positions="pool", channels=True)),
     **_all("adaptive_avg_pool2d adaptive_max_pool2d mean sum amax", Op(positions="all")),
     # pointwise, where PyTorch does not say so
@@ -151,6 +156,14 @@ def op(node: fx.Node) -> Op:
     """The table's entry for a node's operator."""
     known = hasattr(node.target, "_schema") and node.target not in OTHERWISE
     return OPS.get(op_name(node), _UNKNOWN) if known else _UNKNOWN
+
+
+def evaluation(node: fx.Node) -> dict[str, Any]:
+    """The values of a node's arguments in eval mode. A norm without running statistics computes the
+    same in both modes."""
+    _, statistics = op(node).statistics
+    absent = statistics and any(argument(node, name) is None for name in statistics)
+    return {} if absent else op(node).evaluation
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -223,13 +236,36 @@ def mutated(node: fx.Node) -> list[fx.Node]:
         return writes(node)
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
-        return []
+        return _written_inside(node)
     flag, hidden = op(node).statistics
     names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if flag and argument(node, flag) is True:
         names += hidden
     written = (argument(node, name) for name in names)
     return [n for n in written if isinstance(n, fx.Node)]
+
+
+def _written_inside(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the sub-graph of a higher-order operator (no_grad, autocast) writes to."""
+    inner, given = subgraph(node)
+    if inner is None:
+        return []
+    inputs = inner.find_nodes(op="placeholder")
+    written = {alias_root(w) for n in inner.nodes for w in mutated(n)}
+    return [
+        g for i, g in zip(inputs, given, strict=True) if i in written and isinstance(g, fx.Node)
+    ]
+
+
+def subgraph(node: fx.Node) -> tuple[fx.Graph | None, tuple[Any, ...]]:
+    """The graph that a higher-order operator runs, and what it is given; None for other nodes."""
+    given: list[Any] = list(node.args) if node.op == "call_function" else []
+    at = [i for i, a in enumerate(given) if isinstance(a, fx.Node) and a.op == "get_attr"]
+    root = node.graph.owning_module
+    if len(at) != 1 or root is None:
+        return None, ()
+    inner = getattr(root, str(given[at[0]].target), None)
+    return getattr(inner, "graph", None), tuple(given[at[0] + 1 :])
 
 
 def out_of_place(node: fx.Node) -> Any:

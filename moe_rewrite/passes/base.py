@@ -22,6 +22,8 @@ class Decisions:
     sites: names of the sites that hold experts; None until that is decided.
     rejected: the other sites, with reasons.
     containers_eval: modules that contain the cut are in eval mode in training graphs too.
+    evaluated: dotted names of modules that are in eval mode in training graphs too, since they
+        would write statistics that are to stay.
     trains: a training graph was captured, which confirmed all this.
     """
 
@@ -31,6 +33,7 @@ class Decisions:
     sites: frozenset[str] | None = None
     rejected: tuple[Rejection, ...] = ()
     containers_eval: bool = False
+    evaluated: frozenset[str] = frozenset()
     trains: bool = False
 
     @property

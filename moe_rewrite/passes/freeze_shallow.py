@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CaptureError
-from ..ir.ops import argument, is_random, op, set_argument
+from ..ir.ops import argument, evaluation, is_random, set_argument
 from ..ir.program import Program
 from .base import Decisions, Pass
 from .split import segments
@@ -25,7 +25,7 @@ class FreezeShallow(Pass):
         shallow, _ = segments(program)
         reruns = False
         for node in shallow:
-            evaluated = op(node).evaluation
+            evaluated = evaluation(node)
             off = {n: v for n, v in evaluated.items() if argument(node, n) != v}
             for name, setting in off.items():
                 set_argument(node, name, setting)

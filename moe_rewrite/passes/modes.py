@@ -15,8 +15,8 @@ from .recipe import Recipe
 @contextmanager
 def modules_in_mode(host: Host, mode: str, recipe: Recipe, decisions: Decisions) -> Iterator[None]:
     """Put a host in eval mode, or in training mode except for what is frozen: modules before the
-    cut, batch norms unless the recipe updates them, and modules that contain the cut if they cannot
-    be traced in training mode."""
+    cut, batch norms unless the recipe updates them, other modules that would write statistics, and
+    modules that contain the cut if they cannot be traced in training mode."""
     model = host.module
     flags = [(m, m.training) for m in model.modules()]
     shallow = decisions.shallow if recipe.freeze else frozenset()
@@ -27,7 +27,7 @@ def modules_in_mode(host: Host, mode: str, recipe: Recipe, decisions: Decisions)
         for name, module in model.named_modules() if mode == "train" else ():
             frozen = isinstance(module, _NormBase) and recipe.batch_norm == "frozen"
             around = decisions.containers_eval and _is_around(name, decisions.shallow)
-            if frozen or around:
+            if frozen or around or name in decisions.evaluated:
                 module.training = False
         yield
     finally:

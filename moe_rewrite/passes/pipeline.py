@@ -11,12 +11,14 @@ from ..config import RouterSpec
 from ..errors import CaptureError, ConversionError
 from ..frontend.capture import TRACING, Sizes, capture
 from ..frontend.host import Host
+from ..ir.ops import alias_root, mutated
 from ..ir.program import Code, Program
 from ..ir.steps import Emitted
 from .base import Decisions, Pass
 from .clean import Clean
 from .emit import emit
 from .freeze_shallow import FreezeShallow
+from .inline_regions import InlineRegions
 from .insert_router import InsertRouter
 from .kinds import kind_of
 from .modes import modules_in_mode
@@ -24,7 +26,7 @@ from .recipe import Recipe
 from .split import FindDepth, Split, shallow_modules
 from .widen_head import WidenHead
 
-TO_CUT: tuple[Pass, ...] = (Clean(), FindDepth(), Split())
+TO_CUT: tuple[Pass, ...] = (InlineRegions(), Clean(), FindDepth(), Split())
 
 
 def to_sites(recipe: Recipe) -> tuple[Pass, ...]:
@@ -122,9 +124,10 @@ class Compiler:
         return run((*TO_CUT, *to_sites(self.recipe)), captured, self.decisions, self.timed)
 
     def _first_to_train(self, *call: Any) -> Program:
-        """Modules before the cut that only a training graph shows (dropout) are frozen as well. If
-        a module that contains the cut cannot be traced in training mode (layer drop), such modules
-        are captured in eval mode, with a note. Nothing changes if this raises."""
+        """Modules before the cut that only a training graph shows (dropout) are frozen as well, and
+        so are those that write statistics, unless these are to be updated. If a module that
+        contains the cut cannot be traced in training mode (layer drop), such modules are captured
+        in eval mode, with a note. Nothing changes if this raises."""
         before = self.decisions
         try:
             try:
@@ -141,10 +144,23 @@ class Compiler:
             self.decisions = replace(self.decisions, shallow=shallow, trains=True)
             if shallow != before.shallow:
                 program = self._to_sites(*call)
+            if self.recipe.batch_norm == "frozen" and (writers := _writers(program)):
+                program = self._without_statistics(writers, call)
             self._require_sites(program)
         except Exception:
             self.decisions = before
             raise
+        return program
+
+    def _without_statistics(self, writers: frozenset[str], call: tuple) -> Program:
+        """The training graph with these modules in eval mode, except any that write then too."""
+        self.decisions = replace(self.decisions, evaluated=writers)
+        program = self._to_sites(*call)
+        if left := _writers(program):
+            self.decisions = replace(self.decisions, evaluated=writers - left)
+            program = self._to_sites(*call)
+        if kept := sorted(self.decisions.evaluated):
+            self.notes.append(f"keep their statistics, in eval mode: {', '.join(kept)}")
         return program
 
     def _require_sites(self, program: Program) -> None:
@@ -163,3 +179,10 @@ class Compiler:
     def fresh(self) -> str:
         """See `ExpertKind.fresh`."""
         return kind_of(self.recipe.experts).fresh(self.recipe, self.decisions.chosen)
+
+
+def _writers(program: Program) -> frozenset[str]:
+    """Dotted names of the modules whose buffers this graph writes."""
+    written = {alias_root(w) for n in program.graph.nodes for w in mutated(n)}
+    inputs = (program.inputs[n.name] for n in written if n.op == "placeholder")
+    return frozenset(i.name.rpartition(".")[0] for i in inputs if i.kind == "buffer")

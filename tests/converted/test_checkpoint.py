@@ -5,6 +5,7 @@ import json
 import os
 
 import architectures
+import networks
 import pytest
 import torch
 from reference import added, randomize
@@ -143,6 +144,21 @@ def test_a_damaged_folder_is_refused(model, saved, how, words):
     with pytest.raises(MoeRewriteError, match=words):
         moe_rewrite.load(saved, model)
     assert before == {k: (v.data_ptr(), v._version) for k, v in model.state_dict().items()}
+
+
+def test_a_save_belongs_to_the_model_as_it_was_converted(tmp_path):
+    """Whatever became of the original since: cast, another head."""
+    torch.manual_seed(0)
+    dense = networks.Network(["Mlp", "Mlp"], tokens=False)
+    untouched = copy.deepcopy(dense)
+    moe = moe_rewrite.convert(dense, split=1, example_inputs=torch.zeros(2, 6, 5))
+    dense.half()
+    dense.head = torch.nn.Linear(8, 2)
+    moe.save_pretrained(tmp_path)
+    x = torch.randn(3, 7, 5)
+    assert torch.equal(moe_rewrite.load(tmp_path, untouched, x)(x), moe(x))
+    with pytest.raises(MoeRewriteError, match="another base model"):
+        moe_rewrite.load(tmp_path, dense, x)
 
 
 def test_another_base_model_is_refused(model, saved):

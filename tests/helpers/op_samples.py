@@ -81,6 +81,9 @@ SAMPLES = {
     "batch_norm": Sample(
         MAP, X, *(PerChannel(t(4, seed=i).abs() + i) for i in range(1, 5)), True, 0.1, 1e-5, False
     ),
+    "instance_norm": Sample(
+        MAP, X, *(t(4, seed=i).abs() + i for i in range(1, 5)), True, 0.1, 1e-5, False
+    ),
     "layer_norm": Sample(
         (2, 3, 4), X, [4], *(PerChannel(t(4, seed=i)) for i in (1, 2)), channels=(2, 2)
     ),
@@ -121,7 +124,7 @@ SAMPLES = {
     "sym_constrain_range_for_size": Sample((), 3, min=2, max=4),
 }
 SAYS_POSITIONS = {
-    "group_norm", "instance_norm", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum",
+    "group_norm", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum",
     "amax", "cat", "pad", "constant_pad_nd",
 }  # fmt: skip
 

@@ -113,6 +113,22 @@ def test_what_a_node_writes_to(node, written):
     assert mutated(next(iter(node.graph.nodes))) == []
 
 
+def test_a_region_writes_to_what_its_operations_write_to():
+    """Also through views."""
+
+    class Regions(torch.nn.Module):
+        def forward(self, x, a, b, c):
+            with torch.no_grad():
+                a.mul_(2)
+                b.view(-1)[:2].add_(x.sum() + c.sum())
+            return x * a * b * c
+
+    given = torch.zeros(3), *(torch.ones(3) for _ in range(3))
+    graph = torch.export.export(Regions(), given, strict=False).graph
+    regions = [n for n in graph.nodes if "set_grad_enabled" in str(n.target)]
+    assert {w.name for r in regions for w in mutated(r)} == {"a", "b"}
+
+
 def test_a_call_of_our_own_says_itself_what_it_writes():
     class Call:
         __name__ = "call"

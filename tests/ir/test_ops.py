@@ -144,18 +144,22 @@ def check_transposes(name, sample):
 
 
 def check_evaluation(name, sample):
-    """With these arguments a sample's result depends on no random number and no other sample."""
+    """With these arguments a sample's result depends on no random number and no other sample, and
+    no statistics are written."""
     x = t(*sample.shape)
     others = torch.cat([x[:1], t(*sample.shape, seed=7)[1:]])
 
     def apart(node):
         state, found = fx.Interpreter(nn.Module(), graph=node.graph), []
+        before = [argument(node, n).clone() for n in statistics]
         for seed, given in enumerate((x, others)):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 found.append(state.run(given)[0])
-        return not differs(*found).any()
+        after = [argument(node, n) for n in statistics]
+        return not differs(*found).any() and all(map(torch.equal, before, after))
 
+    _, statistics = OPS[name].statistics
     node = sample.node(name)
     assert not apart(node), "the sample shows nothing"
     for argument_, setting in OPS[name].evaluation.items():

@@ -29,11 +29,11 @@ RECIPES = {
     "regions": make_recipe(router=PatchRouter(grid=4), experts=RegionExperts()),
 }
 ORDER = {
-    "lora": "clean depth split sites freeze route insert experts widen head lower",
-    "reference": "clean depth split sites freeze route insert experts widen head",
-    "feed-forwards": "clean depth split sites freeze route insert experts widen head lower",
-    "upcycle": "clean depth split sites route insert experts widen head lower",
-    "regions": "clean depth split sites freeze route insert experts widen head",
+    "lora": "inline regions clean depth split sites freeze route insert experts widen head lower",
+    "reference": "inline regions clean depth split sites freeze route insert experts widen head",
+    "feed-forwards": "inline regions clean depth split sites freeze route insert experts widen head lower",
+    "upcycle": "inline regions clean depth split sites route insert experts widen head lower",
+    "regions": "inline regions clean depth split sites freeze route insert experts widen head",
 }
 
 
