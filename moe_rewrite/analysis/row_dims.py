@@ -36,9 +36,9 @@ def source_of_rows(program: Program, node: fx.Node) -> str | None:
 
 
 def mask_of_rows(program: Program, source: str | None) -> str | None:
-    """The user's input that masks these rows, by Hugging Face's names."""
+    """The user's input (B, S) that masks these rows, by Hugging Face's names."""
     wanted = "decoder_attention_mask" if (source or "").startswith("decoder_") else "attention_mask"
-    names = {leaf.name for leaf in program.leaves()}
+    names = {leaf.name for leaf in program.leaves() if value(leaf).ndim == 2}
     return wanted if source is not None and wanted in names else None
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..ir.conditions import Conditions, Pattern
 from ..ir.steps import Emitted, narrowed
+from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
 from .block_module import BlockModule, Bound
 
@@ -72,13 +73,15 @@ class BoundGraph:
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """Run up to the cut and return the plan; if the features are given, run only the router."""
         values = self._values(leaves)
-        if features is not None:
+        if features is not None and not self.emitted.tables:
             return planner(features, values[MASK])
         for block, bound in self.steps:
             if bound.step.deep:
                 break
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 _advance(values, bound, block(bound, (), *_taken(values, bound)))
+        if features is not None:
+            values[self.emitted.cut] = features
         return self._plan(values, planner)
 
     def run(
@@ -114,7 +117,8 @@ class BoundGraph:
         """The deep steps, and the parts of shallow steps that they need besides the features."""
         if self.after_cut is None:
             kept = []
-            needed: set[str] = {o for o in self.emitted.outputs if isinstance(o, str)}
+            needed = {o for o in self.emitted.outputs if isinstance(o, str)}
+            needed |= {table.node for table in self.emitted.tables}
             for block, bound in reversed(self.steps):
                 step = bound.step
                 if not step.deep:
@@ -134,7 +138,11 @@ class BoundGraph:
     def _plan(
         self, values: dict[str, Any], planner: Planner
     ) -> tuple[RoutingPlan, PrefixState | None]:
-        return planner(values[self.emitted.cut], values[MASK])
+        mask = values[MASK]
+        if self.emitted.tables:
+            tables = ((values[t.node], t.attends) for t in self.emitted.tables)
+            mask = PackedRows(tuple(tables), mask)
+        return planner(values[self.emitted.cut], mask)
 
 
 MASK = "mask of the rows"  # with spaces, so that no value of a graph has this name

@@ -49,6 +49,15 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A value (..., S, S) over pairs of rows. attends: a row attends where it is true, or as a bias
+    is not far below zero; else where it is false."""
+
+    node: str
+    attends: bool
+
+
+@dataclass(frozen=True)
 class Cut:
     """Where shallow ends. node: the last shallow node, whose value the router reads.
 
@@ -57,6 +66,7 @@ class Cut:
     rows: the user's input whose positions are the rows at the cut, or None.
     mask: the user's input that masks these rows, or None.
     token_map: (H, W) of the map of patches that became the rows (a ViT's tokens), or None.
+    tables: those that say which rows attend to which; see `analysis.attention_tables`.
     """
 
     node: str
@@ -65,6 +75,7 @@ class Cut:
     rows: str | None
     mask: str | None
     token_map: tuple[int, int] | None = None
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .program import Code, Numerics
+from .program import Code, Numerics, Table
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Emitted:
     steps: in order.
     cut: name of the features that the router reads.
     mask: name of the input that masks their rows, or None.
+    tables: values over pairs of rows that say which attends to which.
     views: (name of the value, view of the plan).
     outputs: names of values, or constants of the graph.
     constants: values of the graph's constants, by name.
@@ -52,6 +53,7 @@ class Emitted:
     steps: tuple[Step, ...]
     cut: str
     mask: str | None
+    tables: tuple[Table, ...]
     views: tuple[tuple[str, Any], ...]
     outputs: tuple[Any, ...]
     constants: dict[str, torch.Tensor]

@@ -38,9 +38,9 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
         for source in node.all_input_nodes:
             at = len(parts) if node.op == "output" else owner.get(node, _first_deep(parts))
             last_use[source] = max(last_use.get(source, 0), at)
-    last_use[program.node(program.cut.node)] = max(
-        last_use.get(program.node(program.cut.node), 0), _first_deep(parts)
-    )
+    for name in (program.cut.node, *(t.node for t in program.cut.tables)):  # the router reads them
+        node = program.node(name)
+        last_use[node] = max(last_use.get(node, 0), _first_deep(parts))
     steps = tuple(
         _step(program, i, name, deep, nodes, owner, last_use, order, codes)
         for i, (name, deep, nodes) in enumerate(parts)
@@ -54,7 +54,7 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     known = (n for n in program.graph.nodes if n.name in between and value(n) is not None)
     sizes = {n.name: _sizes(value(n)) for n in known}
     return Emitted(
-        steps, program.cut.node, program.cut.mask, views, outputs, program.constants, sizes,
+        steps, program.cut.node, program.cut.mask, program.cut.tables, views, outputs, program.constants, sizes,
         program.numerics,
     )  # fmt: skip
 

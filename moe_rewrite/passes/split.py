@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..analysis.attention_tables import attention_tables, made_of
 from ..analysis.depth import depth_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
 from ..analysis.token_map import find_token_map
@@ -44,7 +45,9 @@ class Split(Pass):
         node = program.node(name)
         token_map = find_token_map(program, node) if value(node).ndim == 3 else None
         mask = mask_of_rows(program, rows)
-        return self.done(program, cut=Cut(name, label, index, rows, mask, token_map))
+        tables = attention_tables(program, node, mask)
+        _move_before(node, list(made_of(program, tables)))
+        return self.done(program, cut=Cut(name, label, index, rows, mask, token_map, tables))
 
 
 def _after_input(program: Program, name: str) -> str:
@@ -56,6 +59,13 @@ def _after_input(program: Program, name: str) -> str:
     features.meta = {"val": value(leaf)}
     leaf.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
     return features.name
+
+
+def _move_before(cut: fx.Node, nodes: list[fx.Node]) -> None:
+    """Let the router know these values: they are computed before the cut."""
+    order = {n: i for i, n in enumerate(cut.graph.nodes)}
+    for node in (n for n in nodes if order[n] > order[cut]):
+        cut.prepend(node)
 
 
 def segments(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..ir import patch_grid
 from ..kernels.patches.op import gather_patches
 from ..kernels.plan.op import largest
+from .packed_rows import RowMask
 from .plan import RoutingPlan
 from .router import GivenRows, Router
 
@@ -42,7 +43,7 @@ class PatchGate(Router):
         return row if row.is_meta else row.normal_(0.0, 1.0) * (self.spec.init / self.size**0.5)
 
     def forward(
-        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any,
+        self, features: torch.Tensor, mask: RowMask, state: Any,
         given: GivenRows | None = None,
     ) -> tuple[RoutingPlan, None]:  # fmt: skip
         """The plan for a map (B, C, H, W), or for tokens (B, S, C) that end with H * W patches."""

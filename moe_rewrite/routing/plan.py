@@ -12,6 +12,7 @@ import torch
 
 from ..errors import InputError
 from ..kernels.plan.op import largest
+from .packed_rows import RowMask
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,5 @@ class PrefixState:
 
 
 Planner = Callable[
-    [torch.Tensor, torch.Tensor | None], tuple[RoutingPlan, PrefixState | None]
+    [torch.Tensor, RowMask], tuple[RoutingPlan, PrefixState | None]
 ]  # (features at the cut, their mask) -> (plan, the router's state after these rows)

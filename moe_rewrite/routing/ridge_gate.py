@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..config import TokenRouter
+from .packed_rows import RowMask
 from .router import Router
-from .token_gate import TokenGate
+from .token_gate import TokenGate, counted_rows
 
 
 class AnalyticGate(TokenGate):
@@ -58,17 +59,15 @@ class AnalyticGate(TokenGate):
         self.solve()
 
     @torch.no_grad()
-    def observe(
-        self, features: torch.Tensor, mask: torch.Tensor | None, expert: int | None
-    ) -> None:
+    def observe(self, features: torch.Tensor, mask: RowMask, expert: int | None) -> None:
         """Add these features' rows to the statistics of an expert, or (None) of the frozen model.
 
         Masked rows are left out. Nothing else changes until `solve`.
         """
         read, _, _ = self._read(features, mask, None)
         rows = read.reshape(-1, read.shape[-1])
-        if mask is not None and read.ndim == 3 and read.shape[1] == mask.shape[-1]:
-            rows = rows[mask.reshape(-1) != 0]
+        if mask is not None and read.ndim == 3 and read.shape[1] == features.shape[1]:
+            rows = rows[counted_rows(mask, read).reshape(-1)]
         f = _with_one(rows).double()
         self.moments[0 if expert is None else expert + 1] += f.T @ f
 

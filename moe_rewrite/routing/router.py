@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .packed_rows import RowMask
 from .plan import RoutingPlan
 
 
@@ -41,6 +42,7 @@ class Router(nn.Module):
     pending: torch.Tensor
     by_row = False  # rows choose their experts
     biased = False  # each row of parameters ends in a bias
+    mixes_rows = False  # a row's gates depend on other rows of its sample
     keeps_state = False  # a row's gates depend on the rows before it, through a state
 
     def __init__(self, spec: Any, size: int, device: torch.device) -> None:
@@ -125,7 +127,7 @@ class Router(nn.Module):
         return self
 
     def forward(
-        self, features: torch.Tensor, mask: torch.Tensor | None, state: Any,
+        self, features: torch.Tensor, mask: RowMask, state: Any,
         given: GivenRows | None = None,
     ) -> tuple[RoutingPlan, Any]:  # fmt: skip
         """The plan for the features at the cut, and the state after these rows."""
@@ -164,9 +166,7 @@ class Router(nn.Module):
             "to solve it in closed form"
         )
 
-    def observe(
-        self, features: torch.Tensor, mask: torch.Tensor | None, expert: int | None
-    ) -> None:
+    def observe(self, features: torch.Tensor, mask: RowMask, expert: int | None) -> None:
         """Add these features' rows to the statistics of an expert, or (None) the frozen model."""
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from ..config import TokenRouter
 from ..errors import InputError
 from ..ir.program import lead_of
 from ..kernels.plan.op import largest, route
+from .packed_rows import PackedRows, RowMask
 from .plan import PrefixState, RoutingPlan
 from .router import GivenRows, Router
 
@@ -23,6 +24,10 @@ class TokenGate(Router):
     """
 
     by_row = biased = True
+
+    @property
+    def mixes_rows(self) -> bool:  # type: ignore[override]
+        return self.spec.granularity != "token" or self.spec.policy == "expert"
 
     @property
     def keeps_state(self) -> bool:  # type: ignore[override]
@@ -57,13 +62,13 @@ class TokenGate(Router):
     def forward(
         self,
         features: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: RowMask,
         state: PrefixState | None,
         given: GivenRows | None = None,
     ) -> tuple[RoutingPlan, PrefixState | None]:
         """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
 
-        mask: (B, S), nonzero for positions that count, or None.
+        mask: (B, S), nonzero for positions that count; PackedRows; or None.
         state: of a prefix router, before these positions; the state after them is returned.
         """
         with torch.no_grad():
@@ -82,7 +87,7 @@ class TokenGate(Router):
         return plan, state
 
     def _gates(
-        self, logits: torch.Tensor, mask: torch.Tensor | None, spare: int
+        self, logits: torch.Tensor, mask: RowMask, spare: int
     ) -> tuple[torch.Tensor, int | None]:
         """(gates of every row, zero for experts that it does not go to; top_k).
 
@@ -100,7 +105,7 @@ class TokenGate(Router):
         return gates[..., :count] if spare else gates, k
 
     def _read(
-        self, features: torch.Tensor, mask: torch.Tensor | None, state: PrefixState | None
+        self, features: torch.Tensor, mask: RowMask, state: PrefixState | None
     ) -> tuple[torch.Tensor, PrefixState | None, torch.Tensor | None]:
         """(features that the gate reads, state after them, positions in each mean).
 
@@ -115,12 +120,16 @@ class TokenGate(Router):
         x = self._lifted(x)
         if x.ndim == 2 or self.spec.granularity == "token":
             return x, None, None
-        counted = x.new_ones(x.shape[:2]) if mask is None else _own_columns(mask, x).float()
+        counted = x.new_ones(x.shape[:2]) if mask is None else counted_rows(mask, x).float()
         # a masked position may hold infinities, which a multiplication by zero would make NaN
         x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
         if self.spec.granularity == "sequence":
+            if isinstance(mask, PackedRows):
+                mask.require_one_document(len(x), "a sequence gate")
             total = counted.sum(1, keepdim=True).clamp_min(1)
             return x.sum(1, keepdim=True) / total.unsqueeze(-1), None, None
+        if isinstance(mask, PackedRows):
+            return (*_means_in_documents(x, counted, mask.starts(len(x))),)
         sums, counts = x.cumsum(1), counted.cumsum(1)
         if state is not None:
             sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
@@ -152,9 +161,7 @@ def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:
     return gates.new_zeros(logits.shape).scatter(-1, experts, gates)
 
 
-def _expert_choice(
-    logits: torch.Tensor, mask: torch.Tensor | None, capacity: float
-) -> torch.Tensor:
+def _expert_choice(logits: torch.Tensor, mask: RowMask, capacity: float) -> torch.Tensor:
     """(B, S, E): the softmax over experts, zero where the row is not among an expert's best.
 
     Expert choice (arXiv 2202.09368, section 3.2) within each sample; masked rows are not chosen.
@@ -163,15 +170,34 @@ def _expert_choice(
     length, experts = gates.shape[1:]
     taken = max(1, min(length, round(capacity * length / experts)))
     scores = gates.detach()
+    if isinstance(mask, PackedRows):
+        mask.require_one_document(len(scores), "expert choice")
     if mask is not None:
-        scores = scores.masked_fill(~_own_columns(mask, scores).unsqueeze(-1), -1.0)
+        scores = scores.masked_fill(~counted_rows(mask, scores).unsqueeze(-1), -1.0)
     picks = largest(scores.transpose(1, 2), taken).transpose(1, 2)
     chosen = torch.zeros_like(gates).scatter(1, picks, 1.0)
     return gates * chosen * (scores >= 0)
 
 
-def _own_columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The columns of a (B, past + S) mask that belong to these S positions."""
+def _means_in_documents(
+    x: torch.Tensor, counted: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, PrefixState, torch.Tensor]:
+    """As `TokenGate._read`: means over each row's document up to the row. Sums are in float64, since
+    those of earlier documents are taken off again."""
+    wide = torch.cat([x, counted.unsqueeze(-1)], -1).double()
+    sums = nn.functional.pad(wide.cumsum(1), (0, 0, 1, 0))
+    at = starts.unsqueeze(-1).expand(-1, -1, sums.shape[-1])
+    own = (sums[:, 1:] - sums.gather(1, at)).float()
+    totals, counts = own[..., :-1], own[..., -1:]
+    after = PrefixState(totals[:, -1], counts[:, -1, 0])
+    counts = counts.clamp_min(1)
+    return totals / counts, after, counts
+
+
+def counted_rows(mask: torch.Tensor | PackedRows, x: torch.Tensor) -> torch.Tensor:
+    """(B, S) bool. Of a (B, past + S) mask, the columns that belong to these S positions."""
+    if isinstance(mask, PackedRows):
+        return mask.counted(len(x))
     if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
         raise InputError(
             f"attention_mask of shape {tuple(mask.shape)}: a router that averages positions "

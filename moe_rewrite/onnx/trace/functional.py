@@ -64,6 +64,12 @@ class FunctionalModel(nn.Module):
         with evaluating(moe):
             self.arguments = _arguments(moe, example_inputs, cache)
             self.graph = _graph_for_any_size(moe, self.arguments)
+        if self.graph.emitted.tables and moe.router.mixes_rows:
+            raise ConfigError(
+                "with these arguments attention stops within samples (packed documents), which a "
+                "file's router cannot follow: export with an attention_mask (batch, length) and no "
+                "position_ids, or convert with TokenRouter(granularity='token')"
+            )
         traced, _ = split_static(self.arguments)
         self.example = [t.detach() for t in pytree.tree_leaves(example_like(traced))]
         self.inputs = _input_names(traced)
