@@ -149,7 +149,8 @@ class TokenGate(Router):
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
         if rows is None:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
-        logits = nn.functional.linear(read, rows[:, :-1], rows[:, -1])
+        # contiguous: with other strides, its sums depend on whether the rows require a gradient
+        logits = nn.functional.linear(read.contiguous(), rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)
 
 

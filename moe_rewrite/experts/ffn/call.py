@@ -13,6 +13,7 @@ from torch import fx
 from ...analysis.feedforward import FeedForward, Linear
 from ...ir.program import Code
 from ...kernels import cost_model
+from ...kernels.autocast import autocasts
 from ...kernels.cost_model import Execution
 from ...kernels.ffn.op import ffn_dense, ffn_experts
 from ...kernels.triton import runs_on
@@ -106,22 +107,24 @@ class FeedForwardCall:
     ) -> torch.Tensor:
         """(T, D) output of each row's experts. lead: the rows' dimensions before flattening."""
         gates_TE, dispatch = gates.over(lead)
-        fused = self.form is not None and (x_TD.device.type == "cpu" or runs_on(x_TD))
-        of_kind = self._fused if fused else self._looped
+        device = x_TD.device.type
+        fused = self.form is not None and (device == "cpu" or runs_on(x_TD))
+        of_kind = self._fused if fused and not autocasts(device) else self._looped
         return of_kind(x_TD, gates_TE, dispatch, weights)
 
     def _looped(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
         weights: list[Weights],
     ) -> torch.Tensor:  # fmt: skip
-        """Run every expert on its rows and add the results in the experts' order."""
+        """Run every expert on its rows and add the results in the experts' order, in the dtype of
+        the region's output."""
         ends = dispatch.plan.offsets.tolist()
         rows = dispatch.plan.order // dispatch.experts_TK.shape[1]
-        y_TD = x_TD.new_zeros(x_TD.shape)
+        y_TD = torch.zeros_like(x_TD, dtype=self.body(x_TD[:0], weights[0]).dtype)
         for e, own in enumerate(weights):
             mine = rows[ends[e] : ends[e + 1]]
             if len(mine):
-                gates = gates_TE[mine, e].unsqueeze(1).to(x_TD.dtype)
+                gates = gates_TE[mine, e].unsqueeze(1).to(y_TD.dtype)
                 y_TD = y_TD.index_add(0, mine, self.body(x_TD[mine], own) * gates)
         return y_TD
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..autocast import autocasts
 from ..autograd_outputs import changeable, empty_gradients
 from . import reference
 from .reference import Stack
@@ -53,7 +54,7 @@ def lora_linear_unchecked(
 ) -> torch.Tensor:
     """`lora_linear` for a graph, whose tensors are known to fit: for one token, the checks would
     take noticeable time."""
-    if torch.compiler.is_exporting() or _autocasts(x.device.type):
+    if torch.compiler.is_exporting() or autocasts(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
     save = torch.is_grad_enabled() and any(
@@ -62,10 +63,6 @@ def lora_linear_unchecked(
     if not save and not torch.compiler.is_compiling():  # skip the dispatch too
         return forward(x, weight, bias, scales, a, b, save)[0]
     return _lora(x, weight, bias, scales, a, b, save)[0]
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check(

@@ -26,7 +26,8 @@ def add_lora_experts(
     """
     a = a_RD if isinstance(a_RD, torch.Tensor) else torch.cat(list(a_RD))
     b = b_OR if isinstance(b_OR, torch.Tensor) else torch.cat(list(b_OR), dim=1)
-    return out_TO + F.linear(F.linear(x_TD, a) * scales_TR, b)
+    # contiguous: with other strides, PyTorch's sums depend on whether the weight requires a gradient
+    return out_TO + F.linear(F.linear(x_TD.contiguous(), a) * scales_TR, b)
 
 
 def add_conv_lora_experts(
