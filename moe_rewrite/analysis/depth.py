@@ -56,8 +56,8 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     """The depth map of a captured program.
 
     split: where the user wants to cut; a dotted name chooses the mainline in models that have
-    several (an encoder and a decoder). Without one, the whole model is shown where it has at least
-    two blocks, else the stack with the most.
+    several. Without one, the whole model is shown where it has at least two blocks, else the stack
+    that the others feed (a decoder), else the one with the most blocks.
     """
     line = find_mainline(program)
     whole = _map(program, line, None)
@@ -69,7 +69,10 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
         return _map(program, line, named[0])
     if len(whole) > 1 or not stacks:
         return whole
-    maps = [whole, *(_map(program, line, s) for s in stacks)]
+    last = line.last_stack()
+    if last is not None and len(fed := _map(program, line, last)) > 1:
+        return fed
+    maps = [whole, *(replace(_map(program, line, s), must_name=True) for s in stacks)]
     return max(maps, key=len)
 
 

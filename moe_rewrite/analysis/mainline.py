@@ -93,6 +93,21 @@ class Mainline:
                     break
         return list(tops) if len(tops) > 1 else []
 
+    def last_stack(self) -> str | None:
+        """The stack that all others feed, as an encoder feeds a decoder."""
+        stacks = self.stacks()
+        of = {s: {n for n in self.positions if _inside(n, s)} for s in stacks}
+        for stack in stacks:
+            fed = set(of[stack])
+            for node in reversed(self.positions):  # all that its nodes are made of
+                if node in fed:
+                    fed.update(self.edges[node])
+            if all(of[other] & fed for other in stacks if other != stack):
+                feeds = self._reached_from(stack, set(self.positions)) - of[stack]
+                if not any(feeds & of[other] for other in stacks if other != stack):
+                    return stack
+        return None
+
 
 def find_mainline(program: Program) -> Mainline:
     """Raises SplitError where no output depends on both an input and a parameter."""

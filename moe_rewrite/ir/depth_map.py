@@ -39,6 +39,7 @@ class DepthMap:
     points: (graph position, node name) of every cut point.
     starts: graph position where each module's mainline begins.
     stack: dotted name of the stack (encoder, decoder) that was analysed, if there are several.
+    must_name: no stack is fed by all others, so a split has to name a module.
     source: name of the only input if it holds features itself (an image), so that a cut before
         the first block is possible; else None.
     lengths: (name, value) of the symbolic sizes except the batch, at which FLOPs are counted.
@@ -53,6 +54,7 @@ class DepthMap:
     stack: str | None = None
     source: str | None = None
     lengths: tuple[tuple[str, int], ...] = ()
+    must_name: bool = False
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -67,7 +69,7 @@ class DepthMap:
         ]  # fmt: skip
         title = f"{self.model}: {len(self)} block{'s' if len(self) != 1 else ''}"
         if self.stack:
-            title += f" of {self.stack} (there are other stacks: name a module to split in them)"
+            title += f" of {self.stack} (to split in another stack, name a module of it)"
         title += "; FLOPs of one sample" + ", ".join(f" of {w} {n}" for w, n in self.lengths)
         return table(["block", "name", "output", "parameters", "FLOPs", "share"], rows, title)
 

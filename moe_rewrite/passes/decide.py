@@ -39,7 +39,7 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
     depth, cut, asked = program.depth, program.cut, compiler.recipe.split
     assert depth is not None and cut is not None
     named = isinstance(asked, str) and asked != "auto"
-    if depth.stack is not None and not named:
+    if depth.must_name and not named:
         raise ConversionError(
             f"{depth.model} has several mainlines: name the module that the deep segment starts "
             f"with, for example split={depth.blocks[-1].name!r}.\n{depth}"

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+import moe_rewrite
 from moe_rewrite.analysis.mainline import find_mainline
-from moe_rewrite.errors import SplitError
+from moe_rewrite.errors import ConversionError, SplitError
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.aten import module_paths
 from moe_rewrite.ir.ops import op_name
@@ -164,3 +165,27 @@ def test_stacks_are_the_parts_with_numbered_modules_where_there_are_several():
 
 def test_a_stack_that_is_not_there_has_no_chain():
     assert line_of(lambda m, x: m.a(x)).chain("elsewhere") == []
+
+
+class Towers(Stacks):
+    """Two stacks of equal standing, joined at the end."""
+
+    def forward(self, x, y):
+        for one, two in zip(self.encoder.layers, self.decoder.layers, strict=True):
+            x, y = one(x), two(y)
+        return x.mean(1) @ y.mean(1).t()
+
+
+def test_the_last_stack_is_the_one_that_the_others_feed():
+    given = (torch.zeros(2, 6, networks.WIDTH), torch.zeros(2, 5, networks.WIDTH))
+    assert find_mainline(program_of(Stacks(), given)).last_stack() == "decoder"
+    assert find_mainline(program_of(Towers(), given)).last_stack() is None
+
+
+def test_without_one_a_split_has_to_name_a_module():
+    given = (torch.zeros(2, 6, networks.WIDTH), torch.zeros(2, 5, networks.WIDTH))
+    moe = moe_rewrite.convert(Stacks(), split=1, example_inputs=given)
+    assert moe.report.split == "block 1 (decoder.layers.1)"
+    assert moe_rewrite.inspect(Towers(), given).must_name
+    with pytest.raises(ConversionError, match="several mainlines: name the module"):
+        moe_rewrite.convert(Towers(), split=1, example_inputs=given)

@@ -1,0 +1,201 @@
+"""Which families of transformers convert, and behave as they should: tiny random models.
+
+Each is converted in the middle and checked: outputs at other sizes, a training step, `expand`,
+saving and loading.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import moe_rewrite
+from moe_rewrite import LoRAExperts, MoeRewriteError
+from moe_rewrite.frontend.adapters import host_of
+from moe_rewrite.frontend.example_inputs import random_arguments
+
+from .tools.report import finish, parser, save
+from .tools.tiny_models import build, families
+
+SECONDS = 90  # for one model
+PASSED, NOT_BUILT = "passes", "does not build"
+
+
+def check(kind: type) -> str:
+    """PASSED, or what failed."""
+    try:
+        model = build(kind)
+        example = host_of(model).arguments(None)
+        with torch.no_grad():
+            model(**example)
+    except Exception as error:  # a tiny configuration that the class does not take
+        return f"{NOT_BUILT}: {type(error).__name__}: {_first_line(error)}"
+    step = ""
+    try:
+        for step, run in _steps(model, example).items():
+            run()
+    except MoeRewriteError as error:
+        return f"{step}: {type(error).__name__}: {_first_line(error)}"
+    except Exception as error:
+        return f"{step}: raw {type(error).__name__}: {_first_line(error)}"
+    return PASSED
+
+
+def _steps(model: nn.Module, example: dict[str, Any]) -> dict[str, Callable[[], None]]:
+    """What is checked, in order; each raises where it fails."""
+    of: dict[str, Any] = {}
+    host = host_of(model)
+
+    def convert() -> None:
+        of["moe"] = moe_rewrite.convert(model, split=0.5, experts=LoRAExperts(rank=2))
+
+    def other_sizes() -> None:
+        for batch, length in ((1, 5), (4, 13)):
+            given = resized(example, host, batch, length)
+            with torch.no_grad():
+                dense = model(**given)
+            report = moe_rewrite.verify(model, of["moe"], given)
+            assert report.equal, f"{report} for {type(dense).__name__}"
+
+    def train() -> None:
+        moe = of["moe"]
+        given = resized(example, host, 2, 9)
+        before = _outputs(moe, given)
+        moe.train()
+        torch.manual_seed(0)
+        loss = sum(t.float().square().mean() for t in _floats(moe(**given)) if t.requires_grad)
+        assert isinstance(loss, torch.Tensor), "no output requires a gradient"
+        loss.backward()
+        parameters = [p for p in moe.trainable_parameters() if p.grad is not None]
+        assert any(bool(p.grad.any()) for p in parameters), "every gradient is zero"
+        torch.optim.SGD(parameters, 1.0).step()
+        for site in moe.expert_sites():
+            for p in site.parameters():
+                nn.init.normal_(p, std=0.2)
+        after = _outputs(moe.eval(), given)
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), (
+            "experts change nothing"
+        )
+
+    def expand() -> None:
+        moe, given = of["moe"], resized(example, host, 2, 9)
+        before = _outputs(moe, given)
+        moe.expand(1)
+        assert all(map(torch.equal, before, _outputs(moe, given))), "expand() changed an output"
+
+    def save_and_load() -> None:
+        moe, given = of["moe"], resized(example, host, 2, 9)
+        with tempfile.TemporaryDirectory() as folder:
+            moe.save_pretrained(folder)
+            again = moe_rewrite.load(folder, model)
+        same = map(torch.equal, _outputs(moe, given), _outputs(again, given))
+        assert all(same), "loaded, it gives other outputs"
+
+    return {
+        "convert": convert, "other sizes": other_sizes, "train": train, "expand": expand,
+        "save and load": save_and_load,
+    }  # fmt: skip
+
+
+def resized(example: dict[str, Any], host: Any, batch: int, length: int) -> dict[str, Any]:
+    """Random arguments of the example's form for other sizes; images keep theirs."""
+
+    def fit(t: Any) -> Any:
+        of_text = isinstance(t, torch.Tensor) and t.ndim == 2 and not t.is_floating_point()
+        return t.new_ones(t.shape[0], length) if of_text else t
+
+    return random_arguments(
+        {name: fit(t) for name, t in example.items()}, min(host.vocabulary(), 90), batch
+    )
+
+
+def _floats(output: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+@torch.no_grad()
+def _outputs(moe: Any, given: dict[str, Any]) -> list[torch.Tensor]:
+    return _floats(moe(**given))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else ""
+
+
+def _child(kind: type, answer: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    answer.send(check(kind))
+
+
+def in_a_process(kind: type, seconds: int = SECONDS) -> str:
+    """`check` in a forked process, so that neither a crash nor a hang ends the run."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=_child, args=(kind, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else f"more than {seconds} s"
+    except EOFError:
+        return "the process died"
+    finally:
+        if child.is_alive():
+            os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+
+
+def run(chosen: Iterable[tuple[str, str, type]], jobs: int) -> dict[str, dict[str, str]]:
+    """{task: {model type: outcome}}."""
+    from rich.progress import track
+
+    found: dict[str, dict[str, str]] = {}
+    chosen = list(chosen)
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = pool.map(lambda family: in_a_process(family[2]), chosen)
+        pairs = zip(chosen, outcomes, strict=True)
+        for (task, kind, _), outcome in track(pairs, "families", len(chosen)):
+            found.setdefault(task, {})[kind] = outcome
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", nargs="*", help="model types")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    start, chosen = time.perf_counter(), list(families())
+    if given.only:
+        chosen = [f for f in chosen if f[1] in given.only]
+    elif given.quick:
+        chosen = chosen[::40]
+    found = run(chosen, given.jobs)
+    rows, figures = [], {}
+    for task, outcomes in found.items():
+        built = {k: o for k, o in outcomes.items() if not o.startswith(NOT_BUILT)}
+        passed = sum(o == PASSED for o in built.values())
+        figures[task] = {"passed": passed, "built": len(built), "families": len(outcomes)}
+        rows.append((task, "all", f"{passed} of {len(built)}; {len(outcomes)} in all"))
+        rows += [(task, kind, outcome) for kind, outcome in built.items() if outcome != PASSED]
+    seconds = time.perf_counter() - start
+    if not given.quick and not given.only:
+        save("coverage", {"figures": figures, "outcomes": found, "seconds": seconds})
+    finish("coverage", ["task", "family", "outcome"], rows, figures=figures, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()
