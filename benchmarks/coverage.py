@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -28,7 +29,7 @@ from moe_rewrite.frontend.example_inputs import random_arguments
 from .tools.report import finish, parser, save
 from .tools.tiny_models import build, families
 
-SECONDS = 90  # for one model
+SECONDS, MEMORY = 90, 8 << 30  # for one model; sizes that no rule makes small would take more
 PASSED, NOT_BUILT = "passes", "does not build"
 
 
@@ -39,7 +40,7 @@ def check(kind: type) -> str:
         example = host_of(model).arguments(None)
         with torch.no_grad():
             model(**example)
-    except Exception as error:  # a tiny configuration that the class does not take
+    except (Exception, MemoryError) as error:  # a tiny configuration that the class does not take
         return f"{NOT_BUILT}: {type(error).__name__}: {_first_line(error)}"
     step = ""
     try:
@@ -137,6 +138,7 @@ def _first_line(error: BaseException) -> str:
 
 def _child(kind: type, answer: Any) -> None:
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     answer.send(check(kind))
 

@@ -18,7 +18,7 @@ from .converted.model import MoEModel
 from .converted.report import Report
 from .converted.verify import verify_conversion
 from .errors import CheckpointError, ConfigError, ConversionError
-from .frontend.adapters import host_of
+from .frontend.adapters import host_of, without_wrapper
 from .frontend.capture import program_of
 from .frontend.hooks import require_no_hooks
 from .frontend.structural_copy import structural_copy
@@ -42,7 +42,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     captured, SplitError where no output depends on both an input and a parameter.
     """
     _require_dense(model)
-    program = program_of(model, example_inputs)
+    program = program_of(without_wrapper(model), example_inputs)
     depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
     assert depth is not None
     return depth
@@ -97,6 +97,7 @@ def _convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
     _require_dense(model)
+    model = without_wrapper(model)
     host, timed = host_of(structural_copy(model)), Timer()
     require_no_hooks(model)
     arguments = host.arguments(example_inputs)
@@ -126,6 +127,7 @@ def load(
     truncated or changed file, an unknown version, or another base model; otherwise as `convert`.
     """
     _require_dense(model)
+    model = without_wrapper(model)
     facts, tensors = checkpoint.read(folder)
     checkpoint.require_base(facts, model)
     try:

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..ir.aten import module_paths, value
 from ..ir.depth_map import Block, DepthMap
+from ..ir.ops import op
 from ..ir.program import Program
 from .flops import Sizes, hint, numel
 from .mainline import Mainline, find_mainline
@@ -94,8 +95,8 @@ def _map(program: Program, line: Mainline, stack: str | None) -> DepthMap:
     modules = _modules(line, program)
     spans = (
         _numbered(modules, places, stack)
-        or _repeated(nodes, places, program)
-        or _single(nodes, places, program)
+        or _repeated(nodes, places, program, line)
+        or _single(nodes, places, program, line)
     )
     starts: dict[str, int] = {}
     for module in modules:
@@ -110,7 +111,7 @@ def _modules(line: Mainline, program: Program) -> list[_Module]:
     uses: dict[str, dict[str, list[int]]] = {}  # module -> weight -> where it is used
     for node, at in line.positions.items():
         paths = module_paths(node)
-        weights = _weights([node], program)
+        weights = _weights([node], program, line)
         for depth, (path, kind) in enumerate(paths):
             module = found.setdefault(path, _Module(path, kind, at, at))
             module.last = max(module.last, at)
@@ -215,7 +216,9 @@ def _stretches(nodes: Sequence[fx.Node], points: list[int]) -> list[Stretch]:
     return stretches
 
 
-def _repeated(nodes: Sequence[fx.Node], points: list[int], program: Program) -> list[_Span]:
+def _repeated(
+    nodes: Sequence[fx.Node], points: list[int], program: Program, line: Mainline
+) -> list[_Span]:
     """The longest run of equal stretches, for models whose blocks have no numbered names."""
     stretches = _stretches(nodes, points)
     hashes = [h for h, _, _ in stretches]
@@ -234,16 +237,18 @@ def _repeated(nodes: Sequence[fx.Node], points: list[int], program: Program) -> 
     for i in range(repeats):
         unit_ = stretches[start - i * negative : start - (i + 1) * negative]
         spans.append(_Span(f"block{i}", unit_[0][1], unit_[-1][2]))
-    weighted = all(_weights(nodes[s.first : s.last + 1], program) for s in spans)
+    weighted = all(_weights(nodes[s.first : s.last + 1], program, line) for s in spans)
     return spans if weighted else []
 
 
-def _single(nodes: Sequence[fx.Node], points: list[int], program: Program) -> list[_Span]:
+def _single(
+    nodes: Sequence[fx.Node], points: list[int], program: Program, line: Mainline
+) -> list[_Span]:
     """Every stretch that holds weights; one without joins the stretch before it."""
     spans: list[_Span] = []
     for low, high in zip([-1, *points], points, strict=False):
         stretch = nodes[low + 1 : high + 1]
-        if not _weights(stretch, program):
+        if not _weights(stretch, program, line):
             if spans:
                 spans[-1] = replace(spans[-1], last=high)
             continue
@@ -255,15 +260,16 @@ def _single(nodes: Sequence[fx.Node], points: list[int], program: Program) -> li
     return spans
 
 
-def _weights(nodes: Sequence[fx.Node], program: Program) -> list[fx.Node]:
-    """The weights that these nodes read, directly or through a transpose or cast."""
+def _weights(nodes: Sequence[fx.Node], program: Program, line: Mainline) -> list[fx.Node]:
+    """The parameters that these nodes read, directly or in what is computed from them; and the
+    buffers that the weight of a product is computed from, as quantised ones are."""
     found: dict[fx.Node, None] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            if len(source.all_input_nodes) == 1:
-                source = source.all_input_nodes[0]
-            if source.op == "placeholder" and program.inputs[source.name].kind == "weight":
-                found[source] = None
+            of_product = bool(op(node).product) and getattr(value(source), "ndim", 0) > 1
+            for owned in line.static.get(source, ()):
+                if of_product or program.inputs[owned.name].kind == "weight":
+                    found[owned] = None
     return list(found)
 
 
@@ -281,7 +287,7 @@ def _measure(
 
     def block(name: str, first: int, last: int, node: fx.Node) -> Block:
         stretch = nodes[first : last + 1]
-        fresh = [w for w in _weights(stretch, program) if w not in counted]
+        fresh = [w for w in _weights(stretch, program, line) if w not in counted]
         counted.update(fresh)
         params = sum(numel(value(w)) for w in fresh)
         shape = tuple(map(sizes.word, value(node).shape))

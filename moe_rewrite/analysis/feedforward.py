@@ -20,6 +20,7 @@ from ..ir.ops import alias_chain, argument, first, is_pointwise, mutated, op, op
 from ..ir.program import Code, Program
 from .linear_ops import Product, find_product, innermost_module
 from .row_dims import same_sizes
+from .static_values import Static, static_values
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,25 @@ def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedFor
     In a chain of products each belongs to one region at most: the first that it fits.
     """
     taken: set[fx.Node] = set()
+    static = static_values(program)
     for node in nodes:
-        product = find_product(program, node)
+        product = find_product(static, node)
         if not isinstance(product, Product) or not _is_rowwise(product):
             continue
+        if not _is_parameter(program, product.weight):
+            yield innermost_module(node), COMPUTED
+            continue
         try:
-            found = _Reader(program, set(nodes)).read(product)
+            found = _Reader(program, static, set(nodes)).read(product)
         except _Unfit as error:
             yield innermost_module(node), str(error)
             continue
         if found is not None and taken.isdisjoint(found.nodes):
             taken.update(found.nodes)
             yield found
+
+
+COMPUTED = "its weight is no parameter but computed, so an expert could not have a copy of it"
 
 
 class _Unfit(Exception):
@@ -117,6 +125,10 @@ def _is_rowwise(product: Product) -> bool:
     return plain and groups and tuple(weight.shape[2:]) == (1, 1)
 
 
+def _is_parameter(program: Program, weight: fx.Node) -> bool:
+    return weight.op == "placeholder" and program.inputs[weight.name].kind == "weight"
+
+
 def _sides(weight: torch.Tensor, linear: Linear) -> tuple[int, int]:
     """(in, out) features."""
     out, into = int(weight.shape[0]), int(weight.shape[1])
@@ -126,8 +138,8 @@ def _sides(weight: torch.Tensor, linear: Linear) -> tuple[int, int]:
 class _Reader:
     """Reads one region from its last product back to its rows, and copies the nodes between."""
 
-    def __init__(self, program: Program, allowed: set[fx.Node]) -> None:
-        self.program, self.allowed = program, allowed
+    def __init__(self, program: Program, static: Static, allowed: set[fx.Node]) -> None:
+        self.program, self.static, self.allowed = program, static, allowed
         self.weights: dict[fx.Node, int] = {}
         self.products: dict[fx.Node, Product] = {}
         self.inside: set[fx.Node] = set()
@@ -195,8 +207,10 @@ class _Reader:
             return self._copy_weight(node)
         if node not in self.allowed:
             raise _Foreign
-        product = find_product(self.program, node)
+        product = find_product(self.static, node)
         if isinstance(product, Product):
+            if not _is_parameter(self.program, product.weight):
+                raise _Unfit(COMPUTED)
             if not _is_rowwise(product) or (value(product.weight).ndim == 4) != (
                 self.channels == 1
             ):

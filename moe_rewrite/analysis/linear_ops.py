@@ -1,7 +1,8 @@
-"""Products of activations with a parameter, in every form that they have in a graph.
+"""Products of activations with a weight, in every form that they have in a graph.
 
 These are nn.Linear, addmm with the weight stored as (in, out), matmul with a bare or transposed
-parameter, a tied weight, and 2-d convolutions.
+parameter, a tied weight, and 2-d convolutions. A weight may also be computed from parameters and
+buffers (normed, standardised, dequantised).
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..ir.aten import module_paths, value
 from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
 from .spatial import pair
+from .static_values import Static
+
+OF_INPUTS = "the weight is computed from the call's inputs"
 
 
 @dataclass(frozen=True)
 class Product:
     """node = rows times weight.
 
+    weight: a parameter, or what is computed from parameters and buffers alone.
     transposed: the weight is stored as (in, out).
     options: stride, padding and dilation of a convolution.
     """
@@ -41,44 +47,59 @@ class Product:
         return found if isinstance(found, fx.Node) else None
 
 
+def is_weight(static: Static, node: Any) -> bool:
+    """Whether it is a parameter or a buffer, or a float that is computed from these."""
+    made = value(node) if isinstance(node, fx.Node) else None
+    return bool(static.get(node)) and isinstance(made, torch.Tensor) and made.is_floating_point()
+
+
+def weight_name(program: Program, static: Static, product: Product) -> str:
+    """State-dict name of the weight; of one that is computed, of the first tensor that it is
+    computed from, a float where there is one."""
+    owned = static[product.weight]
+    floats = [n for n in owned if value(n).is_floating_point()]
+    return program.inputs[(floats or owned)[0].name].name
+
+
 def innermost_module(node: fx.Node) -> str:
     """Path of the innermost module that contains a node; outside all modules, the node's name."""
     paths = module_paths(node)
     return paths[-1][0] if paths else node.name
 
 
-def find_product(program: Program, node: fx.Node) -> Product | str | None:
-    """The product that a node computes; why it cannot be a site; or None if it is no product."""
+def find_product(static: Static, node: fx.Node) -> Product | str | None:
+    """The product that a node computes; why it cannot be a site; or None if it is no product.
+
+    static: of `static_values`.
+    """
 
     def weight(n: Any) -> bool:
-        return (
-            isinstance(n, fx.Node) and n.op == "placeholder"
-            and program.inputs[n.name].kind == "weight" and value(n).ndim == 2
-        )  # fmt: skip
+        return isinstance(n, fx.Node) and value(n).ndim == 2 and is_weight(static, n)
 
     kind = op(node).product
-    if kind == "filter":
-        return _convolution(program, node)
     if kind == "other":
         if any(map(weight, node.all_input_nodes)):
             return f"{node.target} with a parameter is not a plain linear map"
         return None
+    rows = argument(node, op(node).summed or "input") if kind else None
+    if rows in static:
+        return None  # a part of what makes a weight
+    if kind == "filter":
+        return _convolution(static, node)
     if kind == "linear":
         rows, factor = argument(node, "input"), argument(node, "weight")
         if weight(factor):
             return Product(node, rows, factor)
-        return "the weight is computed in the graph, not a parameter"
+        return OF_INPUTS
     if kind != "matmul":
         return None
     if any(takes(node, k) and argument(node, k) != 1 for k in ("alpha", "beta")):
         return "addmm with alpha or beta"
     rows = argument(node, op(node).summed)
     factor = argument(node, "other" if takes(node, "other") else "mat2")
-    if weight(factor):
-        return Product(node, rows, factor, transposed=True)
     if isinstance(factor, fx.Node) and op(factor).transposes and weight(first(factor)):
         return Product(node, rows, first(factor), transposed=not _swaps(factor))
-    return None
+    return Product(node, rows, factor, transposed=True) if weight(factor) else None
 
 
 def _swaps(node: fx.Node) -> bool:
@@ -90,13 +111,13 @@ def _swaps(node: fx.Node) -> bool:
     return True
 
 
-def _convolution(program: Program, node: fx.Node) -> Product | str:
+def _convolution(static: Static, node: fx.Node) -> Product | str:
     rows, weight = argument(node, "input"), argument(node, "weight")
     transposed = takes(node, "transposed") and argument(node, "transposed")
     if value(node).ndim != 4 or transposed:
         return "a convolution that is not a plain 2-d one"
-    if weight.op != "placeholder" or program.inputs[weight.name].kind != "weight":
-        return "the weight is computed in the graph, not a parameter"
+    if not is_weight(static, weight):
+        return OF_INPUTS
     padding = argument(node, "padding")
     padding = padding if isinstance(padding, str) else list(pair(padding))
     stride, dilation = (list(pair(argument(node, name))) for name in ("stride", "dilation"))

@@ -17,6 +17,7 @@ from ..errors import SplitError
 from ..ir.aten import module_paths, reach, value
 from ..ir.ops import alias_root, mutated, op, output_of
 from ..ir.program import Program
+from .static_values import Static, static_values
 
 CUT_RANKS = (2, 3, 4)
 
@@ -29,12 +30,14 @@ class Mainline:
     edges: mainline node -> its mainline predecessors.
     sink: the output that the longest computation leads to.
     leaves: the user's inputs.
+    static: of `static_values`.
     """
 
     positions: dict[fx.Node, int]
     edges: dict[fx.Node, list[fx.Node]]
     sink: fx.Node
     leaves: tuple[fx.Node, ...]
+    static: Static
 
     def source(self) -> str | None:
         """The only input, if it carries rows that could be routed (an image); else None."""
@@ -131,7 +134,7 @@ def find_mainline(program: Program) -> Mainline:
             for written in mutated(node):
                 writers[alias_root(written)] = node
     sink = _sink(program, positions, edges)
-    return Mainline(positions, edges, sink, tuple(program.leaves()))
+    return Mainline(positions, edges, sink, tuple(program.leaves()), static_values(program))
 
 
 def _carries_value(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EquivalenceError
-from ..frontend.adapters import host_of
+from ..frontend.adapters import host_of, without_wrapper
 from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
 from ..frontend.structural_copy import working_copy
@@ -29,6 +29,7 @@ def verify(model: nn.Module, moe: MoEModel, inputs: Any) -> EquivalenceReport:
     not compared, nor are key-value caches. Neither model is changed: of the dense one a copy of its
     structure and buffers runs. Raises InputError for inputs that the model does not take.
     """
+    model = without_wrapper(model)
     arguments = host_of(model).arguments(inputs)
     written = moe.reference.written_names
     tensors = (*model.named_parameters(), *model.named_buffers())

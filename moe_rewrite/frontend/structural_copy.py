@@ -32,6 +32,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = b.detach()
+    for t in _tensors(model):
+        if not t.is_leaf:  # a weight that a hook computes anew in every call
+            memo[id(t)] = t.detach()
     for _, _, hooks, key in hooks_of_users(model):
         memo[id(hooks[key])] = None
     copied = _copy(model, memo)

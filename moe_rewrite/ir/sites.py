@@ -13,7 +13,7 @@ class LoRASite:
     """A site of LoRA experts: one frozen weight and every node that applies it.
 
     name: dotted name of the module that owns the weight, or of a bare parameter.
-    weight: state-dict name of the weight.
+    weight: state-dict name of the weight, or of a tensor that it is computed from.
     transposed: the weight is stored as (in, out).
     kernel: (h, w) of a convolution, empty for a linear map.
     """

@@ -16,6 +16,8 @@ from .base import Decisions
 from .pipeline import TO_CUT, Compiler, Timer, run, shallow_of, to_sites
 from .recipe import UPCYCLE, Recipe
 
+NOT_ONE = "  nothing after the split has the form that these experts replace"
+
 
 def plan_conversion(
     host: Host, recipe: Recipe, arguments: dict[str, Any], timed: Timer
@@ -61,7 +63,7 @@ def _with_sites(decisions: Decisions, program: Program, recipe: Recipe) -> Decis
     found = program.found
     assert found is not None
     if not found.sites:
-        reasons = "\n".join(f"  {r.name}: {r.reason}" for r in found.rejected) or "  none found"
+        reasons = "\n".join(f"  {r.name}: {r.reason}" for r in found.rejected) or NOT_ONE
         raise ConversionError(
             f"no site to convert after split={recipe.split!r}. Sites and reasons:\n{reasons}\n"
             "Split earlier, choose other sites (LoRAExperts(sites='all+head') takes the head in), "

@@ -1,6 +1,6 @@
 """Find the sites of the deep segment, and match their rows to the plan's.
 
-A site is a product of activations with a 2-d parameter, or a 2-d convolution over the cut's
+A site is a product of activations with a 2-d weight, or a 2-d convolution over the cut's
 positions. What cannot be converted is rejected with a reason.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from ..analysis.infer_layout import Layouts
-from ..analysis.linear_ops import Product, find_product, innermost_module
+from ..analysis.linear_ops import Product, find_product, innermost_module, weight_name
+from ..analysis.static_values import Static, static_values
 from ..config import LoRAExperts, RouterSpec
 from ..ir.aten import module_paths, value
 from ..ir.gate_layout import GateLayout
@@ -20,6 +21,11 @@ from ..ir.program import Program
 from ..ir.sites import Found, LoRASite, Rejection
 from .base import Decisions, Pass
 from .split import segments
+
+ADAPTER = {"lora_A", "lora_B"}  # PEFT's names
+
+
+Key = tuple[str, str]  # (weight, the module that applies it where it is computed, else "")
 
 
 @dataclass(frozen=True)
@@ -49,26 +55,30 @@ class FindLoRASites(Pass):
     ) -> tuple[dict[LoRASite, list[Match]], dict[str, str]]:
         """(sites that can hold experts, with their nodes; reasons of the others, by name)."""
         _, deep = segments(program)
-        products: dict[str, list[Product]] = {}
+        static = static_values(program)
+        products: dict[Key, list[Product]] = {}
         rejected: dict[str, str] = {}
         for node in deep:
-            found = find_product(program, node)
+            found = find_product(static, node)
             if isinstance(found, Product):
-                products.setdefault(program.inputs[found.weight.name].name, []).append(found)
+                products.setdefault(_key(program, static, found), []).append(found)
             elif found is not None:
                 rejected.setdefault(innermost_module(node), found)
         head, experts = _head(program, deep, products), self.experts
         layouts = Layouts(program, deep, router)
         sites: dict[LoRASite, list[Match]] = {}
         named: set[str] = set()
-        for weight, uses in products.items():
-            name = _site_name(weight, uses[0].node)
+        for key, uses in products.items():
+            weight, _ = key
+            name = _site_name(weight, uses[0])
             if name in named:  # a module that applies several weights of other modules
                 name = weight.removesuffix(".weight")
             named.add(name)
-            if not experts.wants(name):
+            if ADAPTER & set(name.split(".")):
+                rejected[name] = "a factor of the base model's own LoRA adapter"
+            elif not experts.wants(name):
                 rejected[name] = f"not named in sites={experts.sites}"
-            elif weight == head and experts.sites == "all":
+            elif key == head and experts.sites == "all":
                 rejected[name] = "output head: left out by sites='all' (\"all+head\" takes it in)"
             else:
                 matches = [_match(layouts, use) for use in uses]
@@ -95,23 +105,30 @@ def _site(name: str, weight: str, use: Product) -> LoRASite:
     return LoRASite(name, weight, inside, out, use.transposed)
 
 
-def _site_name(weight: str, node: fx.Node) -> str:
+def _site_name(weight: str, use: Product) -> str:
     """Name of the module that applies the weight: for a tied one, the head, not the embedding."""
     owner = weight.removesuffix(".weight")
-    at = innermost_module(node)
+    at = innermost_module(use.node)
     inside = owner == at or owner.startswith(at + ".")
-    return owner if inside or not module_paths(node) else at
+    alone = use.weight.op != "placeholder" and at != innermost_module(use.rows)
+    name = owner if (inside and not alone) or not module_paths(use.node) else at
+    return name.removesuffix(".base_layer")  # PEFT's wrapper of the module that users know
 
 
-def _head(program: Program, deep: list[fx.Node], products: dict[str, list[Product]]) -> str | None:
-    """The weight of the last product after the last block, if there is one: the output head."""
+def _key(program: Program, static: Static, use: Product) -> Key:
+    at = "" if use.weight.op == "placeholder" else innermost_module(use.node)
+    return weight_name(program, static, use), at
+
+
+def _head(program: Program, deep: list[fx.Node], products: dict[Key, list[Product]]) -> Key | None:
+    """The last product after the last block, if there is one: the output head."""
     assert program.depth is not None
     if program.depth.head is None:
         return None
     names = [n.name for n in deep]
     last_exit = program.depth.blocks[-1].exit
     after = set(deep[names.index(last_exit) + 1 :]) if last_exit in names else set(deep)
-    for weight, uses in reversed(products.items()):
+    for key, uses in reversed(products.items()):
         if uses[-1].node in after:
-            return weight
+            return key
     return None

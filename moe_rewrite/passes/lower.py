@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..analysis.linear_ops import Product, find_product
+from ..analysis.static_values import Static, static_values
 from ..config import RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.lora.call import LoRACall
@@ -75,22 +76,22 @@ class LowerLoRA(Pass):
     name = "lower"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
-        lowered = {}
+        lowered, static = {}, static_values(program)
         for node in list(program.graph.find_nodes(op="call_function", target=add_lora_experts)):
             _, _, _, *factors = node.args
             site = _site(program, factors)
-            lowered[site.name] = self._fuse(program, node, site)
+            lowered[site.name] = self._fuse(program, static, node, site)
         for site in program.sites:
             if getattr(site, "kernel", ()):
                 lowered[site.name] = "stacked after its convolution"
         return self.done(program, lowered=tuple(lowered.items()))
 
-    def _fuse(self, program: Program, node: fx.Node, site: LoRASite) -> str:
+    def _fuse(self, program: Program, static: Static, node: fx.Node, site: LoRASite) -> str:
         """Fuse a product with the experts after it if nothing else reads the product; returns the
         text for the report."""
         given: Any = node.args
         out, rows, scales, *factors = given
-        product = find_product(program, out)
+        product = find_product(static, out)
         if not isinstance(product, Product) or product.rows is not rows:
             return "stacked, beside a product in a form of its own"
         if set(out.users) != {node}:

@@ -164,7 +164,6 @@ NONE = {
     "features become positions": lambda m, x: m.down(
         m.up(x).relu().transpose(1, 2).reshape(x.shape[0], -1, H)
     ),
-    "a computed weight": lambda m, x: F.linear(m.up(x).relu(), m.down.weight * 2.0),
     "a scale for each position": lambda m, x: m.down(m.up(x).relu() * x.mean(-1, keepdim=True)),
 }
 
@@ -172,6 +171,11 @@ NONE = {
 @pytest.mark.parametrize("case", NONE)
 def test_what_is_no_feed_forward(case):
     assert regions(NONE[case])[2] == []
+
+
+def test_a_computed_weight_is_named():
+    reasons = regions(lambda m, x: F.linear(m.up(x).relu(), m.down.weight * 2.0))[2]
+    assert len(reasons) == 1 and "its weight is no parameter but computed" in reasons[0][1]
 
 
 def test_attention_and_wider_windows_are_none():

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_rewrite.analysis.linear_ops import Product, find_product, innermost_module
+from moe_rewrite.analysis.linear_ops import Product, find_product, innermost_module, weight_name
+from moe_rewrite.analysis.static_values import static_values
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.aten import value
 from moe_rewrite.ir.ops import op
@@ -33,7 +34,8 @@ class Net(nn.Module):
 def products(work, shape=(2, 3, IN)):
     """(program, what is found of each node that is something)."""
     program = program_of(Net(work), torch.zeros(shape))
-    found = [find_product(program, n) for n in program.graph.nodes]
+    static = static_values(program)
+    found = [find_product(static, n) for n in program.graph.nodes]
     return program, [f for f in found if f is not None]
 
 
@@ -77,15 +79,32 @@ def test_the_product_is_rows_by_weight_plus_bias(case):
         torch.testing.assert_close(model(x).reshape(expected.shape), expected)
 
 
+COMPUTED = {  # what computes x times a weight that is no parameter -> the tensor that names it
+    "buffer": (lambda m, x: F.linear(x, m.fixed), "fixed"),
+    "transposed buffer": (lambda m, x: x @ m.fixed.t(), "fixed"),
+    "scaled": (lambda m, x: F.linear(x, m.v * 2.0), "v"),
+    "sum": (lambda m, x: x @ (m.w + m.v.t()), "w"),
+    "dequantised": (lambda m, x: F.linear(x, m.fixed.to(torch.int8).float() * m.bias[:, None]), "fixed"),
+    "normed": (lambda m, x: F.linear(x, F.normalize(m.v, dim=1)), "v"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_weight_may_be_computed(case):
+    work, name = COMPUTED[case]
+    program, (found,) = products(work)
+    assert isinstance(found, Product) and value(found.rows).shape[-1] == IN
+    assert weight_name(program, static_values(program), found) == name
+
+
 OTHERS = {  # what is not a linear map -> the reason; None if it is no product at all
     "of values": (lambda m, x: x @ x.transpose(1, 2), None),
     "weight on the left": (lambda m, x: m.w.t() @ x.transpose(1, 2), None),
-    "with a buffer": (lambda m, x: x @ m.fixed.t(), None),
     "of three dimensions": (lambda m, x: x[:2] @ m.cube, None),
     "pointwise": (lambda m, x: x * m.w[:, 0], None),
     "an embedding": (lambda m, x: F.embedding(x.long()[..., 0], m.w), None),
-    "linear with a buffer": (lambda m, x: F.linear(x, m.fixed), "the weight is computed"),
-    "computed": (lambda m, x: F.linear(x, m.v * 2.0), "the weight is computed in the graph"),
+    "within a weight": (lambda m, x: x + (m.v @ m.w).sum(), None),
+    "of the call": (lambda m, x: F.linear(x, x[0] * 2.0), "computed from the call's inputs"),
     "alpha": (
         lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.w, alpha=2), "addmm with alpha or beta",
     ),
@@ -140,7 +159,7 @@ def test_convolutions_with_their_options(case):
         (lambda m, x: torch.convolution(
             x, m.back.weight, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1
         ), "not a plain 2-d one"),
-        (lambda m, x: F.conv2d(x, m.conv.weight * 2.0, groups=3), "the weight is computed"),
+        (lambda m, x: F.conv2d(x, x[:, :1, :2, :2].repeat(3, 3, 1, 1)[:3]), "the call's inputs"),
     ],
 )  # fmt: skip
 def test_other_convolutions_are_not_plain(work, reason):
