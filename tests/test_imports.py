@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "moe_rewrite"
 FLOORS = [
     {"cli"}, {"demo"}, {"continual"}, {"convert", "onnx"}, {"converted"}, {"passes"}, {"experts"},
     {"analysis"}, {"frontend"}, {"routing"}, {"config", "ir"}, {"kernels"},
-    {"models", "utils", "errors"},
+    {"models", "utils"}, {"errors"},
 ]  # fmt: skip
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..utils.atomic_files import replace_file
+from ..utils.read_files import read_bytes, read_json, require_finite
 from ..utils.tensor_bytes import tensor_bytes
 
 FORMAT = 1
@@ -103,13 +104,14 @@ def write(
     blob = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     meta = {"format": FORMAT, **facts, "fingerprint": fingerprint(base), "sha256": digest}
-    text = json.dumps(meta, indent=1).encode()
+    meta["meta_sha256"] = _digest_of(meta)
+    text = json.dumps(meta, indent=1, allow_nan=False).encode()
     target.mkdir(parents=True, exist_ok=True)
     replace_file(target / _tensor_file(digest), blob)
     replace_file(target / META, text)
     for old in target.glob("moe_rewrite-*.safetensors"):
         if old.name != _tensor_file(digest):
-            old.unlink()
+            old.unlink(missing_ok=True)  # another process may save to the same folder
 
 
 def _tensor_file(digest: str) -> str:
@@ -123,24 +125,22 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Ten
 
     folder = Path(folder)
     meta = _read_meta(folder / META)
+    if not (folder / _tensor_file(meta["sha256"])).exists():
+        meta = _read_meta(folder / META)  # it may just have been replaced by another save
     path = folder / _tensor_file(meta["sha256"])
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    blob = read_bytes(path)
     if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
         raise CheckpointError(f"{path}: truncated or changed since it was saved")
     try:
-        return meta, from_bytes(blob)
+        tensors = from_bytes(blob)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    require_finite(tensors, str(path))
+    return meta, tensors
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    meta = read_json(path)
     version = meta.get("format") if isinstance(meta, dict) else None
     if version != FORMAT:
         raise CheckpointError(
@@ -149,7 +149,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     wrong = [k for k, kind in REQUIRED.items() if not isinstance(meta.get(k), kind)]
     if wrong or not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
         raise CheckpointError(f"{path}: {', '.join(wrong) or 'sha256'} missing or malformed")
+    digest = meta.pop("meta_sha256", None)  # saves of versions that did not write it are read too
+    if digest is not None and digest != _digest_of(meta):
+        raise CheckpointError(f"{path}: changed since it was saved")
     return meta
+
+
+def _digest_of(meta: dict[str, Any]) -> str:
+    """Of all facts, in an order and form of their own."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -30,12 +30,13 @@ from .dense_reference import DenseReference
 from .expert_set import ExpertSet
 from .graph_cache import GraphCache
 from .parameters import ParameterStore, device_and_dtype
+from .pickling import NotPickled
 from .plan_override import PlanOverride
 from .report import Report
 from .state_dict import added_tensors, use_public_names
 
 
-class MoEModel(nn.Module):
+class MoEModel(NotPickled, nn.Module):
     """What `convert` returns: called with the original's arguments, it returns its outputs.
     `shallow`, `router` and `deep` are its modules; `report` says what was converted."""
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 
 import architectures
 import networks
@@ -13,6 +14,7 @@ from reference import added, randomize
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError
 from moe_rewrite.converted import checkpoint
+from moe_rewrite.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +92,11 @@ def test_a_crash_leaves_the_previous_save_whole(model, moe, saved, monkeypatch, 
 
 
 def edit(folder, **changes):
+    """Without the hash of the JSON itself, as in saves of older versions."""
     path = folder / checkpoint.META
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    facts = json.loads(path.read_text()) | changes
+    facts.pop("meta_sha256")
+    path.write_text(json.dumps(facts))
 
 
 def damage(folder, how):
@@ -144,6 +149,77 @@ def test_a_damaged_folder_is_refused(model, saved, how, words):
     with pytest.raises(MoeRewriteError, match=words):
         moe_rewrite.load(saved, model)
     assert before == {k: (v.data_ptr(), v._version) for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"alpha": 16', '"alpha": 5'), ('"granularity": "prefix"', '"granularity": "token"'),
+    ('"normalize": true', '"normalize": false'), ('"base": true', '"base": false'),
+    ('"top_k": null', '"top_k": 1'), ('"late"', '"later"'),
+])  # fmt: skip
+def test_an_edited_json_is_refused(model, saved, old, new):
+    path = saved / checkpoint.META
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        moe_rewrite.load(saved, model)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"[" * 100_000, "cannot be read as JSON"), (b"\xff\xfe{}", "cannot be read as JSON"),
+    (b'{"format": NaN}', "NaN is no number"), (b"", "cannot be read as JSON"),
+    (b" " * (65 << 20), "bytes, expected"), (None, "is no plain file"),
+])  # fmt: skip
+def test_an_odd_json_is_refused_in_bounded_time(model, saved, content, words):
+    """None: a pipe that nobody writes to."""
+    path = saved / checkpoint.META
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        moe_rewrite.load(saved, model)
+
+
+def test_a_save_that_diverged_is_refused(model, tmp_path):
+    moe = moe_rewrite.convert(model, split=1, verify=False)
+    with torch.no_grad():
+        moe.expert_sites()[0].b[0].fill_(float("nan"))
+    moe.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinity: the training .* diverged"):
+        moe_rewrite.load(tmp_path, model)
+
+
+def test_a_reader_that_comes_between_two_saves_reads_the_new_one(moe, model, saved, monkeypatch):
+    """The JSON that it read first names a file that was deleted since."""
+    later = moe_rewrite.load(saved, model, verify=False)
+    later.expand(1, name="newest")
+    first = checkpoint._read_meta
+
+    def slow(path):
+        monkeypatch.undo()
+        facts = first(path)
+        later.save_pretrained(saved)
+        return facts
+
+    monkeypatch.setattr(checkpoint, "_read_meta", slow)
+    assert moe_rewrite.load(saved, model, verify=False).names == [*moe.names, "newest"]
+
+
+def test_pickling_is_refused_and_copying_is_not(moe, tmp_path):
+    with pytest.raises(CheckpointError, match=r"save_pretrained\(folder\).*moe_rewrite.load"):
+        torch.save(moe, tmp_path / "moe.pt")
+    with pytest.raises(CheckpointError, match="cannot be pickled"):
+        pickle.dumps(torch.nn.Sequential(moe))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    other = copy.deepcopy(moe)
+    assert torch.equal(other(ids).logits, moe(ids).logits) and copy.copy(moe).names == moe.names
+    with torch.no_grad():
+        other.router.rows[0].add_(1.0)
+    assert not torch.equal(other.router.rows[0], moe.router.rows[0])
+    torch.save(moe.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert other.load_state_dict(state) and torch.equal(other.router.rows[0], moe.router.rows[0])
 
 
 def test_a_save_belongs_to_the_model_as_it_was_converted(tmp_path):

@@ -1,5 +1,6 @@
 """Single experts to and from PEFT's files, compared with PEFT itself."""
 
+import dataclasses
 import json
 
 import architectures
@@ -11,6 +12,7 @@ from reference import added, randomize
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
+from moe_rewrite.experts.lora.peft_config import NO_EFFECT, AdapterConfig
 
 peft = pytest.importorskip("peft")
 
@@ -89,13 +91,68 @@ def test_an_adapter_that_peft_saved_becomes_an_expert(tmp_path):
             torch.testing.assert_close(added(twin)[key], value)
 
 
+def spoiled(field):
+    """A value of a field of LoraConfig that says something."""
+    given = {
+        "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": {"q_.*": 2},
+        "alpha_pattern": {"q_proj": "four"}, "layer_replication": [[0, 2], [1, 3]],
+        "init_lora_weights": "pissa_niter_4", "trainable_token_indices": [3],
+        "target_parameters": ["experts.weight"], "peft_type": "IA3", "r": 0, "lora_alpha": None,
+    }  # fmt: skip
+    return given.get(field, {"some": "value"} if field.endswith("config") else True)
+
+
+FIELDS = [f.name for f in dataclasses.fields(peft.LoraConfig)]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "a_field_of_tomorrow"])
+def test_every_field_of_peft_is_applied_or_without_effect_or_refused(field):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    if field in NO_EFFECT - {"peft_type"} or field == "use_rslora":
+        assert AdapterConfig.of("here", config | {field: spoiled(field)}).rank == 4
+    else:
+        with pytest.raises(MoeRewriteError, match=f"here: .*({field}|type)"):
+            AdapterConfig.of("here", config | {field: spoiled(field)})
+    if field not in ("peft_type", "r", "lora_alpha"):
+        assert AdapterConfig.of("here", config | {field: None}).rank == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga"])
+def test_adapters_that_belong_to_changed_weights_are_refused(start):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": start}
+    with pytest.raises(MoeRewriteError, match="path_initial_model_for_weight_conversion"):
+        AdapterConfig.of("here", config)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("options", [
+    {"use_rslora": True}, {"rank_pattern": {"up_proj": 3}},
+    {"alpha_pattern": {"model.layers.1.self_attn.q_proj": 32}, "rank_pattern": {"q_proj": 1}},
+    {"rank_pattern": {"layers.2.mlp.up_proj": 4}, "use_rslora": True, "init_lora_weights": "gaussian"},
+], ids=str)  # fmt: skip
+def test_ranks_and_scales_of_each_module(options, tmp_path):
+    _, moe = converted("Llama")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"],
+                             layers_to_transform=[1, 2], **options)  # fmt: skip
+    theirs = peft.get_peft_model(architectures.build("Llama"), config).eval()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_" in n:
+                p.normal_(0, 0.3)
+        want = theirs(**inputs("Llama")).logits
+        theirs.save_pretrained(tmp_path)
+        moe.add_expert(from_peft=tmp_path, name="theirs")
+        with moe.use_expert("theirs"):
+            torch.testing.assert_close(moe(**inputs("Llama")).logits, want, rtol=1e-4, atol=1e-5)
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path):
     _, moe = converted("Llama")
     moe.export_peft(0, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     cases = {
         "rank 16": {"r": 16}, "'IA3'": {"peft_type": "IA3"}, "use_dora": {"use_dora": True},
-        "no rank": {"r": "four"}, "A and B of": {"r": 2},
+        "no rank": {"r": "four"}, "A and B of": {"r": 2}, "rank 8": {"rank_pattern": {"q_proj": 8}},
     }  # fmt: skip
     for message, change in cases.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
@@ -108,6 +165,6 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(MoeRewriteError, match="no adapter"):
         moe.add_expert(from_peft=tmp_path)
-    with pytest.raises(MoeRewriteError, match="no adapter"):
+    with pytest.raises(MoeRewriteError, match="cannot be read"):
         moe.add_expert(from_peft=tmp_path / "nowhere")
     assert moe.num_experts == small.num_experts == 1

@@ -131,10 +131,41 @@ def newer(model):
     model.ir_version = 99
 
 
+def flipped(whole, changed):
+    content = bytearray(whole.read_bytes())
+    content[-2] ^= 1
+    changed.write_bytes(content)
+
+
+def rewritten(whole, changed, edit):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(whole)
+    edit(tensors)
+    with safe_open(whole, "pt") as opened:
+        save_file(tensors, changed, opened.metadata())
+
+
+def swapped(whole, changed):
+    def edit(tensors):
+        by_shape = {}
+        for name, tensor in tensors.items():
+            by_shape.setdefault(tuple(tensor.shape), []).append(name)
+        one, two = next(names for names in by_shape.values() if len(names) > 1)[:2]
+        tensors[one], tensors[two] = tensors[two].clone(), tensors[one].clone()
+
+    rewritten(whole, changed, edit)
+
+
+def diverged(whole, changed):
+    rewritten(whole, changed, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+
+
 def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
     moe, path, _ = llama
     load = moe_rewrite.onnx.load
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load(tmp_path / "absent.onnx")
     (tmp_path / "noise.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="not an ONNX file|not written by"):
@@ -144,7 +175,7 @@ def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
         load(tmp_path / "half.onnx")
     for key, value, words in (
         ("moe_rewrite.format", "2", "upgrade"),
-        ("moe_rewrite.format", "{", "no JSON"),
+        ("moe_rewrite.format", "{", "cannot be read as JSON"),
         ("moe_rewrite.stacks", '{"lm_head.weight": [7, 1]}', "malformed"),
     ):
         model = onnx.load(path)
@@ -168,6 +199,12 @@ def test_wrong_files_are_refused_with_a_reason(llama, tmp_path):
         onnx.save_model(model, tmp_path / "changed.onnx")
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path / "changed.onnx")
+    whole = tmp_path / "own.safetensors"
+    moe_rewrite.onnx.export_experts(moe, whole)
+    for change in (flipped, swapped, diverged):
+        change(whole, tmp_path / "changed.safetensors")
+        with pytest.raises(CheckpointError, match="changed since it was written"):
+            load(path, experts=tmp_path / "changed.safetensors")
     other = converted(TokenRouter(top_k=2, granularity="token"), name="GPT2")
     moe_rewrite.onnx.export_experts(other, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="another base model"):

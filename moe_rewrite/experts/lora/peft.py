@@ -3,7 +3,6 @@ adapter_model.safetensors."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,18 +12,13 @@ import torch
 
 from ...errors import CheckpointError, ConfigError
 from ...utils.atomic_files import replace_file, write_json
+from ...utils.read_files import read_bytes, read_json, require_finite
 from ..base import ExpertParameters
 from .parameters import LoRAParameters
+from .peft_config import AdapterConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-REFUSED = (
-    "use_dora",
-    "alora_invocation_tokens",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
 
 
 def lora_sites(sites: Iterable[ExpertParameters]) -> dict[str, LoRAParameters]:
@@ -67,11 +61,10 @@ def read_adapter(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Site -> (A, B) of an adapter, converted to the experts' rank and scale.
 
-    A smaller rank is padded with zeros. Raises CheckpointError for another kind of adapter, a
-    larger rank, modules that are not sites, or other shapes.
+    A smaller rank is padded with zeros. Raises CheckpointError for another kind of adapter, fields
+    that experts cannot do, a larger rank, modules that are not sites, or other shapes.
     """
     config, tensors = _read(Path(folder))
-    rank, scale = _rank_and_scale(Path(folder), config, spec)
     given: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
@@ -83,7 +76,12 @@ def read_adapter(
         given.setdefault(name, {})[part] = tensor
     made = {}
     for name, parts in given.items():
-        a, b = parts.get("A"), parts.get("B")
+        a, b, rank = parts.get("A"), parts.get("B"), config.rank_of(name)
+        if rank > spec.rank:
+            raise CheckpointError(
+                f"{folder}: {name} has rank {rank}, and this model's experts have {spec.rank}: "
+                f"convert with LoRAExperts(rank={config.largest_rank})"
+            )
         want_a, want_b = sites[name].a[0], sites[name].b[0]
         fits = (
             a is not None and b is not None
@@ -97,7 +95,10 @@ def read_adapter(
             )
         assert a is not None and b is not None
         full_a, full_b = torch.zeros_like(want_a), torch.zeros_like(want_b)
-        full_a[:rank], full_b[:, :rank] = a.to(want_a), b.to(want_b) * (scale / spec.scale)
+        full_a[:rank], full_b[:, :rank] = (
+            a.to(want_a),
+            b.to(want_b) * (config.scale_of(name) / spec.scale),
+        )
         made[name] = full_a, full_b
     return made
 
@@ -110,31 +111,14 @@ def fill_newest(sites: dict[str, LoRAParameters], read: dict[str, Any]) -> None:
         sites[name].b[-1].copy_(b)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
+    config = AdapterConfig.of(str(folder), read_json(folder / CONFIG))
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load(read_bytes(folder / WEIGHTS))
+    except SafetensorError as error:
         raise CheckpointError(f"{folder}: no adapter of PEFT's can be read ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise CheckpointError(f"{folder}: an adapter of type {kind!r}, expected 'LORA'")
-    for option in REFUSED:
-        if config.get(option):
-            raise CheckpointError(f"{folder}: {option}={config[option]!r}: experts cannot do this")
+    require_finite(tensors, str(folder))
     return config, tensors
-
-
-def _rank_and_scale(folder: Path, config: dict[str, Any], spec: Any) -> tuple[int, float]:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise CheckpointError(f"{folder}: r={rank!r}, lora_alpha={alpha!r} are no rank and scale")
-    if rank > spec.rank:
-        raise CheckpointError(
-            f"{folder}: rank {rank}, and this model's experts have {spec.rank}: convert with "
-            f"LoRAExperts(rank={rank})"
-        )
-    return rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

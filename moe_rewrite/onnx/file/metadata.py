@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import onnx
 import torch
 
 from ...errors import CheckpointError
+from ...utils.read_files import parse_json, require_plain
 from ..trace.weights import ExpertDim
 
 FORMAT = 1
@@ -44,8 +44,7 @@ def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
     Raises CheckpointError for a file that is damaged, not written by `export_onnx`, newer, or that
     refers to weights outside its folder.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    require_plain(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors have no common base
@@ -53,10 +52,8 @@ def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
     raw = {p.key: p.value for p in model.metadata_props}
     if not model.graph.node or PREFIX + "format" not in raw:
         raise CheckpointError(f"{path}: was not written by export_onnx(); use onnxruntime itself")
-    try:
-        said = {k.removeprefix(PREFIX): json.loads(v) for k, v in raw.items()}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its metadata is no JSON ({error})") from None
+    where = f"{path}: its metadata"
+    said = {k.removeprefix(PREFIX): parse_json(v, where) for k, v in raw.items()}
     if said["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: format {said['format']!r}, this version reads {FORMAT}: upgrade moe_rewrite"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from ...errors import CheckpointError
 from ...utils.atomic_files import replace_file
+from ...utils.read_files import parse_json, require_finite, require_plain
+from ...utils.tensor_bytes import tensor_bytes
 from ..file.metadata import FORMAT, Facts, require_stack
 from ..trace.functional import FunctionalModel
 from ..trace.weights import ROWS, tensors_of
@@ -41,6 +44,7 @@ def export_experts(
     tensors = {n: functional.tensors[n].cpu().contiguous() for n in functional.stacks}
     facts = {
         "format": FORMAT, "base": base_of(functional), "experts": [moe.names[e] for e in functional.active],
+        "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
     }  # fmt: skip
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +61,14 @@ def read_experts(
     """
     from safetensors import SafetensorError, safe_open
 
+    require_plain(file)
     try:
         with safe_open(file, "pt") as opened:
-            said = json.loads((opened.metadata() or {}).get("moe_rewrite", "null"))
+            written = (opened.metadata() or {}).get("moe_rewrite", "null")
             tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{file}: no experts can be read ({error})") from None
+    said = parse_json(written, f"{file}: its metadata")
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         version = said.get("format") if isinstance(said, dict) else None
         raise CheckpointError(f"{file}: format {version!r}, this version reads {FORMAT}")
@@ -74,12 +80,28 @@ def read_experts(
     if set(tensors) != set(facts.stacks):
         odd = sorted(set(tensors) ^ set(facts.stacks))[:3]
         raise CheckpointError(f"{file}: other tensors than the model's, for example {odd}")
+    hashes = said.get("sha256")
+    changed = [n for n, t in tensors.items() if not _is_of(hashes, n, t)]
+    if changed:
+        raise CheckpointError(
+            f"{file}: {changed[0]} changed since it was written, or has no hash: export the experts "
+            "again"
+        )
+    require_finite(tensors, str(file))
     old = {t.name: t for t in model.graph.initializer}
     counts = {require_stack(n, facts.stacks[n], old[n], t) for n, t in tensors.items()}
     names = said.get("experts")
     if not isinstance(names, list) or counts != {len(names)}:
         raise CheckpointError(f"{file}: {sorted(counts)} experts in its tensors, named {names}")
     return tensors, [str(n) for n in names]
+
+
+def _is_of(hashes: Any, name: str, tensor: torch.Tensor) -> bool:
+    return isinstance(hashes, dict) and hashes.get(name) == _digest(tensor)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def export_adapter(
