@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..utils.folders import require_writable
 from .problem import Problem
 from .registry import Setup
 from .results import Result, comparison_table, matrix_table, write_results
@@ -33,6 +34,9 @@ def compare(
 
     Other arguments and errors as for `run`.
     """
+    for folder in (out, json_file.parent if json_file is not None else None):
+        if folder is not None:
+            require_writable(folder)
     results = {}
     for method in methods:
         folder = None if out is None else out / method

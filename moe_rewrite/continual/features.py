@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from ..converted import checkpoint
 from ..converted.model import MoEModel
 from ..errors import ConfigError
+from ..utils.folders import in_turn, require_writable
 from ..utils.tensor_bytes import tensor_bytes
 
 MASK = "attention_mask"
@@ -39,7 +41,6 @@ class FeatureCache:
         self.hits = self.misses = 0
         self._model = _fingerprint(moe)
         self._store = _Memory() if folder is None else _Mapped(Path(folder), self._model, max_bytes)
-        self._used = self._store.used
 
     def __len__(self) -> int:
         return len(self._store.entries)
@@ -64,9 +65,8 @@ class FeatureCache:
 
     def _keep(self, key: str, row: Any) -> None:
         size = row.numel() * row.element_size()
-        if key not in self._store.entries and self._used + size <= self.max_bytes:
+        if key not in self._store.entries and self._store.used + size <= self.max_bytes:
             self._store.put(key, row)
-            self._used += size
 
     def _key(self, inputs: Mapping[str, torch.Tensor], row: int, lengths: list[int] | None) -> str:
         digest = hashlib.sha256(self._model.encode())
@@ -115,39 +115,45 @@ class _Memory:
 
     def put(self, key: str, row: torch.Tensor) -> None:
         self.entries[key] = row.clone()
+        self.used += row.numel() * row.element_size()
 
 
 class _Mapped:
     """One flat file, and a line of JSON for each sample in it, written after the sample.
 
-    A line that a crash truncated, or a sample with a wrong checksum, counts as absent.
+    Several caches, of several processes too, may use the files: each appends in turn, after what
+    the others wrote. A line that is malformed, and a sample that does not belong to its line, count
+    as absent.
     """
 
     def __init__(self, folder: Path, model: str, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        require_writable(folder)
         self.index = folder / f"features-{model}.jsonl"
+        self.lock = folder / f".features-{model}.lock"
         data = folder / f"features-{model}.bin"
-        self.entries = self._read()
-        self.used = max((e["at"] + e["size"] for e in self.entries.values()), default=0)
-        if not data.exists() or data.stat().st_size < max_bytes:
-            with open(data, "ab") as file:
-                file.truncate(max_bytes)  # a sparse file: uses disk only for what is written
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.used = self.read = 0  # bytes of the data, and of the index
+        with in_turn(self.lock):
+            if not data.exists() or data.stat().st_size < max_bytes:
+                with open(data, "ab") as file:
+                    file.truncate(max_bytes)  # a sparse file: uses disk only for what is written
         self.bytes = np.memmap(data, np.uint8, "r+")
-        self.entries = {
-            k: e for k, e in self.entries.items() if e["at"] + e["size"] <= len(self.bytes)
-        }
+        self._read()
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        entries: dict[str, dict[str, Any]] = {}
-        lines = self.index.read_text().splitlines() if self.index.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if getattr(torch, entry["dtype"]) and isinstance(entry["at"] + entry["size"], int):
-                    entries[entry["key"]] = entry
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-        return entries
+    def _read(self) -> None:
+        """Take in the lines that were added since."""
+        if not self.index.exists():
+            return
+        with open(self.index, "rb") as file:
+            file.seek(self.read)
+            whole = file.read().rpartition(b"\n")[0]
+        for line in whole.split(b"\n") if whole else ():
+            entry = _entry(line)
+            if entry is not None:
+                self.used = max(self.used, entry["at"] + entry["size"])
+                if entry["at"] + entry["size"] <= len(self.bytes):
+                    self.entries[entry["key"]] = entry
+        self.read += len(whole) + bool(whole)
 
     def get(self, key: str) -> torch.Tensor | None:
         entry = self.entries.get(key)
@@ -155,7 +161,7 @@ class _Mapped:
             return None
         raw = np.array(self.bytes[entry["at"] : entry["at"] + entry["size"]])
         if not entry.get("sound"):
-            if zlib.crc32(raw.data) != entry["crc"]:
+            if _checksum(entry, raw.data) != entry["crc"]:
                 del self.entries[key]
                 return None
             entry["sound"] = True
@@ -163,12 +169,36 @@ class _Mapped:
 
     def put(self, key: str, row: torch.Tensor) -> None:
         raw = tensor_bytes(row)
-        self.bytes[self.used : self.used + len(raw)] = raw
-        entry = {
-            "key": key, "at": self.used, "size": len(raw), "shape": list(row.shape),
-            "dtype": str(row.dtype).removeprefix("torch."), "crc": zlib.crc32(raw),
-        }  # fmt: skip
-        with open(self.index, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.entries[key] = entry | {"sound": True}
-        self.used += len(raw)
+        with in_turn(self.lock):
+            self._read()
+            if key in self.entries or self.used + len(raw) > len(self.bytes):
+                return
+            self.bytes[self.used : self.used + len(raw)] = raw
+            entry = {
+                "key": key, "at": self.used, "size": len(raw), "shape": list(row.shape),
+                "dtype": str(row.dtype).removeprefix("torch."),
+            }  # fmt: skip
+            entry["crc"] = _checksum(entry, raw)
+            with open(self.index, "a") as file:
+                cut = file.tell() > self.read  # in the middle of a line, by a crash
+                file.write("\n" * cut + json.dumps(entry) + "\n")
+            self._read()
+        self.entries[key]["sound"] = True
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line of the index; None if it is malformed."""
+    try:
+        entry = json.loads(line)
+        dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
+        numbers = [entry["at"], entry["size"], entry["crc"], *shape]
+        fits = prod(shape) * dtype.itemsize == entry["size"] and isinstance(entry["key"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return entry if fits and all(type(n) is int and n >= 0 for n in numbers) else None
+
+
+def _checksum(entry: dict[str, Any], raw: Any) -> int:
+    """Of a sample and of what its line says, so that no line serves another sample."""
+    said = json.dumps([entry[k] for k in ("key", "at", "size", "shape", "dtype")])
+    return zlib.crc32(raw, zlib.crc32(said.encode()))

@@ -31,6 +31,12 @@ class Problem(ABC):
     def batch(self, items: Sequence[Item]) -> Batch:
         """These items as tensors: the model's arguments, and ``labels``."""
 
+    def facts(self) -> dict[str, Any]:
+        """What the batches made of given items depend on, for `identity_of`."""
+        simple = (bool, int, float, str, type(None))
+        own = {k: v for k, v in vars(self).items() if isinstance(v, simple)}
+        return {"kind": type(self).__name__, **own}
+
     @abstractmethod
     def predict(self, model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, C) logits of the rows that count, and their (N,) int64 targets."""

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..config import LoRAExperts, TokenRouter
 from ..convert import convert, load
-from ..converted.checkpoint import META
 from ..converted.model import MoEModel
 from ..converted.report import Report
 from ..errors import ConfigError
@@ -143,5 +142,4 @@ def make_method(
     """
     if name not in METHODS:
         raise ConfigError(f"method {name!r}: expected one of {', '.join(METHODS)}")
-    found = saved if saved is not None and (saved / META).exists() else None
-    return METHODS[name](dense, problem, setup, example, found)
+    return METHODS[name](dense, problem, setup, example, saved)

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..utils.atomic_files import replace_file, write_json
+from ..utils.folders import locked
+from ..utils.read_files import read_bytes, read_json
+from .identity import digest, identity_of
 from .learner import Learner, router_use
 from .methods.base import Method
 from .problem import Problem
@@ -47,8 +49,8 @@ def run(
         `load`), and progress.json, which names it and is replaced last. A run with the same
         arguments resumes from it.
 
-    Raises ConfigError for a wrong option, or if `out` holds another run; CheckpointError if its
-    files are damaged.
+    Raises ConfigError for a wrong option, if `out` holds another run, is in use or cannot be
+    written to; CheckpointError if its files are damaged or missing.
     """
     if score not in problem.scores:
         raise ConfigError(f"score={score!r}: expected one of {', '.join(problem.scores)}")
@@ -57,8 +59,18 @@ def run(
             "score='loss': these tasks add classes, and the loss of a class that a head does not "
             "have yet is infinite; use 'accuracy'"
         )
-    identity = _identity(name, tasks, setup, base_task, score)
-    kept = None if out is None else _RunFolder(out, identity)
+    if out is None:
+        return _run(name, dense, problem, tasks, setup, base_task, score, None)
+    with locked(out):
+        identity = identity_of(name, dense, problem, tasks, setup, base_task, score)
+        kept = _RunFolder(out, identity)
+        return _run(name, dense, problem, tasks, setup, base_task, score, kept)
+
+
+def _run(
+    name: str, dense: nn.Module, problem: Problem, tasks: Sequence[Task], setup: Setup,
+    base_task: Task | None, score: str, kept: _RunFolder | None,
+) -> Result:  # fmt: skip
     learnt, result = (0, None) if kept is None else kept.read()
     if result is not None and learnt == len(tasks):
         return result
@@ -74,7 +86,8 @@ def run(
             keeps_data=method.keeps_data,
         )  # fmt: skip
     elif saved is not None:
-        method.restore(_load(saved / STATE), tasks, learnt)
+        assert kept is not None
+        method.restore(kept.tensors(learnt), tasks, learnt)
     for number in range(learnt, len(tasks)):
         _seed(setup, tasks[number].name, number)
         start = time.perf_counter()
@@ -123,27 +136,12 @@ class _Scores:
         return self.method.problem.score(model, task, kind, self.method.device)
 
 
-def _identity(
-    name: str, tasks: Sequence[Task], setup: Setup, base_task: Task | None, score: str
-) -> dict[str, Any]:
-    """What must be equal for a run to be resumed."""
-    facts = json.loads(json.dumps(asdict(setup)))
-    facts.pop("cache")
-    sizes = [[t.name, len(t.train), len(t.test), t.epochs] for t in tasks]
-    return {
-        "method": name,
-        "tasks": sizes,
-        "setup": facts,
-        "own": base_task is not None,
-        "score": score,
-    }
-
-
 class _RunFolder:
     """The folder of a run: states by number of tasks learnt, and progress.json with the last."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
+        self.state_digest = ""
 
     def state(self, learnt: int) -> Path:
         return self.folder / f"after-{learnt}"
@@ -152,19 +150,40 @@ class _RunFolder:
         file = self.folder / PROGRESS
         if not file.exists():
             return 0, None
+        progress = read_json(file)
         try:
-            progress = json.loads(file.read_text())
+            own = progress.pop("sha256")
             learnt, result = progress["learnt"], Result(**progress["result"])
-            identity = progress["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: no progress of a run ({error})") from None
-        differs = [k for k in self.identity if identity.get(k) != self.identity[k]]
+            identity, self.state_digest = progress["identity"], progress["state"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: no progress of a run ({error}), or of an older version: use another --out"
+            ) from None
+        if own != digest(progress):
+            raise CheckpointError(f"{file}: changed since it was written: use another --out")
+        differs = sorted(
+            k for k in identity | self.identity if identity.get(k) != self.identity.get(k)
+        )
         if differs:
             raise ConfigError(
                 f"{self.folder} holds another run, which differs in {', '.join(differs)}: use "
                 "another --out, or the same options to go on"
             )
         return learnt, result
+
+    def tensors(self, learnt: int) -> dict[str, torch.Tensor]:
+        """The state after so many tasks. Raises CheckpointError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = self.state(learnt) / STATE
+        content = read_bytes(file)
+        if hashlib.sha256(content).hexdigest() != self.state_digest:
+            raise CheckpointError(f"{file}: changed since it was written: use another --out")
+        try:
+            return load(content)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
 
     def write(self, learnt: int, method: Method, result: Result) -> None:
         from safetensors.torch import save
@@ -173,21 +192,14 @@ class _RunFolder:
         shutil.rmtree(target, ignore_errors=True)  # incomplete, from a killed run
         target.mkdir(parents=True)
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in method.state().items()}
-        replace_file(target / STATE, save(tensors))
+        content = save(tensors)
+        replace_file(target / STATE, content)
         if isinstance(method, Learner):
             method.model.save_pretrained(target)
-        progress = {"learnt": learnt, "result": result.to_dict(), "identity": self.identity}
-        write_json(self.folder / PROGRESS, progress)
+        facts = {"learnt": learnt, "result": result.to_dict(), "identity": self.identity}
+        facts["state"] = hashlib.sha256(content).hexdigest()
+        facts = json.loads(json.dumps(facts))  # as it will be read
+        write_json(self.folder / PROGRESS, facts | {"sha256": digest(facts)})
         for old in self.folder.glob("after-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
-
-
-def _load(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error})") from None

@@ -14,6 +14,9 @@ from .tasks import Item, Task
 IGNORED = -100  # the label of a token that is not learnt
 
 
+PROBE = "Which tokenizer? The quick brown fox: 0123, été, \u6f22\u5b57."  # tells tokenizers apart
+
+
 class TextProblem(Problem):
     """Items are {"prompt", "answer"}, or {"ids"} to be learnt as they are.
 
@@ -34,6 +37,9 @@ class TextProblem(Problem):
         self.own_length, self.new_tokens = own_length, new_tokens
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.padding = next(i for i in known if i is not None)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"tokens": self._encode({"prompt": PROBE, "answer": PROBE})}
 
     def _encode(self, item: Item) -> tuple[list[int], list[int]]:
         if "ids" in item:

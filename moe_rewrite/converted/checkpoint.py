@@ -19,11 +19,14 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..utils.atomic_files import replace_file
-from ..utils.read_files import read_bytes, read_json, require_finite
+from ..utils.one_writer import one_writer
+from ..utils.read_files import parse_tensors, read_bytes, read_json, require_finite, shown
+from ..utils.seal import SEAL, require_seal, sealed
 from ..utils.tensor_bytes import tensor_bytes
 
 FORMAT = 1
 META = "moe_rewrite.json"
+READS = 5  # of a folder to which others write meanwhile
 DENSE = "moe_rewrite.dense."  # before the names of dense tensors that training may have changed
 REQUIRED = {
     "recipe": dict,
@@ -62,12 +65,12 @@ class Facts:
             right = isinstance(given, list) and all(type(x) is kinds[name] for x in given)
             if not right or len(given) not in counts.get(name, (experts,)):  # type: ignore[arg-type]
                 raise CheckpointError(
-                    f"{folder}: the saved {name} of experts are malformed: {given}"
+                    f"{folder}: the saved {name} of experts are malformed: {shown(given)}"
                 )
         facts = cls(**said)  # type: ignore[arg-type]
         if len(set(facts.names)) != experts or not all(0 <= c < 10**6 for c in facts.classes):
             raise CheckpointError(
-                f"{folder}: the saved names of experts are malformed: {facts.names}"
+                f"{folder}: the saved names of experts are malformed: {shown(facts.names)}"
             )
         return facts
 
@@ -93,7 +96,7 @@ def write(
     base: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     """Write tensors and facts, with the fingerprint of the model that they belong to, whose state
-    dict is `base`.
+    dict is `base`. Tensors that hold NaN are written too: `read` refuses them.
 
     The tensors' file has their hash in its name, and the old one is deleted only after the JSON was
     replaced: the JSON on disk always finds the file that it was written with.
@@ -104,14 +107,14 @@ def write(
     blob = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     meta = {"format": FORMAT, **facts, "fingerprint": fingerprint(base), "sha256": digest}
-    meta["meta_sha256"] = _digest_of(meta)
-    text = json.dumps(meta, indent=1, allow_nan=False).encode()
+    text = json.dumps(sealed(meta), indent=1, allow_nan=False).encode()
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / _tensor_file(digest), blob)
-    replace_file(target / META, text)
-    for old in target.glob("moe_rewrite-*.safetensors"):
-        if old.name != _tensor_file(digest):
-            old.unlink(missing_ok=True)  # another process may save to the same folder
+    with one_writer(target):
+        replace_file(target / _tensor_file(digest), blob)
+        replace_file(target / META, text)
+        for old in target.glob("moe_rewrite-*.safetensors"):
+            if old.name != _tensor_file(digest):
+                old.unlink(missing_ok=True)
 
 
 def _tensor_file(digest: str) -> str:
@@ -119,24 +122,30 @@ def _tensor_file(digest: str) -> str:
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The facts and tensors of a saved folder, checked. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
+    """The facts and tensors of a saved folder, checked. Raises CheckpointError.
 
-    folder = Path(folder)
-    meta = _read_meta(folder / META)
-    if not (folder / _tensor_file(meta["sha256"])).exists():
-        meta = _read_meta(folder / META)  # it may just have been replaced by another save
-    path = folder / _tensor_file(meta["sha256"])
-    blob = read_bytes(path)
+    While others save to it, the save before theirs or theirs is read.
+    """
+    meta, path, blob = _read_pair(Path(folder))
     if hashlib.sha256(blob).hexdigest() != meta["sha256"]:
         raise CheckpointError(f"{path}: truncated or changed since it was saved")
-    try:
-        tensors = from_bytes(blob)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    require_finite(tensors, str(path))
+    tensors = parse_tensors(blob, str(path))
+    require_finite(tensors, str(path), lambda name: name.startswith(DENSE))  # a mask's -inf
     return meta, tensors
+
+
+def _read_pair(folder: Path) -> tuple[dict[str, Any], Path, bytes]:
+    """The JSON, and the path and bytes of the file that it names: once more where another save has
+    replaced both in between."""
+    for left in reversed(range(READS)):
+        meta = _read_meta(folder / META)
+        path = folder / _tensor_file(meta["sha256"])
+        try:
+            return meta, path, read_bytes(path)
+        except CheckpointError:
+            if not left:
+                raise
+    raise AssertionError("READS is 0")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -149,15 +158,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     wrong = [k for k, kind in REQUIRED.items() if not isinstance(meta.get(k), kind)]
     if wrong or not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
         raise CheckpointError(f"{path}: {', '.join(wrong) or 'sha256'} missing or malformed")
-    digest = meta.pop("meta_sha256", None)  # saves of versions that did not write it are read too
-    if digest is not None and digest != _digest_of(meta):
-        raise CheckpointError(f"{path}: changed since it was saved")
+    if SEAL in meta:  # saves of versions that did not write it are read too
+        require_seal(meta, str(path))
     return meta
-
-
-def _digest_of(meta: dict[str, Any]) -> str:
-    """Of all facts, in an order and form of their own."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -1,9 +1,13 @@
-"""Read files that may be damaged, or made to harm: plain files of bounded size, checked JSON."""
+"""Read files that may be damaged, or made to harm: plain files of bounded size, checked JSON and
+tensors."""
 
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,13 @@ import torch
 from ..errors import CheckpointError
 
 LARGEST_JSON = 64 << 20  # bytes
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value that was read, for an error's text: of bounded length."""
+    return _SHORT.repr(value)
 
 
 def read_bytes(path: Path, largest: int | None = None) -> bytes:
@@ -44,21 +55,45 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Strict JSON: NaN and infinities are refused, as are brackets that nest too deeply. Raises
-    CheckpointError, which begins with `where`."""
+    """Strict JSON: NaN and infinities are refused, 1e999 too, as are brackets that nest too deeply.
+    Raises CheckpointError, which begins with `where`."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: cannot be read as JSON ({error})") from None
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number of JSON")
+    return float(number)
 
 
-def require_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Raise CheckpointError if a tensor holds NaN or an infinity."""
-    odd = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+def parse_tensors(content: bytes, where: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError, which begins with `where`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that PyTorch does not have
+        raise CheckpointError(f"{where}: not a safetensors file ({error})") from None
+
+
+def require_finite(
+    tensors: dict[str, torch.Tensor], where: str, may_be_infinite: Callable[[str], bool] | None = None
+) -> None:
+    """Raise CheckpointError if a tensor holds NaN, or an infinity that it may not hold by its name."""
+
+    def is_odd(name: str, tensor: torch.Tensor) -> bool:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return False
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # no isfinite of 8 bits
+        if may_be_infinite is not None and may_be_infinite(name):
+            return bool(values.isnan().any())
+        return not values.isfinite().all()
+
+    odd = [name for name, tensor in tensors.items() if is_odd(name, tensor)]
     if odd:
         raise CheckpointError(
             f"{where}: {', '.join(odd[:3])} {'hold' if len(odd) > 1 else 'holds'} NaN or infinity: "

@@ -115,6 +115,42 @@ def test_a_later_run_reuses_the_file_and_recomputes_damaged_samples(llama, tmp_p
     assert len(list(tmp_path.glob("*.bin"))) == 2  # another model's features are not these
 
 
+def test_two_caches_of_one_file_append_in_turn(llama, tmp_path):
+    moe = routed(llama)
+    first, second, third = (PROBLEM.inputs(b) for b in batches()[:3])
+    one, two = (FeatureCache(moe, tmp_path, 2**20) for _ in range(2))
+    plain = FeatureCache(moe)
+    for cache, batch in ((one, first), (two, second), (one, third), (two, first), (one, second)):
+        assert torch.equal(cache.features(batch), plain.features(batch))
+    later = FeatureCache(moe, tmp_path, 2**20)
+    for batch in (first, second, third):
+        assert torch.equal(later.features(batch), plain.features(batch))
+    assert later.misses == 0
+
+
+def edited(line, **changes):
+    return json.dumps(json.loads(line) | changes)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda line, other: edited(line, key=json.loads(other)["key"]),
+    lambda line, other: edited(line, at=json.loads(other)["at"]),
+    lambda line, other: edited(line, dtype="int32"), lambda line, other: edited(line, dtype="save"),
+    lambda line, other: edited(line, shape=[-1]), lambda line, other: edited(line, size=-4),
+    lambda line, other: json.dumps({"key": "a"}), lambda line, other: "[" * 100_000,
+    lambda line, other: line.replace("crc", "CRC"), lambda line, other: "\xff\xfe",
+])  # fmt: skip
+def test_an_index_that_was_edited_gives_no_wrong_features(llama, tmp_path, edit):
+    moe, batch = routed(llama), PROBLEM.inputs(batches()[0])
+    want = FeatureCache(moe, tmp_path, 2**20).features(batch)
+    index = next(tmp_path.glob("*.jsonl"))
+    lines = index.read_text().splitlines()
+    lines[1] = edit(lines[1], lines[2])
+    index.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    again = FeatureCache(moe, tmp_path, 2**20)
+    assert torch.equal(again.features(batch), want) and again.misses >= 1
+
+
 def test_it_keeps_no_more_than_it_may(llama, tmp_path):
     moe = routed(llama)
     for folder in (None, tmp_path):
@@ -124,7 +160,7 @@ def test_it_keeps_no_more_than_it_may(llama, tmp_path):
         kept = sum(
             PROBLEM.batch([i])["input_ids"].shape[1] for t in words.stream() for i in t.train
         )
-        assert len(cache) > 0 and cache._used <= 4000 < 4 * 32 * kept
+        assert len(cache) > 0 and cache._store.used <= 4000 < 4 * 32 * kept
     with pytest.raises(MoeRewriteError, match="max_bytes"):
         FeatureCache(moe, None, 0)
 

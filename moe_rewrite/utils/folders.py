@@ -1,0 +1,50 @@
+"""Folders that are written for long: checked before, and used by one process at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder. Raises ConfigError where that, or a file in it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to ({error})") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes, and other runs of this one, out of a folder. The system drops the lock
+    of a process that dies. Raises ConfigError if the folder is in use or cannot be written to."""
+    require_writable(folder)
+    with open(folder / ".lock", "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{folder}: another run is using it: wait for its end, or choose another folder"
+                ) from None
+        yield
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """One process, or user of this file, at a time; the others wait."""
+    with open(path, "a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
