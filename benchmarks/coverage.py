@@ -161,7 +161,7 @@ def in_a_process(kind: type, seconds: int = SECONDS) -> str:
 
 
 def run(chosen: Iterable[tuple[str, str, type]], jobs: int) -> dict[str, dict[str, str]]:
-    """{task: {model type: outcome}}."""
+    """{task: {name of the class: outcome}}."""
     from rich.progress import track
 
     found: dict[str, dict[str, str]] = {}
@@ -176,7 +176,7 @@ def run(chosen: Iterable[tuple[str, str, type]], jobs: int) -> dict[str, dict[st
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", nargs="*", help="model types")
+    arguments.add_argument("--only", nargs="*", help="names of classes")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = arguments.parse_args()
     torch.set_num_threads(1)

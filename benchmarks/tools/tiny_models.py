@@ -43,18 +43,18 @@ STAGES = {
 
 
 def families() -> Iterator[tuple[str, str, type]]:
-    """(task, model type, class), one of each class."""
+    """(task, name of the class, class)."""
     import transformers
     from transformers.models.auto import modeling_auto
 
     seen: set[str] = set()
     for task, table in TASKS.items():
-        for kind, names in getattr(modeling_auto, table).items():
+        for names in getattr(modeling_auto, table).values():
             name = names[0] if isinstance(names, (list, tuple)) else names
             found = getattr(transformers, name, None)
             if name not in seen and found is not None:
                 seen.add(name)
-                yield task, kind, found
+                yield task, name, found
 
 
 def build(kind: type) -> nn.Module:

@@ -118,6 +118,7 @@ def find_mainline(program: Program) -> Mainline:
     parameter: dict[fx.Node, bool] = {}
     positions: dict[fx.Node, int] = {}
     edges: dict[fx.Node, list[fx.Node]] = {}
+    through: dict[fx.Node, list[fx.Node]] = {}  # indices and masks that are made of features
     writers: dict[fx.Node, fx.Node] = {}  # storage -> the mainline node that wrote to it last
     for at, node in enumerate(program.graph.nodes):
         kind = program.inputs[node.name].kind if node.op == "placeholder" else ""
@@ -128,9 +129,12 @@ def find_mainline(program: Program) -> Mainline:
         parameter[node] = kind == "weight" or (not by_shape and any(parameter[s] for s in sources))
         if node.op == "output" or kind or not (user[node] and parameter[node]):
             continue
-        if _is_float(value(node)):
+        from_ = [p for s in sources for p in ([s] if s in positions else through.get(s, ()))]
+        if not _is_float(value(node)):
+            through[node] = list(dict.fromkeys(from_))
+        else:
             positions[node] = at
-            edges[node] = list(dict.fromkeys(s for s in sources if s in positions))
+            edges[node] = list(dict.fromkeys(from_))
             for written in mutated(node):
                 writers[alias_root(written)] = node
     sink = _sink(program, positions, edges)
@@ -143,7 +147,7 @@ def _carries_value(node: fx.Node) -> bool:
 
 def _is_float(val: object) -> bool:
     tensors = [v for v in pytree.tree_leaves(val) if isinstance(v, torch.Tensor)]
-    return any(t.is_floating_point() for t in tensors)
+    return any(t.is_floating_point() or t.is_complex() for t in tensors)
 
 
 def _sink(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..analysis.causality import is_causal
+from ..analysis.line_maps import is_line_map
 from ..config import RouterSpec
 from ..errors import ConversionError
 from ..frontend.host import Host
@@ -52,7 +53,14 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
 
 def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> RouterSpec:
     assert program.cut is not None
-    features = value(program.node(program.cut.node))
+    cut = program.node(program.cut.node)
+    features = value(cut)
+    if features.ndim == 3 and is_line_map(cut):
+        raise ConversionError(
+            f"split={recipe.split!r}: the cut carries a map over a line (batch, channels, length), "
+            "whose positions no router reads: split where features are the last dimension (after "
+            f"a transpose), or after the length is pooled.\n{program.depth}"
+        )
     causal = features.ndim == 3 and is_causal(program, host, arguments)
     default = UPCYCLE if recipe.mode == "upcycle" else None
     return resolve_router(recipe.router, features.shape, causal, default, program.cut.token_map)

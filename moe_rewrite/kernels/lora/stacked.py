@@ -48,7 +48,7 @@ def forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, O), low (T, R) = x A^T); low is empty if it is not saved."""
-    y, low = F.linear(x, weight, bias), F.linear(x, _stack(a, 0))
+    y, low = F.linear(x, weight, bias), F.linear(x.contiguous(), _stack(a, 0))  # as `reference`
     scaled = low * scales if save else low.mul_(scales)
     y.view(-1, y.shape[-1]).addmm_(_rows(scaled), _stack(b, 1).t())
     return y, low if save else low.new_empty(0)

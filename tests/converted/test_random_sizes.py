@@ -1,0 +1,122 @@
+"""Random modules whose forward branches, loops and computes on sizes: every call is right, or refused.
+
+`pytest -m sweep` runs the rest of the seeds.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+from reference import randomize
+from torch import nn
+
+import moe_rewrite
+from moe_rewrite import MoeRewriteError, TokenRouter
+
+WIDTH, A_RUN, SEEDS, IN_CI = 6, 10, 500, 60
+CHUNKS = [
+    pytest.param(start, marks=[] if start < IN_CI else pytest.mark.sweep)
+    for start in range(0, SEEDS, A_RUN)
+]
+
+
+def statement(draw, rank):
+    """A function of a value and what computes with one of its sizes."""
+    dim = draw.choice((0, 1) if rank == 3 else (0, 2, 3))
+    limit, modulus, factor = draw.randint(1, 12), draw.randint(2, 5), draw.uniform(0.5, 2)
+    rest = draw.randrange(modulus)
+    kinds = {
+        "longer": lambda x: x * factor if x.shape[dim] > limit else x,
+        "shorter": lambda x: x - factor if x.shape[dim] <= limit else x + factor,
+        "modulus": lambda x: x + factor if x.shape[dim] % modulus == rest else x,
+        "equal": lambda x: x * 2 if x.shape[dim] == limit else x,
+        "both": lambda x: x * 3 if x.shape[0] > 2 and x.shape[dim] < limit else x,
+        "other size": lambda x: -x if x.shape[0] == x.shape[dim] else x,
+        "root": lambda x: x * math.sqrt(x.shape[dim]),
+        "whole root": lambda x: x + math.isqrt(x.shape[dim]),
+        "share": lambda x: x / x.shape[dim],
+        "half": lambda x: x + int(x.shape[dim] * 0.5),
+        "quotient": lambda x: x + x.shape[dim] // modulus,
+        "loop": lambda x: looped(x, dim),
+        "table": lambda x: x + torch.arange(x.shape[dim]).sum(),
+        "cut": lambda x: x * x.narrow(dim, 0, min(limit, x.shape[dim])).mean(),
+        "product": lambda x: x * 1.5 if x.shape[0] * x.shape[dim] > 2 * limit else x,
+    }
+    return kinds[draw.choice(sorted(kinds))]
+
+
+def looped(x, dim):
+    total = torch.zeros_like(x)
+    for i in range(x.shape[dim]):
+        total = total * 0.5 + x.select(dim, i).mean()
+    return x + total
+
+
+class Net(nn.Module):
+    """Three layers, and statements before and after any of them."""
+
+    def __init__(self, draw, rank):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(WIDTH, WIDTH) if rank == 3 else nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+            for _ in range(3)
+        )
+        self.head = nn.Linear(WIDTH, 3)
+        count = draw.randint(1, 3)
+        self.work = [(draw.randrange(3), statement(draw, rank)) for _ in range(count)]
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            for at, work in self.work:
+                x = work(x) if at == i else x
+            x = x + torch.tanh(layer(x))
+        return self.head(x if x.ndim == 3 else x.mean((2, 3)))
+
+
+def shape(draw, rank):
+    sizes = [draw.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 13)) for _ in range(3)]
+    return (sizes[0], sizes[1], WIDTH) if rank == 3 else (sizes[0], WIDTH, sizes[1], sizes[2])
+
+
+def outcome(seed):
+    """ "right", "refused" or what was wrong."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rank = draw.choice((3, 3, 4))
+    model = Net(draw, rank).eval()
+    granularity = draw.choice(("prefix", "token") if rank == 3 else ("sequence",))
+    example = torch.randn(shape(draw, rank))
+    try:
+        moe = moe_rewrite.convert(
+            model, split=draw.randint(1, 2), router=TokenRouter(granularity=granularity),
+            example_inputs=example,
+        )  # fmt: skip
+    except MoeRewriteError as error:
+        return f"refused: {error}"
+    refused = ""
+    for call in range(5):
+        x = torch.randn(shape(draw, rank))
+        training = call == 3
+        try:
+            with moe.dense_plan():
+                ours = moe.train(training)(x)
+        except MoeRewriteError as error:
+            refused = f"refused: {error}"
+            continue
+        if not torch.allclose(ours, model(x), rtol=1e-4, atol=1e-5):
+            return f"wrong at {tuple(x.shape)} by {(ours - model(x)).abs().max():.1e}"
+    randomize(moe)
+    one = torch.randn(shape(draw, rank))
+    moe.eval()
+    if not refused and len(one) > 1 and granularity == "token":  # rows are not mixed
+        _ = moe(one)
+    return refused or "right"
+
+
+@pytest.mark.parametrize("start", CHUNKS)
+def test_calls_of_any_size_are_right_or_refused(start):
+    outcomes = {seed: outcome(seed) for seed in range(start, start + A_RUN)}
+    wrong = {s: o for s, o in outcomes.items() if o.startswith("wrong")}
+    assert not wrong
+    assert sum(o == "right" for o in outcomes.values()) >= A_RUN // 2, outcomes
