@@ -17,7 +17,13 @@ from .converted import checkpoint
 from .converted.model import MoEModel
 from .converted.report import Report
 from .converted.verify import verify_conversion
-from .errors import CheckpointError, ConfigError, ConversionError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    InvariantError,
+    MoeRewriteError,
+)  # fmt: skip
 from .frontend.adapters import host_of, without_wrapper
 from .frontend.capture import program_of
 from .frontend.hooks import require_no_hooks
@@ -98,6 +104,20 @@ def _convert(
 ) -> MoEModel | Report:
     _require_dense(model)
     model = without_wrapper(model)
+    try:
+        return _converted(model, recipe, example_inputs, verify, dry_run)
+    except (MoeRewriteError, MemoryError):
+        raise
+    except Exception as error:
+        raise InvariantError(
+            f"{type(model).__name__} could not be converted, for a reason that was not foreseen "
+            f"({type(error).__name__}: {error}). This is a bug: please report it with this traceback"
+        ) from error
+
+
+def _converted(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool
+) -> MoEModel | Report:
     host, timed = host_of(structural_copy(model)), Timer()
     require_no_hooks(model)
     arguments = host.arguments(example_inputs)

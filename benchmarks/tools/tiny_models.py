@@ -64,9 +64,9 @@ def build(kind: type) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = kind(shrunk(config))
-    for p in model.parameters():  # zeros would hide what is computed
-        if p.is_floating_point() and p.numel() > 1 and not p.detach().any():
-            nn.init.normal_(p, std=0.02)
+    for p in model.parameters():  # values that vanish would hide what is computed
+        if p.is_floating_point() and p.ndim > 1:
+            nn.init.normal_(p, std=(p.numel() / p.shape[0]) ** -0.5)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import EquivalenceError
+from ..errors import CaptureError, EquivalenceError, MoeRewriteError
 from ..frontend.adapters import host_of, without_wrapper
 from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
@@ -52,7 +52,7 @@ def verify_conversion(moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceRe
         try:
             reports.append(_compared_without_experts(moe, given))
         except (IndexError, RuntimeError, ValueError):  # random content is not valid here
-            reports.append(_compared_without_experts(moe, arguments))
+            reports.append(_compared_or_refused(moe, arguments))
         if not reports[-1].equal:
             raise EquivalenceError(
                 f"the converted model differs from the original by {reports[-1].max_error:.2e}: "
@@ -62,6 +62,18 @@ def verify_conversion(moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceRe
         True, all(r.exact for r in reports), max(r.max_error for r in reports),
         max(r.rms_error for r in reports), tuple(s for r in reports for s in r.shapes),
     )  # fmt: skip
+
+
+def _compared_or_refused(moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceReport:
+    try:
+        return _compared_without_experts(moe, arguments)
+    except MoeRewriteError:
+        raise
+    except Exception as error:  # the dense model ran on these inputs
+        raise CaptureError(
+            f"the graph captured of {moe.host.name} does not run: {type(error).__name__}: {error}. "
+            "Another attention implementation (attn_implementation='eager') may be captured better"
+        ) from error
 
 
 def _compared_without_experts(moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceReport:

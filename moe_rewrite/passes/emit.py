@@ -125,7 +125,7 @@ def _step(
         copies[source] = graph.placeholder(source.name)
     for node in _attributes(nodes):
         copies[node] = graph.get_attr(str(node.target))
-        _forget_values(program.root.get_submodule(str(node.target)))
+        _forget_values(getattr(program.root, str(node.target)))
     for node in nodes:
         if node.op != "get_attr":
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -153,9 +153,10 @@ def _attributes(nodes: list[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s.op == "get_attr"))
 
 
-def _forget_values(module: nn.Module) -> None:
-    """Drop the metadata of its graphs' nodes, which keeps everything that the trace saw."""
-    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+def _forget_values(attribute: Any) -> None:
+    """Drop the metadata of a sub-graph's nodes, which keeps everything that the trace saw."""
+    modules = attribute.modules() if isinstance(attribute, nn.Module) else ()
+    for graph_module in (m for m in modules if isinstance(m, fx.GraphModule)):
         for node in graph_module.graph.nodes:
             node.meta = {}
 
