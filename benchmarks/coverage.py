@@ -36,21 +36,25 @@ PASSED, NOT_BUILT = "passes", "does not build"
 def check(kind: type) -> str:
     """PASSED, or what failed."""
     try:
-        model = build(kind)
+        model = build(kind, _run)
         example = host_of(model).arguments(None)
-        with torch.no_grad():
-            model(**example)
     except (Exception, MemoryError) as error:  # a tiny configuration that the class does not take
         return f"{NOT_BUILT}: {type(error).__name__}: {_first_line(error)}"
     step = ""
     try:
-        for step, run in _steps(model, example).items():
+        for name, run in _steps(model, example).items():
+            step = name
             run()
     except MoeRewriteError as error:
         return f"{step}: {type(error).__name__}: {_first_line(error)}"
     except Exception as error:
         return f"{step}: raw {type(error).__name__}: {_first_line(error)}"
     return PASSED
+
+
+@torch.no_grad()
+def _run(model: nn.Module) -> None:
+    model(**host_of(model).arguments(None))
 
 
 def _steps(model: nn.Module, example: dict[str, Any]) -> dict[str, Callable[[], None]]:

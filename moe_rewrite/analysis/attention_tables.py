@@ -11,6 +11,7 @@ from torch import fx
 from ..ir.aten import expression, reach, value
 from ..ir.ops import argument, is_random, mutated, op, op_name
 from ..ir.program import Program, Table, lead_of
+from .static_values import made_of_weights
 
 LOW = -1000.0  # scores are replaced by a value below this where a row does not attend
 
@@ -25,8 +26,7 @@ def attention_tables(program: Program, cut: fx.Node, mask: str | None) -> tuple[
     if len(lead) < 2:
         return ()
     length = expression(lead[1])
-    weights = (n for n in program.graph.nodes if _is_weight(program, n))
-    of_weights = {n for weight in weights for n in reach(weight, lambda n: n.users)}
+    of_weights = made_of_weights(program)
     found: dict[str, Table] = {}
     for leaf in program.leaves():
         if leaf.name == mask or not _describes_rows(leaf, length):
@@ -78,10 +78,6 @@ def _is_low(given: Any) -> bool:
 def _can_move(node: fx.Node) -> bool:
     """Whether it may be computed before the cut: nothing that it is made of draws or writes."""
     return not any(is_random(n) or mutated(n) for n in reach(node, lambda n: n.all_input_nodes))
-
-
-def _is_weight(program: Program, node: fx.Node) -> bool:
-    return node.op == "placeholder" and program.inputs[node.name].kind == "weight"
 
 
 def _describes_rows(leaf: fx.Node, length: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The values of a graph that do not depend on the call."""
+"""The values of a graph that do not depend on the call, and those that do not depend on weights."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def static_values(program: Program) -> Static:
             if all(s in static for s in sources):
                 static[node] = tuple(dict.fromkeys(o for s in sources for o in static[s]))
     return static
+
+
+def made_of_weights(program: Program) -> set[fx.Node]:
+    """Parameters, and all that is computed from them."""
+    made: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        weight = node.op == "placeholder" and program.inputs[node.name].kind == "weight"
+        if weight or not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    return made

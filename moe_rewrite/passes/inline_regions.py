@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..analysis.static_values import made_of_weights
 from ..ir.ops import output_of, subgraph
 from ..ir.program import Program
 from .base import Decisions, Pass
@@ -27,11 +28,7 @@ class InlineRegions(Pass):
     name = "inline regions"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
-        of_weights: set[fx.Node] = set()
-        for node in program.graph.nodes:
-            weight = node.op == "placeholder" and program.inputs[node.name].kind == "weight"
-            if weight or any(source in of_weights for source in node.all_input_nodes):
-                of_weights.add(node)
+        of_weights = made_of_weights(program)
         inline(program.graph, (n for n in program.graph.nodes if n not in of_weights))
         return self.done(program)
 
