@@ -268,6 +268,11 @@ def subgraph(node: fx.Node) -> tuple[fx.Graph | None, tuple[Any, ...]]:
     return getattr(inner, "graph", None), tuple(given[at[0] + 1 :])
 
 
+def must_stay(node: fx.Node) -> bool:
+    """Whether a node does something even if nothing reads it: fx does not look into regions."""
+    return node.op == "placeholder" or node.is_impure() or bool(mutated(node))
+
+
 def out_of_place(node: fx.Node) -> Any:
     """The out-of-place variant of an in-place operator; None for other operators."""
     packet = getattr(node.target, "overloadpacket", None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ir.aten import value
-from ..ir.ops import argument, first, op, op_name, takes
+from ..ir.ops import argument, first, must_stay, op, op_name, takes
 from ..ir.program import Program
 from .base import Decisions, Pass
 
@@ -32,13 +32,9 @@ class Clean(Pass):
             elif node.op == "call_function" and _passes_through(node):
                 node.replace_all_uses_with(first(node))
                 graph.erase_node(node)
-        graph.eliminate_dead_code(is_impure_node=_must_stay)
+        graph.eliminate_dead_code(is_impure_node=must_stay)
         inputs = {n.name: program.inputs[n.name] for n in graph.find_nodes(op="placeholder")}
         return self.done(program, inputs=inputs)
-
-
-def _must_stay(node: fx.Node) -> bool:
-    return node.op == "placeholder" or node.is_impure()
 
 
 def _passes_through(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..analysis.static_values import made_of_weights
-from ..ir.ops import output_of, subgraph
+from ..ir.ops import must_stay, output_of, subgraph
 from ..ir.program import Program
 from .base import Decisions, Pass
 
@@ -51,4 +51,4 @@ def inline(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             part.replace_all_uses_with(copies[made[at]])
             graph.erase_node(part)
         graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
+    graph.eliminate_dead_code(is_impure_node=must_stay)

@@ -48,6 +48,14 @@ def averaged_without_gradients(m, x):
     return x + m.average
 
 
+def recorded(m, x):
+    """Nothing reads what is written, of features, in a no_grad region."""
+    with torch.no_grad():
+        m.average[0] = x.max()
+        m.count.copy_(x.abs().mean())
+    return x
+
+
 def instance_norm(m, x):
     return m.norm(x[:, :, None].expand(-1, -1, 4) + torch.arange(4.0)).mean(2)
 
@@ -104,6 +112,8 @@ WRITERS = {
     "counter before the cut": (lambda: Chain(counted, at=0), True, {"count"}),
     "average": (lambda: Chain(averaged), True, {"average"}),
     "no_grad": (lambda: Chain(averaged_without_gradients), True, {"average", "count"}),
+    "recorded": (lambda: Chain(recorded), True, {"average", "count"}),
+    "recorded before the cut": (lambda: Chain(recorded, at=0), True, {"average", "count"}),
     "attribute": (lambda: Chain(attribute), False, set()),
     "instance norm": (
         lambda: Chain(instance_norm, norm=nn.InstanceNorm1d(WIDTH, track_running_stats=True)),
