@@ -26,7 +26,7 @@ from ..utils.tensor_bytes import tensor_bytes
 
 FORMAT = 1
 META = "moe_rewrite.json"
-READS = 5  # of a folder to which others write meanwhile
+READS = 100  # at most, of a folder to which others write meanwhile
 DENSE = "moe_rewrite.dense."  # before the names of dense tensors that training may have changed
 REQUIRED = {
     "recipe": dict,
@@ -135,17 +135,18 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Ten
 
 
 def _read_pair(folder: Path) -> tuple[dict[str, Any], Path, bytes]:
-    """The JSON, and the path and bytes of the file that it names: once more where another save has
+    """The JSON, and the path and bytes of the file that it names: again where another save has
     replaced both in between."""
-    for left in reversed(range(READS)):
-        meta = _read_meta(folder / META)
+    before, left = None, READS
+    while True:
+        meta, left = _read_meta(folder / META), left - 1
         path = folder / _tensor_file(meta["sha256"])
         try:
             return meta, path, read_bytes(path)
         except CheckpointError:
-            if not left:
+            if meta == before or not left:
                 raise
-    raise AssertionError("READS is 0")
+            before = meta
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def require_base(meta: dict[str, Any], model: nn.Module) -> None:
         return
     differ = sorted(k for k in ours | saved if ours.get(k) != saved.get(k))
     raise CheckpointError(
-        f"the saved experts belong to another base model ({meta.get('model')}): {len(differ)} "
-        f"tensors differ, such as {differ[0]} ({saved.get(differ[0], 'absent')} there, "
+        f"the saved experts belong to another base model ({meta.get('model')!s:.100}): {len(differ)} "
+        f"tensors differ, such as {differ[0]} ({saved.get(differ[0], 'absent')!s:.100} there, "
         f"{ours.get(differ[0], 'absent')} here). Load the model that they were trained on"
     )

@@ -16,6 +16,7 @@ import torch
 from ..errors import CheckpointError
 
 LARGEST_JSON = 64 << 20  # bytes
+DEEPEST_JSON = 50  # brackets
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
@@ -58,9 +59,21 @@ def parse_json(text: bytes | str, where: str) -> Any:
     """Strict JSON: NaN and infinities are refused, 1e999 too, as are brackets that nest too deeply.
     Raises CheckpointError, which begins with `where`."""
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        said = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        _require_flat(said)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: cannot be read as JSON ({error})") from None
+    return said
+
+
+def _require_flat(said: Any) -> None:
+    """Raise ValueError if lists and dicts nest so deeply that repr() or == could fail on them."""
+    level = [said]
+    for _ in range(DEEPEST_JSON):
+        inner = (x for x in level if isinstance(x, (dict, list)))
+        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ValueError(f"brackets nest more than {DEEPEST_JSON} deep")
 
 
 def _finite(number: str) -> float:
@@ -81,7 +94,9 @@ def parse_tensors(content: bytes, where: str) -> dict[str, torch.Tensor]:
 
 
 def require_finite(
-    tensors: dict[str, torch.Tensor], where: str, may_be_infinite: Callable[[str], bool] | None = None
+    tensors: dict[str, torch.Tensor],
+    where: str,
+    may_be_infinite: Callable[[str], bool] | None = None,
 ) -> None:
     """Raise CheckpointError if a tensor holds NaN, or an infinity that it may not hold by its name."""
 

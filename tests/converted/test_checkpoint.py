@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import threading
 
 import architectures
 import networks
@@ -164,19 +165,29 @@ def test_an_edited_json_is_refused(model, saved, old, new):
         moe_rewrite.load(saved, model)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"[" * 100_000, "cannot be read as JSON"), (b"\xff\xfe{}", "cannot be read as JSON"),
-    (b'{"format": NaN}', "NaN is no number"), (b"", "cannot be read as JSON"),
-    (b" " * (65 << 20), "bytes, expected"), (None, "is no plain file"),
-])  # fmt: skip
-def test_an_odd_json_is_refused_in_bounded_time(model, saved, content, words):
-    """None: a pipe that nobody writes to."""
+def test_an_emptied_hash_is_refused_and_a_save_of_before_it_is_read(model, moe, saved):
     path = saved / checkpoint.META
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"meta_sha256": None}))
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        moe_rewrite.load(saved, model)
+    edit(saved)
+    assert same(moe_rewrite.load(saved, model, verify=False), moe)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"[" * 100_000, "cannot be read as JSON"), (b"", "cannot be read as JSON"),
+    (None, "is no plain file"),
+])  # fmt: skip
+@pytest.mark.parametrize("which", [checkpoint.META, "*.safetensors"])
+def test_an_odd_file_is_refused_in_bounded_time(model, saved, which, content, words):
+    """None: a pipe that nobody writes to."""
+    path = next(saved.glob(which))
     path.unlink()
     if content is None:
         os.mkfifo(path)
     else:
         path.write_bytes(content)
+        words = words if path.name == checkpoint.META else "truncated or changed"
     with pytest.raises(CheckpointError, match=words):
         moe_rewrite.load(saved, model)
 
@@ -190,20 +201,74 @@ def test_a_save_that_diverged_is_refused(model, tmp_path):
         moe_rewrite.load(tmp_path, model)
 
 
-def test_a_reader_that_comes_between_two_saves_reads_the_new_one(moe, model, saved, monkeypatch):
-    """The JSON that it read first names a file that was deleted since."""
-    later = moe_rewrite.load(saved, model, verify=False)
-    later.expand(1, name="newest")
-    first = checkpoint._read_meta
+class Peak(torch.nn.Module):
+    """Keeps the largest value that it saw; minus infinity where it saw none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
+        self.register_buffer("peak", torch.full((2,), float("-inf")))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        self.peak[0] = x.detach().max()
+        return x
+
+
+def test_a_buffer_may_hold_infinities_from_the_start(tmp_path):
+    dense, x = Peak().eval(), torch.ones(2, 4)
+    moe = moe_rewrite.convert(dense, split=1, example_inputs=x)
+    moe(x)
+    moe.save_pretrained(tmp_path)
+    peak = moe_rewrite.load(tmp_path, dense, x).state_dict()["peak"]
+    assert torch.equal(peak, moe.state_dict()["peak"]) and peak.isinf().tolist() == [False, True]
+
+
+FACTS = {"recipe": {}, "expansions": [0], "classes": []}
+
+
+def write_numbered(folder, number):
+    checkpoint.write(folder, {"x": torch.tensor([number])}, FACTS | {"names": [number]}, {})
+
+
+def read_number(folder):
+    meta, tensors = checkpoint.read(folder)
+    assert meta["names"] == tensors["x"].tolist()
+    return meta["names"][0]
+
+
+@pytest.mark.parametrize("step", ["_read_meta", "read_bytes"])
+def test_a_reader_that_comes_between_two_saves_reads_the_new_one(tmp_path, monkeypatch, step):
+    """The JSON that it read first names a file that is deleted before or after it looks."""
+    write_numbered(tmp_path, 1)
+    first = getattr(checkpoint, step)
 
     def slow(path):
         monkeypatch.undo()
-        facts = first(path)
-        later.save_pretrained(saved)
-        return facts
+        read = first(path) if step == "_read_meta" else None
+        write_numbered(tmp_path, 2)
+        return read or first(path)
 
-    monkeypatch.setattr(checkpoint, "_read_meta", slow)
-    assert moe_rewrite.load(saved, model, verify=False).names == [*moe.names, "newest"]
+    monkeypatch.setattr(checkpoint, step, slow)
+    assert read_number(tmp_path) == 2
+
+
+def test_two_writers_at_once_lose_neither_save(tmp_path, monkeypatch):
+    """The second begins while the first has written its tensors, but not yet its JSON."""
+    real, others = checkpoint.replace_file, []
+
+    def interrupted(path, content):
+        if path.name == checkpoint.META and not others:
+            others.append(threading.Thread(target=write_numbered, args=(tmp_path, 2)))
+            others[0].start()
+            others[0].join(0.2)
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "replace_file", interrupted)
+    write_numbered(tmp_path, 1)
+    others[0].join()
+    assert read_number(tmp_path) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_pickling_is_refused_and_copying_is_not(moe, tmp_path):

@@ -1,5 +1,6 @@
 """Single experts to and from PEFT's files, compared with PEFT itself."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conversions import fresh
 from reference import added, randomize
+from safetensors.torch import load_file, save_file
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
@@ -48,8 +50,6 @@ def test_peft_computes_what_the_expert_computes(name, tmp_path):
         want = logits(moe(**inputs(name)))
     config = peft.LoraConfig.from_pretrained(tmp_path)
     theirs = peft.inject_adapter_in_model(config, model, "default").eval()
-    from safetensors.torch import load_file
-
     saved = {
         k.removeprefix("base_model.model."): v
         for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
@@ -98,6 +98,7 @@ def spoiled(field):
         "alpha_pattern": {"q_proj": "four"}, "layer_replication": [[0, 2], [1, 3]],
         "init_lora_weights": "pissa_niter_4", "trainable_token_indices": [3],
         "target_parameters": ["experts.weight"], "peft_type": "IA3", "r": 0, "lora_alpha": None,
+        "use_rslora": "false", "a_field_of_tomorrow": 0,
     }  # fmt: skip
     return given.get(field, {"some": "value"} if field.endswith("config") else True)
 
@@ -108,7 +109,7 @@ FIELDS = [f.name for f in dataclasses.fields(peft.LoraConfig)]
 @pytest.mark.parametrize("field", [*FIELDS, "a_field_of_tomorrow"])
 def test_every_field_of_peft_is_applied_or_without_effect_or_refused(field):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    if field in NO_EFFECT - {"peft_type"} or field == "use_rslora":
+    if field in NO_EFFECT - {"peft_type"}:
         assert AdapterConfig.of("here", config | {field: spoiled(field)}).rank == 4
     else:
         with pytest.raises(MoeRewriteError, match=f"here: .*({field}|type)"):
@@ -117,16 +118,54 @@ def test_every_field_of_peft_is_applied_or_without_effect_or_refused(field):
         assert AdapterConfig.of("here", config | {field: None}).rank == 4
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga"])
+CHANGED = {"pissa": "path_initial_model_for_weight_conversion", "loftq": "merge_and_unload"}
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "of tomorrow", 1]
+)
 def test_adapters_that_belong_to_changed_weights_are_refused(start):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": start}
-    with pytest.raises(MoeRewriteError, match="path_initial_model_for_weight_conversion"):
+    way = CHANGED["loftq" if start in ("loftq", "of tomorrow", 1) else "pissa"]
+    with pytest.raises(MoeRewriteError, match=f"init_lora_weights={start!r}.*{way}"):
         AdapterConfig.of("here", config)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", "mica", True, False])
+def test_adapters_that_start_elsewhere_on_the_same_weights_are_read(start):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": start}
+    assert AdapterConfig.of("here", config).scale_of("q_proj") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*(checkpointing|base weights).*")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_of_changed_weights_is_read_once_peft_has_converted_it(start, tmp_path):
+    model, moe = converted("Llama")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], layers_to_transform=[1, 2], init_lora_weights=start)  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_" in n:
+                p.add_(torch.randn_like(p), alpha=0.3)
+        want = theirs(**inputs("Llama")).logits
+    theirs.save_pretrained(tmp_path / "kept")
+    with pytest.raises(MoeRewriteError, match=f"init_lora_weights='{start}'"):
+        moe.add_expert(from_peft=tmp_path / "kept")
+    assert moe.num_experts == 1
+    plain = tmp_path / "plain"
+    theirs.save_pretrained(plain, path_initial_model_for_weight_conversion=tmp_path / "start")
+    moe.add_expert(from_peft=plain, name="theirs")
+    with torch.no_grad(), moe.use_expert("theirs"):
+        torch.testing.assert_close(moe(**inputs("Llama")).logits, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("options", [
     {"use_rslora": True}, {"rank_pattern": {"up_proj": 3}},
+    {"alpha_pattern": {"^model.layers.1.self_attn.q_proj": 3, "up.proj": 7}},
     {"alpha_pattern": {"model.layers.1.self_attn.q_proj": 32}, "rank_pattern": {"q_proj": 1}},
     {"rank_pattern": {"layers.2.mlp.up_proj": 4}, "use_rslora": True, "init_lora_weights": "gaussian"},
 ], ids=str)  # fmt: skip
@@ -152,7 +191,8 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     cases = {
         "rank 16": {"r": 16}, "'IA3'": {"peft_type": "IA3"}, "use_dora": {"use_dora": True},
-        "no rank": {"r": "four"}, "A and B of": {"r": 2}, "rank 8": {"rank_pattern": {"q_proj": 8}},
+        "r='four': expected an int": {"r": "four"}, "A and B of": {"r": 2}, "rank 8": {"rank_pattern": {"q_proj": 8}},
+        "lora_alpha=1000.*below 1e30": {"lora_alpha": 10**400}, "no number of JSON": {"lora_alpha": float("inf")},
     }  # fmt: skip
     for message, change in cases.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
@@ -162,8 +202,20 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     small = moe_rewrite.convert(moe.to_dense(), split=2, experts=LoRAExperts(4), verify=False)
     with pytest.raises(MoeRewriteError, match="no LoRA site"):
         small.add_expert(from_peft=tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(MoeRewriteError, match="no adapter"):
+    weights = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    tensors = load_file(weights)
+    for message, change in {
+        "no tensors": {}, "of torch.int8": {key: tensors[key].to(torch.int8)},
+        "there twice": {**tensors, key.removeprefix("base_model.model."): tensors[key].clone()},
+        "too large for torch.float32": {**tensors, key: tensors[key].double().add(1e300)},
+        f"{key} holds NaN": {**tensors, key: tensors[key] * float("nan")},
+    }.items():  # fmt: skip
+        save_file(change, weights)
+        with pytest.raises(MoeRewriteError, match=message):
+            moe.add_expert(from_peft=tmp_path)
+    weights.write_bytes(b"cut")
+    with pytest.raises(MoeRewriteError, match="not a safetensors file"):
         moe.add_expert(from_peft=tmp_path)
     with pytest.raises(MoeRewriteError, match="cannot be read"):
         moe.add_expert(from_peft=tmp_path / "nowhere")

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import CheckpointError, ConfigError
 from ...utils.atomic_files import replace_file, write_json
-from ...utils.read_files import read_bytes, read_json, require_finite
+from ...utils.read_files import parse_tensors, read_bytes, read_json, require_finite
 from ..base import ExpertParameters
 from .parameters import LoRAParameters
 from .peft_config import AdapterConfig
@@ -64,16 +64,7 @@ def read_adapter(
     A smaller rank is padded with zeros. Raises CheckpointError for another kind of adapter, fields
     that experts cannot do, a larger rank, modules that are not sites, or other shapes.
     """
-    config, tensors = _read(Path(folder))
-    given: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if part not in ("A", "B") or name not in sites:
-            raise CheckpointError(
-                f"{folder}: {key} belongs to no LoRA site of this model; its sites are "
-                f"{', '.join(sorted(sites)[:4])}, ..."
-            )
-        given.setdefault(name, {})[part] = tensor
+    config, given = _read(Path(folder), sites)
     made = {}
     for name, parts in given.items():
         a, b, rank = parts.get("A"), parts.get("B"), config.rank_of(name)
@@ -94,11 +85,14 @@ def read_adapter(
                 f"expected rank {rank} of {tuple(want_a.shape)} and {tuple(want_b.shape)}"
             )
         assert a is not None and b is not None
+        scale = config.scale_of(name) / spec.scale
         full_a, full_b = torch.zeros_like(want_a), torch.zeros_like(want_b)
-        full_a[:rank], full_b[:, :rank] = (
-            a.to(want_a),
-            b.to(want_b) * (config.scale_of(name) / spec.scale),
-        )
+        full_a[:rank], full_b[:, :rank] = a.to(want_a), b.to(want_b) * scale
+        if not (full_a.isfinite().all() and full_b.isfinite().all()):
+            raise CheckpointError(
+                f"{folder}: {name} with scale {scale:g} is too large for {want_b.dtype}: cast the "
+                "model to a dtype of a wider range before it is converted"
+            )
         made[name] = full_a, full_b
     return made
 
@@ -111,14 +105,25 @@ def fill_newest(sites: dict[str, LoRAParameters], read: dict[str, Any]) -> None:
         sites[name].b[-1].copy_(b)
 
 
-def _read(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def _read(
+    folder: Path, sites: dict[str, LoRAParameters]
+) -> tuple[AdapterConfig, dict[str, dict[str, torch.Tensor]]]:
+    """The configuration, and A and B by site."""
     config = AdapterConfig.of(str(folder), read_json(folder / CONFIG))
-    try:
-        tensors = load(read_bytes(folder / WEIGHTS))
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: no adapter of PEFT's can be read ({error})") from None
+    tensors = parse_tensors(read_bytes(folder / WEIGHTS), str(folder / WEIGHTS))
     require_finite(tensors, str(folder))
-    return config, tensors
+    if not tensors:
+        raise CheckpointError(f"{folder / WEIGHTS}: holds no tensors, expected those of an adapter")
+    given: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if part not in ("A", "B") or name not in sites:
+            raise CheckpointError(
+                f"{folder}: {key} belongs to no LoRA site of this model; its sites are "
+                f"{', '.join(sorted(sites)[:4])}, ..."
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{folder}: {key} is of {tensor.dtype}, expected real numbers")
+        if given.setdefault(name, {}).setdefault(part, tensor) is not tensor:
+            raise CheckpointError(f"{folder}: {key} is there twice, with and without {PREFIX!r}")
+    return config, given

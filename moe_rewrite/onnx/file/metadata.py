@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from ...errors import CheckpointError
-from ...utils.read_files import parse_json, require_plain
+from ...utils.read_files import parse_json, require_plain, shown
 from ..trace.weights import ExpertDim
 
 FORMAT = 1
@@ -53,10 +53,11 @@ def read_facts(path: Path) -> tuple[Facts, onnx.ModelProto]:
     if not model.graph.node or PREFIX + "format" not in raw:
         raise CheckpointError(f"{path}: was not written by export_onnx(); use onnxruntime itself")
     where = f"{path}: its metadata"
-    said = {k.removeprefix(PREFIX): parse_json(v, where) for k, v in raw.items()}
+    own = {k.removeprefix(PREFIX): v for k, v in raw.items() if k.startswith(PREFIX)}
+    said = {k: parse_json(v, where) for k, v in own.items()}  # tools add others
     if said["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: format {said['format']!r}, this version reads {FORMAT}: upgrade moe_rewrite"
+            f"{path}: format {shown(said['format'])}, this version reads {FORMAT}: upgrade moe_rewrite"
         )
     facts = _facts(path, said, {t.name: t for t in model.graph.initializer})
     if model.functions or model.graph.sparse_initializer:
@@ -96,7 +97,7 @@ def _facts(path: Path, said: dict[str, Any], tensors: dict[str, onnx.TensorProto
 def _are_bounds(said: Any) -> bool:
     """JSON writes dimensions as strings."""
     return isinstance(said, dict) and all(
-        d.isdecimal() and type(size) is int for d, size in said.items()
+        re.fullmatch("[0-9]{1,3}", d) and type(size) is int for d, size in said.items()
     )
 
 

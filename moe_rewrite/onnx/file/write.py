@@ -20,6 +20,7 @@ import onnx
 import torch
 
 from ...errors import ConfigError
+from ...utils.one_writer import one_writer
 from ...utils.tensor_bytes import tensor_bytes
 from .dtypes import KINDS
 from .protobuf import PAGE, FileRange, large, piece
@@ -96,12 +97,13 @@ def in_place(target: Path) -> Iterator[Path]:
     try:
         yield folder / target.name
         made = sorted(folder.iterdir(), key=lambda p: p.name == target.name)  # the .onnx file last
-        for file in made:
-            os.chmod(file, 0o644)
-            os.replace(file, target.parent / file.name)
-        for old in _data_files(target):
-            if old.name not in {m.name for m in made}:
-                old.unlink()
+        with one_writer(target.parent):
+            for file in made:
+                os.chmod(file, 0o644)
+                os.replace(file, target.parent / file.name)
+            for old in _data_files(target):
+                if old.name not in {m.name for m in made}:
+                    old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

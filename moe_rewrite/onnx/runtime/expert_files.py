@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import torch
 
 from ...errors import CheckpointError
 from ...utils.atomic_files import replace_file
-from ...utils.read_files import parse_json, require_finite, require_plain
+from ...utils.read_files import parse_json, require_finite, require_plain, shown
+from ...utils.seal import require_seal, sealed
 from ...utils.tensor_bytes import tensor_bytes
 from ..file.metadata import FORMAT, Facts, require_stack
 from ..trace.functional import FunctionalModel
@@ -48,7 +50,7 @@ def export_experts(
     }  # fmt: skip
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, save(tensors, {"moe_rewrite": json.dumps(facts)}))
+    replace_file(target, save(tensors, {"moe_rewrite": json.dumps(sealed(facts))}))
     return {n: tuple(t.shape) for n, t in tensors.items()}
 
 
@@ -59,19 +61,18 @@ def read_experts(
 
     Raises CheckpointError if it is damaged, newer, of another base model, or does not fit.
     """
-    from safetensors import SafetensorError, safe_open
-
-    require_plain(file)
-    try:
-        with safe_open(file, "pt") as opened:
-            written = (opened.metadata() or {}).get("moe_rewrite", "null")
-            tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: no experts can be read ({error})") from None
-    said = parse_json(written, f"{file}: its metadata")
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
-        version = said.get("format") if isinstance(said, dict) else None
-        raise CheckpointError(f"{file}: format {version!r}, this version reads {FORMAT}")
+    said, tensors = _read(file)
+    if said.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {shown(said.get('format'))}, this version reads {FORMAT}: upgrade "
+            "moe_rewrite"
+        )
+    hashes = said.get("sha256")
+    if not isinstance(hashes, dict):
+        raise CheckpointError(
+            f"{file}: an older version wrote it, without hashes: export the experts again"
+        )
+    require_seal(said, f"{file}: its metadata")
     if said.get("base") != facts.base:
         raise CheckpointError(
             f"{file}: these experts were trained on another base model or cut; export them from "
@@ -80,12 +81,10 @@ def read_experts(
     if set(tensors) != set(facts.stacks):
         odd = sorted(set(tensors) ^ set(facts.stacks))[:3]
         raise CheckpointError(f"{file}: other tensors than the model's, for example {odd}")
-    hashes = said.get("sha256")
-    changed = [n for n, t in tensors.items() if not _is_of(hashes, n, t)]
+    changed = [n for n, tensor in tensors.items() if hashes.get(n) != _digest(tensor)]
     if changed:
         raise CheckpointError(
-            f"{file}: {changed[0]} changed since it was written, or has no hash: export the experts "
-            "again"
+            f"{file}: {changed[0]} changed since it was written: export the experts again"
         )
     require_finite(tensors, str(file))
     old = {t.name: t for t in model.graph.initializer}
@@ -96,8 +95,21 @@ def read_experts(
     return tensors, [str(n) for n in names]
 
 
-def _is_of(hashes: Any, name: str, tensor: torch.Tensor) -> bool:
-    return isinstance(hashes, dict) and hashes.get(name) == _digest(tensor)
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The metadata and the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    require_plain(file)
+    try:
+        with safe_open(file, "pt") as opened:
+            written = (opened.metadata() or {}).get("moe_rewrite")
+            tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: no experts can be read ({error})") from None
+    said = None if written is None else parse_json(written, f"{file}: its metadata")
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{file}: was not written by export_experts()")
+    return said, tensors
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -130,9 +142,6 @@ def export_adapter(
     made.set_parameters(parameters)
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.part")
-    try:
-        made.export_adapter(str(fresh))
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=target.parent) as fresh:
+        made.export_adapter(os.path.join(fresh, target.name))
+        os.replace(os.path.join(fresh, target.name), target)
