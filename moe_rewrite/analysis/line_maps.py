@@ -26,8 +26,10 @@ def _features_second(node: fx.Node, seen: set[fx.Node]) -> bool | None:
     seen.add(node)
     if op_name(node) in ON_CHANNELS:
         return True
-    if not (op(node).transposes or op(node).cast or is_pointwise(node)):
+    if op(node).positions == "features" or op_name(node) in ("embedding", "matmul"):
         return False
+    if not (op(node).transposes or op(node).cast or is_pointwise(node)):
+        return None
     sources = [s for s in node.all_input_nodes if getattr(value(s), "ndim", 0) == 3]
     known = next((k for s in sources if (k := _features_second(s, seen)) is not None), None)
     return not known if op(node).transposes and known is not None else known

@@ -82,8 +82,8 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
             return f"{node.target} with a parameter is not a plain linear map"
         return None
     rows = argument(node, op(node).summed or "input") if kind else None
-    if rows in static:
-        return None  # a part of what makes a weight
+    if rows in static:  # or a weight times a value, which is no product of rows
+        return "its input does not depend on the call" if node in static else None
     if kind == "filter":
         return _convolution(static, node)
     if kind == "linear":

@@ -38,6 +38,9 @@ ROWS = {
     "norm": lambda m, x: m.last(x),
     "turned": lambda m, x: m.conv(x).transpose(1, 2) + 1,
     "permuted": lambda m, x: torch.relu(m.conv(x)).permute(0, 2, 1),
+    "patches of an image": lambda m, x: (
+        F.conv2d(x[:, None], m.conv.weight[:, :1, :, None]).flatten(2).transpose(1, 2) * 2
+    ),
     "linear after it": lambda m, x: m.linear(m.conv(x).mT),
 }
 

@@ -103,7 +103,7 @@ OTHERS = {  # what is not a linear map -> the reason; None if it is no product a
     "of three dimensions": (lambda m, x: x[:2] @ m.cube, None),
     "pointwise": (lambda m, x: x * m.w[:, 0], None),
     "an embedding": (lambda m, x: F.embedding(x.long()[..., 0], m.w), None),
-    "within a weight": (lambda m, x: x + (m.v @ m.w).sum(), None),
+    "of weights": (lambda m, x: x + (m.v @ m.w).sum(), "its input does not depend on the call"),
     "of the call": (lambda m, x: F.linear(x, x[0] * 2.0), "computed from the call's inputs"),
     "alpha": (
         lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.w, alpha=2), "addmm with alpha or beta",
