@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
 
-from ..utils.folders import require_writable
+from ..errors import ConfigError
+from ..utils.folders import locked, require_writable
 from .problem import Problem
 from .registry import Setup
 from .results import Result, comparison_table, matrix_table, write_results
@@ -34,14 +36,16 @@ def compare(
 
     Other arguments and errors as for `run`.
     """
-    for folder in (out, json_file.parent if json_file is not None else None):
-        if folder is not None:
-            require_writable(folder)
+    if json_file is not None:
+        require_writable(json_file.parent)
+        if json_file.is_dir():
+            raise ConfigError(f"{json_file}: is a folder: expected the name of a file")
     results = {}
-    for method in methods:
-        folder = None if out is None else out / method
-        results[method] = run(method, dense, problem, tasks, setup, base_task, score, folder)
-        print(matrix_table(method, results[method]))
-        write_results(results, out, json_file)
+    with nullcontext() if out is None else locked(out):
+        for method in methods:
+            folder = None if out is None else out / method
+            results[method] = run(method, dense, problem, tasks, setup, base_task, score, folder)
+            print(matrix_table(method, results[method]))
+            write_results(results, out, json_file)
     print(comparison_table(results))
     return results

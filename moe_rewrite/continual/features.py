@@ -17,7 +17,9 @@ from ..converted import checkpoint
 from ..converted.model import MoEModel
 from ..errors import ConfigError
 from ..utils.folders import in_turn, require_writable
+from ..utils.read_files import require_plain
 from ..utils.tensor_bytes import tensor_bytes
+from .digests import config_digest
 
 MASK = "attention_mask"
 
@@ -29,7 +31,8 @@ class FeatureCache:
     max_bytes: size at most. When full, further samples are computed each time: in a pass over more
         samples than fit, any that was evicted would be needed again before the new one.
 
-    Raises ConfigError for a wrong `max_bytes`.
+    Raises ConfigError for a wrong `max_bytes`, or a folder that cannot be written to;
+    CheckpointError if something else than its files is there.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class FeatureCache:
             self._store.put(key, row)
 
     def _key(self, inputs: Mapping[str, torch.Tensor], row: int, lengths: list[int] | None) -> str:
-        digest = hashlib.sha256(self._model.encode())
+        digest = hashlib.sha256(f"{self._model}{_autocast(self.moe.device)}".encode())
         for name, tensor in sorted(inputs.items()):
             one = tensor[row] if lengths is None or tensor.ndim < 2 else tensor[row, : lengths[row]]
             digest.update(f"{name}{tuple(one.shape)}{one.dtype}".encode())
@@ -77,9 +80,18 @@ class FeatureCache:
         return digest.hexdigest()[:32]
 
 
+def _autocast(device: torch.device) -> str:
+    """The dtype in which products are computed, if it is not the model's."""
+    on = torch.is_autocast_enabled(device.type)
+    return str(torch.get_autocast_dtype(device.type)) if on else ""
+
+
 def _fingerprint(moe: MoEModel) -> str:
-    """Digest of the dense weights, the split and the dtype: features depend on nothing else."""
-    facts = [checkpoint.fingerprint(moe.reference.state), str(moe.report.split), str(moe.dtype)]
+    """Digest of the dense weights, the configuration, the split and the dtype."""
+    facts = [
+        checkpoint.fingerprint(moe.reference.state), config_digest(moe.config),
+        str(moe.report.split), str(moe.dtype),
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -133,6 +145,9 @@ class _Mapped:
         data = folder / f"features-{model}.bin"
         self.entries: dict[str, dict[str, Any]] = {}
         self.used = self.read = 0  # bytes of the data, and of the index
+        for path in (self.index, data):
+            if path.exists():
+                require_plain(path)
         with in_turn(self.lock):
             if not data.exists() or data.stat().st_size < max_bytes:
                 with open(data, "ab") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +11,7 @@ import torch
 from torch import nn
 
 from ..converted.checkpoint import fingerprint
-from ..errors import ConfigError
-from ..utils.content_key import content_key
-from ..utils.tensor_bytes import tensor_bytes
+from .digests import config_digest, digest
 from .problem import Problem
 from .registry import Setup
 from .tasks import Task
@@ -26,36 +23,49 @@ def identity_of(
 ) -> dict[str, Any]:  # fmt: skip
     """What must be equal for a run to be resumed, by what a user calls it. Can be written as JSON.
 
-    Raises ConfigError for items whose content cannot be told.
+    Raises ConfigError for items and options whose content cannot be told.
     """
     options = asdict(setup)
     options.pop("cache")
-    return {
+    named = {f"task {i + 1} ({task.name})": task for i, task in enumerate(tasks)}
+    identity = {
         "method": name,
-        "model": digest([type(dense).__name__, fingerprint(dense.state_dict())]),
-        "problem": digest(problem.facts()),
-        "options": json.loads(json.dumps(options)),
+        "model": {
+            "kind": type(dense).__name__,
+            "weights": digest(fingerprint(dense.state_dict())),
+            "configuration": config_digest(getattr(dense, "config", None)),
+        },
+        "problem": problem.facts() | {"batches": digest(_first_batch(problem, tasks))},
+        "options": options,
         "score": score,
         "number of tasks": len(tasks),
-        **{f"data of task {i + 1} ({task.name})": _of(task) for i, task in enumerate(tasks)},
-        "data of the base task": None if base_task is None else _of(base_task),
+        **{f"data of {of}": _data(task) for of, task in named.items()},
+        **{f"epochs of {of}": task.epochs for of, task in named.items()},
+        **{f"classes of {of}": task.classes for of, task in named.items()},
+        "data of the base task": None if base_task is None else _data(base_task),
     }
+    return json.loads(json.dumps(identity, default=digest))
 
 
-def digest(content: Any) -> str:
-    """Of nested lists, dicts, numbers, strings, arrays and tensors, by type and content."""
-    return hashlib.sha256(repr(content_key(content, _other)).encode()).hexdigest()[:32]
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what differs between two identities, with the parts that differ in brackets."""
+    names = []
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            parts = differing(a, b)
+            names += [f"{name} ({', '.join(parts)})"] if parts else []
+        elif a != b:
+            names.append(name)
+    return names
 
 
-def _of(task: Task) -> str:
-    return digest([task.name, task.train, task.test, task.eval, task.epochs, task.classes])
+def _data(task: Task) -> str:
+    return digest([task.train, task.test, task.eval])
 
 
-def _other(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        content = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        return "tensor", str(value.dtype), tuple(value.shape), content
-    raise ConfigError(
-        f"an item holds a {type(value).__name__}, whose content cannot be told from another's: use "
-        "numbers, strings, arrays and tensors, or run without a folder"
-    )
+def _first_batch(problem: Problem, tasks: Sequence[Task]) -> Any:
+    """A batch, which shows transforms that `Problem.facts` does not know of."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return problem.batch(tasks[0].train[:2])

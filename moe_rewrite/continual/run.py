@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
-from ..utils.atomic_files import replace_file, write_json
+from ..errors import ConfigError
 from ..utils.folders import locked
-from ..utils.read_files import read_bytes, read_json
-from .identity import digest, identity_of
+from .identity import identity_of
 from .learner import Learner, router_use
 from .methods.base import Method
 from .problem import Problem
 from .registry import Setup, make_method
 from .results import Result
+from .run_folder import RunFolder
 from .tasks import Task
-
-PROGRESS = "progress.json"
-STATE = "state.safetensors"
 
 
 def run(
@@ -63,13 +56,13 @@ def run(
         return _run(name, dense, problem, tasks, setup, base_task, score, None)
     with locked(out):
         identity = identity_of(name, dense, problem, tasks, setup, base_task, score)
-        kept = _RunFolder(out, identity)
+        kept = RunFolder(out, identity)
         return _run(name, dense, problem, tasks, setup, base_task, score, kept)
 
 
 def _run(
     name: str, dense: nn.Module, problem: Problem, tasks: Sequence[Task], setup: Setup,
-    base_task: Task | None, score: str, kept: _RunFolder | None,
+    base_task: Task | None, score: str, kept: RunFolder | None,
 ) -> Result:  # fmt: skip
     learnt, result = (0, None) if kept is None else kept.read()
     if result is not None and learnt == len(tasks):
@@ -85,6 +78,8 @@ def _run(
             [t.name for t in tasks], score, scores.of_tasks(score), [scores.of_base_task(score)],
             keeps_data=method.keeps_data,
         )  # fmt: skip
+        if kept is not None:
+            kept.begin(result)
     elif saved is not None:
         assert kept is not None
         method.restore(kept.tensors(learnt), tasks, learnt)
@@ -134,72 +129,3 @@ class _Scores:
     def _score(self, number: int | None, task: Task, kind: str) -> float:
         model = self.method.model_for(number)
         return self.method.problem.score(model, task, kind, self.method.device)
-
-
-class _RunFolder:
-    """The folder of a run: states by number of tasks learnt, and progress.json with the last."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
-        self.state_digest = ""
-
-    def state(self, learnt: int) -> Path:
-        return self.folder / f"after-{learnt}"
-
-    def read(self) -> tuple[int, Result | None]:
-        file = self.folder / PROGRESS
-        if not file.exists():
-            return 0, None
-        progress = read_json(file)
-        try:
-            own = progress.pop("sha256")
-            learnt, result = progress["learnt"], Result(**progress["result"])
-            identity, self.state_digest = progress["identity"], progress["state"]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{file}: no progress of a run ({error}), or of an older version: use another --out"
-            ) from None
-        if own != digest(progress):
-            raise CheckpointError(f"{file}: changed since it was written: use another --out")
-        differs = sorted(
-            k for k in identity | self.identity if identity.get(k) != self.identity.get(k)
-        )
-        if differs:
-            raise ConfigError(
-                f"{self.folder} holds another run, which differs in {', '.join(differs)}: use "
-                "another --out, or the same options to go on"
-            )
-        return learnt, result
-
-    def tensors(self, learnt: int) -> dict[str, torch.Tensor]:
-        """The state after so many tasks. Raises CheckpointError."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        file = self.state(learnt) / STATE
-        content = read_bytes(file)
-        if hashlib.sha256(content).hexdigest() != self.state_digest:
-            raise CheckpointError(f"{file}: changed since it was written: use another --out")
-        try:
-            return load(content)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from None
-
-    def write(self, learnt: int, method: Method, result: Result) -> None:
-        from safetensors.torch import save
-
-        target = self.state(learnt)
-        shutil.rmtree(target, ignore_errors=True)  # incomplete, from a killed run
-        target.mkdir(parents=True)
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in method.state().items()}
-        content = save(tensors)
-        replace_file(target / STATE, content)
-        if isinstance(method, Learner):
-            method.model.save_pretrained(target)
-        facts = {"learnt": learnt, "result": result.to_dict(), "identity": self.identity}
-        facts["state"] = hashlib.sha256(content).hexdigest()
-        facts = json.loads(json.dumps(facts))  # as it will be read
-        write_json(self.folder / PROGRESS, facts | {"sha256": digest(facts)})
-        for old in self.folder.glob("after-*"):
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)

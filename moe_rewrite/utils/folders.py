@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ..errors import ConfigError
 
@@ -30,21 +31,42 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes, and other runs of this one, out of a folder. The system drops the lock
     of a process that dies. Raises ConfigError if the folder is in use or cannot be written to."""
     require_writable(folder)
-    with open(folder / ".lock", "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    f"{folder}: another run is using it: wait for its end, or choose another folder"
-                ) from None
+    with _lock_file(folder / ".lock") as file:
+        try:
+            _lock(file, wait=False)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another run is using it: wait for its end, or choose another folder"
+            ) from None
         yield
 
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """One process, or user of this file, at a time; the others wait."""
-    with open(path, "a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """One process, or user of this file, at a time; the others wait. Raises ConfigError if the file
+    cannot be made."""
+    with _lock_file(path) as file:
+        _lock(file, wait=True)
         yield
+
+
+def _lock_file(path: Path) -> IO[str]:
+    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+        raise ConfigError(f"{path}: is no plain file: remove it")
+    try:
+        return open(path, "a")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written to ({error})") from None
+
+
+def _lock(file: IO[str], wait: bool) -> None:
+    """Raises BlockingIOError if another holds the lock and `wait` is false. Some network drives have
+    no locks: there it does nothing."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass

@@ -37,7 +37,7 @@ def finished(process):
 
 
 @pytest.mark.parametrize("seen", [
-    "after-1", pytest.param("progress.json", marks=pytest.mark.sweep),
+    "after-1", pytest.param("after-2", marks=pytest.mark.sweep),
 ])  # fmt: skip
 def test_killed_in_a_task_it_ends_in_the_same_result(data, tmp_path, seen):
     """One method's files; the others' are tested within one process. seen: what is on disk when the

@@ -1,6 +1,7 @@
 """Cached features at the cut: the same losses, without running the shallow segment."""
 
 import json
+import os
 
 import architectures
 import cnns
@@ -15,6 +16,7 @@ import moe_rewrite
 from moe_rewrite import MoeRewriteError, TokenRouter
 from moe_rewrite.continual.features import FeatureCache
 from moe_rewrite.continual.text import TextProblem
+from moe_rewrite.errors import CheckpointError
 
 PROBLEM = TextProblem(words.Letters(), 32)
 
@@ -175,3 +177,30 @@ def test_padding_on_the_left_is_kept_whole(llama):
         got = moe(**inputs, use_cache=False).logits
     want = moe(**inputs, use_cache=False).logits
     torch.testing.assert_close(got[:, 4:], want[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_another_configuration_or_precision_are_others(tmp_path):
+    model = architectures.build("Llama", layers=2)
+    moe, batch = routed(model), PROBLEM.inputs(batches()[0])
+    want = FeatureCache(moe, tmp_path, 2**20).features(batch)
+    other = architectures.build("Llama", layers=2)
+    other.config.rms_norm_eps = 1e-2
+    assert FeatureCache(routed(other), tmp_path, 2**20)._model != FeatureCache(moe)._model
+    cache = FeatureCache(moe, tmp_path, 2**20)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.features(batch)
+    assert cache.hits == 0
+    assert torch.equal(cache.features(batch), want) and cache.hits == len(want)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("kind", ["jsonl", "bin"])
+def test_something_else_in_place_of_a_file_is_named(llama, tmp_path, kind):
+    moe = routed(llama)
+    FeatureCache(moe, tmp_path, 2**20)
+    file = tmp_path / f"features-{FeatureCache(moe)._model}.{kind}"
+    for make in (os.mkfifo, os.mkdir):
+        file.unlink(missing_ok=True)
+        make(file)
+        with pytest.raises(CheckpointError, match=f"{file.name}: is no plain file"):
+            FeatureCache(moe, tmp_path, 2**20)

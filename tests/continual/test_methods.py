@@ -73,8 +73,8 @@ def test_it_learns_and_a_run_that_was_stopped_ends_in_the_same_result(llama, met
     got = run(method, llama, problem(), tasks, SETUP, base_task, "loss", tmp_path / "cut")
     assert figures(got) == figures(want)
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
-    again = run(method, llama, problem(0), tasks, SETUP, base_task, "loss", tmp_path / "cut")
-    assert figures(again) == figures(want)  # nothing is left to do: not one batch was made
+    again = run(method, llama, problem(1), tasks, SETUP, base_task, "loss", tmp_path / "cut")
+    assert figures(again) == figures(want)  # nothing is left to do: one batch tells the problem
     other = replace(SETUP, rank=2)
     with pytest.raises(MoeRewriteError, match="another run"):
         run(method, llama, problem(), tasks, other, base_task, "loss", tmp_path / "cut")

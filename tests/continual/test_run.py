@@ -1,7 +1,8 @@
-"""A run's folder: whose it is, what is in it, and who may use it."""
+"""A run's folder: what is in it, whether it is whole, and who may use it."""
 
 import json
 import multiprocessing
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 import words
 
-from moe_rewrite import MoeRewriteError
 from moe_rewrite.continual.compare import compare
 from moe_rewrite.continual.registry import Setup
 from moe_rewrite.continual.run import run
@@ -21,120 +21,126 @@ from moe_rewrite.utils.folders import locked
 
 SETUP = Setup(split=1, rank=2, replay=0.25, training=Training(epochs=1, lr=1e-2))
 METHODS = ["pmoe", "pmoe-gradient", "lora"]
+TASKS = words.stream()
 
 
-def llama(seed=0):
-    model = architectures.build("Llama", layers=2)
+class Stopped(Exception):
+    """Stands for a kill, within one process."""
+
+
+class StopsAt(TextProblem):
+    """A problem that stops when a task's items are trained on."""
+
+    def __init__(self, task):
+        super().__init__(words.Letters(), 32)
+        self.task = [] if task is None else task.train
+
+    def facts(self):
+        return TextProblem(words.Letters(), 32).facts()
+
+    def batch(self, items):
+        if items[0] in self.task and len(items) > 2:  # two are an example
+            raise Stopped
+        return super().batch(items)
+
+
+def go(out, method="lora", setup=SETUP, stops_at=None):
+    llama = architectures.build("Llama", layers=2)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20 + seed)
-    return model
-
-
-def go(out, method="lora", dense=None, length=32, tasks=None, setup=SETUP, base_task=None):
-    problem = TextProblem(words.Letters(), length)
-    return run(
-        method, dense or llama(), problem, tasks or words.stream()[:2], setup, base_task, "loss", out
-    )  # fmt: skip
+        llama.lm_head.weight.mul_(20)
+    return run(method, llama, StopsAt(stops_at), TASKS, setup, None, "loss", out)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
+def half_done(tmp_path_factory):
+    """Runs that have learnt two tasks of three."""
+    folder = tmp_path_factory.mktemp("runs")
     for method in METHODS:
-        go(folder / method, method)
+        with pytest.raises(Stopped):
+            go(folder / method, method, stops_at=TASKS[2])
     return folder
 
 
 @pytest.fixture
-def out(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "runs")
+def out(half_done, tmp_path):
+    shutil.copytree(half_done, tmp_path / "runs")
     return tmp_path / "runs"
 
 
-def other_items():
-    first, second = words.stream()[:2]
-    train = [*second.train[:-1], second.train[0]]  # as many, but one other
-    return [first, replace(second, train=train)]
+def edit(file, change):
+    facts = json.loads(file.read_text())
+    change(facts)
+    file.write_text(json.dumps(facts))
 
 
-CHANGES = {
-    "model": {"dense": llama(seed=1)},
-    "data of task 2": {"tasks": other_items()},
-    "number of tasks": {"tasks": words.stream()},
-    "problem": {"length": 16},
-    "options": {"setup": replace(SETUP, rank=4)},
-    "data of the base task": {"base_task": words.task("own", "klmnop", "ok")},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_finished_run_is_not_another_ones(out, method, what):
-    with pytest.raises(ConfigError, match=f"another run, which differs in .*{what}"):
-        go(out / method, method, **CHANGES[what])
-    assert go(out / method, method).R  # it is still there
-
-
-def spoil(folder, how):
-    state = folder / "after-2"
-    progress = folder / "progress.json"
-    if how == "score":
-        facts = json.loads(progress.read_text())
-        facts["result"]["R"][0][0] += 1
-        progress.write_text(json.dumps(facts))
-    elif how == "older version":
-        facts = json.loads(progress.read_text())
-        del facts["sha256"]
-        progress.write_text(json.dumps(facts))
-    elif how == "flipped":
-        content = bytearray((state / "state.safetensors").read_bytes())
-        content[-1] ^= 1
-        (state / "state.safetensors").write_bytes(content)
-    else:
-        (state / how).unlink()
-
-
-def half_done(out, method):
-    """The run as it is before its third task."""
-    shutil.rmtree(out / method)
-    tasks = words.stream()
-
-    class Stopped(Exception):
-        pass
-
-    problem = TextProblem(words.Letters(), 32)
-    batch = problem.batch
-
-    def stop(items):
-        if items[0] in tasks[2].train:
-            raise Stopped
-        return batch(items)
-
-    problem.batch = stop
-    with pytest.raises(Stopped):
-        run(method, llama(), problem, tasks, SETUP, None, "loss", out / method)
-    return out / method
-
-
-@pytest.mark.parametrize(("how", "words_"), [
-    ("score", "changed since it was written"), ("older version", "older version"),
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda facts: facts["result"]["R"][0].__setitem__(0, 0.5), "changed since it was saved"),
+    (lambda facts: facts.update(learnt=1), "changed since it was saved"),
+    (lambda facts: facts.pop("meta_sha256"), "older version"),
 ])  # fmt: skip
-def test_progress_that_was_changed_is_refused(out, how, words_):
-    spoil(out / "lora", how)
-    with pytest.raises(CheckpointError, match=words_):
+def test_progress_that_was_changed_is_refused(out, change, said):
+    edit(out / "lora" / "progress.json", change)
+    with pytest.raises(CheckpointError, match=f"progress.json.*{said}"):
         go(out / "lora")
 
 
-@pytest.mark.parametrize(("method", "how", "said"), [
-    ("lora", "state.safetensors", "cannot be read"), ("lora", "flipped", "changed since"),
-    ("pmoe", "moe_rewrite.json", "cannot be read"), ("pmoe", "state.safetensors", "cannot be read"),
-    ("pmoe-gradient", "moe_rewrite.json", "cannot be read"),
-])  # fmt: skip
-def test_a_missing_or_changed_state_is_never_a_fresh_start(out, method, how, said):
-    folder = half_done(out, method)
-    spoil(folder, how)
-    with pytest.raises(CheckpointError, match=said):
-        go(folder, method, tasks=words.stream())
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"[1]", b"{", b""])
+def test_progress_that_is_no_progress_is_refused(out, content):
+    (out / "lora" / "progress.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"progress\.json"):
+        go(out / "lora")
+
+
+def test_states_without_progress_are_no_fresh_start(out):
+    (out / "lora" / "progress.json").unlink()
+    with pytest.raises(CheckpointError, match=r"progress\.json: missing, beside after-2"):
+        go(out / "lora")
+    assert (out / "lora" / "after-2" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_missing_or_changed_file_is_named(out, method):
+    files = sorted((out / method / "after-2").iterdir())
+    assert len(files) == 1 if method == "lora" else 3
+    for file in files:
+        whole = file.read_bytes()
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"{file.name}: missing"):
+            go(out / method, method)
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{file.name}: changed since"):
+            go(out / method, method)
+        file.write_bytes(whole)
+
+
+def test_another_runs_experts_are_a_change(out):
+    for file in (out / "pmoe-gradient" / "after-2").glob("moe_rewrite*"):
+        shutil.copy(file, out / "pmoe" / "after-2")
+    with pytest.raises(CheckpointError, match=r"moe_rewrite\.json: changed since"):
+        go(out / "pmoe", "pmoe")
+
+
+def test_a_finished_run_is_checked_too(out):
+    done = go(out / "lora")
+    assert go(out / "lora") == done
+    shutil.rmtree(out / "lora" / "after-3")
+    with pytest.raises(CheckpointError, match=r"after-3.*missing"):
+        go(out / "lora")
+
+
+def test_a_run_that_was_killed_in_its_first_task_starts_there(tmp_path):
+    want = go(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(tmp_path / "cut", stops_at=TASKS[0])
+    (tmp_path / "cut" / "after-1").mkdir()  # half written
+    got = go(tmp_path / "cut")
+    assert (got.R, got.before) == (want.R, want.before)
+
+
+def test_a_run_that_diverged_is_handed_back(tmp_path):
+    setup = replace(SETUP, training=Training(epochs=1, lr=1e30, clip=1e30))
+    first, again = (go(tmp_path / "out", setup=setup) for _ in range(2))
+    assert str(first.R) == str(again.R) and "nan" in str(first.R)
 
 
 def hold(folder, ready, done):
@@ -149,24 +155,64 @@ def test_two_processes_do_not_share_a_folder(out):
     other = spawn.Process(target=hold, args=(out / "lora", ready, done))
     other.start()
     assert ready.wait(60)
-    with pytest.raises(ConfigError, match="another run is using it"):
+    with pytest.raises(ConfigError, match="lora: another run is using it"):
         go(out / "lora")
     other.kill()  # a killed run keeps nobody out
     other.join()
     assert go(out / "lora").R
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    steps = []
-    monkeypatch.setattr(TextProblem, "batch", lambda *_: steps.append(1))
-    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+def test_nor_does_a_comparison_share_its_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match=f"{tmp_path}: another run is using it"):
+        compare_into(out=tmp_path)
+    assert not (tmp_path / "lora").exists()
+
+
+def compare_into(**where):
+    llama = architectures.build("Llama", layers=2)
+    return compare(["lora"], llama, TextProblem(words.Letters(), 32), TASKS, SETUP, **where)
+
+
+def test_a_drive_without_locks_is_used_without(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("moe_rewrite.utils.folders.fcntl.flock", refuse)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def no_batch(monkeypatch):
+    def fail(*_):
+        raise AssertionError("a batch was made")
+
+    monkeypatch.setattr(TextProblem, "batch", fail)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path, no_batch):
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "inside"):
         with pytest.raises(ConfigError, match=f"{out}: cannot be written to"):
             go(out)
-        with pytest.raises(MoeRewriteError, match="cannot be written to"):
-            compare(["lora"], llama(), TextProblem(words.Letters(), 32), words.stream(), SETUP,
-                    out=out)  # fmt: skip
-    with pytest.raises(ConfigError, match="cannot be written to"):
-        compare(["lora"], llama(), TextProblem(words.Letters(), 32), words.stream(), SETUP,
-                json_file=tmp_path / "file" / "figures.json")  # fmt: skip
-    assert not steps
+        with pytest.raises(ConfigError, match=f"{out}: cannot be written to"):
+            compare_into(out=out)
+    with pytest.raises(ConfigError, match=f"{file}: cannot be written to"):
+        compare_into(json_file=file / "figures.json")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: is a folder"):
+        compare_into(json_file=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="may write anywhere")
+def test_a_read_only_folder_too(tmp_path, no_batch):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be written to"):
+        go(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_in_place_of_the_lock_does_not_hang(tmp_path, no_batch):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(ConfigError, match=r"\.lock: is no plain file"):
+        go(tmp_path)
