@@ -1,0 +1,207 @@
+"""One run of the dense model in which experts are added or put in the place of modules."""
+
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from .blocks import Block, Ffn
+from .heads import Head
+from .reference import (
+    CONVOLUTIONS,
+    EXPERTS,
+    PRODUCTS,
+    Counted,
+    NotFollowed,
+    Patches,
+    laid_out,
+    token_gates,
+)
+
+
+class Followed:
+    """Call it with arguments for the outputs with experts.
+
+    model: a copy of the dense one. state: the added tensors by public name. sites: name of a site ->
+    name of its weight, or the names of its parts if it is a copy. cut: see `where_cut`.
+    router, experts: the configurations. active: numbers of the experts. sides: of the patch tokens.
+    """
+
+    def __init__(self, model, state, sites, cut, router, experts, active, sides=None):
+        self.model, self.state, self.sides = model, state, sides
+        self.cut, self.line = cut
+        self.router, self.experts, self.active = router, experts, active
+        self.patched = router.policy == "patch"
+        self.given = None  # gates of a router that the reference does not compute
+        self.modules, self.weights = {}, {}
+        self.layouts, self.hit, self.alive = {}, set(), []
+        for name, weight in sites.items():
+            self.layouts[name] = layout_of(model, name)
+            if not isinstance(weight, str):
+                self.modules[self._whole(weight)] = name
+            elif (parameter := plain_weight(model, name, weight)) is not None:
+                self.weights[id(parameter)] = name
+            else:
+                self.modules[name] = name
+        self.names = set(sites)
+
+    def __call__(self, arguments):
+        self.gates, self.inside = None, False
+        mask = arguments.get("attention_mask")
+
+        def seen(number, func, args, kwargs, output):
+            if number == self.cut:
+                self._gate(output, mask)
+                return output
+            return self._routed(func, args, kwargs, output)
+
+        if self.cut == 0:
+            self._gate(arguments["x"], mask)
+        with ExitStack() as hooks, Counted(seen):
+            for path, name in self.modules.items():
+                module = self.model.get_submodule(path)
+                hook = module.register_forward_hook(self._hook(path, name))
+                hooks.callback(hook.remove)
+            out = self.model(**arguments)
+        if missing := self.names - self.hit:
+            raise NotFollowed(f"never ran as a module or product: {sorted(missing)}")
+        return out
+
+    def _gate(self, features, mask):
+        features = features.detach().clone()
+        features = features.transpose(-1, -2) if self.line else features
+        self.lead = features.shape[:2] if features.ndim == 3 else features.shape[:1]
+        if self.given is not None:
+            self.gates = self.given
+        elif self.patched:
+            self.gates = Patches(features, self.state, self.router, self.sides), 0.0
+        else:
+            self.gates = token_gates(features, mask, self.state, self.router, self.active)
+
+    def _routed(self, func, args, kwargs, output):
+        if func is torch.Tensor.t and id(args[0]) in self.weights:
+            self.weights[id(output)] = self.weights[id(args[0])]
+            self.alive.append(output)  # its id must stay its own
+        if self.gates is None or func not in PRODUCTS + CONVOLUTIONS or len(args) < 2:
+            return output
+        name = self.weights.get(id(args[1]))
+        return output if name is None else self.beside(name, func, args, output)
+
+    def beside(self, name, func, args, output):
+        """The output of a site with its LoRA experts."""
+        self.hit.add(name)
+        convolved = func in CONVOLUTIONS
+        gates = self.over(name, output, convolved)
+        for i, e in enumerate(self.active):
+            a, b = (self.state[f"{EXPERTS}{name}.{part}.{e}"].to(output.dtype) for part in "ab")
+            if convolved:
+                options = (*args[3:], *(1, 0, 1)[len(args) - 3 :])[:3]  # stride, padding, dilation
+                delta = func(func(args[0], a, None, *options), b)
+                gate = gates[:, i : i + 1]
+            else:
+                delta = F.linear(F.linear(args[0], a), b)
+                gate = gates[..., i : i + 1]
+            output = output + (gate * self.experts.scale * delta).to(output.dtype)
+        return output
+
+    def over(self, name, output, convolved=False):
+        """The gates over the rows (..., E) or the positions (B, E, ...) of an output."""
+        gates, layout = self.gates[0], self.layouts[name]
+        if isinstance(gates, Patches):
+            return patch_gates(gates, output, convolved, layout)
+        if not convolved:
+            return laid_out(gates, output, layout, self.lead)
+        gates = gates.squeeze(1) if gates.ndim == 3 and gates.shape[1] == 1 else gates
+        if self.line and gates.ndim == 3:
+            assert gates.shape[1] == output.shape[2], "a site over other positions than the plan's"
+            return gates.transpose(1, 2)
+        assert gates.ndim == 2, "a convolution over positions has experts by position"
+        return gates.reshape(*gates.shape, *(1 for _ in output.shape[2:]))
+
+    def _hook(self, path, name):
+        def hook(module, args, output):
+            if self.gates is None or self.inside:
+                return output
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                if not isinstance(module, nn.Linear):
+                    raise NotFollowed("a convolution with computed weights")
+                return self.beside(name, F.linear, args, output)
+            return self.instead(name, path, module, args, output)
+
+        return hook
+
+    def instead(self, name, path, module, args, output):
+        """The sum of the copies' outputs by their gates."""
+        self.hit.add(name)
+        of_map = not isinstance(module, Ffn)
+        gates, base = self.over(name, output, of_map), self.gates[1]
+        total = torch.zeros_like(output)
+        if isinstance(base, torch.Tensor):
+            total = laid_out(base, output, self.layouts[name], self.lead).to(output.dtype) * output
+        for i, e in enumerate(self.active):
+            self.inside = True  # the hook is on the copy too
+            own = functional_call(module, self._copies(name, path, e), args)
+            self.inside = False
+            gate = gates[:, i : i + 1] if of_map else gates[..., i : i + 1]
+            total = total + gate.to(output.dtype) * own
+        return total
+
+    def _copies(self, name, path, expert):
+        prefix, found = f"{EXPERTS}{name}.copies.{path}.", {}
+        for key, tensor in self.state.items():
+            if key.startswith(prefix) and key.endswith(f".{expert}"):
+                found[key.removeprefix(prefix).rpartition(".")[0]] = tensor
+        return found
+
+    def _whole(self, parts):
+        """The module that a copy is of."""
+        paths = {part.rpartition(".")[0] for part in parts}
+        for path, module in self.model.named_modules():
+            inside = all(p == path or p.startswith(path + ".") for p in paths)
+            if isinstance(module, Ffn) and inside:
+                return path
+        region = getattr(self.experts, "region", None)
+        plain = region and self.experts.halo and self.experts.width == 1
+        if plain and self.experts.combine == "sum":
+            return region
+        raise NotFollowed("copies of what is no module")
+
+
+def patch_gates(gates, output, convolved, layout):
+    if layout != "rows":
+        raise NotFollowed("rows of a form that the reference does not know")
+    if convolved:
+        return gates.over_map(*output.shape[2:])
+    if output.ndim == 3:
+        if gates.sides is None:
+            raise NotFollowed("rows of a map")
+        return gates.over_tokens()
+    return gates.over_map(*output.shape[1:3]).permute(0, 2, 3, 1)
+
+
+def plain_weight(model, name, weight):
+    """The parameter that products at this site read, or None if a module computes its weight."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(name)
+    if module is not None and "weight" in module._parameters:
+        return module.weight
+    owner = modules[weight.rpartition(".")[0]] if weight.rpartition(".")[0] else model
+    if nn.utils.parametrize.is_parametrized(model) and "parametrizations" in weight:
+        return None
+    if weight.endswith(("_orig", "_v", "_g")):
+        return None
+    return owner._parameters.get(weight.rpartition(".")[2])
+
+
+def layout_of(model, name):
+    """How a site's rows relate to the plan's, as its block or head says."""
+    parts, modules = name.split("."), dict(model.named_modules(remove_duplicate=False))
+    for at in range(len(parts)):
+        module = modules.get(".".join(parts[:at]))
+        if isinstance(module, Block) and parts[at] in module.layouts:
+            return module.layouts[parts[at]]
+        if isinstance(module, Head):
+            return "rows" if module.how in ("each", "tied") else "sample"
+    return "rows"
