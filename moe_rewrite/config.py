@@ -55,7 +55,8 @@ class TokenRouter:
         are multiplied by this before the softmax.
     prior: ``prior / positions`` is added to the frozen model's score in an analytic prefix gate,
         since a short prefix says little.
-    pool: a feature map at the cut is read as the means of its pool x pool cells.
+    pool: a feature map at the cut is read as the means of its pool x pool cells, a volume as those
+        of pool x pool x pool.
     gate: softmax over the top k (``"selected"``), or over all outputs (``"all"``), in which case
         the gates of a row do not sum to one.
     policy: ``"token"``: a row chooses its experts; ``"expert"``: each expert chooses its best
@@ -198,9 +199,9 @@ class PatchRouter:
 class LoRAExperts:
     """Low-rank experts: each adds ``alpha / rank * B @ A`` to a frozen site, times its gate.
 
-    A site is a linear map or a 2-d convolution. On a convolution A is one with the site's kernel,
-    stride, padding and dilation to `rank` channels (over all input channels, whatever the site's
-    groups), B a 1x1 convolution.
+    A site is a linear map or a convolution (over a line, a map or a volume; transposed too). On a
+    convolution A is one with the site's kernel, stride, padding and dilation to `rank` channels
+    (over all input channels, whatever the site's groups), B a pointwise convolution.
 
     rank: rows of A and columns of B, per expert.
     alpha: numerator of the scale (LoRA, arXiv 2106.09685, section 4.1).

@@ -119,6 +119,8 @@ def _is_rowwise(product: Product) -> bool:
     weight = value(product.weight)
     if weight.ndim == 2:
         return True
+    if product.transposed or weight.ndim != 4:
+        return False
     stride, padding, dilation = product.options
     plain = stride == [1, 1] and dilation == [1, 1] and padding in ([0, 0], "valid", "same")
     groups = weight.shape[1] == value(product.rows).shape[1]

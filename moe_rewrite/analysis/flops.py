@@ -11,11 +11,11 @@ from torch import fx
 from ..ir.aten import expression, value
 from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
+from .convolutions import is_transposed
 
 if TYPE_CHECKING:
     import sympy
 
-TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 RECURRENT = {
     "rnn_tanh", "rnn_relu", "gru", "lstm", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell",
 }  # fmt: skip
@@ -85,11 +85,10 @@ class Sizes:
         if node.op != "call_function" or value(node) is None:
             return 0
         of, name = op(node), op_name(node) if _is_aten(node) else ""
-        general = name == "convolution" and argument(node, "transposed")
-        if general or name in TRANSPOSED:
-            return self._each_with_a_row(first(node), argument(node, "weight"))
         if of.product == "filter" or name == "bilinear":
-            return self._each_with_a_row(node, argument(node, "weight"))
+            scattered = of.product == "filter" and is_transposed(node)
+            rows = first(node) if scattered else node
+            return self._each_with_a_row(rows, argument(node, "weight"))
         if name in RECURRENT:
             return self._recurrent(node)
         if of.summed:

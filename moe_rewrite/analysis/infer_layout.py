@@ -1,4 +1,5 @@
-"""The gate layout of a value in the deep segment, inferred from symbolic sizes."""
+"""The gate layout of a value in the deep segment, inferred from symbolic sizes and from the
+operations that made it."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ from torch import fx
 
 from ..config import RouterSpec
 from ..ir.aten import value
-from ..ir.gate_layout import Flat, GateLayout, OverMap, Rows, Samples, Swapped
+from ..ir.gate_layout import Flat, GateLayout, Line, OverMap, Rows, Samples, Swapped
 from ..ir.program import Program, lead_of
+from .line_rows import Along, has_rows, line_rows
 from .row_dims import flattened_from, same_sizes
 from .spatial import NCHW, SpatialDims, maps
+
+ONE_A_SAMPLE = "TokenRouter(granularity='sequence') gives one gate a sample"
 
 
 class Layouts:
@@ -17,42 +21,72 @@ class Layouts:
 
     def __init__(self, program: Program, deep: list[fx.Node], router: RouterSpec) -> None:
         assert program.cut is not None
-        cut = program.node(program.cut.node)
+        self.cut = cut = program.node(program.cut.node)
         self.lead = lead_of(value(cut).shape)
-        self.places = maps(deep, cut) if value(cut).ndim == 4 else {}
-        self.patches = router.policy == "patch" and value(cut).ndim == 4
+        mapped = value(cut).ndim == 4
+        self.places, self.lost = maps(deep, cut) if mapped else ({}, {})
+        self.patches = router.policy == "patch" and mapped
         self.per_sample = router.granularity == "sequence" or len(self.lead) == 1
+        self.line = program.cut.line
+        self.rows = line_rows(deep, cut) if len(self.lead) == 2 else {}
 
     def of_rows(self, rows: fx.Node) -> GateLayout | str:
         """The layout of a value with features in the last dimension, or why there is none."""
+        sizes = _sizes(value(rows).shape)
         if self.patches:
             if self.places.get(rows) != SpatialDims(1, 2, 3):
-                return (
-                    f"its input ({_sizes(value(rows).shape)}) has no patches of the map at the cut"
+                return self._no_patches(
+                    rows, f"its input ({sizes}) has no patches of the map at the cut"
                 )
             return self._over_patches(rows, channels_last=True)
-        return self._of_positions(rows) or (
-            f"its input ({_sizes(value(rows).shape)}) has rows that are not the plan's "
-            f"({_sizes(self.lead)})"
-        )
+        along = self.rows.get(rows)
+        if not self.per_sample and self.line and not isinstance(along, Along):
+            reason = along or f"its input ({sizes}) is not known to have the positions of the line"
+            return f"{reason}; {ONE_A_SAMPLE}"
+        layout = self._of_positions(rows)
+        if layout is None:
+            return f"its input ({sizes}) has rows that are not the plan's ({_sizes(self.lead)})"
+        reason = self._contradicts(rows) if isinstance(layout, Rows) else ""
+        return reason or layout
+
+    def _contradicts(self, rows: fx.Node) -> str:
+        """Why the second dimension has no rows of the plan although its size is theirs. A symbolic
+        size is no coincidence; a number may be one."""
+        along = self.rows.get(rows)
+        if along is None or not isinstance(self.lead[1], int):
+            return ""
+        if isinstance(along, str):
+            return along
+        if along.dim != 1 or not has_rows(rows, along, self.cut):
+            return f"its input ({_sizes(value(rows).shape)}) does not have the plan's rows second"
+        return ""
 
     def of_map(self, rows: fx.Node, over: fx.Node, channels_last: bool = False) -> GateLayout | str:
-        """The layout of a feature map (B, C, H, W), or why there is none.
+        """The layout of a feature map (B, C, H, W), or why there is none; with gates of samples or
+        of positions also of a line (B, C, L), or of a volume.
 
         over: the map that gates are multiplied with (a convolution's output).
         """
         if self.patches:
-            if self.places.get(rows) != NCHW:
-                return "its input does not lie over the map at the cut"
+            if self.places.get(over) != NCHW:
+                return self._no_patches(over, "its input does not lie over the map at the cut")
             return self._over_patches(over, channels_last)
-        if not self.per_sample or not same_sizes(value(rows).shape[:1], self.lead[:1]):
-            return "a convolution whose positions are not the plan's rows"
-        return OverMap(channels_last, None)
+        if not same_sizes(value(rows).shape[:1], self.lead[:1]):
+            return "a convolution over samples that are not the plan's"
+        if self.per_sample:
+            return OverMap(channels_last, None, value(over).ndim - 2)
+        along = self.rows.get(over)
+        if isinstance(along, Along) and along.dim == 2 and has_rows(over, along, self.cut):
+            return Line()
+        reason = f": {along}" if isinstance(along, str) else ""
+        return f"a convolution whose positions are not the plan's rows{reason}; {ONE_A_SAMPLE}"
+
+    def _no_patches(self, node: fx.Node, plain: str) -> str:
+        lost = self.lost.get(node)
+        return plain if lost is None else f"{plain}: {lost}"
 
     def _over_patches(self, over: fx.Node, channels_last: bool) -> GateLayout | str:
-        place = self.places.get(over)
-        if place is None:
-            return "its input does not lie over the map at the cut"
+        place = self.places[over]
         height, width = (value(over).shape[d] for d in (place.rows, place.cols))
         if not isinstance(height, int) or not isinstance(width, int):
             return f"its map has no fixed size ({height}, {width})"

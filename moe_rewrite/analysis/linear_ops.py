@@ -1,7 +1,7 @@
 """Products of activations with a weight, in every form that they have in a graph.
 
 These are nn.Linear, addmm with the weight stored as (in, out), matmul with a bare or transposed
-parameter, a tied weight, and 2-d convolutions. A weight may also be computed from parameters and
+parameter, a tied weight, and convolutions, transposed ones too. A weight may also be computed from parameters and
 buffers (normed, standardised, dequantised).
 """
 
@@ -16,7 +16,7 @@ from torch import fx
 from ..ir.aten import module_paths, value
 from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
-from .spatial import pair
+from .convolutions import is_transposed, options_of
 from .static_values import Static
 
 OF_INPUTS = "the weight is computed from the call's inputs"
@@ -27,8 +27,8 @@ class Product:
     """node = rows times weight.
 
     weight: a parameter, or what is computed from parameters and buffers alone.
-    transposed: the weight is stored as (in, out).
-    options: stride, padding and dilation of a convolution.
+    transposed: the weight is stored as (in, out), as a transposed convolution's is.
+    options: of a convolution, as `convolutions.options_of` gives them.
     """
 
     node: fx.Node
@@ -113,12 +113,8 @@ def _swaps(node: fx.Node) -> bool:
 
 def _convolution(static: Static, node: fx.Node) -> Product | str:
     rows, weight = argument(node, "input"), argument(node, "weight")
-    transposed = takes(node, "transposed") and argument(node, "transposed")
-    if value(node).ndim != 4 or transposed:
-        return "a convolution that is not a plain 2-d one"
     if not is_weight(static, weight):
         return OF_INPUTS
-    padding = argument(node, "padding")
-    padding = padding if isinstance(padding, str) else list(pair(padding))
-    stride, dilation = (list(pair(argument(node, name))) for name in ("stride", "dilation"))
-    return Product(node, rows, weight, options=(stride, padding, dilation))
+    if value(rows).ndim != value(weight).ndim:
+        return "a convolution of a single sample, without a batch dimension"
+    return Product(node, rows, weight, is_transposed(node), options_of(node))

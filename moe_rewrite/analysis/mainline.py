@@ -19,7 +19,7 @@ from ..ir.ops import alias_root, mutated, op, output_of
 from ..ir.program import Program
 from .static_values import Static, static_values
 
-CUT_RANKS = (2, 3, 4)
+CUT_RANKS = (2, 3, 4, 5)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from torch import fx
 
 from ..ir.aten import expression, value
 from ..ir.ops import argument, first, is_pointwise, op, op_name, operands, takes
+from .convolutions import is_transposed, per_axis
 from .flops import hint
+from .map_layout import moved_order
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,6 @@ class SpatialDims:
     rows: int = 2
     cols: int = 3
     channels: int = 1
-
-
-@dataclass(frozen=True)
-class Window:
-    """The input positions that output position r reads along one axis: ``r * stride - padding +
-    dilation * t`` for t in 0 .. kernel - 1. Positions outside the input have the value `fill`."""
-
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    fill: float = 0.0
-
-    def length(self, given: int) -> int:
-        """Output positions along an axis of `given` ones, with equal padding at both ends."""
-        return (given + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
 
 class NotLocal(Exception):
@@ -70,23 +56,34 @@ def propagate(nodes: Iterable[fx.Node], entry: fx.Node) -> SpatialMap:
     return places
 
 
-def maps(nodes: Iterable[fx.Node], entry: fx.Node) -> dict[fx.Node, SpatialDims]:
+def maps(
+    nodes: Iterable[fx.Node], entry: fx.Node
+) -> tuple[dict[fx.Node, SpatialDims], dict[fx.Node, str]]:
     """The spatial dimensions of every map over `entry`'s positions, even if an element depends on
-    more than a window."""
+    more than a window; and for other values that are made of such maps, why they are none."""
     places: dict[fx.Node, SpatialDims] = {entry: NCHW}
+    lost: dict[fx.Node, str] = {}
     for node in nodes:
-        if node.op == "call_function" and any(n in places for n in node.all_input_nodes):
+        if node.op != "call_function":
+            continue
+        if any(n in places for n in node.all_input_nodes):
             try:
                 places[node] = _place(node, places, apart=False)
-            except NotLocal:
-                continue
-    return places
+            except NotLocal as error:
+                lost[node] = str(error)
+        else:
+            reason = next((lost[n] for n in node.all_input_nodes if n in lost), None)
+            if reason is not None:
+                lost[node] = reason
+    return places, lost
 
 
 def _place(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
     """The spatial dimensions of a node. apart: a position may depend on its window only."""
     kind, name = op(node).positions, op_name(node)
     if kind in RULES:
+        if apart and kind in APART:
+            APART[kind](node)
         return RULES[kind](node, places)
     pointwise = kind == "pointwise" or is_pointwise(node) or node.target is operator.getitem
     if pointwise or (kind == "norm" and not apart):
@@ -140,9 +137,29 @@ def _require_same_everywhere(
 
 
 def _conv(node: fx.Node, places: Known) -> SpatialDims:
-    if takes(node, "transposed") and argument(node, "transposed"):
+    """A transposed convolution too, if its output is exactly `stride` times its input: patches that
+    are laid over the output then cover what was made of them."""
+    place = _nchw(node, places)
+    if is_transposed(node):
+        stride = per_axis(argument(node, "stride"), 2)
+        given, made = ([*value(n).shape[2:]] for n in (first(node), node))
+        wanted = [n * s for n, s in zip(given, stride, strict=True)]
+        if [*map(expression, wanted)] != [*map(expression, made)]:
+            raise NotLocal(
+                f"{node.name} is a transposed convolution that makes {_by(made)} positions of "
+                f"{_by(given)} with stride {stride}: which patches they belong to cannot be told "
+                "unless they are stride times as many (choose its padding and output_padding so)"
+            )
+    return place
+
+
+def _by(sizes: list[Any]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _require_plain_conv(node: fx.Node) -> None:
+    if is_transposed(node):
         raise NotLocal(f"{node.name} is a transposed convolution")
-    return _nchw(node, places)
 
 
 def _nchw(node: fx.Node, places: Known) -> SpatialDims:
@@ -158,23 +175,26 @@ def _require_weights(node: fx.Node, places: Known) -> None:
         raise NotLocal(f"{node.name} takes a weight computed from the map")
 
 
-def _pool(node: fx.Node, places: Known) -> SpatialDims:
+def _require_plain_pool(node: fx.Node) -> None:
+    """Windows that all lie in the map, or count what pads it."""
     if argument(node, "ceil_mode"):
         raise NotLocal(f"{node.name} pools with ceil_mode=True")
     if op_name(node) == "avg_pool2d":
         if argument(node, "divisor_override") is not None:
             raise NotLocal(f"{node.name} pools with divisor_override")
-        if not argument(node, "count_include_pad") and any(w.padding for w in windows(node)):
+        if not argument(node, "count_include_pad") and any(per_axis(argument(node, "padding"), 2)):
             raise NotLocal(
                 f"{node.name} averages with count_include_pad=False over a padded border"
             )
-    return _nchw(node, places)
+
+
+def _require_constant_pad(node: fx.Node) -> None:
+    if takes(node, "mode") and argument(node, "mode") != "constant":
+        raise NotLocal(f"{node.name} pads by {argument(node, 'mode')}")
 
 
 def _pad(node: fx.Node, places: Known) -> SpatialDims:
     place = _of(first(node), places)
-    if takes(node, "mode") and argument(node, "mode") != "constant":
-        raise NotLocal(f"{node.name} pads by {argument(node, 'mode')}")
     if len(padding_of(node)) // 2 >= value(node).ndim:
         raise NotLocal(f"{node.name} pads the batch")
     return place
@@ -201,13 +221,7 @@ def axis(node: fx.Node) -> int:
 
 def _permuted(node: fx.Node, places: Known) -> SpatialDims:
     place = _of(first(node), places)
-    ndim = value(node).ndim
-    order = list(range(ndim))
-    if takes(node, "dims"):
-        order = [d % ndim for d in argument(node, "dims")]
-    else:
-        a, b = (argument(node, name) % ndim for name in ("dim0", "dim1"))
-        order[a], order[b] = order[b], order[a]
+    order = moved_order(node)
     if order[0] != 0:
         raise NotLocal(f"{node.name} moves the batch")
     return SpatialDims(*(order.index(d) for d in (place.rows, place.cols, place.channels)))
@@ -245,9 +259,13 @@ def _cat(node: fx.Node, places: Known) -> SpatialDims:
 
 
 RULES: dict[str, Callable[[fx.Node, Known], SpatialDims]] = {
-    "convolution": _conv, "map": _nchw, "pool": _pool, "pad": _pad, "slice": _slice,
+    "convolution": _conv, "map": _nchw, "pool": _nchw, "pad": _pad, "slice": _slice,
     "permute": _permuted, "features": _over_last, "softmax": _over_channels, "split": _split,
     "cat": _cat,
+}  # fmt: skip
+# what must hold besides if a position may depend on its window only
+APART: dict[str, Callable[[fx.Node], None]] = {
+    "convolution": _require_plain_conv, "pool": _require_plain_pool, "pad": _require_constant_pad,
 }  # fmt: skip
 
 
@@ -260,62 +278,3 @@ def padding_along(node: fx.Node, dim: int) -> tuple[int, int]:
     """(low, high) of a padding node along one dimension."""
     pads, at = padding_of(node), 2 * (value(node).ndim - 1 - dim)
     return (pads[at], pads[at + 1]) if at < len(pads) else (0, 0)
-
-
-def windows(node: fx.Node, place: SpatialDims = NCHW) -> tuple[Window, Window]:
-    """The windows of input that an output position of this node reads, along rows and columns.
-
-    place: spatial dimensions of its output. Only for nodes for which `propagate` returns them.
-    """
-    of = WINDOWS.get(op(node).positions)
-    return of(node, place) if of is not None else (Window(), Window())
-
-
-def _pad_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
-    fill = argument(node, "value") or 0.0
-    (top, _), (left, _) = (padding_along(node, dim) for dim in (place.rows, place.cols))
-    return Window(padding=top, fill=fill), Window(padding=left, fill=fill)
-
-
-def _slice_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
-    dim, start = axis(node), argument(node, "start") or 0
-    taken = Window(stride=argument(node, "step"), padding=-start)
-    return (
-        taken if dim == place.rows else Window(),
-        taken if dim == place.cols else Window(),
-    )
-
-
-def pair(given: Any) -> tuple[int, int]:
-    """An option of a 2-d operation as (rows, columns)."""
-    given = [given] if isinstance(given, int) else list(given)
-    return (given[0], given[-1])
-
-
-def _conv_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
-    kernel = tuple(int(s) for s in value(argument(node, "weight")).shape[2:])
-    stride, dilation = pair(argument(node, "stride")), pair(argument(node, "dilation"))
-    padding = argument(node, "padding")
-    if padding == "same":
-        padding = tuple((d * (k - 1)) // 2 for k, d in zip(kernel, dilation, strict=True))
-    else:
-        padding = (0, 0) if padding == "valid" else pair(padding)
-    return tuple(  # type: ignore[return-value]
-        Window(*one) for one in zip(kernel, stride, padding, dilation, strict=True)
-    )
-
-
-def _pool_windows(node: fx.Node, place: SpatialDims) -> tuple[Window, Window]:
-    kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
-    stride = pair(argument(node, "stride") or kernel)
-    dilation = pair(argument(node, "dilation")) if takes(node, "dilation") else (1, 1)
-    fill = float("-inf") if op_name(node) == "max_pool2d" else 0.0
-    return tuple(  # type: ignore[return-value]
-        Window(*one, fill) for one in zip(kernel, stride, padding, dilation, strict=True)
-    )
-
-
-WINDOWS: dict[str, Callable[[fx.Node, SpatialDims], tuple[Window, Window]]] = {
-    "convolution": _conv_windows, "pool": _pool_windows, "pad": _pad_windows,
-    "slice": _slice_windows,
-}  # fmt: skip

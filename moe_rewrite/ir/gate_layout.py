@@ -68,23 +68,33 @@ class Flat(GateLayout):
 
 
 @dataclass(frozen=True)
+class Line(GateLayout):
+    """A map over a line (B, C, S)."""
+
+    def broadcast(self, gates: torch.Tensor, rows: tuple[int, ...], grid: int) -> torch.Tensor:
+        return gates.transpose(1, 2)
+
+
+@dataclass(frozen=True)
 class OverMap(GateLayout):
-    """A map (B, ..., H, W), or (B, H, W, ...) with channels last.
+    """A map (B, ..., H, W), or (B, H, W, ...) with channels last; with one row of gates a sample,
+    over any number of axes.
 
     size: (H, W) of this map, if patches are routed; None if each sample has one row of gates.
     """
 
     channels_last: bool
     size: tuple[int, int] | None
+    axes: int = 2
 
     def broadcast(self, gates: torch.Tensor, rows: tuple[int, ...], grid: int) -> torch.Tensor:
         if self.size is None:
-            gates = gates.reshape(gates.shape[0], 1, 1, gates.shape[-1])
+            gates = gates.reshape(gates.shape[0], *(1,) * self.axes, gates.shape[-1])
         else:  # each position takes the gates of the patches that cover it, by their shares
             down, across = (shares(n, grid).to(gates) for n in self.size)
             cells = gates[:, gates.shape[1] - grid * grid :].unflatten(1, (grid, grid))
             gates = torch.einsum("yi,xj,bije->byxe", down, across, cells)
-        return gates if self.channels_last else gates.permute(0, 3, 1, 2)
+        return gates if self.channels_last else gates.movedim(-1, 1)
 
 
 def _of_rank(gates: torch.Tensor, ndim: int) -> torch.Tensor:

@@ -78,8 +78,10 @@ OPS: dict[str, Op] = {
     "baddbmm": Op(product="other", summed="batch1"),
     "einsum": Op(product="other"),
     "scaled_dot_product_attention": Op(positions="all", evaluation={"dropout_p": 0.0}),
-    **_all("conv1d conv3d", Op(product="filter")),
-    **_all("conv2d convolution", Op(positions="convolution", product="filter", fresh=True)),
+    **_all(
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
+        Op(positions="convolution", product="filter", fresh=True),
+    ),
     # norms and pools
     "batch_norm": Op(
         positions="map",
@@ -117,7 +119,7 @@ OPS: dict[str, Op] = {
     **_all("to _to_copy", Op(pointwise=True, cast=True, rows="kept")),
     **_all("view reshape flatten", Op(rows="merged", positions="all", view=True)),
     "_unsafe_view": Op(rows="kept", view=True),
-    **_all("unsqueeze squeeze", Op(view=True)),
+    **_all("unsqueeze squeeze unflatten", Op(view=True)),
     **_all("permute transpose", Op(positions="permute", channels=True, transposes=True)),
     **_all("t numpy_T", Op(transposes=True)),
     # parts and wholes

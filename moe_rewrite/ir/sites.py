@@ -14,8 +14,9 @@ class LoRASite:
 
     name: dotted name of the module that owns the weight, or of a bare parameter.
     weight: state-dict name of the weight, or of a tensor that it is computed from.
-    transposed: the weight is stored as (in, out).
-    kernel: (h, w) of a convolution, empty for a linear map.
+    transposed: the weight is stored as (in, out); a convolution with such a weight is transposed.
+    kernel: size of a convolution along each axis, empty for a linear map.
+    unlike_peft: why PEFT's layer for this module computes something else; empty if it does not.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LoRASite:
     out_features: int
     transposed: bool
     kernel: tuple[int, ...] = ()
+    unlike_peft: str = ""
 
     @property
     def weights(self) -> tuple[str, ...]:

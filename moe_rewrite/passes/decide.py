@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import fx
+from torch.utils import _pytree as pytree
+
 from ..analysis.causality import is_causal
-from ..analysis.line_maps import is_line_map
 from ..config import RouterSpec
 from ..errors import ConversionError
 from ..frontend.host import Host
 from ..ir.aten import value
+from ..ir.depth_map import DepthMap
+from ..ir.ops import output_of
 from ..ir.program import Program
 from ..routing.select import resolve_router
 from .base import Decisions
@@ -47,23 +51,35 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
             f"{depth.model} has several mainlines: name the module that the deep segment starts "
             f"with, for example split={depth.blocks[-1].name!r}.\n{depth}"
         )
-    split = cut.label if named else cut.index
+    split = cut.label if named or _is_named(depth, cut.label, asked) else cut.index
     return program, Decisions(split, shallow=shallow_of(program, compiler.host))
+
+
+def _is_named(depth: DepthMap, label: str, asked: int | float | str) -> bool:
+    """Whether the name of the first deep block says where the cut is. An index would count other
+    blocks in a graph whose mainline is another (a decoder's, with labels instead of its ids)."""
+    return label in depth.starts and depth.resolve(label)[1] == depth.resolve(asked)[1]
 
 
 def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> RouterSpec:
     assert program.cut is not None
-    cut = program.node(program.cut.node)
-    features = value(cut)
-    if features.ndim == 3 and is_line_map(cut):
-        raise ConversionError(
-            f"split={recipe.split!r}: the cut carries a map over a line (batch, channels, length), "
-            "whose positions no router reads: split where features are the last dimension (after "
-            f"a transpose), or after the length is pooled.\n{program.depth}"
-        )
-    causal = features.ndim == 3 and is_causal(program, host, arguments)
+    features = value(program.node(program.cut.node))
+    causal = features.ndim == 3 and _causal(program, host, arguments, recipe)
     default = UPCYCLE if recipe.mode == "upcycle" else None
-    return resolve_router(recipe.router, features.shape, causal, default, program.cut.token_map)
+    line = program.cut.line
+    return resolve_router(
+        recipe.router, features.shape, causal, default, program.cut.token_map, line
+    )
+
+
+def _causal(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> bool:
+    assert program.cut is not None
+    if not program.cut.line:
+        return is_causal(program, host, arguments)
+    # whether outputs over a line look ahead is not tested: a gate that was asked for is given, and
+    # otherwise one that looks back if there is such an output
+    outputs = [n for n in pytree.tree_leaves(output_of(program.graph)) if isinstance(n, fx.Node)]
+    return recipe.router is None and any(getattr(value(n), "ndim", 0) > 2 for n in outputs)
 
 
 def _with_sites(decisions: Decisions, program: Program, recipe: Recipe) -> Decisions:

@@ -1,7 +1,6 @@
 """Find the sites of the deep segment, and match their rows to the plan's.
 
-A site is a product of activations with a 2-d weight, or a 2-d convolution over the cut's
-positions. What cannot be converted is rejected with a reason.
+A site is a product of activations with a 2-d weight, or a convolution. What cannot be converted is rejected with a reason.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from ..analysis.static_values import Static, static_values
 from ..config import LoRAExperts, RouterSpec
 from ..ir.aten import module_paths, value
 from ..ir.gate_layout import GateLayout
+from ..ir.ops import op
 from ..ir.program import Program
 from ..ir.sites import Found, LoRASite, Rejection
 from .base import Decisions, Pass
@@ -35,7 +35,7 @@ class Match:
     node: fx.Node
     rows: fx.Node
     layout: GateLayout
-    options: tuple[Any, ...] = ()  # stride, padding and dilation of a convolution
+    options: tuple[Any, ...] = ()  # of a convolution, see `analysis.convolutions`
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class FindLoRASites(Pass):
 
 
 def _match(layouts: Layouts, use: Product) -> Match | str:
-    convolution = value(use.weight).ndim == 4
+    convolution = value(use.weight).ndim > 2
     layout = layouts.of_map(use.rows, use.node) if convolution else layouts.of_rows(use.rows)
     return layout if isinstance(layout, str) else Match(use.node, use.rows, layout, use.options)
 
@@ -100,9 +100,26 @@ def _match(layouts: Layouts, use: Product) -> Match | str:
 def _site(name: str, weight: str, use: Product) -> LoRASite:
     rows, columns, *kernel = (int(s) for s in value(use.weight).shape)
     if kernel:  # grouped or not, the experts read every input channel
-        return LoRASite(name, weight, int(value(use.rows).shape[1]), rows, False, tuple(kernel))
+        inside, out = (int(value(n).shape[1]) for n in (use.rows, use.node))
+        apart = _unlike_peft(use)
+        return LoRASite(name, weight, inside, out, use.transposed, tuple(kernel), apart)
     inside, out = (rows, columns) if use.transposed else (columns, rows)
     return LoRASite(name, weight, inside, out, use.transposed)
+
+
+def _unlike_peft(use: Product) -> str:
+    """Why PEFT's LoRA of a convolution computes something else than an expert beside it."""
+    if use.transposed:
+        return "a transposed convolution, for which PEFT has no LoRA"
+    if value(use.weight).shape[1] != value(use.rows).shape[1]:
+        return "a convolution in groups, into which PEFT divides B too"
+    _, _, dilation = use.options
+    if set(dilation) != {1}:
+        return "a dilated convolution, whose dilation PEFT's LoRA leaves out"
+    padded = op(use.rows).positions == "pad" and use.rows.op == "call_function"
+    if padded and innermost_module(use.rows) == innermost_module(use.node):
+        return "a convolution that pads its input in a way of its own, which PEFT's LoRA does not"
+    return ""
 
 
 def _site_name(weight: str, use: Product) -> str:

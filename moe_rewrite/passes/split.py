@@ -10,6 +10,7 @@ from torch import fx
 
 from ..analysis.attention_tables import attention_tables, made_of
 from ..analysis.depth import depth_map
+from ..analysis.map_layout import is_channels_last, is_line_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
@@ -41,13 +42,20 @@ class Split(Pass):
             name = _after_input(program, name)
         named = isinstance(at, str) and at != "auto"
         label = str(at) if named else program.depth.blocks[index].name
-        rows = source_of_rows(program, program.node(name))
-        node = program.node(name)
-        token_map = find_token_map(program, node) if value(node).ndim == 3 else None
+        node, line = program.node(name), is_line_map(program.node(name))
+        if line:
+            node = _moved(node, [0, 2, 1])
+        elif is_channels_last(node):
+            last = value(node).ndim - 1
+            node = _moved(node, [0, last, *range(1, last)])
+        sequence = value(node).ndim == 3 and not line
+        rows = None if line else source_of_rows(program, node)
+        token_map = find_token_map(program, node) if sequence else None
         mask = mask_of_rows(program, rows)
         tables = attention_tables(program, node, mask)
         _move_before(node, list(made_of(program, tables)))
-        return self.done(program, cut=Cut(name, label, index, rows, mask, token_map, tables))
+        cut = Cut(node.name, label, index, rows, mask, token_map, tables, line)
+        return self.done(program, cut=cut)
 
 
 def _after_input(program: Program, name: str) -> str:
@@ -59,6 +67,21 @@ def _after_input(program: Program, name: str) -> str:
     features.meta = {"val": value(leaf)}
     leaf.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
     return features.name
+
+
+def _moved(node: fx.Node, order: list[int]) -> fx.Node:
+    """Insert a permutation after a value, and its inverse for all who read the value; the model is
+    cut between the two, so that routers find features where they expect them: last in a sequence,
+    second in a map."""
+    back = [order.index(d) for d in range(len(order))]
+    graph, permute = node.graph, torch.ops.aten.permute.default
+    with graph.inserting_after(node):
+        moved = graph.call_function(permute, (node, order))
+    with graph.inserting_after(moved):
+        again = graph.call_function(permute, (moved, back))
+    moved.meta, again.meta = {"val": value(node).permute(order)}, {"val": value(node)}
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not moved)
+    return moved
 
 
 def _move_before(cut: fx.Node, nodes: list[fx.Node]) -> None:

@@ -20,20 +20,29 @@ from .token_gate import TokenGate
 def resolve_router(
     spec: RouterSpec | None, features: Sequence[Any], causal: bool,
     default: TokenRouter | None = None, token_map: tuple[int, int] | None = None,
+    line: bool = False,
 ) -> RouterSpec:  # fmt: skip
     """The router for features of this shape.
 
     spec: the router asked for; None chooses: `default` (with one gate a sample for a feature map)
         if there is one, else by the shape of the features and by `causal`.
+    line: the features are those of a map over a line.
 
     Raises ConfigError if the router asked for cannot work here.
     """
+    mapped = len(features) > 3
     if spec is None and default is not None:
-        spec = replace(default, granularity="sequence") if len(features) == 4 else default
+        spec = replace(default, granularity="sequence") if mapped else default
+    if isinstance(spec, PatchRouter) and line:
+        raise ConfigError(
+            "PatchRouter: the cut carries a map over a line (batch, channels, length), and patches "
+            "are cells of a grid over two axes; use TokenRouter(granularity='token'), whose gates "
+            "lie along the line, or granularity='sequence', one gate a sample"
+        )
     if isinstance(spec, PatchRouter) or (spec is None and len(features) == 4):
         return _fit_patches(spec or PatchRouter(), features, token_map)
     if spec is None:
-        return TokenRouter(granularity="prefix" if causal else "sequence")
+        return TokenRouter(granularity="prefix" if causal and not mapped else "sequence")
     if causal and spec.granularity == "sequence":
         raise ConfigError(
             "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "
@@ -45,7 +54,7 @@ def resolve_router(
             "model would look ahead, and a feature map has no such rows (use a PatchRouter "
             "there); use policy='token'"
         )
-    if len(features) == 4 and spec.granularity != "sequence":
+    if mapped and spec.granularity != "sequence":
         raise ConfigError(
             f"TokenRouter granularity={spec.granularity!r}: the cut carries a feature map, for "
             "which only 'sequence' (one gate per sample) exists; use a PatchRouter for patches"
@@ -90,8 +99,8 @@ def make_router(
     """features: shape of the value at the cut, with fixed sizes where patches are routed.
     token_map: (H, W) of the map that became its tokens."""
     if isinstance(spec, TokenRouter):
-        pooled = len(features) == 4
-        width = features[1] * spec.pool**2 if pooled else features[-1]
+        pooled = len(features) > 3
+        width = features[1] * spec.pool ** (len(features) - 2) if pooled else features[-1]
         gate = AnalyticGate if spec.fit == "analytic" else TokenGate
         return gate(spec, int(width), device)
     if len(features) == 4:

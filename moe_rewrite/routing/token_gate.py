@@ -66,7 +66,7 @@ class TokenGate(Router):
         state: PrefixState | None,
         given: GivenRows | None = None,
     ) -> tuple[RoutingPlan, PrefixState | None]:
-        """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W).
+        """The plan for features (B, S, D), (B, D) or a feature map (B, D, H, W) or volume.
 
         mask: (B, S), nonzero for positions that count; PackedRows; or None.
         state: of a prefix router, before these positions; the state after them is returned.
@@ -113,8 +113,8 @@ class TokenGate(Router):
         (B, S, 1) for a prefix gate, else None.
         """
         x = features.float()
-        if x.ndim == 4:
-            x = nn.functional.adaptive_avg_pool2d(x, self.spec.pool).flatten(1)
+        if x.ndim > 3:
+            x = _pooled(x, self.spec.pool)
         if self.spec.normalize:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         x = self._lifted(x)
@@ -152,6 +152,16 @@ class TokenGate(Router):
         # contiguous: with other strides, its sums depend on whether the rows require a gradient
         logits = nn.functional.linear(read.contiguous(), rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)
+
+
+def _pooled(x: torch.Tensor, cells: int) -> torch.Tensor:
+    """(B, C * cells ** axes): means of the cells of a map, or of a volume (first over rows and
+    columns, then over depth: ONNX has no such pooling over three axes)."""
+    pool = nn.functional.adaptive_avg_pool2d
+    if x.ndim == 5:
+        x = pool(x.flatten(1, 2), cells).reshape(*x.shape[:3], cells**2)
+        return pool(x, (cells, cells**2)).flatten(1)
+    return pool(x, cells).flatten(1)
 
 
 def _gate(logits: torch.Tensor, top_k: int, over_all: bool) -> torch.Tensor:

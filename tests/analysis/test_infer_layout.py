@@ -166,7 +166,8 @@ def test_patches_lie_over_maps_with_channels_last_as_over_rows():
 )
 def test_patches_do_not_lie_over_other_values(work):
     rows, plain, _ = of_image(work, PATCH)
-    assert "has no patches" in rows and plain == "its input does not lie over the map at the cut"
+    assert "has no patches" in rows
+    assert plain.startswith("its input does not lie over the map at the cut")
 
 
 @pytest.mark.parametrize("router", [TOKEN, SEQUENCE])

@@ -73,7 +73,7 @@ REFUSED = {
     "sums of rows": (lambda m, x: x.cumsum(2), "is not known to keep positions"),
     "turned": (lambda m, x: x.flip(3), "is not known to keep positions"),
     "larger": (lambda m, x: F.interpolate(x, scale_factor=2), "is not known to keep positions"),
-    "transposed convolution": (lambda m, x: m.up(x), "is not known to keep positions"),
+    "transposed convolution": (lambda m, x: m.up(x), "is a transposed convolution"),
     "general transposed convolution": (
         lambda m, x: torch.convolution(
             x, m.up.weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1
@@ -153,15 +153,32 @@ WHATEVER = {
     "lost and not found": (lambda m, x: torch.relu(x.flip(2)), []),
     "smaller map": (lambda m, x: x * F.avg_pool2d(x, (8, 12)), ["avg_pool2d", "mul"]),
     "a fifth dimension": (lambda m, x: torch.relu(x) * torch.ones(5, 1, 1, 1, 1), ["relu"]),
+    "circular padding": (
+        lambda m, x: m.conv(F.pad(x, (1, 1, 1, 1), mode="circular")), ["pad", "conv2d"],
+    ),
+    "ceil_mode": (
+        lambda m, x: m.conv(F.max_pool2d(x, 3, 2, ceil_mode=True)), ["max_pool2d", "conv2d"],
+    ),
+    "twice as many positions": (lambda m, x: torch.relu(m.up(x)), ["conv_transpose2d", "relu"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WHATEVER)
 def test_maps_are_followed_whatever_else_goes_into_their_values(case):
     work, expected = WHATEVER[case]
-    nodes, entry, places = followed(work, (8, 12), maps)
+    nodes, entry, (places, _) = followed(work, (8, 12), maps)
     assert [op_name(n) for n in nodes if n in places and n is not entry] == expected
     assert set(places.values()) == {NCHW}
+
+
+def test_a_map_that_is_lost_says_why():
+    def work(m, x):
+        return torch.relu(F.conv_transpose2d(x, m.up.weight, stride=2, padding=1) * 2.0)
+
+    nodes, _, (places, lost) = followed(work, (8, 12), maps)
+    assert len(places) == 1
+    (reason,) = {lost[n] for n in nodes if op_name(n) in ("conv_transpose2d", "mul", "relu")}
+    assert "makes 14x22 positions of 8x12 with stride [2, 2]: which patches" in reason
 
 
 ORDERS = st.lists(st.permutations([1, 2, 3]), min_size=1, max_size=3)

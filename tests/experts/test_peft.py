@@ -11,6 +11,7 @@ import torch
 from conversions import fresh
 from reference import added, randomize
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
@@ -89,6 +90,63 @@ def test_an_adapter_that_peft_saved_becomes_an_expert(tmp_path):
     for key, value in added(moe).items():
         if ".experts." in key and key.endswith(".1"):
             torch.testing.assert_close(added(twin)[key], value)
+
+
+CONVOLUTIONS = {
+    "line": (lambda: nn.Conv1d(4, 4, 3, 2, padding=2), (4, 19)),
+    "map": (lambda: nn.Conv2d(4, 6, 3, 2, 1), (4, 8, 7)),
+    "volume": (lambda: nn.Conv3d(4, 4, (1, 3, 2)), (4, 3, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_any_number_of_axes(name, tmp_path):
+    build, shape = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.Tanh(), build()) if name != "map" else nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), build())  # fmt: skip
+    router = TokenRouter(granularity="sequence")
+    experts = LoRAExperts(rank=2, alpha=6, sites="all+head")
+    moe = moe_rewrite.convert(
+        model.eval(), split=1, router=router, experts=experts, example_inputs=torch.zeros(2, *shape)
+    )
+    randomize(moe)
+    moe.export_peft(0, tmp_path)
+    x = torch.randn(3, *shape)
+    with torch.no_grad(), moe.use_expert(0):
+        want = moe(x)
+    twin = moe_rewrite.convert(
+        model, split=1, router=router, experts=experts, example_inputs=torch.zeros(2, *shape)
+    )
+    twin.add_expert(from_peft=tmp_path, name="read")
+    with torch.no_grad(), twin.use_expert("read"):
+        torch.testing.assert_close(twin(x), want)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    theirs = peft.inject_adapter_in_model(config, copy.deepcopy(model), "default").eval()
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    saved = {k.removeprefix("base_model.model."): v for k, v in saved.items()}
+    peft.set_peft_model_state_dict(theirs, saved, adapter_name="default")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), want, rtol=1e-4, atol=1e-5)
+
+
+UNLIKE = {
+    "a transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 2, 2),
+    "a convolution in groups": lambda: nn.Conv2d(4, 4, 3, groups=2),
+    "a dilated convolution": lambda: nn.Conv2d(4, 4, 3, dilation=2),
+    "pads its input in a way of its own": lambda: nn.Conv2d(4, 4, 3, 1, 1, padding_mode="circular"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_convolutions_of_which_peft_computes_something_else_are_refused(name, tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), UNLIKE[name]()).eval()
+    moe = moe_rewrite.convert(
+        model, split=1, router=TokenRouter(granularity="sequence"),
+        experts=LoRAExperts(sites="all+head"), example_inputs=torch.zeros(2, 4, 8, 8),
+    )  # fmt: skip
+    with pytest.raises(MoeRewriteError, match=f"2 is .*{name}.*: convert with LoRAExperts"):
+        moe.export_peft(0, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def spoiled(field):

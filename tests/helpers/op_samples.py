@@ -75,6 +75,9 @@ SAMPLES = {
     "conv1d": Sample((2, 3, 7), X, t(4, 3, 2)),
     "conv2d": Sample((2, 3, 7, 6), X, t(4, 3, 2, 3)),
     "conv3d": Sample((2, 3, 4, 5, 6), X, t(4, 3, 2, 1, 3)),
+    "conv_transpose1d": Sample((2, 3, 7), X, t(3, 3, 1)),
+    "conv_transpose2d": Sample((2, 3, 7, 6), X, t(3, 3, 1, 1), at="input"),
+    "conv_transpose3d": Sample((2, 3, 4, 5, 6), X, t(3, 3, 1, 1, 1), at="input"),
     "convolution": Sample(
         (2, 3, 7, 6), X, t(4, 3, 2, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
     ),
@@ -103,6 +106,7 @@ SAMPLES = {
     "_to_copy": Sample(MAP, X, dtype=torch.float32),
     **same("view reshape _unsafe_view", Sample((2, 3, 4), X, [2, 12])),
     "flatten": Sample((2, 3, 4), X, 0, 1, at="using_ints"),
+    "unflatten": Sample((2, 3, 4), X, 2, [2, 2], at="int"),
     "unsqueeze": Sample((2, 3), X, 1),
     "squeeze": Sample((2, 1, 3), X, 1, at="dim"),
     "permute": Sample((2, 3, 4), X, [0, 2, 1], channels=(2, 1)),

@@ -4,6 +4,7 @@ Only the parameters are read from the converted model, by their state-dict names
 """
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 
 EXPERTS = "moe_rewrite.experts."
@@ -70,6 +71,14 @@ def gate_maps(picks, gates, grid, size):
             of_expert.append(canvas)
         maps.append(torch.stack(of_expert).unsqueeze(1))
     return torch.stack(maps)
+
+
+def averaged(patch_ids, gates, grid, size):
+    """Gate maps; where the map has fewer positions than the grid, means of the patches there."""
+    if min(size) >= grid:
+        return gate_maps(patch_ids, gates, grid, size)
+    fine = gate_maps(patch_ids, gates, grid, (grid, grid))
+    return F.adaptive_avg_pool2d(fine.flatten(0, 1), size).unflatten(0, fine.shape[:2])
 
 
 def rows_of(state):

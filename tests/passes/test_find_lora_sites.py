@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_rewrite import LoRAExperts, PatchRouter, TokenRouter
 from moe_rewrite.frontend.capture import program_of
-from moe_rewrite.ir.gate_layout import Flat, OverMap, Rows, Samples, Swapped
+from moe_rewrite.ir.gate_layout import Flat, Line, OverMap, Rows, Samples, Swapped
 from moe_rewrite.ir.sites import LoRASite
 from moe_rewrite.passes.base import Decisions
 from moe_rewrite.passes.find_lora_sites import FindLoRASites
@@ -114,7 +114,7 @@ def test_rows_that_are_not_the_plans_are_rejected():
     assert "layers.1.inside" in sites(found) and "layers.1.over" not in sites(found)
     reasons = rejected(found)
     assert "has rows that are not the plan's" in reasons["layers.1.over"]
-    assert reasons["layers.2.conv"] == "a convolution that is not a plain 2-d one"
+    assert layouts(found)["layers.2.conv"] == [Line()]
 
 
 def test_the_output_head_is_taken_where_it_is_asked_for():
@@ -192,7 +192,10 @@ def maps():
 
 def test_convolutions_are_sites_with_their_kernel_and_options():
     found = find(maps(), router=SAMPLES)
-    assert sites(found)["layers.1"] == LoRASite("layers.1", "layers.1.weight", 4, 6, False, (3, 1))
+    assert sites(found)["layers.1"] == LoRASite(
+        "layers.1", "layers.1.weight", 4, 6, False, (3, 1),
+        "a convolution in groups, into which PEFT divides B too",
+    )  # fmt: skip
     (match,) = found.found.sites[sites(found)["layers.1"]]
     assert match.options == ([2, 2], [0, 0], [1, 1])
     assert layouts(found) == {
@@ -234,4 +237,6 @@ def test_a_map_made_of_a_sequence_has_gates_of_samples_alone(router):
     if router is SAMPLES:
         assert layouts(found)["conv"] == [OverMap(False, None)]
     else:
-        assert rejected(found)["conv"] == "a convolution whose positions are not the plan's rows"
+        reason = rejected(found)["conv"]
+        assert reason.startswith("a convolution whose positions are not the plan's rows: ")
+        assert reason.endswith("TokenRouter(granularity='sequence') gives one gate a sample")

@@ -99,7 +99,7 @@ def hooked_maps(model, moe, state, x, cut):
         def hook(module, args, output):
             conv = isinstance(module, torch.nn.Conv2d)
             size = output.shape[2:] if conv else output.shape[1:3]
-            maps = averaged(*seen["plan"], spec.grid, size)
+            maps = plain.averaged(*seen["plan"], spec.grid, size)
             if conv:
                 return routed_map(args[0], output, name, maps, state, SCALE, module)
             return routed(args[0], output, name, maps.squeeze(2).permute(1, 2, 3, 0), state, SCALE)
@@ -112,14 +112,6 @@ def hooked_maps(model, moe, state, x, cut):
     for handle in handles:
         handle.remove()
     return out
-
-
-def averaged(patch_ids, gates, grid, size):
-    """Gate maps; where the map has fewer positions than the grid, means of the patches there."""
-    if min(size) >= grid:
-        return plain.gate_maps(patch_ids, gates, grid, size)
-    fine = plain.gate_maps(patch_ids, gates, grid, (grid, grid))
-    return F.adaptive_avg_pool2d(fine.flatten(0, 1), size).unflatten(0, fine.shape[:2])
 
 
 @pytest.mark.parametrize("name", cnns.CNNS)

@@ -17,7 +17,7 @@ class LoRAParameters(ExpertParameters):
     """LoRA experts of one linear map or convolution.
 
     a[e]: (rank, in, *kernel).
-    b[e]: (out, rank), or (out, rank, 1, 1) for a convolution; zero at the start.
+    b[e]: (out, rank), or (out, rank, 1, ...) for a convolution; zero at the start.
     """
 
     site: LoRASite

@@ -29,6 +29,16 @@ def lora_sites(sites: Iterable[ExpertParameters]) -> dict[str, LoRAParameters]:
     return found
 
 
+def _require_alike(sites: dict[str, LoRAParameters], names: Iterable[str]) -> None:
+    """Raises ConfigError where PEFT would compute something else with the same tensors."""
+    for name in names:
+        if name in sites and sites[name].site.unlike_peft:
+            raise ConfigError(
+                f"{name} is {sites[name].site.unlike_peft}: convert with LoRAExperts(sites=[...]) "
+                "without it to exchange experts with PEFT"
+            )
+
+
 def write_adapter(
     sites: dict[str, LoRAParameters], spec: Any, expert: int, base: str | None,
     folder: str | os.PathLike,
@@ -39,6 +49,7 @@ def write_adapter(
     """
     from safetensors.torch import save
 
+    _require_alike(sites, sites)
     tensors = {}
     for name, site in sites.items():
         for part, weight in (("A", site.a[expert]), ("B", site.b[expert])):
@@ -62,9 +73,11 @@ def read_adapter(
     """Site -> (A, B) of an adapter, converted to the experts' rank and scale.
 
     A smaller rank is padded with zeros. Raises CheckpointError for another kind of adapter, fields
-    that experts cannot do, a larger rank, modules that are not sites, or other shapes.
+    that experts cannot do, a larger rank, modules that are not sites, or other shapes, and
+    ConfigError for convolutions on which PEFT does something else.
     """
     config, given = _read(Path(folder), sites)
+    _require_alike(sites, given)
     made = {}
     for name, parts in given.items():
         a, b, rank = parts.get("A"), parts.get("B"), config.rank_of(name)

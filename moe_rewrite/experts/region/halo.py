@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from ...analysis.conv_region import Region, map_size
-from ...analysis.spatial import NCHW, Window, padding_of, windows
+from ...analysis.spatial import NCHW, padding_of
+from ...analysis.windows import Window, windows
 from ...errors import ConversionError
 from ...ir import patch_grid
 from ...ir.aten import value

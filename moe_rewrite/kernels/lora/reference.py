@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 Stack = torch.Tensor | Sequence[torch.Tensor]
+PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of axes
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def add_lora_experts(
@@ -31,23 +34,37 @@ def add_lora_experts(
 
 
 def add_conv_lora_experts(
-    out_BOHW: torch.Tensor,
-    x_BCHW: torch.Tensor,
-    scales_BRHW: torch.Tensor,
-    a_RChw: torch.Tensor,
-    b_OR11: torch.Tensor,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
     stride: list[int],
     padding: list[int] | str,
     dilation: list[int],
+    output_padding: list[int] | None = None,
 ) -> torch.Tensor:
-    """The same for a convolution: A has its kernel size and R output channels, B is pointwise.
+    """The same for a convolution over a line, a map or a volume: A has its kernel size and R output
+    channels, B is pointwise.
 
-    scales_BRHW: over the output's positions, or (B, R, 1, 1) for one gate a sample.
+    out, x: (B, O, ...) and (B, C, ...), a position along each axis.
+    scales: (B, R, ...) over the output's positions, or of size 1 along each axis for one gate a
+        sample.
+    a, b: (R, C, *kernel) and (O, R, 1, ...).
+    output_padding: of a transposed convolution; None for a plain one.
     """
-    if a_RChw.shape[0] == 0:  # a convolution to no channels is an error
-        return out_BOHW
-    low = F.conv2d(x_BCHW, a_RChw, None, stride, padding, dilation) * scales_BRHW
-    return out_BOHW + F.conv2d(low, b_OR11)
+    if a.shape[0] == 0:  # a convolution to no channels is an error
+        return out
+    axes = x.ndim - 2
+    plain: Any = PLAIN[axes]
+    if output_padding is None:
+        low = plain(x, a, None, stride, padding, dilation)
+    else:
+        scatter: Any = TRANSPOSED[axes]
+        low = scatter(
+            x, a.transpose(0, 1), None, stride, padding, output_padding, dilation=dilation
+        )
+    return out + plain(low * scales, b)
 
 
 def lora_linear(

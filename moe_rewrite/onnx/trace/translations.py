@@ -85,7 +85,19 @@ def _for_each_head(x: Any, heads: int) -> Any:
     return op.Reshape(repeated, op.Constant(value_ints=shape))
 
 
+def _conv3d(
+    x: Any, weight: Any, bias: Any = None, stride: Any = (1, 1, 1), padding: Any = (0, 0, 0),
+    dilation: Any = (1, 1, 1), groups: int = 1,
+) -> Any:  # fmt: skip
+    """torch.onnx's own translation makes a bias of two dimensions where there is none."""
+    options: dict[str, Any] = {
+        "strides": [*stride], "pads": [*padding, *padding], "dilations": [*dilation], "group": groups,
+    }  # fmt: skip
+    return _op().Conv(x, weight, bias, **options)
+
+
 TRANSLATIONS: Any = {
+    torch.ops.aten.conv3d.default: _conv3d,
     round: _round,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,

@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_rewrite.analysis.spatial import (
-    NCHW,
-    SpatialDims,
-    Window,
-    pair,
-    propagate,
-    windows,
-)
+from moe_rewrite.analysis.spatial import NCHW, SpatialDims, propagate
+from moe_rewrite.analysis.windows import Window, windows
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.aten import value
 from moe_rewrite.passes.base import Decisions
@@ -179,8 +173,3 @@ def test_the_length_is_how_many_windows_fit(size, kernel, stride, padding, dilat
     reach = [r * stride - padding + dilation * (kernel - 1) for r in range(40)]
     fitting = sum(end <= size - 1 + padding for end in reach)
     assert max(window.length(size), 0) == fitting
-
-
-@pytest.mark.parametrize(("given", "rows", "cols"), [(3, 3, 3), ([2], 2, 2), ((1, 5), 1, 5)])
-def test_an_option_is_for_rows_and_columns(given, rows, cols):
-    assert pair(given) == (rows, cols)

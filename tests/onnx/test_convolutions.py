@@ -1,0 +1,48 @@
+"""Files of models with experts on convolutions over lines and volumes, and on transposed ones."""
+
+import pytest
+import torch
+from onnx_files import saved_again
+from reference import randomize
+from torch import nn
+
+import moe_rewrite
+from moe_rewrite import LoRAExperts, PatchRouter, TokenRouter
+
+pytest.importorskip("onnx")
+
+C = 4
+SAMPLES, TOKENS = TokenRouter(granularity="sequence"), TokenRouter()
+NETS = {
+    "line": ([nn.Conv1d(C, C, 3, 2, 1), nn.ConvTranspose1d(C, 3, 3, 2, 1, 1)], (C, 8), SAMPLES),
+    "along a line": ([nn.Conv1d(C, C, 3, padding="same"), nn.Conv1d(C, 3, 1)], (C, 8), TOKENS),
+    "prefixes": (
+        [nn.Conv1d(C, C, 3, padding=1, padding_mode="replicate"), nn.Conv1d(C, 3, 1)], (C, 8),
+        TokenRouter(granularity="prefix", top_k=2),
+    ),
+    "map": (
+        [nn.Conv2d(C, C, 3, 2, 1), nn.ConvTranspose2d(C, 3, 2, 2)], (C, 8, 6), PatchRouter(2, 2),
+    ),
+    "mirrored": (
+        [nn.Conv2d(C, C, 3, 1, 1, padding_mode="reflect"), nn.Conv2d(C, 3, 1)], (C, 8, 6),
+        PatchRouter(2, 2),
+    ),
+    "volume": ([nn.Conv3d(C, C, 3, padding=1), nn.ConvTranspose3d(C, 3, 2, 2)], (C, 4, 5, 4), SAMPLES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_convolutions(name, tmp_path):
+    torch.manual_seed(0)
+    layers, shape, router = NETS[name]
+    stem = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)](C, C, 3, padding=1)
+    model = nn.Sequential(stem, nn.Tanh(), *layers).eval()
+    example = {"input": torch.randn(3, *shape)}
+    moe = moe_rewrite.convert(
+        model, split=1, router=router, num_experts=2, example_inputs=example,
+        experts=LoRAExperts(sites="all+head"),
+    )  # fmt: skip
+    assert len(moe.report.sites) == 2
+    randomize(moe)
+    saved_again(moe, example, tmp_path)
