@@ -3,15 +3,17 @@ operations that made it."""
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from ..config import RouterSpec
 from ..ir.aten import value
-from ..ir.gate_layout import Flat, GateLayout, Line, OverMap, Rows, Samples, Swapped
+from ..ir.gate_layout import Flat, GateLayout, Gathered, Line, OverMap, Rows, Samples, Swapped
 from ..ir.program import Program, lead_of
 from .line_rows import Along, has_rows, line_rows
 from .row_dims import flattened_from, same_sizes
 from .spatial import NCHW, SpatialDims, maps
+from .window_rows import WindowRows, Windows
 
 ONE_A_SAMPLE = "TokenRouter(granularity='sequence') gives one gate a sample"
 
@@ -23,15 +25,51 @@ class Layouts:
         assert program.cut is not None
         self.cut = cut = program.node(program.cut.node)
         self.lead = lead_of(value(cut).shape)
-        mapped = value(cut).ndim == 4
-        self.places, self.lost = maps(deep, cut) if mapped else ({}, {})
-        self.patches = router.policy == "patch" and mapped
+        self.mapped = value(cut).ndim == 4
+        self.places, self.lost = maps(deep, cut) if self.mapped else ({}, {})
+        self.patches = router.policy == "patch" and self.mapped
         self.per_sample = router.granularity == "sequence" or len(self.lead) == 1
         self.line = program.cut.line
         self.rows = line_rows(deep, cut) if len(self.lead) == 2 else {}
+        self.windows = WindowRows([cut, *deep], self._start, self.lead[0])
 
-    def of_rows(self, rows: fx.Node) -> GateLayout | str:
-        """The layout of a value with features in the last dimension, or why there is none."""
+    def of_rows(self, rows: fx.Node, made: fx.Node) -> GateLayout | str:
+        """The layout of a value with features in the last dimension, or why there is none.
+
+        made: what is computed from it, row by row.
+        """
+        layout = self._of_rows(rows)
+        if isinstance(layout, GateLayout) or self.line:
+            return layout
+        fixed = self.mapped or (len(self.lead) == 2 and isinstance(self.lead[1], int))
+        found = self.windows.of(rows, made) if fixed else None
+        if found is None:
+            return layout
+        shape, positions = tuple(found.table.shape), tuple(found.table.flatten().tolist())
+        if self.patches:
+            return Gathered(found.base, shape, positions)
+        if self.per_sample:
+            return Gathered((), shape, (0,) * len(positions))
+        return Gathered(None, shape, positions)
+
+    def _start(self, node: fx.Node) -> Windows | None:
+        """Where windows are cut out of: a channels-last map, or the plan's sequence."""
+        if not isinstance(value(node), torch.Tensor):
+            return None
+        if self.mapped:
+            last = self.places.get(node) == SpatialDims(1, 2, 3) and value(node).ndim == 4
+            height, width = value(node).shape[1:3] if last else (None, None)
+            if not isinstance(height, int) or not isinstance(width, int):
+                return None
+            return Windows((height, width), torch.arange(height * width).view(1, height, width))
+        along = self.rows.get(node)
+        length = self.lead[1] if len(self.lead) == 2 else None
+        laid = isinstance(along, Along) and along.dim == 1 and has_rows(node, along, self.cut)
+        if not laid or value(node).ndim != 3 or not isinstance(length, int):
+            return None
+        return Windows((), torch.arange(length).view(1, length))
+
+    def _of_rows(self, rows: fx.Node) -> GateLayout | str:
         sizes = _sizes(value(rows).shape)
         if self.patches:
             if self.places.get(rows) != SpatialDims(1, 2, 3):

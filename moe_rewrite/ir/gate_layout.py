@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -95,6 +96,40 @@ class OverMap(GateLayout):
             cells = gates[:, gates.shape[1] - grid * grid :].unflatten(1, (grid, grid))
             gates = torch.einsum("yi,xj,bije->byxe", down, across, cells)
         return gates if self.channels_last else gates.movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Gathered(GateLayout):
+    """Values (B * m, ..., D) whose rows are positions of a map or a sequence, in any order.
+
+    size: (H, W) of a map over which patches are routed; () with one row of gates a sample; None for
+        positions of the plan's rows (B, S).
+    shape: (m, ...).
+    positions: of each row of a sample, in order; -1 for a row that has none, whose gates are zero.
+    """
+
+    size: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    def broadcast(self, gates: torch.Tensor, rows: tuple[int, ...], grid: int) -> torch.Tensor:
+        batch, count = rows[0], gates.shape[-1]
+        if self.size is None:
+            cells = gates.expand(*rows, -1)
+        elif self.size:
+            height, width = self.size
+            cells = OverMap(True, (height, width)).broadcast(gates, rows, grid).flatten(1, 2)
+        else:
+            cells = gates.reshape(batch, 1, count)
+        if -1 in self.positions:
+            cells = torch.cat([cells, cells.new_zeros(batch, 1, count)], dim=1)
+        index = _index(self.positions).to(gates.device) % cells.shape[1]
+        return cells[:, index].reshape(batch * self.shape[0], *self.shape[1:], count)
+
+
+@lru_cache
+def _index(positions: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(positions)
 
 
 def _of_rank(gates: torch.Tensor, ndim: int) -> torch.Tensor:

@@ -93,7 +93,8 @@ class FindLoRASites(Pass):
 
 def _match(layouts: Layouts, use: Product) -> Match | str:
     convolution = value(use.weight).ndim > 2
-    layout = layouts.of_map(use.rows, use.node) if convolution else layouts.of_rows(use.rows)
+    of = layouts.of_map if convolution else layouts.of_rows
+    layout = of(use.rows, use.node)
     return layout if isinstance(layout, str) else Match(use.node, use.rows, layout, use.options)
 
 

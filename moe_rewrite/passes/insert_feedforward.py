@@ -79,7 +79,7 @@ def _free_name(program: Program, region: FeedForward, taken: dict[str, list[Feed
 
 def _layout(layouts: Layouts, region: FeedForward) -> GateLayout | str:
     if region.channels == -1:
-        return layouts.of_rows(region.entry)
+        return layouts.of_rows(region.entry, region.exit)
     return layouts.of_map(region.entry, region.entry, channels_last=True)
 
 

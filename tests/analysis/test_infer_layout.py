@@ -55,7 +55,7 @@ def of_rows(work, router, shape=(2, 6, W)):
     model = Net(Layer(nn.Linear(W, W)), Layer(nn.LazyLinear(W), work))
     model(torch.zeros(shape))
     program, deep, rows = marked(model, torch.zeros(shape))
-    return Layouts(program, deep, router).of_rows(rows)
+    return Layouts(program, deep, router).of_rows(rows, rows)
 
 
 LINES = {  # how a value is marked -> layouts of gates of positions, and of samples
@@ -125,7 +125,7 @@ def of_image(work, router, size=(8, 12)):
     shallow, last = Layer(nn.Conv2d(3, W, 3, 1, 1)), Layer(nn.Conv2d(W, W, 1), work)
     program, deep, rows = marked(Net(shallow, last), torch.zeros(2, 3, *size))
     layouts = Layouts(program, deep, router)
-    return layouts.of_rows(rows), layouts.of_map(rows, rows), layouts.of_map(rows, rows, True)
+    return layouts.of_rows(rows, rows), layouts.of_map(rows, rows), layouts.of_map(rows, rows, True)
 
 
 def channels_last(x, mark):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_rewrite.ir.gate_layout import Flat, OverMap, Rows, Samples, Swapped
+from moe_rewrite.ir.gate_layout import Flat, Gathered, Line, OverMap, Rows, Samples, Swapped
 from moe_rewrite.routing.plan import RoutingPlan
 from moe_rewrite.routing.plan_views import (
     ClassGates,
@@ -127,10 +127,44 @@ def test_patches_over_a_map(batch, count, grid, height, width, prefix, channels_
         torch.testing.assert_close(shaped[b, y, x], torch.stack(cells).mean(0))
 
 
+@some
+@given(SIZE, SIZE, st.integers(1, 3), st.lists(st.integers(-1, 11), min_size=6, max_size=6))
+def test_rows_of_a_map_in_any_order(batch, count, grid, positions):
+    gates = gates_of(batch, grid * grid, count)
+    over_map = OverMap(True, (3, 4)).broadcast(gates, (batch,), grid).flatten(1, 2)
+    shaped = Gathered((3, 4), (2, 3), tuple(positions)).broadcast(gates, (batch,), grid)
+    assert shaped.shape == (2 * batch, 3, count)
+    for b, m, r in each(batch, 2, 3):
+        at = positions[3 * m + r]
+        want = over_map[b, at] if at >= 0 else torch.zeros(count)
+        assert torch.equal(shaped[2 * b + m, r], want)
+
+
+@some
+@given(SIZE, SIZE, st.booleans())
+def test_rows_of_a_sequence_or_a_sample_in_windows(batch, count, one_for_all):
+    gates = gates_of(batch, 1 if one_for_all else 4, count)
+    shaped = Gathered(None, (2, 2), (3, 0, 2, 1)).broadcast(gates, (batch, 4), 0)
+    expected = gates.expand(-1, 4, -1)[:, [3, 0, 2, 1]].reshape(2 * batch, 2, count)
+    assert torch.equal(shaped, expected)
+    of_samples = gates[:, 0]
+    shaped = Gathered((), (3,), (0, 0, 0)).broadcast(of_samples, (batch,), 0)
+    assert torch.equal(shaped, of_samples.repeat_interleave(3, 0))
+
+
+@some
+@given(SIZE, SIZE, SIZE, st.booleans())
+def test_positions_of_a_line(batch, length, count, one_for_all):
+    gates = gates_of(batch, 1 if one_for_all else length, count)
+    shaped = Line().broadcast(gates, (batch, length), 0).expand(-1, -1, length)
+    assert torch.equal(shaped, gates.expand(-1, length, -1).movedim(2, 1))
+
+
 def test_layouts_with_equal_fields_are_equal():
     """Sites with equal layouts share the reshaped gates."""
     layouts = [Rows(3), Samples(3), Swapped(3), Flat(True), Flat(False), OverMap(True, None)]
-    layouts += [OverMap(True, (3, 4)), OverMap(False, (3, 4)), Rows(4)]
+    layouts += [OverMap(True, (3, 4)), OverMap(False, (3, 4)), Rows(4), Line()]
+    layouts += [Gathered((3, 4), (2, 2), (0, 1, 2, -1)), Gathered(None, (2, 2), (0, 1, 2, -1))]
     again = [type(x)(*vars(x).values()) for x in layouts]
     assert len(set(layouts)) == len(layouts) and set(layouts) == set(again)
 
