@@ -18,6 +18,7 @@ from ..ir.ops import op
 from ..ir.program import Program
 from .flops import Sizes, hint, numel
 from .mainline import Mainline, find_mainline
+from .side_values import without_side_values
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     line = find_mainline(program)
     whole = _map(program, line, None)
     stacks = line.stacks()
+    if len(whole) < 2 and not stacks:
+        others = [_map(program, one, None) for one in without_side_values(line)]
+        return max([whole, *others], key=len)
     if isinstance(split, str) and split != "auto":
         named = [s for s in stacks if split == s or split.startswith(s + ".")]
         if not named or _separates(whole, split):

@@ -12,6 +12,7 @@ from ..analysis.attention_tables import attention_tables, made_of
 from ..analysis.depth import depth_map
 from ..analysis.map_layout import is_channels_last, is_line_map
 from ..analysis.row_dims import mask_of_rows, source_of_rows
+from ..analysis.streams import order_of_streams
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
 from ..ir.program import Cut, Program
@@ -43,7 +44,9 @@ class Split(Pass):
         named = isinstance(at, str) and at != "auto"
         label = str(at) if named else program.depth.blocks[index].name
         node, line = program.node(name), is_line_map(program.node(name))
-        if line:
+        if (streams := order_of_streams(program, node)) is not None:
+            node = _joined(_moved(node, streams))
+        elif line:
             node = _moved(node, [0, 2, 1])
         elif is_channels_last(node):
             last = value(node).ndim - 1
@@ -82,6 +85,19 @@ def _moved(node: fx.Node, order: list[int]) -> fx.Node:
     moved.meta, again.meta = {"val": value(node).permute(order)}, {"val": value(node)}
     node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not moved)
     return moved
+
+
+def _joined(node: fx.Node) -> fx.Node:
+    """Insert a view that makes one feature vector of a position's streams, and its inverse for all
+    who read the value; the model is cut between the two."""
+    graph, streams = node.graph, list(value(node).shape[2:])
+    with graph.inserting_after(node):
+        joined = graph.call_function(torch.ops.aten.flatten.using_ints, (node, 2, 3))
+    with graph.inserting_after(joined):
+        again = graph.call_function(torch.ops.aten.unflatten.int, (joined, 2, streams))
+    joined.meta, again.meta = {"val": value(node).flatten(2)}, {"val": value(node)}
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not joined)
+    return joined
 
 
 def _move_before(cut: fx.Node, nodes: list[fx.Node]) -> None:

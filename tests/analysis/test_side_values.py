@@ -1,0 +1,39 @@
+"""Values that all blocks read beside their features do not hide the blocks."""
+
+import pytest
+import torch
+from networks import WIDTH, Mlp
+from torch import nn
+
+import moe_rewrite
+
+
+class Beside(nn.Module):
+    """Blocks that are scaled by a row of a table chosen by the ids; or by their part of a value that
+    is also made of the features at the start."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.embed, self.table = nn.Embedding(20, WIDTH), nn.Embedding(20, 4 * WIDTH)
+        self.project = nn.Linear(WIDTH, 4 * WIDTH)
+        self.layers = nn.ModuleList(Mlp() for _ in range(4))
+
+    def forward(self, ids):
+        x, side = self.embed(ids), self.table(ids)
+        if self.kind == "of the features too":
+            side = side + self.project(x)
+        parts = side.unflatten(-1, (4, WIDTH))
+        for i, layer in enumerate(self.layers):
+            x = x + layer(x) * parts[:, :, 0 if self.kind == "one for all" else i]
+        return x
+
+
+@pytest.mark.parametrize("kind", ["one for all", "a part for each", "of the features too"])
+def test_blocks_are_found_beside_what_all_of_them_read(kind):
+    model, ids = Beside(kind).eval(), torch.randint(20, (2, 5))
+    depth = moe_rewrite.inspect(model, ids)
+    assert [b.name for b in depth.blocks] == [f"layers.{i}" for i in range(4)]
+    moe = moe_rewrite.convert(model, split=2, example_inputs=ids)
+    assert moe.report.equivalence.equal
+    assert moe_rewrite.verify(model, moe, torch.randint(20, (3, 8))).equal
