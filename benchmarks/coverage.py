@@ -29,7 +29,7 @@ from moe_rewrite.frontend.example_inputs import random_arguments
 from .tools.report import finish, parser, save
 from .tools.tiny_models import build, families
 
-SECONDS, MEMORY = 90, 8 << 30  # for one model; sizes that no rule makes small would take more
+SECONDS, MEMORY = 300, 8 << 30  # for one model; sizes that no rule makes small would take more
 PASSED, NOT_BUILT = "passes", "does not build"
 
 
