@@ -30,6 +30,7 @@ class BoundGraph:
     last_use: number of the latest call that it served.
     allowed: patterns of small sizes (`Conditions.pattern`) that it may serve.
     refused: those for which it differs from the dense model, or was not compared.
+    copied: how many calls of blocks were copied from others in its capture.
     after_cut: the steps to run where the features at the cut are given; built on first use.
     """
 
@@ -45,6 +46,7 @@ class BoundGraph:
     last_use: int = 0
     allowed: set[Pattern] = field(default_factory=set)
     refused: set[Pattern] = field(default_factory=set)
+    copied: int = 0
     after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:

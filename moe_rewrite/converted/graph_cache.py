@@ -110,6 +110,10 @@ class GraphCache:
         if graph is None:
             graph = self._compiled(call, ("ones", "own") if met else ("general", "ones", "own"))
         if not self._allow(graph, call):
+            if graph.copied and self._compiler.copy_blocks:
+                self._compiler.trace_all_blocks()
+                self._kept.pop(call.key)
+                return self._prepared(call)
             graph = self._compiled(call, ("ones", "own"))
             if not self._allow(graph, call):
                 raise EquivalenceError(
@@ -147,6 +151,7 @@ class GraphCache:
         graph = BoundGraph(
             tuple(traced), _conditions(program), emitted, self._store.bind(emitted), spec, at,
             program.mode, self._compiler.recipe.freeze, not program.shallow_reruns, self._uses + 1,
+            copied=program.copied,
         )  # fmt: skip
         self._kept.setdefault(call.key, []).append(graph)
         self._drop_least_used()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
@@ -24,6 +25,7 @@ from .adapters import host_of
 from .arguments import is_cache, is_channels_last, split_static
 from .assignments import recorded_assignments, require_no_state
 from .host import Host
+from .replay import redirected
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
 
@@ -105,11 +107,17 @@ def _dynamic_shapes(name: str, given: Any, sizes: Sizes, cached: bool = False) -
     return [_dynamic_shapes(name, v, sizes, is_cache(given)) for v in children]
 
 
-def _make_explicit(host: nn.Module, names: list[str], static: dict[str, Any]) -> None:
+def _make_explicit(host: nn.Module, example: dict[str, Any], static: dict[str, Any]) -> None:
     """Give forward exactly the traced arguments as its signature, the rest as constants."""
     original: Callable = host.forward
+    names = list(example)
+    alike = {name: _equal_sizes(given) for name, given in example.items() if is_cache(given)}
 
     def forward(**kwargs: Any) -> Any:
+        for name, sizes in alike.items():
+            leaves = pytree.tree_leaves(kwargs[name])
+            if any(leaves[a].shape[dim] != leaves[b].shape[dim] for a, b, dim in sizes):
+                raise InputError(f"{name}: its layers have other sizes than in the example")
         return original(**kwargs, **static)
 
     parameter = inspect.Parameter
@@ -117,6 +125,19 @@ def _make_explicit(host: nn.Module, names: list[str], static: dict[str, Any]) ->
         [parameter(n, parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
     )
     host.forward = forward
+
+
+def _equal_sizes(cache: Any) -> list[tuple[int, int, int]]:
+    """(leaf, leaf, dimension) of the sizes that layers of a cache have in common: with a symbol
+    each, every layer would be a case of its own."""
+    leaves = pytree.tree_leaves(cache)
+    pairs = []
+    for dim in dynamic_dims("", leaves[0], cached=True):
+        first: dict[int, int] = {}
+        for i, leaf in enumerate(leaves):
+            if leaf.ndim == 4 and (other := first.setdefault(leaf.shape[dim], i)) != i:
+                pairs.append((other, i, dim))
+    return pairs
 
 
 def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval") -> Program:
@@ -130,13 +151,14 @@ def program_of(model: nn.Module, example_inputs: Any = None, mode: str = "eval")
 
 def capture(
     host: Host, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
-    open_ints: frozenset[str] = frozenset(),
+    open_ints: frozenset[str] = frozenset(), copy_blocks: bool = True,
 ) -> Program:  # fmt: skip
     """Capture `host` as it stands (its submodules' training flags included) on these arguments.
 
     arguments: by name; only sizes and dtypes of tensors matter. mode: that of the host's modules;
-    both are captured with gradients enabled, so that no_grad regions are seen. open_ints: arguments whose ints are inputs of the graph. Raises
-    CaptureError with the reason torch.export gave.
+    both are captured with gradients enabled, so that no_grad regions are seen. open_ints: arguments
+    whose ints are inputs of the graph. copy_blocks: trace blocks that are alike once, see `replay`.
+    Raises CaptureError with the reason torch.export gave.
     """
     traced, static = split_static(arguments, open_ints)
     if not traced:
@@ -145,7 +167,7 @@ def capture(
     first: Exception | None = None
     for example in attempts:
         try:
-            return _export(host, example, static, mode, sizes)
+            return _export(host, example, static, mode, sizes, copy_blocks)
         except Exception as error:  # torch.export raises many kinds; all mean "not captured"
             first = first or error
     shapes = {
@@ -175,23 +197,34 @@ def _place(host: nn.Module, error: Exception) -> str:
 
 
 def _export(
-    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes
-) -> Program:
+    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes,
+    copy_blocks: bool,
+) -> Program:  # fmt: skip
     shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
-    host = host.working_copy()  # a trace may leave fake tensors in attributes
-    _make_explicit(host.module, list(example), static)
-    with (
-        TRACING, torch.enable_grad(), host.traced(), tracing(), recorded_assignments() as assigned,
-    ):  # fmt: skip
-        exported = torch.export.export(
-            host.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
-        )
+    traced = host.working_copy()  # a trace may leave fake tensors in attributes
+    _make_explicit(traced.module, example, static)
+    replay = redirected(traced.module) if copy_blocks else None
+    try:
+        with (
+            TRACING, torch.enable_grad(), traced.traced(), tracing(),
+            _use_lazy_graph_module(True), recorded_assignments() as assigned,
+        ):  # fmt: skip
+            exported = torch.export.export(
+                traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
+            )
+    except Exception:
+        if replay is None or not replay.copied:
+            raise
+        return _export(host, example, static, mode, sizes, copy_blocks=False)
     forget_inputs(exported)
     require_no_state(exported, assigned)
-    return _to_program(host, exported, mode, example)
+    copied = replay.copied if replay is not None else 0
+    return _to_program(traced, exported, mode, example, copied)
 
 
-def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -> Program:
+def _to_program(
+    host: Host, exported: Any, mode: str, example: dict[str, Any], copied: int
+) -> Program:
     kinds = {"PARAMETER": "weight", "BUFFER": "buffer", "USER_INPUT": "user"}
     names = canonical_names(host.module)
     caches = tuple(f"{name}_" for name, given in example.items() if is_cache(given))
@@ -233,6 +266,7 @@ def _to_program(host: Host, exported: Any, mode: str, example: dict[str, Any]) -
         mode=mode,
         relations=relations_of(exported),
         model=host.name,
+        copied=copied,
         # where the graph has an explicit mask, eager attention may choose another kernel
         numerics=(("capture", "reordered"),),
     )

@@ -94,6 +94,7 @@ class Program:
     mode: "eval" or "train".
     relations: what capture states about the sizes of the inputs, see `ir.conditions`.
     model: name of the class that was captured.
+    copied: how many calls of blocks were not traced but copied from others, see `frontend.replay`.
     depth: its blocks, once FindDepth ran.
     cut: where the shallow segment ends, once Split ran.
     found: sites that could hold experts, until experts are inserted.
@@ -114,6 +115,7 @@ class Program:
     mode: str
     relations: tuple[Any, ...] = ()
     model: str = ""
+    copied: int = 0
     depth: DepthMap | None = None
     cut: Cut | None = None
     found: Found | None = None

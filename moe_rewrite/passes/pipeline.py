@@ -81,6 +81,7 @@ class Compiler:
     host: structural copy of the original over the converted model's tensors.
     decisions: settled at conversion, but for what only a training graph shows; see `compile`.
     notes: what the user should know, for the report.
+    copy_blocks: blocks that are alike are traced once.
     """
 
     host: Host
@@ -89,6 +90,7 @@ class Compiler:
     timed: Timer
     notes: list[str] = field(default_factory=list)
     codes: dict[tuple, Code] = field(default_factory=dict, repr=False)  # shared by all graphs
+    copy_blocks: bool = True
 
     def capture(
         self, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
@@ -96,8 +98,13 @@ class Compiler:
     ) -> Program:  # fmt: skip
         """The host's graph. mode: "eval", or "train" for the deep segment in training mode."""
         with TRACING, modules_in_mode(self.host, mode, self.recipe, self.decisions):
-            name = f"capture ({mode})"
-            return self.timed(name, capture, self.host, arguments, mode, sizes, open_ints)
+            call = self.host, arguments, mode, sizes, open_ints, self.copy_blocks
+            return self.timed(f"capture ({mode})", capture, *call)
+
+    def trace_all_blocks(self) -> None:
+        """From now on; after a graph with copied blocks was found to differ from the model."""
+        self.copy_blocks = False
+        self.notes.append("every block is traced: copies of blocks that look alike differed")
 
     def compile(
         self, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",

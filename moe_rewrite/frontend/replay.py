@@ -1,0 +1,114 @@
+"""Tracing blocks that are alike once: the nodes of the first are copied for the others.
+
+A block is traced in full the first time, and where numbers differ between blocks (a layer's index)
+a second time; if both gave the same nodes, later blocks get copies, on their own tensors. A copy is
+made only where the call is the same: arguments of the same structure, sizes, strides and constants.
+Whatever cannot be followed (values that leave a block by another way than its outputs,
+data-dependent sizes, sub-graphs) is traced in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.experimental import proxy_tensor
+
+from ..errors import CaptureError
+from .block_call import BlockCall
+from .block_record import Record
+from .repeated_blocks import noticing, numbers_of, repeated_blocks, varying_numbers
+
+
+class Replay:
+    """Records of one trace, by form of the block, the numbers that it looked at, and form of the
+    call. copied: how many calls of blocks were copied."""
+
+    def __init__(self, blocks: dict[nn.Module, tuple]) -> None:
+        alike: dict[tuple, list[nn.Module]] = {}
+        for block, form in blocks.items():
+            alike.setdefault(form, []).append(block)
+        self._varying = {form: varying_numbers(members) for form, members in alike.items()}
+        self._looked: dict[tuple, set[str]] = {form: set() for form in alike}
+        self._records: dict[tuple, list[Record | None]] = {}
+        self._graph: fx.Graph | None = None
+        self.copied = 0
+
+    def call(
+        self, block: nn.Module, form: tuple, forward: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        mode = proxy_tensor.get_proxy_mode()
+        if mode is None or self._graph not in (None, mode.tracer.graph):
+            return forward(*args, **kwargs)  # in the sub-graph of a higher-order operator
+        self._graph = mode.tracer.graph
+        call = BlockCall(block, mode.tracer, args, kwargs, numbers_of(block), self._varying[form])
+        records = self._records.setdefault(self._key(form, call), [])
+        if len(records) < (2 if self._varying[form] else 1):
+            return self._recorded(form, call, forward)
+        if records[0] is not None and (sources := records[0].sources_in(call)) is not None:
+            self.copied += 1
+            return records[0].copy(call, sources)
+        return forward(*args, **kwargs)
+
+    def _key(self, form: tuple, call: BlockCall) -> tuple:
+        looked = tuple((name, call.numbers[name]) for name in sorted(self._looked[form]))
+        return form, looked, call.form()
+
+    def _recorded(self, form: tuple, call: BlockCall, forward: Callable) -> Any:
+        before = next(iter(reversed(call.tracer.graph.nodes)))
+        with noticing(call.block, self._varying[form], self._looked[form]), call.watched_caches():
+            output = forward(*call.args, **call.kwargs)
+        call.restore_nodes()
+        record = Record.of(call, before, output)
+        first, *_ = self._records.setdefault(self._key(form, call), []) or [record]
+        if first is record:
+            self._records[self._key(form, call)].append(record)
+            return output
+        if first is not None and record is not None and first.form == record.form:
+            # numbers that are equal in both may matter all the same
+            numbers = first.numbers, call.numbers
+            self._looked[form] |= {n for n in self._varying[form] if numbers[0][n] == numbers[1][n]}
+        else:
+            first = None
+        self._records[self._key(form, call)] = [first, record]
+        return output
+
+    def require_closed(self, outputs: Any) -> None:
+        """Raise CaptureError if a value from inside a block that was copied has left it."""
+        records = (r for kept in self._records.values() for r in kept if r is not None)
+        if any(r.copies and r.escapes(outputs) for r in records):
+            raise CaptureError("a value from inside a block is used outside of it")
+
+
+def redirected(model: nn.Module) -> Replay:
+    """Let the next trace of this model copy the nodes of blocks that are alike. model: a working
+    copy, which is changed."""
+    blocks = repeated_blocks(model)
+    replay = Replay(blocks)
+    for block, form in blocks.items():
+        _redirect(block, form, replay)
+    forward = model.forward
+
+    @wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        replay.require_closed(outputs)
+        return outputs
+
+    model.forward = checked
+    return replay
+
+
+def _redirect(block: nn.Module, form: tuple, replay: Replay) -> None:
+    """Let calls of a block go through `replay`. The class changes, not an attribute, since
+    torch.export may call a proxy that shares the block's attributes."""
+    kind = type(block)
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replay.call(block, form, partial(kind.forward, self), args, kwargs)
+
+    names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    block.__class__ = type(kind.__name__, (kind,), names)
