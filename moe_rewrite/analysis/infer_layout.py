@@ -41,8 +41,7 @@ class Layouts:
         layout = self._of_rows(rows)
         if isinstance(layout, GateLayout) or self.line:
             return layout
-        fixed = self.mapped or (len(self.lead) == 2 and isinstance(self.lead[1], int))
-        found = self.windows.of(rows, made) if fixed else None
+        found = self.windows.of(rows, made)
         if found is None:
             return layout
         shape, positions = tuple(found.table.shape), tuple(found.table.flatten().tolist())
@@ -53,9 +52,13 @@ class Layouts:
         return Gathered(None, shape, positions)
 
     def _start(self, node: fx.Node) -> Windows | None:
-        """Where windows are cut out of: a channels-last map, or the plan's sequence."""
+        """Where windows are cut out of: a channels-last map, the plan's sequence, or samples."""
         if not isinstance(value(node), torch.Tensor):
             return None
+        if self.per_sample and not self.patches:
+            batch, *rest = value(node).shape[:-1] or [None]
+            whole = same_sizes([batch], self.lead[:1]) and all(isinstance(s, int) for s in rest)
+            return Windows((), torch.zeros(1, *rest, dtype=torch.long)) if whole else None
         if self.mapped:
             last = self.places.get(node) == SpatialDims(1, 2, 3) and value(node).ndim == 4
             height, width = value(node).shape[1:3] if last else (None, None)

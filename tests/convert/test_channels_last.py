@@ -202,3 +202,52 @@ def test_positions_of_a_channels_last_map_have_no_gates_of_their_own():
         moe_rewrite.convert(
             swin(), split="layers.1", router=TokenRouter(), example_inputs=image((16, 16))
         )
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(pixel_values=x).logits
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_transformers_swin_whose_map_is_a_sequence_between_blocks(granularity):
+    """Windows of a sequence of positions, up to where patches are merged; of samples, all."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=24, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4,
+        hidden_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = Logits(SwinForImageClassification(config)).eval()
+    router = TokenRouter(granularity=granularity)
+    split = "model.swin.encoder.layers.0.blocks.1"
+    moe = converted(model, image((24, 24)), router, split, LoRAExperts(rank=3, alpha=6.0))
+    assert len(moe.report.sites) == (6 if granularity == "token" else 19)
+
+    def gates_of(x, state):
+        seen = []
+        block = model.get_submodule(split)
+        handle = block.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+        model(x)
+        handle.remove()
+        found = gates(seen[0], None, state, granularity, None)
+
+        def of(name, out):
+            if granularity == "sequence":
+                return found.repeat_interleave(len(out) // len(x), 0).permute(2, 0, 1)[..., None]
+            maps = found.permute(2, 0, 1)
+            if out.shape[1] == 16:  # a window
+                shifted = maps.unflatten(2, (12, 12)).roll((-2, -2), (2, 3))
+                cells = shifted.unfold(2, 4, 4).unfold(3, 4, 4)
+                return cells.reshape(len(maps), -1, 16, 1)
+            return maps.unsqueeze(-1)
+
+        return of
+
+    inputs = [image((24, 24), 3, 1), image((24, 24), 1, 2)]
+    assert_equal_forward_and_backward(model, moe, inputs, gates_of, 2.0)
