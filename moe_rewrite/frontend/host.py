@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import InputError
 from .arguments import bind
 from .example_inputs import infer_inputs
+from .own_gradients import whole_functions
 from .structural_copy import working_copy
 
 
@@ -74,7 +75,7 @@ class Host:
 
     def traced(self) -> AbstractContextManager[None]:
         """The context in which torch.export traces the module."""
-        return nullcontext()
+        return whole_functions()
 
     # -- key-value caches ------------------------------------------------------------------------
 

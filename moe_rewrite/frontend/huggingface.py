@@ -87,6 +87,7 @@ class HuggingFaceHost(Host):
         """transformers' own patches for torch.export, undone on exit."""
         register_cache_pytrees_for_model(self.module)
         with ExitStack() as stack:
+            stack.enter_context(super().traced())
             stack.enter_context(apply_patches("dynamo"))
             stack.enter_context(reset_model_state(self.module))
             yield
