@@ -112,7 +112,7 @@ class TokenGate(Router):
         Features are fp32 (B, S, D); (B, 1, D) for a sequence gate; or (B, D). The positions are
         (B, S, 1) for a prefix gate, else None.
         """
-        x = features.float()
+        x = features.detach().float()  # float() alone may return the features themselves
         if x.ndim > 3:
             x = _pooled(x, self.spec.pool)
         if self.spec.normalize:
