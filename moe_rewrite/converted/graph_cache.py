@@ -186,7 +186,8 @@ class GraphCache:
         with torch.random.fork_rng(devices), self._reference.restoring():
             ours, *_ = graph.run([fresh(t) for t in leaves], self._dense)
         mask = arguments.get(graph.emitted.mask or "")
-        return compare(dense, ours, mask, graph.emitted.numerics).equal
+        emitted = graph.emitted
+        return compare(dense, ours, mask, emitted.numerics, emitted.computed).equal
 
 
 @dataclass

@@ -85,9 +85,10 @@ def _compared_without_experts(moe: MoEModel, arguments: dict[str, Any]) -> Equiv
 def _compared(dense: list[Any], moe: MoEModel, arguments: dict[str, Any]) -> EquivalenceReport:
     """A converted model's outputs compared with these of the dense model, in eval mode."""
     with torch.no_grad(), evaluating(moe):
-        moe.graph_for(moe.normalized((), {k: fresh(v) for k, v in arguments.items()})[0])
+        graph, _ = moe.graph_for(moe.normalized((), {k: fresh(v) for k, v in arguments.items()})[0])
         with moe.reference.restoring():
             ours = pytree.tree_leaves(moe(**{k: fresh(v) for k, v in arguments.items()}))
     shapes = tuple(str(tuple(t.shape)) for t in pytree.tree_leaves(split_static(arguments)[0]))
-    report = compare(dense, ours, arguments.get("attention_mask"), moe.report.numerics)
+    computed = graph.emitted.computed
+    report = compare(dense, ours, arguments.get("attention_mask"), moe.report.numerics, computed)
     return replace(report, shapes=shapes[:1])

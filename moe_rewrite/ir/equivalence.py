@@ -52,11 +52,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def tolerance(dtype: torch.dtype, numerics: Iterable[tuple[str, Numerics]]) -> float:
+def tolerance(
+    dtype: torch.dtype, numerics: Iterable[tuple[str, Numerics]],
+    computed: Iterable[torch.dtype] = (),
+) -> float:  # fmt: skip
     """The relative error that these passes may cause: 0 if none is reordered. Approximate passes
-    are left out, since comparisons run without what they insert."""
+    are left out, since comparisons run without what they insert.
+
+    dtype: of the output. computed: dtypes that the model computes in; an output is as exact as
+        the least exact of them, whatever it is cast to in the end.
+    """
     reordered = any(declared == "reordered" for _, declared in numerics)
-    return TOLERANCE.get(dtype, 0.0) if reordered else 0.0
+    if not reordered or dtype not in TOLERANCE:
+        return 0.0
+    return max(TOLERANCE[d] for d in (dtype, *computed) if d in TOLERANCE)
 
 
 def compare(
@@ -64,11 +73,13 @@ def compare(
     ours: list[Any],
     mask: Any = None,
     numerics: Iterable[tuple[str, Numerics]] = (("any pass", "reordered"),),
+    computed: Iterable[torch.dtype] = (),
 ) -> EquivalenceReport:
     """Compare flattened outputs; caches and other objects that are not tensors are ignored.
 
     mask: (B, S), nonzero for positions to compare; None compares all.
     numerics: (name, declared numerics) of every pass between the two models.
+    computed: see `tolerance`.
     """
     theirs = [t for t in dense if isinstance(t, torch.Tensor)]
     mine = [t for t in ours if isinstance(t, torch.Tensor)]
@@ -82,7 +93,7 @@ def compare(
         exact = exact and torch.equal(a, b)
         if a.numel() == 0:
             continue
-        allowed = tolerance(a.dtype.to_real(), numerics)  # each output has its own
+        allowed = tolerance(a.dtype.to_real(), numerics, computed)  # each output has its own
         a, b = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (a, b))
         scale = max(1.0, *map(_largest, _pieces(a)))
         for x, y in zip(_pieces(a), _pieces(b), strict=True):

@@ -48,6 +48,7 @@ class Emitted:
     sizes: for each value that steps take or return, the sizes of its tensors (or the value itself
         if it is a size): numbers, or expressions of symbolic sizes.
     numerics: (pass, declared numerics).
+    computed: dtypes of the floats that the graph computes.
     """
 
     steps: tuple[Step, ...]
@@ -59,6 +60,7 @@ class Emitted:
     constants: dict[str, torch.Tensor]
     sizes: dict[str, tuple[tuple[Any, ...], ...]]
     numerics: tuple[tuple[str, Numerics], ...]
+    computed: frozenset[torch.dtype]
 
 
 def narrowed(step: Step, wanted: set[str]) -> Step:

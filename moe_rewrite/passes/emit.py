@@ -55,8 +55,16 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     sizes = {n.name: _sizes(value(n)) for n in known}
     return Emitted(
         steps, program.cut.node, program.cut.mask, program.cut.tables, views, outputs, program.constants, sizes,
-        program.numerics,
+        program.numerics, _computed(program.graph),
     )  # fmt: skip
+
+
+def _computed(graph: fx.Graph) -> frozenset[torch.dtype]:
+    """Dtypes of the floats that a graph computes with, casts of its outputs left out."""
+    inner = [n for n in graph.nodes if any(user.op != "output" for user in n.users)]
+    made = (leaf for n in inner for leaf in pytree.tree_leaves(value(n)))
+    dtypes = {leaf.dtype.to_real() for leaf in made if isinstance(leaf, torch.Tensor)}
+    return frozenset(d for d in dtypes if d.is_floating_point)
 
 
 def _sizes(made: Any) -> tuple[tuple[Any, ...], ...]:

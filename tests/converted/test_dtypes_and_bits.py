@@ -95,3 +95,21 @@ def test_under_autocast_it_computes_as_the_dense_model_does(options, activation,
     loss.backward()
     grads = [p.grad for p in moe.trainable_parameters() if p.grad is not None]
     assert grads and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("inside, out", [(torch.float32, "double"), (torch.bfloat16, "float")])
+def test_outputs_of_another_dtype_than_the_work_convert(inside, out):
+    """An output cast up is no more exact than what it was made of."""
+
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = networks.Network(["Mlp"] * 3, tokens=False).to(inside)
+
+        def forward(self, x):
+            return getattr(self.net(x.to(inside)), out)()
+
+    x = torch.randn(3, 7, 5)
+    moe = moe_rewrite.convert(Cast(), "upcycle", split=1, num_experts=3, example_inputs=x)
+    assert moe(x).dtype == getattr(torch, out) and moe.report.equivalence.equal

@@ -86,3 +86,14 @@ def test_imaginary_parts_and_bools_count():
     assert not compare([z], [z + 5j]).equal
     flags = torch.tensor([True, False])
     assert compare([flags], [flags.clone()]).exact and not compare([flags], [~flags]).equal
+
+
+def test_an_output_is_as_exact_as_what_it_was_computed_from():
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    near, far = x * (1 + 2e-7), x * (1 + 1e-4)
+    floats, halves = {torch.float32}, {torch.float32, torch.bfloat16}
+    assert not compare([x], [near]).equal and compare([x], [near], computed=floats).equal
+    assert not compare([x], [far], computed=floats).equal
+    assert compare([x], [far], computed=halves).equal
+    exact = (("a pass", "exact"),)
+    assert not compare([x], [near], numerics=exact, computed=halves).equal
