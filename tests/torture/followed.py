@@ -12,7 +12,9 @@ from .heads import Head
 from .reference import (
     CONVOLUTIONS,
     EXPERTS,
+    MOVED,
     PRODUCTS,
+    TRANSPOSED,
     Counted,
     NotFollowed,
     Patches,
@@ -31,9 +33,10 @@ class Followed:
 
     def __init__(self, model, state, sites, cut, router, experts, active, sides=None):
         self.model, self.state, self.sides = model, state, sides
-        self.cut, self.line = cut
+        self.cut, self.moved = cut
         self.router, self.experts, self.active = router, experts, active
         self.patched = router.policy == "patch"
+        self.frozen = all(not p.requires_grad for p in model.parameters())
         self.given = None  # gates of a router that the reference does not compute
         self.modules, self.weights = {}, {}
         self.layouts, self.hit, self.alive = {}, set(), []
@@ -69,9 +72,11 @@ class Followed:
             raise NotFollowed(f"never ran as a module or product: {sorted(missing)}")
         return out
 
+    @torch.enable_grad()  # the cut may be inside a function that runs without
     def _gate(self, features, mask):
-        features = features.detach().clone()
-        features = features.transpose(-1, -2) if self.line else features
+        features = MOVED[self.moved](features).clone()
+        if not self.patched or self.frozen:
+            features = features.detach()
         self.lead = features.shape[:2] if features.ndim == 3 else features.shape[:1]
         if self.given is not None:
             self.gates = self.given
@@ -84,7 +89,8 @@ class Followed:
         if func is torch.Tensor.t and id(args[0]) in self.weights:
             self.weights[id(output)] = self.weights[id(args[0])]
             self.alive.append(output)  # its id must stay its own
-        if self.gates is None or func not in PRODUCTS + CONVOLUTIONS or len(args) < 2:
+        of_site = func in PRODUCTS + CONVOLUTIONS + TRANSPOSED and len(args) > 1
+        if self.gates is None or not of_site:
             return output
         name = self.weights.get(id(args[1]))
         return output if name is None else self.beside(name, func, args, output)
@@ -92,13 +98,12 @@ class Followed:
     def beside(self, name, func, args, output):
         """The output of a site with its LoRA experts."""
         self.hit.add(name)
-        convolved = func in CONVOLUTIONS
+        convolved = func in CONVOLUTIONS + TRANSPOSED
         gates = self.over(name, output, convolved)
         for i, e in enumerate(self.active):
             a, b = (self.state[f"{EXPERTS}{name}.{part}.{e}"].to(output.dtype) for part in "ab")
             if convolved:
-                options = (*args[3:], *(1, 0, 1)[len(args) - 3 :])[:3]  # stride, padding, dilation
-                delta = func(func(args[0], a, None, *options), b)
+                delta = low_rank(func, args, a, b)
                 gate = gates[:, i : i + 1]
             else:
                 delta = F.linear(F.linear(args[0], a), b)
@@ -114,7 +119,7 @@ class Followed:
         if not convolved:
             return laid_out(gates, output, layout, self.lead)
         gates = gates.squeeze(1) if gates.ndim == 3 and gates.shape[1] == 1 else gates
-        if self.line and gates.ndim == 3:
+        if gates.ndim == 3 and output.ndim == 3:
             assert gates.shape[1] == output.shape[2], "a site over other positions than the plan's"
             return gates.transpose(1, 2)
         assert gates.ndim == 2, "a convolution over positions has experts by position"
@@ -124,10 +129,14 @@ class Followed:
         def hook(module, args, output):
             if self.gates is None or self.inside:
                 return output
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                if not isinstance(module, nn.Linear):
-                    raise NotFollowed("a convolution with computed weights")
+            if isinstance(module, nn.Linear):
                 return self.beside(name, F.linear, args, output)
+            if isinstance(module, nn.modules.conv._ConvNd):
+                if module.padding_mode != "zeros" or module.transposed:
+                    raise NotFollowed("a convolution with computed weights")
+                geometry = module.stride, module.padding, module.dilation
+                func = CONVOLUTIONS[len(module.kernel_size) - 1]
+                return self.beside(name, func, (*args, None, None, *geometry), output)
             return self.instead(name, path, module, args, output)
 
         return hook
@@ -169,6 +178,23 @@ class Followed:
         raise NotFollowed("copies of what is no module")
 
 
+def low_rank(func, args, a, b):
+    """B A x with the geometry of a convolution's call, over all its input channels."""
+    plain = CONVOLUTIONS[args[0].ndim - 3]
+    if func in TRANSPOSED:
+        given = dict(
+            zip(
+                ("stride", "padding", "output_padding", "groups", "dilation"),
+                args[3:],
+                strict=False,
+            )
+        )
+        given["groups"] = 1
+        return plain(func(args[0], a.transpose(0, 1), None, **given), b)
+    given = dict(zip(("stride", "padding", "dilation"), args[3:], strict=False))
+    return plain(func(args[0], a, None, **given), b)
+
+
 def patch_gates(gates, output, convolved, layout):
     if layout != "rows":
         raise NotFollowed("rows of a form that the reference does not know")
@@ -188,9 +214,7 @@ def plain_weight(model, name, weight):
     if module is not None and "weight" in module._parameters:
         return module.weight
     owner = modules[weight.rpartition(".")[0]] if weight.rpartition(".")[0] else model
-    if nn.utils.parametrize.is_parametrized(model) and "parametrizations" in weight:
-        return None
-    if weight.endswith(("_orig", "_v", "_g")):
+    if "parametrizations" in weight or weight.endswith(("_orig", "_v", "_g")):
         return None
     return owner._parameters.get(weight.rpartition(".")[2])
 

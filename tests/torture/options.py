@@ -34,9 +34,11 @@ def router(draw, made):
             gate=draw.choice(("selected", "all", "hard")), scale=draw.choice(("mean-one", "paper")),
             features=draw.choice(("flat", "pooled")), normalize=draw.random() < 0.7,
         )  # fmt: skip
-    if lot < 0.27:
+    if lot < 0.25 and made.start in ("ids", "floats", "patches"):
         return TokenRouter(base=False, policy="expert", init=0.5, capacity=draw.choice((1.0, 2.0)))
     tokens = ("token", "token", "prefix", "sequence")
+    if len(made.model.bridges):
+        tokens = ("sequence", "sequence", "token")
     granularity = draw.choice(tokens if made.start not in ("image", "volume") else ("sequence",))
     if lot < 0.35:
         return TokenRouter(granularity=granularity, fit="analytic", projection=32)
@@ -64,13 +66,17 @@ def experts(draw, made, given):
     return draw.choice((None, lora, lora, lora))
 
 
-def split(draw, made):
-    count = len(made.model.order)
+def split(draw, made, experts):
+    """Mostly a place with something after it that these experts replace."""
+    blocks, order = made.model.blocks, made.model.order
+    last = max(len(order) - 1, 1)
     if found := feed_forwards(made):
-        count = min(count, max(found))
+        last = max(1, *(step for step, index in enumerate(order) if index in found))
+    if isinstance(experts, FFNExperts) and draw.random() < 0.9:
+        return draw.choice((draw.randint(0, max(last, 0)), 1 if last else 0))
     kinds = (
-        "auto", draw.uniform(0.2, 0.8), draw.randint(0, max(count - 1, 0)), draw.choice((-1, -2)),
-        f"blocks.{draw.randrange(len(made.model.blocks))}", 1, 1, 1,
+        "auto", draw.uniform(0.2, 0.7), draw.randrange(last), draw.choice((-1, -2)),
+        f"blocks.{draw.randrange(len(blocks))}", 1, 1, 1,
     )  # fmt: skip
     return draw.choice(kinds)
 
@@ -82,7 +88,6 @@ def options(made):
     chosen = router(draw, made)
     of = {
         "mode": "upcycle" if upcycle else "pmoe",
-        "split": split(draw, made),
         "router": chosen if chosen is not None else draw.choice(("auto", "auto", "token")),
         "num_experts": draw.choice((None, 1, 2, 3)),
         "verify": draw.random() < 0.7,
@@ -93,5 +98,6 @@ def options(made):
     }
     if upcycle:
         of["experts"] = draw.choice((None, FFNExperts(num=2)))
+    of["split"] = split(draw, made, FFNExperts() if upcycle else of["experts"])
     wrong = draw.random() < 0.05
     return of | (draw.choice(WRONG) if wrong else {}), wrong

@@ -32,9 +32,8 @@ def attention(draw, d):
 @kind("tokens")
 def torch_attention(draw, d):
     if draw.random() < 0.5:
-        layer = nn.TransformerEncoderLayer(
-            d, 2, 12, batch_first=True, norm_first=draw.random() < 0.5
-        )
+        first = draw.random() < 0.5
+        layer = nn.TransformerEncoderLayer(d, 2, 12, batch_first=True, norm_first=first)
         return Block(lambda m, x: m.layer(x), {"layer": "other"}, layer=layer)
     layer = nn.MultiheadAttention(d, 2, batch_first=True)
     return Block(lambda m, x: m.layer(x, x, x)[0], {"layer": "other"}, layer=layer)

@@ -7,18 +7,20 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .compare import cloned, differing, lowest
 from .experts import cut_of, loss_of, synced
-from .reference import Counted
+from .reference import Counted, NotFollowed
 
 
 def deep_modules(dense, arguments, cut):
     """Names of the modules that run after the cut, if only in part."""
-    deep, arguments = set(), cloned(arguments)  # copied here: operations are counted below
+    shallow, deep, arguments = set(), set(), cloned(arguments)  # no copies are counted below
     with torch.no_grad(), Counted(lambda number, *rest: rest[-1]) as counted:
         for name, module in dense.named_modules():
             module.register_forward_hook(
-                lambda *_, name=name: deep.add(name) if counted.number > cut else None
+                lambda *_, name=name: (deep if counted.number > cut else shallow).add(name)
             )
         dense(**arguments)
+    if shallow & deep:
+        raise NotFollowed("a module runs before the cut, where it is frozen, and after it")
     return deep
 
 
@@ -72,6 +74,9 @@ def wrong_step(moe, arguments):
     if loss is None:
         return ""
     loss.backward()
+    moved = any(
+        p.grad is not None and p.grad.abs().max() > 1e-3 for p in moe.trainable_parameters()
+    )
     optimizer.step()
     now = moe.state_dict(keep_vars=True)
     weights = {n for n, t in now.items() if isinstance(t, torch.nn.Parameter)}
@@ -82,4 +87,4 @@ def wrong_step(moe, arguments):
         wrong |= {n for n in changed if not n.startswith("moe_rewrite.")}
     if wrong:
         return f"a step changed {sorted(wrong)}"
-    return "" if changed else "a step changed nothing"
+    return "a step changed nothing" if moved and not changed else ""
