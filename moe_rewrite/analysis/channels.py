@@ -120,7 +120,7 @@ def _rearranges(node: fx.Node, channels: int) -> bool:
         return axis(node) == channels
     if positions == "pad":
         return any(padding_along(node, channels))
-    return positions in ("cat", "split")
+    return positions in ("cat", "split", "shuffle")
 
 
 def _tie_operand(

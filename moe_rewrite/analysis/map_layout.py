@@ -14,7 +14,7 @@ from ..ir.aten import expression, value
 from ..ir.ops import argument, first, is_pointwise, op, op_name, takes
 
 ON_CHANNELS = {
-    "batch_norm", "group_norm", "instance_norm", "prelu", "pixel_shuffle", "pixel_unshuffle",
+    "batch_norm", "group_norm", "channel_shuffle", "instance_norm", "prelu", "pixel_shuffle", "pixel_unshuffle",
     "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "max_pool2d", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool3d", "avg_pool3d",
     "adaptive_avg_pool3d",

@@ -261,7 +261,7 @@ def _cat(node: fx.Node, places: Known) -> SpatialDims:
 RULES: dict[str, Callable[[fx.Node, Known], SpatialDims]] = {
     "convolution": _conv, "map": _nchw, "pool": _nchw, "pad": _pad, "slice": _slice,
     "permute": _permuted, "features": _over_last, "softmax": _over_channels, "split": _split,
-    "cat": _cat,
+    "cat": _cat, "gate": _split, "shuffle": _nchw,
 }  # fmt: skip
 # what must hold besides if a position may depend on its window only
 APART: dict[str, Callable[[fx.Node], None]] = {

@@ -17,7 +17,7 @@ from torch import fx
 
 Positions = Literal[
     "", "pointwise", "convolution", "map", "pool", "pad", "slice", "permute", "features", "softmax",
-    "split", "cat", "norm", "all",
+    "split", "cat", "gate", "shuffle", "norm", "all",
 ]  # fmt: skip
 
 
@@ -125,7 +125,8 @@ OPS: dict[str, Op] = {
     # parts and wholes
     "slice": Op(positions="slice", channels=True, along="dim"),
     **_all("chunk split split_with_sizes", Op(positions="split", along="dim")),
-    "glu": Op(along="dim"),
+    "glu": Op(positions="gate", along="dim"),
+    "channel_shuffle": Op(positions="shuffle"),
     "cat": Op(positions="cat"),
     **_all("pad constant_pad_nd", Op(positions="pad")),
     # sizes and checks

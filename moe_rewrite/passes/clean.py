@@ -1,4 +1,5 @@
-"""Drop asserts, guards and casts without effect from a captured graph.
+"""Drop asserts, guards and casts without effect from a captured graph; write channel shuffles as
+one operator.
 
 Runs before cut points are found, so that none of them is dropped. Random and in-place operations
 stay.
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..analysis.channel_shuffle import name_shuffle
 from ..ir.aten import value
 from ..ir.ops import argument, first, must_stay, op, op_name, takes
 from ..ir.program import Program
@@ -20,7 +22,7 @@ END = 2**62  # torch.export writes "to the end" of a slice as the largest int64
 
 @dataclass(frozen=True)
 class Clean(Pass):
-    """Exact: every dropped node returns its input unchanged, or nothing."""
+    """Exact: every dropped node returns its input unchanged, or nothing; shuffles only move values."""
 
     name = "clean"
 
@@ -32,6 +34,8 @@ class Clean(Pass):
             elif node.op == "call_function" and _passes_through(node):
                 node.replace_all_uses_with(first(node))
                 graph.erase_node(node)
+            elif node.op == "call_function":
+                name_shuffle(node)
         graph.eliminate_dead_code(is_impure_node=must_stay)
         inputs = {n.name: program.inputs[n.name] for n in graph.find_nodes(op="placeholder")}
         return self.done(program, inputs=inputs)

@@ -128,7 +128,7 @@ SAMPLES = {
     "sym_constrain_range_for_size": Sample((), 3, min=2, max=4),
 }
 SAYS_POSITIONS = {
-    "group_norm", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum",
+    "group_norm", "channel_shuffle", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum",
     "amax", "cat", "pad", "constant_pad_nd",
 }  # fmt: skip
 

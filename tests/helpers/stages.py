@@ -61,7 +61,22 @@ class Constant(nn.Module):
         return x * torch.linspace(0.5, 2.0, 6).view(-1, 1, 1) + torch.tensor(0.5)
 
 
+class Shuffle(nn.Module):
+    """Channels in another order, as ShuffleNet writes it."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x):
+        batch, channels, rows, cols = x.shape
+        x = x.view(batch, self.groups, channels // self.groups, rows, cols)
+        return x.transpose(1, 2).contiguous().view(batch, channels, rows, cols)
+
+
 STAGES = {
+    "gated": lambda: Stage(nn.Conv2d(6, 12, 3, 1, 1), nn.GLU(1), nn.Conv2d(6, 6, 3, 2, 1)),
+    "shuffle": lambda: Stage(nn.Conv2d(6, 12, 3, 1, 1, groups=2), Shuffle(3), nn.Conv2d(12, 6, 3, 1, 1, groups=2), nn.ChannelShuffle(2)),
     "constant": lambda: Stage(Constant(), nn.Conv2d(6, 6, 3, 1, 1), Constant()),
     "stride": lambda: Stage(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1)),
     "dilation": lambda: Stage(nn.Conv2d(6, 6, 3, 1, 2, dilation=2), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1)),

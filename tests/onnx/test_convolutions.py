@@ -1,13 +1,15 @@
 """Files of models with experts on convolutions over lines and volumes, and on transposed ones."""
 
+import cnns
 import pytest
 import torch
 from onnx_files import saved_again
 from reference import randomize
+from stages import STAGES, image
 from torch import nn
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts, PatchRouter, TokenRouter
+from moe_rewrite import LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 
 pytest.importorskip("onnx")
 
@@ -45,4 +47,19 @@ def test_convolutions(name, tmp_path):
     )  # fmt: skip
     assert len(moe.report.sites) == 2
     randomize(moe)
+    saved_again(moe, example, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:the experts take")
+@pytest.mark.parametrize("kind", ["gated", "shuffle"])
+@pytest.mark.parametrize("experts", [RegionExperts("stage"), LoRAExperts()])
+def test_gated_and_shuffled_channels(kind, experts, tmp_path):
+    torch.manual_seed(0)
+    model = cnns.settled(STAGES[kind](), size=16)
+    example = {"x": image(3, 16)}
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 2), num_experts=2, example_inputs=example,
+        experts=experts,
+    )  # fmt: skip
+    randomize(moe, size=0.1)
     saved_again(moe, example, tmp_path)
