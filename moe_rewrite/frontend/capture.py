@@ -22,6 +22,7 @@ from ..errors import CaptureError, InputError
 from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from .adapters import host_of
+from .advice import advice
 from .arguments import is_cache, is_channels_last, split_static
 from .assignments import recorded_assignments, require_no_state
 from .host import Host
@@ -174,13 +175,10 @@ def capture(
         n: [list(getattr(t, "shape", [])) for t in pytree.tree_leaves(v)] for n, v in traced.items()
     }
     assert first is not None
-    lines = [line for line in str(first).strip().splitlines() if line.strip()]
-    reason = lines[0] if lines else type(first).__name__
+    reason, what_to_do = advice(first)
     raise CaptureError(
         f"{host.name} could not be captured on inputs of shapes {shapes}: "
-        f"{type(first).__name__}: {reason}{_place(host.module, first)}. Check that these inputs "
-        "run through the model; a forward whose Python control flow depends on tensor values "
-        "cannot be captured."
+        f"{reason}{_place(host.module, first)}. {what_to_do}."
     ) from first
 
 

@@ -18,6 +18,7 @@ from ..ir.ops import output_of
 from ..ir.program import Program
 from ..routing.select import resolve_router
 from .base import Decisions
+from .kinds import kind_of
 from .pipeline import TO_CUT, Compiler, Timer, run, shallow_of, to_sites
 from .recipe import UPCYCLE, Recipe
 
@@ -88,10 +89,10 @@ def _with_sites(decisions: Decisions, program: Program, recipe: Recipe) -> Decis
     assert found is not None
     if not found.sites:
         reasons = "\n".join(f"  {r.name}: {r.reason}" for r in found.rejected) or NOT_ONE
+        more = kind_of(recipe.experts).elsewhere
         raise ConversionError(
             f"no site to convert after split={recipe.split!r}. Sites and reasons:\n{reasons}\n"
-            "Split earlier, choose other sites (LoRAExperts(sites='all+head') takes the head in), "
-            "or another router granularity."
+            f"Split earlier{', ' + more if more else ''}."
         )
     names = frozenset(site.name for site in found.sites)
     return replace(decisions, sites=names, rejected=found.rejected)

@@ -32,10 +32,12 @@ class ExpertKind(ABC):
     """The interface of a kind of experts.
 
     spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
+    elsewhere: text, what to try where nothing after the split can hold such experts.
     onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
     spec: type
+    elsewhere = ""
     onnx: tuple[str, str] | None = ("dense", "every expert on every row")
 
     @abstractmethod
@@ -114,6 +116,10 @@ def _choice(recipe: Recipe, router: RouterSpec) -> Choice:
 
 class _LoRA(ExpertKind):
     spec = LoRAExperts
+    elsewhere = (
+        "choose other sites (LoRAExperts(sites='all+head') takes the head in), or another router "
+        "granularity"
+    )
     onnx = ("dense", "stacked low rank, no shape depends on data")
 
     def find(self, recipe: Recipe) -> Pass:
@@ -134,6 +140,9 @@ class _LoRA(ExpertKind):
 
 class _FeedForward(ExpertKind):
     spec = FFNExperts
+    elsewhere = (
+        "or convert with mode='pmoe' and experts=LoRAExperts(), which stand beside any linear map"
+    )
     onnx = None
 
     def find(self, recipe: Recipe) -> Pass:
