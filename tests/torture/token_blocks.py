@@ -90,7 +90,7 @@ def normed_weights(draw, d):
 def half_part(draw, d):
     dtype = draw.choice((torch.float16, torch.bfloat16, torch.bfloat16, torch.float64))
     return Block(
-        lambda m, x: m.second(torch.relu(m.first(x.to(dtype))).to(x.dtype)),
+        lambda m, x: m.second(torch.tanh(m.first(x.to(dtype))).to(x.dtype)),
         first=linear(d).to(dtype), second=linear(d),
     )  # fmt: skip
 

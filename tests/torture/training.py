@@ -74,9 +74,8 @@ def wrong_step(moe, arguments):
     if loss is None:
         return ""
     loss.backward()
-    moved = any(
-        p.grad is not None and p.grad.abs().max() > 1e-3 for p in moe.trainable_parameters()
-    )
+    grads = [p.grad for p in moe.trainable_parameters() if p.grad is not None]
+    moved = any(bool((g.abs() > 1e-3).any()) for g in grads)
     optimizer.step()
     now = moe.state_dict(keep_vars=True)
     weights = {n for n, t in now.items() if isinstance(t, torch.nn.Parameter)}
