@@ -66,6 +66,7 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     stacks = line.stacks()
     if len(whole) < 2 and not stacks:
         others = [_map(program, one, None) for one in without_side_values(line)]
+        others += [_map(program, line, top) for top in line.tops()]
         return max([whole, *others], key=len)
     if isinstance(split, str) and split != "auto":
         named = [s for s in stacks if split == s or split.startswith(s + ".")]

@@ -87,6 +87,11 @@ class Mainline:
     def stacks(self) -> list[str]:
         """Top-level modules that hold numbered modules, like ``encoder`` and ``decoder`` of T5;
         empty if there is only one."""
+        tops = self.tops()
+        return tops if len(tops) > 1 else []
+
+    def tops(self) -> list[str]:
+        """The same, even if there is only one (a decoder alone, on what was encoded before)."""
         tops: dict[str, None] = {}
         for node in self.positions:
             for path, _ in module_paths(node):
@@ -94,7 +99,7 @@ class Mainline:
                 if last.isdigit() and parent:
                     tops[parent.rpartition(".")[0] or parent] = None
                     break
-        return list(tops) if len(tops) > 1 else []
+        return list(tops)
 
     def last_stack(self) -> str | None:
         """The stack that all others feed, as an encoder feeds a decoder."""

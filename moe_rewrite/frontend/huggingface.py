@@ -19,7 +19,7 @@ from transformers.exporters.exporter_dynamo import (
     reset_model_state,
 )
 from transformers.exporters.utils import apply_patches
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from ..errors import InputError
 from .host import Host
@@ -130,15 +130,25 @@ class HuggingFaceHost(Host):
 
     def generate(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """transformers' generate()."""
-        if not self.is_causal_lm:
+        if self.config.is_encoder_decoder and self.module.can_generate():
+            if kwargs.get("use_cache"):
+                raise InputError(
+                    f"{self.name}.generate(use_cache=True): a converted encoder-decoder keeps no "
+                    "cache; leave use_cache out, and every step runs the decoder on all tokens"
+                )
+            kwargs["use_cache"] = False
+        elif not self.is_causal_lm:
             raise InputError(
-                f"{self.name}.generate(): only decoder-only language models generate on their "
-                "converted graphs; call to_dense().generate() for the original"
+                f"{self.name}.generate(): only language models generate on their converted "
+                "graphs; call to_dense().generate() for the original"
             )
         # of its own for every call, so that threads do not share it: only `forward` is another
         caller = copy.copy(self.module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            encoded = kwargs.get("encoder_outputs")
+            if isinstance(encoded, ModelOutput):  # graphs take it as a tuple, as models do
+                kwargs["encoder_outputs"] = encoded.to_tuple()
             return call(*args, **kwargs)
 
         forward.__signature__ = inspect.signature(self.module.forward)  # type: ignore[attr-defined]
