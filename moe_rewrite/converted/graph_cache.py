@@ -140,9 +140,9 @@ class GraphCache:
             tried.append(_conditions(program))
             if tried[-1].pattern(call.leaves) is not None:
                 return self._bound(call, program, emitted)
-        raise InputError(
-            f"no graph can be captured for this call: {tried[0].violated(call.leaves)}"
-        ) from error
+        unmet = (conditions.violated(call.leaves) for conditions in tried)
+        reason = next((text for text in unmet if text), error)
+        raise InputError(f"no graph can be captured for this call: {reason}") from error
 
     def _bound(self, call: Call, program: Program, emitted: Emitted) -> BoundGraph:
         self._store.copy_written(emitted.steps)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import moe_rewrite
-from moe_rewrite import MoeRewriteError
+from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
 from moe_rewrite.converted import graph_cache
 
 
@@ -148,3 +148,27 @@ def test_channels_last_images():
             x = torch.randn(batch, 4, 6, 6)
             for given in (x, x.to(memory_format=torch.channels_last)):
                 torch.testing.assert_close(moe(given), model(given))
+
+
+class WithAToken(nn.Module):
+    """A token joined before the others and taken off again, around a layer that holds experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Embedding(50, 8), nn.Parameter(torch.ones(1, 1, 8))
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = torch.relu(self.first(self.embed(ids)))
+        return self.last(torch.cat([self.token.expand(len(x), -1, -1), x], 1)[:, 1:])
+
+
+def test_a_refused_call_says_why():
+    moe = moe_rewrite.convert(
+        WithAToken(), split="last", router=TokenRouter(), experts=LoRAExperts(sites="all+head"),
+        verify=False, example_inputs=torch.zeros(2, 6, dtype=torch.long),
+    )  # fmt: skip
+    try:
+        assert moe(torch.zeros(2, 1, dtype=torch.long)).shape == (2, 1, 3)
+    except MoeRewriteError as refused:
+        assert "cannot be routed: last" in str(refused)
