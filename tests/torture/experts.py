@@ -156,7 +156,7 @@ def wrong_gradients(pairs, tolerance):
         if tolerance > 1e-2:  # rounding moves single values over the kink of a ReLU, not most
             root = want.numel() ** 0.5
             want, ours = ((g.float().norm() / root).reshape(1) for g in (want, want - ours))
-            error = "is another" if ours > 0.5 * want + 1e-2 * scale else ""
+            error = "is another" if ours > 0.5 * want + 1e-2 * max(1.0, largest) else ""
         else:
             error = far(want / scale, ours / scale, max(10 * tolerance, 2e-3))
         if error:

@@ -33,7 +33,7 @@ class Followed:
 
     def __init__(self, model, state, sites, cut, router, experts, active, sides=None):
         self.model, self.state, self.sides = model, state, sides
-        self.cut, self.moved = cut
+        self.cut, self.moved, _ = cut
         self.router, self.experts, self.active = router, experts, active
         self.patched = router.policy == "patch"
         self.frozen = all(not p.requires_grad for p in model.parameters())

@@ -157,13 +157,9 @@ def odd_map(draw, d):
         "data": lambda m, x: m.conv(x) if x.mean() > 0 else x,
         "flipped": lambda m, x: m.conv(x.flip(3)).transpose(2, 3).transpose(2, 3),
     }  # fmt: skip
-    way = ways[draw.choice(sorted(ways))]
-    return Block(
-        way,
-        conv=nn.Conv2d(d, d, 3, padding=1),
-        side=nn.Conv2d(d, d, 1).bfloat16(),
-        prelu=nn.PReLU(d),
-    )
+    name = draw.choice(sorted(ways))
+    side = {"side": nn.Conv2d(d, d, 1).bfloat16()} if name == "half" else {}
+    return Block(ways[name], conv=nn.Conv2d(d, d, 3, padding=1), prelu=nn.PReLU(d), **side)
 
 
 @kind("map")

@@ -42,8 +42,8 @@ MOVED = {  # where routers read features: last in a sequence, second in a map
 
 
 def where_cut(model, arguments, features):
-    """(number of the operation whose output is nearest to these features, 0 for the input itself;
-    how it is moved to be them). The first, if it is exactly so."""
+    """(number of the operation whose output is nearest to these features, 0 for the input itself,
+    the first if there are several; how it is moved to be them; number of the last)."""
     best, allowed = [float("inf")], 1e-2 if features.dtype in LOW else 1e-5
 
     def seen(number, func, args, kwargs, output):
@@ -53,11 +53,13 @@ def where_cut(model, arguments, features):
             if how != "as it is" and output.ndim < 3:
                 continue
             moved = move(output)
-            if moved.shape == features.shape and best[0] > 0 and features.numel():
+            if moved.shape == features.shape and features.numel():
                 error = (moved - features).abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
                 error /= max(1.0, features.abs().nan_to_num(0.0, 0.0, 0.0).max().item())
                 if error < best[0]:
-                    best[:] = error, number, how
+                    best[:] = error, number, how, number
+                elif error == best[0]:
+                    best[3] = number
         return output
 
     seen(0, None, (), {}, arguments["x"])

@@ -26,7 +26,9 @@ def deep_modules(dense, arguments, cut):
 
 def in_training(model, moe, arguments, batch_norm):
     """A copy of the dense model in the mode in which the converted one trains."""
-    cut, _ = cut_of(model, moe.eval(), arguments)
+    cut, _, last = cut_of(model, moe.eval(), arguments)
+    if cut != last:  # such as before and after a dropout
+        raise NotFollowed("several values equal the features")
     deep = deep_modules(synced(model, moe), arguments, cut)
     dense = synced(model, moe).train()
     for name, module in dense.named_modules():
