@@ -11,6 +11,7 @@ import inspect
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,11 @@ from .advice import advice
 from .arguments import is_cache, is_channels_last, split_static
 from .assignments import recorded_assignments, require_no_state
 from .host import Host
+from .idle_moves import idle_moves
 from .replay import redirected
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, tracing
+from .whole_modules import Kind, name_calls, run_whole, traced_whole
 
 TRACING = threading.RLock()  # torch.export and its patches change state of the whole process
 # How sizes of the example are chosen: "general" serves most calls; with "ones", sizes of 0 and 1
@@ -168,7 +171,9 @@ def capture(
     first: Exception | None = None
     for example in attempts:
         try:
-            return _export(host, example, static, mode, sizes, copy_blocks)
+            return traced_whole(
+                partial(_export, host, example, static, mode, sizes, copy_blocks), host.module
+            )
         except Exception as error:  # torch.export raises many kinds; all mean "not captured"
             first = first or error
     shapes = {
@@ -196,20 +201,22 @@ def _place(host: nn.Module, error: Exception) -> str:
 
 def _export(
     host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes,
-    copy_blocks: bool,
+    copy_blocks: bool, whole: frozenset[Kind] = frozenset(),
 ) -> Program:  # fmt: skip
     shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
     traced = host.working_copy()  # a trace may leave fake tensors in attributes
     _make_explicit(traced.module, example, static)
-    replay = redirected(traced.module) if copy_blocks else None
+    replay = redirected(traced.module) if copy_blocks and not whole else None
     try:
         with (
             TRACING, torch.enable_grad(), traced.traced(), tracing(),
             _use_lazy_graph_module(True), recorded_assignments() as assigned,
+            idle_moves(), run_whole(traced.module, whole),
         ):  # fmt: skip
             exported = torch.export.export(
                 traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
             )
+            name_calls(exported.graph)
     except Exception:
         if replay is None or not replay.copied:
             raise
