@@ -47,6 +47,8 @@ STAGES = {
 TOKENS = {
     "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+# a layer that is left out at random is a branch on a value, which torch.export refuses in training
+NEVER = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 # what a configuration's own rules ask for, by the name of its class or of the model's
 OWN: dict[str, dict[str, Any]] = {
     "BitConfig": {"num_groups": 4},
@@ -62,7 +64,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "DeepseekV2Config": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
     "EfficientNetConfig": {
-        "width_coefficient": 0.05, "depth_coefficient": 0.25, "hidden_dim": 64
+        "drop_connect_rate": 0.0, "width_coefficient": 0.05, "depth_coefficient": 0.25, "hidden_dim": 64
     },
     "EsmConfig": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 32},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
@@ -121,6 +123,7 @@ def shrunk(
         if isinstance(of, (list, tuple)) and of:
             given[name] = type(of)(sizes[-len(of) :]) if len(of) <= 4 else of
     given |= {n: token for n, token in TOKENS.items() if isinstance(known.get(n), int)}
+    given |= {n: value for n, value in NEVER.items() if isinstance(known.get(n), (int, float))}
     given |= {n: value for n, value in (instead or {}).items() if n in known}
     for name, nested in known.items():
         if name in getattr(kind, "sub_configs", {}) and hasattr(nested, "to_dict"):
