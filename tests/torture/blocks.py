@@ -9,7 +9,7 @@ class Block(nn.Module):
     """work(self, x), over layers that are attributes by name.
 
     layouts: name of a layer -> how its rows relate to the plan's, if not (batch, positions, ...):
-        "swapped", "flat", "flat swapped", or "other" where the reference does not follow.
+        "swapped", "flat", "flat swapped", "sample", "one before", "every second", or "other" where the reference does not follow.
     """
 
     def __init__(self, work, layouts=(), **layers):

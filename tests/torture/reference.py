@@ -163,6 +163,10 @@ def laid_out(gates, y, layout, lead):
         gates = full.flatten(0, 1) if "flat" in layout else full
     elif gates.ndim == 3 and gates.shape[1] == 1:
         gates = gates.squeeze(1)
+    if gates.ndim == 3 and layout == "one before":  # which has no row at the cut
+        gates = F.pad(gates, (0, 0, 1, 0))
+    if gates.ndim == 3 and layout == "every second":
+        gates = gates[:, ::2]
     if layout == "sample" and gates.ndim == 3:
         raise AssertionError("rows that are not the plan's have experts")
     while gates.ndim < y.ndim:

@@ -169,7 +169,7 @@ def every_second(draw, d):
         y = m.first(x[:, ::2])
         return y.repeat_interleave(2, 1)[:, : x.shape[1]]
 
-    return Block(work, {"first": "sample"}, first=linear(d))
+    return Block(work, {"first": "every second"}, first=linear(d))
 
 
 @kind("tokens")
@@ -178,7 +178,7 @@ def with_a_token(draw, d):
         y = torch.cat([m.extra.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         return m.first(y)[:, 1:]
 
-    return Block(work, {"first": "sample"}, first=linear(d), extra=bare(1, 1, d))
+    return Block(work, {"first": "one before"}, first=linear(d), extra=bare(1, 1, d))
 
 
 @kind("tokens")
