@@ -22,6 +22,7 @@ from transformers.exporters.utils import apply_patches
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from ..errors import InputError
+from .broadcast_masks import broadcast_masks
 from .host import Host
 from .kv_cache import CACHE, CacheFormat
 
@@ -89,6 +90,7 @@ class HuggingFaceHost(Host):
         with ExitStack() as stack:
             stack.enter_context(super().traced())
             stack.enter_context(apply_patches("dynamo"))
+            stack.enter_context(broadcast_masks())
             stack.enter_context(reset_model_state(self.module))
             yield
 
