@@ -17,6 +17,7 @@ from ..ir.aten import module_paths, value
 from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
 from .convolutions import is_transposed, options_of
+from .grouped_products import Sorted, is_grouped, sorted_rows, stacked_weight
 from .static_values import Static
 
 OF_INPUTS = "the weight is computed from the call's inputs"
@@ -29,6 +30,7 @@ class Product:
     weight: a parameter, or what is computed from parameters and buffers alone.
     transposed: the weight is stored as (in, out), as a transposed convolution's is.
     options: of a convolution, as `convolutions.options_of` gives them.
+    groups: of a product with the weights of the model's own experts, how its rows are sorted.
     """
 
     node: fx.Node
@@ -36,6 +38,7 @@ class Product:
     weight: fx.Node
     transposed: bool = False
     options: tuple[Any, ...] = ()
+    groups: Sorted | None = None
 
     @property
     def bias(self) -> fx.Node | None:
@@ -77,6 +80,11 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
         return isinstance(n, fx.Node) and value(n).ndim == 2 and is_weight(static, n)
 
     kind = op(node).product
+    if is_grouped(node):
+        return _grouped(static, node)
+    several = any(stacked_weight(static, s) for s in node.all_input_nodes)
+    if kind not in ("", "filter") and node not in static and several:
+        return f"{node.target} with a weight of three dimensions (the model's own experts)"
     if kind == "other":
         if any(map(weight, node.all_input_nodes)):
             return f"{node.target} with a parameter is not a plain linear map"
@@ -109,6 +117,20 @@ def _swaps(node: fx.Node) -> bool:
     if takes(node, "dim0"):
         return argument(node, "dim0") % 2 != argument(node, "dim1") % 2
     return True
+
+
+def _grouped(static: Static, node: fx.Node) -> Product | str:
+    """rows @ weights, each group of rows with its own."""
+    rows, factor = node.all_input_nodes[:2]
+    weight, groups = stacked_weight(static, factor), sorted_rows(node)
+    if weight is None:
+        return OF_INPUTS
+    if isinstance(groups, str):
+        return groups
+    turned = factor is not weight  # (G, out, in), transposed for the product
+    if turned and (first(factor) is not weight or not op(factor).transposes):
+        return f"{node.target} with a part of a weight"
+    return Product(node, rows, weight, transposed=not turned, groups=groups)
 
 
 def _convolution(static: Static, node: fx.Node) -> Product | str:

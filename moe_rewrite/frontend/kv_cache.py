@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import (
     Cache,
@@ -24,6 +25,18 @@ CACHE = "past_key_values"  # the argument and output that hold a key-value cache
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+class _GroupedShapes(TorchFunctionMode):
+    """On fake tensors PyTorch's grouped product takes bf16 alone; only its shape matters here."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            rows, weights = args[:2]
+            return rows.new_empty(*rows.shape[:-1], weights.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
 class CacheFormat:
     """Shapes of the layers of a model's key-value cache, and how to make, fill and read one.
 
@@ -33,7 +46,7 @@ class CacheFormat:
 
     def __init__(self, host: Any) -> None:
         """host: a working copy of the model; runs on fake tensors."""
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _GroupedShapes():
             ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
             cache = host(input_ids=ids, use_cache=True)[CACHE]
         self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)

@@ -16,6 +16,7 @@ class LoRASite:
     weight: state-dict name of the weight, or of a tensor that it is computed from.
     transposed: the weight is stored as (in, out); a convolution with such a weight is transposed.
     kernel: size of a convolution along each axis, empty for a linear map.
+    groups: experts of the model's own, each of which has a weight; 0 for a single weight.
     unlike_peft: why PEFT's layer for this module computes something else; empty if it does not.
     """
 
@@ -26,6 +27,7 @@ class LoRASite:
     transposed: bool
     kernel: tuple[int, ...] = ()
     unlike_peft: str = ""
+    groups: int = 0
 
     @property
     def weights(self) -> tuple[str, ...]:

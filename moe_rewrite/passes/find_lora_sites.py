@@ -10,18 +10,20 @@ from typing import Any
 
 from torch import fx
 
+from ..analysis.grouped_products import Sorted
 from ..analysis.infer_layout import Layouts
 from ..analysis.linear_ops import Product, find_product, innermost_module, weight_name
 from ..analysis.static_values import Static, static_values
 from ..config import LoRAExperts, RouterSpec
 from ..ir.aten import module_paths, value
-from ..ir.gate_layout import GateLayout
+from ..ir.gate_layout import Flat, GateLayout, Rows, Samples
 from ..ir.ops import op
 from ..ir.program import Program
 from ..ir.sites import Found, LoRASite, Rejection
 from .base import Decisions, Pass
 from .split import segments
 
+OWN_EXPERTS = "the experts of a model that routes already, whose B and A PEFT stores otherwise"
 ADAPTER = {"lora_A", "lora_B"}  # PEFT's names
 
 
@@ -36,6 +38,7 @@ class Match:
     rows: fx.Node
     layout: GateLayout
     options: tuple[Any, ...] = ()  # of a convolution, see `analysis.convolutions`
+    groups: Sorted | None = None  # of a product with the weights of the model's own experts
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,25 @@ class FindLoRASites(Pass):
 
 
 def _match(layouts: Layouts, use: Product) -> Match | str:
-    convolution = value(use.weight).ndim > 2
-    of = layouts.of_map if convolution else layouts.of_rows
-    layout = of(use.rows, use.node)
-    return layout if isinstance(layout, str) else Match(use.node, use.rows, layout, use.options)
+    if use.groups is not None:
+        layout = layouts.of_rows(use.groups.source, use.groups.source)
+        flat = isinstance(layout, Flat) or (isinstance(layout, Rows | Samples) and layout.ndim == 2)
+        if not flat and not isinstance(layout, str):
+            layout = "the rows of the model's own experts are not the plan's"
+    else:
+        convolution = value(use.weight).ndim > 2
+        of = layouts.of_map if convolution else layouts.of_rows
+        layout = of(use.rows, use.node)
+    if isinstance(layout, str):
+        return layout
+    return Match(use.node, use.rows, layout, use.options, use.groups)
 
 
 def _site(name: str, weight: str, use: Product) -> LoRASite:
+    if use.groups is not None:
+        groups, rows, columns = (int(s) for s in value(use.weight).shape)
+        inside, out = (rows, columns) if use.transposed else (columns, rows)
+        return LoRASite(name, weight, inside, out, use.transposed, (), OWN_EXPERTS, groups)
     rows, columns, *kernel = (int(s) for s in value(use.weight).shape)
     if kernel:  # grouped or not, the experts read every input channel
         inside, out = (int(value(n).shape[1]) for n in (use.rows, use.node))

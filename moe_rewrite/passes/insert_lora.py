@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..config import LoRAExperts
+from ..experts.lora.grouped_call import GroupedLoRACall
 from ..ir.aten import value
 from ..ir.program import Program
 from ..kernels.lora.reference import add_conv_lora_experts, add_lora_experts
@@ -34,8 +35,14 @@ class InsertLoRA(Pass):
             for use in uses:
                 with program.graph.inserting_after(use.node):
                     rows = added.get(use.rows, use.rows)  # it may read another site's product
-                    given: Any = (use.node, rows, gates[self._view(use)], *parts, *use.options)
-                    add = add_conv_lora_experts if site.kernel else add_lora_experts
+                    scales = gates[self._view(use)]
+                    given: Any = (use.node, rows, scales, *parts, *use.options)
+                    add: Any = add_conv_lora_experts if site.kernel else add_lora_experts
+                    if use.groups is not None:
+                        add, given = (
+                            GroupedLoRACall(use.node.target),
+                            (*given, use.groups.index, use.groups.ends),
+                        )
                     routed = program.graph.call_function(add, given)
                 routed.meta = dict(use.node.meta)
                 use.node.replace_all_uses_with(

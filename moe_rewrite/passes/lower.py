@@ -84,6 +84,8 @@ class LowerLoRA(Pass):
         for site in program.sites:
             if getattr(site, "kernel", ()):
                 lowered[site.name] = "stacked after its convolution"
+            elif getattr(site, "groups", 0):
+                lowered[site.name] = "stacked, sorted as the rows of the model's own experts"
         return self.done(program, lowered=tuple(lowered.items()))
 
     def _fuse(self, program: Program, static: Static, node: fx.Node, site: LoRASite) -> str:

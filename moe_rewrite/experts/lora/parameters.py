@@ -16,8 +16,8 @@ from ..base import ExpertParameters
 class LoRAParameters(ExpertParameters):
     """LoRA experts of one linear map or convolution.
 
-    a[e]: (rank, in, *kernel).
-    b[e]: (out, rank), or (out, rank, 1, ...) for a convolution; zero at the start.
+    a[e]: (rank, in, *kernel); beside the model's own G experts (rank, in, G).
+    b[e]: (out, rank), or (out, rank, 1, ...) for a convolution, or (out, rank, G); zero at the start.
     """
 
     site: LoRASite
@@ -36,16 +36,20 @@ class LoRAParameters(ExpertParameters):
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         like = dense[self.site.weight]
-        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel)
+        apart = (self.site.groups,) if self.site.groups else ()
+        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel, *apart)
         if not a.is_meta:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            for own in a.unbind(-1) if apart else (a,):
+                nn.init.kaiming_uniform_(own, a=math.sqrt(5))
         b = self._no_b(like, self.rank)
         self.a.append(nn.Parameter(a))
         self.b.append(nn.Parameter(b))
         return [self.a[-1], self.b[-1]]
 
     def _no_b(self, like: torch.Tensor, rank: int) -> torch.Tensor:
-        return like.new_zeros(self.site.out_features, rank, *(1 for _ in self.site.kernel))
+        apart = (self.site.groups,) if self.site.groups else ()
+        ones = (1 for _ in self.site.kernel)
+        return like.new_zeros(self.site.out_features, rank, *ones, *apart)
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(self.a), list(self.b)]
@@ -66,14 +70,15 @@ class LoRAParameters(ExpertParameters):
         For a linear map in training, lists: a stack of the older, frozen experts and one tensor for
         each of the others. Stacks are cached until a parameter changes.
         """
-        if len(active) == 1:
-            return self.a[active[0]], self.b[active[0]]
+        if len(active) == 1:  # by the table: a ParameterList takes a microsecond an element
+            name = str(active[0])
+            return self.a._parameters[name], self.b._parameters[name]
         if not active:
             like = self.a[0]
             return like[:0], self._no_b(like, 0)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
-            if self.site.kernel:
+            if self.site.kernel or self.site.groups:
                 return torch.cat(a), torch.cat(b, dim=1)
             frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
             if frozen < 2:
