@@ -13,6 +13,7 @@ from ..ir.steps import Emitted, narrowed
 from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
 from .block_module import BlockModule, Bound
+from .flat_code import FlatCode
 
 
 @dataclass
@@ -32,6 +33,7 @@ class BoundGraph:
     refused: those for which it differs from the dense model, or was not compared.
     copied: how many calls of blocks were copied from others in its capture.
     after_cut: the steps to run where the features at the cut are given; built on first use.
+    flat: the steps as generated code; built on first use.
     """
 
     names: tuple[str, ...]
@@ -48,6 +50,7 @@ class BoundGraph:
     refused: set[Pattern] = field(default_factory=set)
     copied: int = 0
     after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
+    flat: FlatCode | None = None
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:
         """The copy runs the same code on the copied model's blocks."""
@@ -56,8 +59,9 @@ class BoundGraph:
             for block, bound in self.steps
         )
         return replace(
-            self, steps=steps, allowed=set(self.allowed), refused=set(self.refused), after_cut=None
-        )
+            self, steps=steps, allowed=set(self.allowed), refused=set(self.refused),
+            after_cut=None, flat=None,
+        )  # fmt: skip
 
     def features(self, leaves: list[Any]) -> torch.Tensor:
         """The features at the cut."""
@@ -95,6 +99,8 @@ class BoundGraph:
         checkpoint: recompute deep blocks in the backward pass.
         features: those at the cut, where they are known: steps that only compute them are skipped.
         """
+        if features is None and not checkpoint and self._flat_code().applies():
+            return self._run_flat(leaves, planner)
         values = self._values(leaves)
         steps = self.steps if features is None else self._steps_after_cut()
         plan: RoutingPlan | None = None
@@ -115,6 +121,32 @@ class BoundGraph:
         assert plan is not None  # something deep follows every cut
         return outputs, plan, after
 
+    def _run_flat(
+        self, leaves: list[Any], planner: Planner
+    ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:
+        flat = self._flat_code()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            given = list(flat.shallow(list(leaves), ()))
+        values = dict(zip(flat.carried, given, strict=True))
+        values[MASK] = self._mask(leaves)
+        plan, after = self._plan(values, planner)
+        del values
+        given += [view.of(plan) for _, view in self.emitted.views]
+        made = iter(flat.deep(given, plan.active))
+        outputs = [next(made) if isinstance(o, str) else o.value for o in self.emitted.outputs]
+        return outputs, plan, after
+
+    def _flat_code(self) -> FlatCode:
+        if self.flat is None:
+            self.flat = FlatCode(self.steps, self.emitted, self.conditions.leaves)
+        return self.flat
+
+    def _mask(self, leaves: list[Any]) -> Any:
+        mask = self.emitted.mask
+        return (
+            leaves[self.conditions.leaves.index(mask)] if mask in self.conditions.leaves else None
+        )
+
     def _steps_after_cut(self) -> tuple[tuple[BlockModule, Bound], ...]:
         """The deep steps, and the parts of shallow steps that they need besides the features."""
         if self.after_cut is None:
@@ -134,7 +166,7 @@ class BoundGraph:
 
     def _values(self, leaves: list[Any]) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(self.conditions.leaves, leaves, strict=True))
-        values[MASK] = values.get(self.emitted.mask) if self.emitted.mask else None
+        values[MASK] = self._mask(leaves)
         return values
 
     def _plan(

@@ -7,15 +7,13 @@ could have taken for constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, EquivalenceError, InputError
-from ..frontend.arguments import is_channels_last, split_static
+from ..frontend.arguments import split_static
 from ..frontend.capture import TRACING, Sizes
 from ..ir.conditions import Conditions, conditions_of
 from ..ir.equivalence import compare
@@ -23,8 +21,8 @@ from ..ir.program import Program
 from ..ir.steps import Emitted
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
-from ..utils.content_key import content_key
 from .bound_graph import BoundGraph
+from .call import Call
 from .call_facts import ChangingInts, ConfigStates
 from .dense_reference import DenseReference, fresh
 from .parameters import ParameterStore
@@ -93,10 +91,8 @@ class GraphCache:
         return made
 
     def _call(self, arguments: dict[str, Any], mode: str, where: tuple) -> Call:
-        ints = self._ints.among(arguments)
-        leaves = pytree.tree_leaves(split_static(arguments, ints)[0])
-        key = signature(arguments, mode, (*where, self._configs.current()), ints)
-        return Call(arguments, leaves, mode, where[0].type, ints, key)
+        where = (*where, self._configs.current())
+        return Call.of(arguments, mode, where, self._ints.among(arguments))
 
     def _allowed(self, call: Call) -> BoundGraph | None:
         kept = self._kept.get(call.key, ())
@@ -190,63 +186,8 @@ class GraphCache:
         return compare(dense, ours, mask, emitted.numerics, emitted.computed).equal
 
 
-@dataclass
-class Call:
-    """One call: its arguments, those that are inputs of a graph as leaves, and its signature.
-
-    device: type of the model's device. ints: arguments whose ints are inputs.
-    """
-
-    arguments: dict[str, Any]
-    leaves: list[Any]
-    mode: str
-    device: str
-    ints: frozenset[str]
-    key: tuple
-
-
-def signature(
-    arguments: dict[str, Any], mode: str, where: tuple, ints: frozenset[str] = frozenset()
-) -> tuple:
-    """Key of the calls that one graph may serve: structure, dtypes, ranks and layouts of the
-    tensors, values of the constants. ints: arguments that are inputs. Raises InputError for a
-    constant that cannot be compared by value.
-    """
-    of_tensors: list[tuple] = []
-    of_constants: list[tuple] = []
-    for name, given in arguments.items():
-        if name in ints or any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(given)):
-            of_tensors.append((name, _form(given)))
-        else:
-            of_constants.append((name, content_key(given, _no_content(name))))
-    return mode, where, tuple(of_tensors), frozenset(of_constants)
-
-
-def _form(given: Any) -> tuple:
-    """(dtype, rank, layout) of a tensor; of a container, its type and those of its elements."""
-    if isinstance(given, torch.Tensor):
-        return given.dtype, given.ndim, is_channels_last(given)
-    if isinstance(given, int):
-        return (int,)
-    if isinstance(given, dict):
-        return type(given), tuple((k, _form(v)) for k, v in given.items())
-    inside = given if isinstance(given, (list, tuple)) else pytree.tree_leaves(given)
-    return type(given), tuple(map(_form, inside))
-
-
 def _conditions(program: Program) -> Conditions:
     return conditions_of(program.leaves("user", "cache", "int"), program.relations)
-
-
-def _no_content(name: str) -> Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
-        raise InputError(
-            f"{name} holds a {type(value).__name__}, which cannot be distinguished from another by "
-            "its content, so no graph could be kept for it: pass tensors, NumPy arrays, bools, "
-            "numbers, strings, or lists, tuples and dicts of these"
-        )
-
-    return refuse
 
 
 def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:

@@ -62,6 +62,15 @@ def split_static(
     return traced, static
 
 
+def leaves_of(given: Any) -> list[Any]:
+    """The leaves of one argument, as a trace takes them."""
+    if isinstance(given, torch.Tensor):
+        return [given]
+    if type(given).__name__ == "DynamicCache":  # the same, without pytree's way through the object
+        return [t for layer in given.layers for t in (layer.keys, layer.values)]
+    return pytree.tree_leaves(given)
+
+
 def is_cache(given: Any) -> bool:
     """Whether an argument is a key-value cache: an instance of another class than a tensor or plain
     container, which holds tensors (batch, heads, length, width)."""

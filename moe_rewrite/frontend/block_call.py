@@ -76,7 +76,9 @@ class BlockCall:
         itself (a cast to its own dtype) makes it known by a node inside the block."""
         for role, slot in self._slots.items():
             now = proxy_tensor.get_proxy_slot(self.roles[role], self.tracer, None)
-            if slot is not None and now is not slot and not mutated(now.proxy.node):
+            if slot is None or now is None or now is slot:
+                continue
+            if not mutated(now.proxy.node):
                 proxy_tensor.set_proxy_slot(self.roles[role], self.tracer, slot)
 
     def changed(self) -> dict[Role, Any] | None:
@@ -100,7 +102,7 @@ class BlockCall:
         kinds = [type(c) for c in caches]
         try:
             for each in caches:
-                each.__class__ = _taking_numbers(type(each))
+                each.__class__ = _taking_numbers(each.__class__)
             yield
         finally:
             for each, kind in zip(caches, kinds, strict=True):

@@ -117,6 +117,8 @@ def _key(given: Any, module: nn.Module) -> Any:
     """By content where that is known; functions and other objects are alike only if identical."""
 
     def other(value: Any) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return type(value), frozenset(content_key(v, other) for v in value)
         if isinstance(value, partial):
             return content_key((value.func, value.args, value.keywords), other)
         if isinstance(value, MethodType) and value.__self__ is module:

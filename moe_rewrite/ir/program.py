@@ -43,6 +43,7 @@ class Code:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.call: Callable[..., Any] = module.forward
+        self.eager: Callable[..., Any] | None = None  # a faster form, made on first use
 
     def __deepcopy__(self, memo: dict) -> Code:
         return self

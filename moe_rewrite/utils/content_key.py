@@ -20,7 +20,7 @@ def content_key(value: Any, other: Callable[[Any], Any]) -> Any:
     """A key that is equal only for values with the same types and contents.
 
     Supports None, bools, numbers, strings, dtypes, devices, enumerations and NumPy arrays, in
-    lists, tuples, sets, slices and dicts. other: makes the key of anything else, or raises.
+    lists, tuples, slices and dicts. other: makes the key of anything else, or raises.
     """
     kind = type(value)
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -32,8 +32,6 @@ def content_key(value: Any, other: Callable[[Any], Any]) -> Any:
         return kind, np.asarray(value).dtype.str, np.asarray(value).tobytes()
     if isinstance(value, (list, tuple)):
         return kind, tuple(content_key(v, other) for v in value)
-    if isinstance(value, (set, frozenset)):
-        return kind, frozenset(content_key(v, other) for v in value)
     if isinstance(value, slice):
         return kind, tuple(content_key(v, other) for v in (value.start, value.stop, value.step))
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from ..autocast import autocasts
 from ..autograd_outputs import changeable, empty_gradients
 from . import reference
 from .reference import Stack
-from .stacked import Needs, backward, forward
+from .stacked import Needs, backward, forward, product
 
 __all__ = ["lora_linear"]
 
@@ -54,14 +54,17 @@ def lora_linear_unchecked(
 ) -> torch.Tensor:
     """`lora_linear` for a graph, whose tensors are known to fit: for one token, the checks would
     take noticeable time."""
-    if torch.compiler.is_exporting() or autocasts(x.device.type):
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    if (compiling and torch.compiler.is_exporting()) or autocasts(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
+    if not grad and not compiling:  # skip the dispatch too
+        return product(x, weight, bias, scales, a, b)
     a, b = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (a, b))
-    save = torch.is_grad_enabled() and any(
+    save = grad and any(
         t is not None and t.requires_grad for t in (x, weight, bias, scales, *a, *b)
     )
-    if not save and not torch.compiler.is_compiling():  # skip the dispatch too
-        return forward(x, weight, bias, scales, a, b, save)[0]
+    if not save and not compiling:
+        return product(x, weight, bias, scales, a, b)
     return _lora(x, weight, bias, scales, a, b, save)[0]
 
 

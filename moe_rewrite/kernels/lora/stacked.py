@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..triton import runs_on
+from .reference import Stack
 
 FUSED_WORK = 2**38  # multiplications
 
@@ -48,10 +49,29 @@ def forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (T, O), low (T, R) = x A^T); low is empty if it is not saved."""
-    y, low = F.linear(x, weight, bias), F.linear(x.contiguous(), _stack(a, 0))  # as `reference`
-    scaled = low * scales if save else low.mul_(scales)
-    y.view(-1, y.shape[-1]).addmm_(_rows(scaled), _stack(b, 1).t())
-    return y, low if save else low.new_empty(0)
+    if not save:
+        y = product(x, weight, bias, scales, a, b)
+        return y, y.new_empty(0)
+    y, low = F.linear(x, weight, bias), F.linear(x.contiguous(), stack(a, 0))  # as `reference`
+    y.view(-1, y.shape[-1]).addmm_(_rows(low * scales), stack(b, 1).t())
+    return y, low
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    a: Stack,
+    b: Stack,
+) -> torch.Tensor:
+    """y alone. For one token these are few microseconds, so nothing is looked up twice."""
+    y = F.linear(x, weight, bias)
+    low = F.linear(x.contiguous(), a if isinstance(a, torch.Tensor) else stack(a, 0)).mul_(scales)
+    up = b if isinstance(b, torch.Tensor) else stack(b, 1)
+    y_TO = y.view(-1, y.shape[-1])
+    y_TO.addmm_(low.view(y_TO.shape[0], low.shape[-1]), up.t())
+    return y
 
 
 def backward(
@@ -69,7 +89,7 @@ def backward(
     dy_TO, x_TD = _rows(dy), _rows(x)
     dscales: list[torch.Tensor] = []
     if all_ranks := needs.x or needs.scales:
-        dlow = torch.mm(dy_TO, _stack(b, 1)).view_as(low)
+        dlow = torch.mm(dy_TO, stack(b, 1)).view_as(low)
         if needs.scales:
             dscales = [(low * dlow).sum_to_size(scales.shape)]
         dlow.mul_(scales)
@@ -77,9 +97,9 @@ def backward(
         if fuses(dy_TO, weight):
             from . import launch
 
-            dx = launch.low_rank(dy_TO, weight.t(), _rows(dlow), _stack(a, 0).t())
+            dx = launch.low_rank(dy_TO, weight.t(), _rows(dlow), stack(a, 0).t())
         else:
-            dx = torch.mm(dy_TO, weight).addmm_(_rows(dlow), _stack(a, 0))
+            dx = torch.mm(dy_TO, weight).addmm_(_rows(dlow), stack(a, 0))
         made.append(dx.view(x.shape))
     if needs.weight:
         made.append(torch.mm(dy_TO.t(), x_TD))
@@ -104,5 +124,5 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def _stack(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def stack(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -1,0 +1,115 @@
+"""A graph's steps as two generated functions, up to the cut and after it: no dictionary of values,
+no calls of modules. They run where nobody asks a block to do more than its step (hooks, sharding,
+checkpointing); see `BoundGraph.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..ir.program import Code
+from ..ir.steps import Emitted
+from .block_module import BlockModule, Bound, Slot
+from .eager_code import eager_function
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks",
+                "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip
+OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Steps = Sequence[tuple[BlockModule, Bound]]
+
+
+class FlatCode:
+    """shallow(leaves, ()) returns the values `carried`, which the router or the deep half reads;
+    deep(these and the plan's `views`, active experts) returns the outputs that are values. Each
+    clears the list that it is given."""
+
+    def __init__(self, steps: Steps, emitted: Emitted, leaves: Sequence[str]) -> None:
+        self.blocks = list(dict.fromkeys(block for block, _ in steps))
+        self._names: dict[str, str] = {}
+        self._codes: list[Callable] = []
+        self._tables: list[dict[str, Any]] = []
+        self._constants: list[Any] = []
+        self._sites: list[Any] = []
+        deep = [pair for pair in steps if pair[1].step.deep]
+        shallow = [pair for pair in steps if not pair[1].step.deep]
+        outputs = [o for o in emitted.outputs if isinstance(o, str)]
+        read = {emitted.cut, *(t.node for t in emitted.tables), *outputs}
+        read |= {name for _, bound in deep for name in bound.step.takes}
+        known = {*leaves, *(name for _, bound in shallow for name in bound.step.gives)}
+        self.carried = tuple(sorted(read & known))
+        self.views = tuple(name for name, _ in emitted.views)
+        self.outputs = tuple(outputs)
+        self.shallow = self._function(shallow, leaves, self.carried)
+        self.deep = self._function(deep, (*self.carried, *self.views), self.outputs)
+
+    def _function(self, steps: Steps, takes: Sequence[str], gives: Sequence[str]) -> Callable:
+        lines = [f"{self._tuple(takes)} = given"] if takes else []
+        lines.append("given.clear()")  # so that a value is freed after its last use
+        kept = set(gives)
+        for _, bound in steps:
+            owned = [self._owned(ref, lines) for ref in bound.slots]
+            values = [self._name(n) for n in bound.step.takes]
+            called = f"c{self._position(self._codes, _eager(bound.step.code))}"
+            call = f"{called}({', '.join([*owned, *values])})"
+            lines.append(f"{self._tuple(bound.step.gives)} = {call}" if bound.step.gives else call)
+            dropped = [self._name(n) for n in bound.step.drops if n not in kept]
+            lines += [f"del {', '.join(dropped)}"] if dropped else []
+        body = "\n    ".join([*lines, f"return {self._tuple(gives)}"])
+        code = f"def run(given, active):\n    {body}\n"
+        space: dict[str, Any] = {f"c{i}": c for i, c in enumerate(self._codes)}
+        space |= {f"t{i}": t for i, t in enumerate(self._tables)}
+        space |= {f"k{i}": k for i, k in enumerate(self._constants)}
+        space |= {f"s{i}": s for i, s in enumerate(self._sites)}
+        exec(compile(code, "<steps of a converted model>", "exec"), space)  # noqa: S102
+        return space["run"]
+
+    def _owned(self, ref: Any, lines: list[str]) -> str:
+        """The expression of a tensor that code takes first; see `Bound.slots`."""
+        if isinstance(ref, Slot):
+            table = getattr(ref.module, ref.table)
+            return f"t{self._position(self._tables, table)}[{ref.key!r}]"
+        if type(ref) is tuple:
+            site, part = ref
+            known = len(self._sites)
+            at = self._position(self._sites, site)
+            if at == known:
+                lines.append(f"e{at} = s{at}.stacked(active)")
+            return f"e{at}[{part}]"
+        return f"k{self._position(self._constants, ref)}"
+
+    def _tuple(self, names: Sequence[str]) -> str:
+        return "(" + "".join(f"{self._name(n)}, " for n in names) + ")"
+
+    def _name(self, value: str) -> str:
+        return self._names.setdefault(value, f"v{len(self._names)}")
+
+    @staticmethod
+    def _position(of: list[Any], value: Any) -> int:
+        found = next((i for i, other in enumerate(of) if other is value), None)
+        if found is None:
+            of.append(value)
+        return len(of) - 1 if found is None else found
+
+    def applies(self) -> bool:
+        """Whether every block is a plain module that only runs its step."""
+        if any(getattr(torch_module, name, None) for name in GLOBAL_HOOKS):
+            return False
+        return not torch.compiler.is_compiling() and all(map(_is_plain, self.blocks))
+
+
+def _eager(code: Code) -> Callable:
+    """One function for all steps that share the code."""
+    if code.eager is None:
+        code.eager = eager_function(code.module)
+    return code.eager
+
+
+def _is_plain(block: nn.Module) -> bool:
+    own = vars(block)
+    if type(block) is not BlockModule or "forward" in own or own.get("_compiled_call_impl"):
+        return False
+    return not any(own[name] for name in OWN_HOOKS)
