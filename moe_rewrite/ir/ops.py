@@ -107,6 +107,7 @@ OPS: dict[str, Op] = {
     "feature_dropout": Op(positions="pointwise", channels=True, evaluation={"train": False}),
     "alpha_dropout": Op(pointwise=True, evaluation={"train": False}),
     "rrelu": Op(pointwise=True, evaluation={"training": False}),
+    **_all("lstm gru rnn_tanh rnn_relu", Op(evaluation={"train": False})),
     "prelu": Op(positions="map", channels=True),
     **_all(
         "gelu hardswish hardsigmoid mish selu celu relu6 softsign log_sigmoid tanhshrink detach "

@@ -63,6 +63,15 @@ def same(names, sample):
 
 
 MAP = (2, 4, 6, 5)
+
+
+def recurrent(gates, state):
+    """One sample through two layers, with dropout between them."""
+    layer = [t(gates * 3, 3), t(gates * 3, 3), t(gates * 3), t(gates * 3)]
+    options = True, 2, 0.5, True, False, True  # biases, layers, dropout, train, ..., batch first
+    return Sample((1, 5, 3), X, state, [*layer, *layer], *options, at="input")
+
+
 SAMPLES = {
     "linear": Sample((3, 5), X, t(4, 5), torch.zeros(4).double()),
     "addmm": Sample((3, 5), torch.zeros(4).double(), X, t(5, 4)),
@@ -94,6 +103,9 @@ SAMPLES = {
     "max_pool2d": Sample(MAP, X, [2, 3], [1, 2]),
     "avg_pool2d": Sample(MAP, X, [2, 3], [1, 2]),
     **same("dropout feature_dropout alpha_dropout", Sample(MAP, X, 0.2, True)),
+    "lstm": recurrent(4, [t(2, 1, 3), t(2, 1, 3)]),
+    "gru": recurrent(3, t(2, 1, 3)),
+    **same("rnn_tanh rnn_relu", recurrent(1, t(2, 1, 3))),
     "rrelu": Sample(MAP, X, 0.1, 0.9, True),
     "prelu": Sample(MAP, X, PerChannel(t(4))),
     **same(

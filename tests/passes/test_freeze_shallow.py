@@ -23,6 +23,7 @@ class Layer(nn.Module):
     def __init__(self, work):
         super().__init__()
         self.linear, self.norm, self.work = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), work
+        self.recurrent = nn.GRU(WIDTH, WIDTH, num_layers=2, dropout=0.5, batch_first=True)
 
     def forward(self, x):
         return torch.relu(self.work(self, self.linear(x)))
@@ -50,6 +51,7 @@ WORKS = {
     "alpha dropout": lambda m, x: F.alpha_dropout(x, 0.5, m.training),
     "rrelu": lambda m, x: F.rrelu(x, 0.1, 0.9, m.training),
     "batch norm": lambda m, x: m.norm(x),
+    "recurrent": lambda m, x: m.recurrent(x[:, None])[0][:, 0],
     "attention": lambda m, x: F.scaled_dot_product_attention(
         *[x[:, None]] * 3, dropout_p=0.5 if m.training else 0.0
     )[:, 0],
