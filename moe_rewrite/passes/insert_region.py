@@ -68,6 +68,12 @@ class FindRegion(Pass):
             )
         weights = weights_of(program, region)
         parts, sizes = _parts(program, region, self.experts, self.num_experts, weights)
+        if all(part.kind != "weight" for part in parts):
+            ends = f": it ends where it does since {region.ends}" if region.ends else ""
+            raise ConversionError(
+                f"region {region.name!r} holds no weights, so that experts of it would learn "
+                f"nothing{ends}. Split elsewhere or name a region (RegionExperts(region=...))"
+            )
         build = halo_code if self.experts.halo else isolated_code
         shares = [_share(w, p) for w, p in zip(weights, parts, strict=True)]
         patches = build(program, region, grid, sizes, shares)

@@ -120,6 +120,10 @@ REFUSED = {
         {"experts": RegionExperts(region="stage.1", combine="concat")},
         "the output channels of region 'stage.1' are not its own",
     ),
+    "no weights": (
+        {"experts": RegionExperts(region="stage.2")},
+        "region 'stage.2' holds no weights, so that experts of it would learn nothing",
+    ),
     "an unknown module": ({"experts": RegionExperts(region="stage.9")}, "region='stage.9': no"),
 }
 
