@@ -1,4 +1,5 @@
-"""Which families of transformers convert, and behave as they should: tiny random models.
+"""Which families of transformers, and of timm where it is installed, convert and behave as they
+should: tiny random models.
 
 Each is converted in the middle and checked: outputs at other sizes, a training step, `expand`,
 saving and loading.
@@ -22,10 +23,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import moe_rewrite
-from moe_rewrite import LoRAExperts, MoeRewriteError
+from moe_rewrite import LoRAExperts, MoeRewriteError, PatchRouter
+from moe_rewrite.errors import InputError
 from moe_rewrite.frontend.adapters import host_of
 from moe_rewrite.frontend.example_inputs import random_arguments
 
+from .tools import timm_models
 from .tools.report import finish, parser, save
 from .tools.tiny_models import build, families
 
@@ -33,10 +36,10 @@ SECONDS, MEMORY = 300, 8 << 30  # for one model; sizes that no rule makes small 
 PASSED, NOT_BUILT = "passes", "does not build"
 
 
-def check(kind: type) -> str:
+def check(kind: Any) -> str:
     """PASSED, or what failed."""
     try:
-        model = build(kind, _run)
+        model = build(kind, _run) if isinstance(kind, type) else kind()
         example = host_of(model).arguments(None)
     except (Exception, MemoryError) as error:  # a tiny configuration that the class does not take
         return f"{NOT_BUILT}: {type(error).__name__}: {_first_line(error)}"
@@ -72,6 +75,21 @@ def _steps(model: nn.Module, example: dict[str, Any]) -> dict[str, Callable[[], 
                 dense = model(**given)
             report = moe_rewrite.verify(model, of["moe"], given)
             assert report.equal, f"{report} for {type(dense).__name__}"
+        if (larger := of_larger_images(example)) is None:
+            return
+        try:
+            with torch.no_grad():
+                model(**larger)
+        except Exception:  # a model of one size
+            return
+        try:
+            report = moe_rewrite.verify(model, of["moe"], larger)
+        except InputError:  # flat features of patches are of one size, as the error says
+            pooled = moe_rewrite.convert(
+                model, split=0.5, router=PatchRouter(features="pooled"), experts=LoRAExperts(rank=2)
+            )
+            report = moe_rewrite.verify(model, pooled, larger)
+        assert report.equal, f"{report} for larger images"
 
     def train() -> None:
         moe = of["moe"]
@@ -125,6 +143,16 @@ def resized(example: dict[str, Any], host: Any, batch: int, length: int) -> dict
     )
 
 
+def of_larger_images(example: dict[str, Any]) -> dict[str, Any] | None:
+    """Random arguments whose images are larger; None without images."""
+    images = [n for n, t in example.items() if isinstance(t, torch.Tensor) and t.ndim == 4]
+    larger = {
+        n: torch.zeros(*example[n].shape[:2], *(s + 32 for s in example[n].shape[2:]))
+        for n in images
+    }
+    return random_arguments({**example, **larger}, 2) if images else None
+
+
 def _floats(output: Any) -> list[torch.Tensor]:
     leaves = pytree.tree_leaves(output)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -140,14 +168,14 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else ""
 
 
-def _child(kind: type, answer: Any) -> None:
+def _child(kind: Any, answer: Any) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     answer.send(check(kind))
 
 
-def in_a_process(kind: type, seconds: int = SECONDS) -> str:
+def in_a_process(kind: Any, seconds: int = SECONDS) -> str:
     """`check` in a forked process, so that neither a crash nor a hang ends the run."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
@@ -164,7 +192,7 @@ def in_a_process(kind: type, seconds: int = SECONDS) -> str:
         child.join()
 
 
-def run(chosen: Iterable[tuple[str, str, type]], jobs: int) -> dict[str, dict[str, str]]:
+def run(chosen: Iterable[tuple[str, str, Any]], jobs: int) -> dict[str, dict[str, str]]:
     """{task: {name of the class: outcome}}."""
     from rich.progress import track
 
@@ -184,7 +212,7 @@ def main() -> None:
     arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    start, chosen = time.perf_counter(), list(families())
+    start, chosen = time.perf_counter(), [*families(), *timm_models.families()]
     if given.only:
         chosen = [f for f in chosen if f[1] in given.only]
     elif given.quick:
