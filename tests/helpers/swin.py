@@ -23,7 +23,11 @@ class WindowAttention(nn.Module):
             x = torch.roll(x, (-s, -s), (1, 2))
         x = x.view(batch, tall // w, w, wide // w, w, channels)
         x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, channels)
-        qkv = self.qkv(x).reshape(-1, w * w, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x)
+            .reshape(-1, w * w, 3, self.heads, channels // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         x = F.scaled_dot_product_attention(*qkv.unbind(0))
         x = self.proj(x.transpose(1, 2).reshape(-1, w * w, channels))
         x = x.view(batch, tall // w, wide // w, w, w, channels).permute(0, 1, 3, 2, 4, 5)
