@@ -51,7 +51,7 @@ def _passes_through(node: fx.Node) -> bool:
         same = before.dtype == after.dtype and before.device == after.device
         moved = argument(node, "copy") or argument(node, "memory_format") is not None
         return same and not moved
-    if "train" in op(node).evaluation:
+    if "train" in op(node).evaluation and takes(node, "p"):  # a dropout; recurrent layers do more
         return argument(node, "train") is False
     if name == "slice":
         start, end, step = (argument(node, n) for n in ("start", "end", "step"))

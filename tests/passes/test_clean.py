@@ -160,3 +160,16 @@ def test_weights_that_nobody_reads_lose_their_placeholder_and_users_keep_theirs(
     assert program.names("user") == {"x", "y"}, "the call still takes them"
     assert {"used.weight", "used.bias"} <= program.names("weight")
     assert ops(program) == ["linear"]
+
+
+def test_recurrent_layers_stay_in_evaluation():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    program = Clean().apply(program_of(Net(), torch.zeros(5, 2, 4)), Decisions(1))
+    assert "lstm" in {op_name(n) for n in program.graph.nodes}
