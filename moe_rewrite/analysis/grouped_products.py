@@ -32,8 +32,8 @@ def is_grouped(node: fx.Node) -> bool:
 
 def sorted_rows(node: fx.Node) -> Sorted | str:
     """Where the rows of a grouped product come from, or why that is not known."""
-    given: Any = node.args
-    rows, _, ends, *_ = (*given, None)
+    given: list[Any] = [*node.args, None]
+    rows, ends = given[0], given[2]
     found = _taken(rows)
     if found is None or not isinstance(ends, fx.Node):
         return "the rows of the model's own experts are sorted in a way that is not followed"

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 from ..errors import CaptureError, InputError
 from ..routing.plan import PrefixState
 
+KEPT = 64  # positions of a call that assisted decoding may take back
 CACHE = "past_key_values"  # the argument and output that hold a key-value cache
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -107,6 +108,11 @@ class CacheFormat:
                 f"this {type(cache).__name__} was filled by another model or has layers "
                 f"{sorted({type(la).__name__ for la in layers})}: start from an empty DynamicCache"
             )
+        if getattr(cache, "offloading", False):
+            raise InputError(
+                "this cache offloads its layers one by one, which a graph that takes all of them "
+                "at once would not do: leave cache_implementation at its default"
+            )
         if type(cache) is not DynamicCache:
             raise InputError(
                 f"{CACHE}={type(cache).__name__}: only a DynamicCache can be used; leave "
@@ -157,7 +163,9 @@ class RouterState(CacheLayerMixin):
     """The running sum and count of a prefix router, kept as one more layer of the cache.
 
     As a layer it is reordered, repeated and selected together with the keys, in beam search for
-    example. total: (batch, width) fp32. count: (batch,) fp32.
+    example. Assisted decoding takes back positions of the latest call, which are kept one by one.
+    total: (batch, width) fp32. count: (batch,) fp32. latest: (batch, positions, width) and (batch,
+    positions), both after each of the latest call's last positions, and before the first of these.
     """
 
     is_sliding = False
@@ -166,6 +174,7 @@ class RouterState(CacheLayerMixin):
         super().__init__()
         self.total: torch.Tensor | None = None
         self.count: torch.Tensor | None = None
+        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -189,8 +198,21 @@ class RouterState(CacheLayerMixin):
         return PrefixState(self.total, self.count)
 
     def store(self, state: PrefixState, length: int) -> None:
-        self.total, self.count, self.length = state.total, state.count, length
+        self.latest = self._latest(state)
+        self.total, self.count, self.length = state.total.clone(), state.count, length
         self.is_initialized = True
+
+    def _latest(self, state: PrefixState) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if state.totals is None or state.counts is None:
+            return None
+        if state.totals.shape[1] > KEPT:
+            last = slice(-KEPT - 1, None)
+            return state.totals[:, last].clone(), state.counts[:, last].clone()
+        total, count = self.total, self.count
+        if total is None or count is None:
+            total, count = torch.zeros_like(state.total), torch.zeros_like(state.count)
+        before = total.unsqueeze(1), count.unsqueeze(1)
+        return torch.cat([before[0], state.totals], 1), torch.cat([before[1], state.counts], 1)
 
     def offload(self) -> None: ...
 
@@ -202,6 +224,8 @@ class RouterState(CacheLayerMixin):
     def _select(self, select: Any) -> None:
         if self.total is not None and self.count is not None:
             self.total, self.count = select(self.total), select(self.count)
+        if self.latest is not None:
+            self.latest = select(self.latest[0]), select(self.latest[1])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -213,8 +237,18 @@ class RouterState(CacheLayerMixin):
         self._select(lambda t: t[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        """Take back the last positions, as a negative number. Raises InputError for more than the
+        latest call had, or than are kept."""
+        removed = abs(tokens_to_remove)
+        if removed == 0:
+            return
+        known = 0 if self.latest is None else self.latest[0].shape[1] - 1
+        if self.latest is None or removed > known:
             raise InputError(
-                "a prefix router's running mean cannot be cropped (assisted decoding does that): "
-                "generate without an assistant, or convert with TokenRouter(granularity='token')"
+                f"crop({tokens_to_remove}): a prefix router's running mean can be taken back by "
+                f"the last {known} positions, those of the latest call and {KEPT} at most; for "
+                "more, convert with TokenRouter(granularity='token')"
             )
+        totals, counts = (t[:, :-removed] for t in self.latest)
+        self.latest = totals, counts
+        self.total, self.count, self.length = totals[:, -1], counts[:, -1], self.length - removed

@@ -101,10 +101,14 @@ class PrefixState:
 
     total: (B, D) fp32 sum of the features.
     count: (B,) fp32 number of positions.
+    totals, counts: (B, S, D) and (B, S), both after each of the latest call's positions, for who
+        takes some of these back; None where nobody may.
     """
 
     total: torch.Tensor
     count: torch.Tensor
+    totals: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 Planner = Callable[

@@ -133,7 +133,7 @@ class TokenGate(Router):
         sums, counts = x.cumsum(1), counted.cumsum(1)
         if state is not None:
             sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
-        after = PrefixState(sums[:, -1], counts[:, -1])
+        after = PrefixState(sums[:, -1], counts[:, -1], sums, counts)
         counts = counts.clamp_min(1).unsqueeze(-1)
         return sums / counts, after, counts
 
@@ -200,7 +200,7 @@ def _means_in_documents(
     at = starts.unsqueeze(-1).expand(-1, -1, sums.shape[-1])
     own = (sums[:, 1:] - sums.gather(1, at)).float()
     totals, counts = own[..., :-1], own[..., -1:]
-    after = PrefixState(totals[:, -1], counts[:, -1, 0])
+    after = PrefixState(totals[:, -1], counts[:, -1, 0], totals, counts[..., 0])
     counts = counts.clamp_min(1)
     return totals / counts, after, counts
 
