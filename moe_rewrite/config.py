@@ -6,7 +6,7 @@ Everything here is a frozen dataclass that checks itself, so a wrong value fails
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
 
@@ -30,6 +30,19 @@ def _choose(spec: object, name: str, *choices: str) -> None:
     value = getattr(spec, name)
     expected = " or ".join(map(repr, choices))
     require(value in choices, f"{type(spec).__name__} {name}", value, expected)
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _named_dtype(spec: Any) -> None:
+    """Check a spec's dtype and store it by name, as saves do."""
+    name = str(spec.dtype).removeprefix("torch.")
+    require(
+        spec.dtype is None or name in DTYPES, f"{type(spec).__name__} dtype", spec.dtype,
+        f"None or one of {', '.join(DTYPES)}",
+    )  # fmt: skip
+    object.__setattr__(spec, "dtype", None if spec.dtype is None else name)
 
 
 @dataclass(frozen=True)
@@ -207,13 +220,18 @@ class LoRAExperts:
     alpha: numerator of the scale (LoRA, arXiv 2106.09685, section 4.1).
     sites: ``"all"``: every site of the deep segment except the output head; ``"all+head"``: the
         head too; or a tuple of name endings (``("q_proj", "v_proj")``).
+    dtype: of the experts' parameters, a name or a torch.dtype; None: float32, or the model's if that
+        is wider, so that small steps count where the model is in 16 bits. Experts compute in the
+        model's dtype, or autocast's.
     """
 
     rank: int = 8
     alpha: float = 16.0
     sites: str | tuple[str, ...] = "all"
+    dtype: Any = None
 
     def __post_init__(self) -> None:
+        _named_dtype(self)
         rank, alpha, sites = self.rank, self.alpha, self.sites
         require(is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
         require(is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
@@ -243,13 +261,16 @@ class FFNExperts:
     every: convert every n-th feed-forward region of the deep segment, counted from the last.
     sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``); the
         report of ``convert(..., dry_run=True)`` lists the names.
+    dtype: as for `LoRAExperts`.
     """
 
     num: int | None = None
     every: int = 1
     sites: str | tuple[str, ...] = "all"
+    dtype: Any = None
 
     def __post_init__(self) -> None:
+        _named_dtype(self)
         require(
             self.num is None or (is_int(self.num) and self.num >= 1),
             "FFNExperts num", self.num, "None or int >= 1",
@@ -291,16 +312,19 @@ class RegionExperts:
     width: share of the hidden channels that each expert keeps (hidden: shared neither with the
         region's entry nor with its exit); expert e starts from the e-th slice of them.
     combine: ``"sum"``; or ``"concat"``: each expert computes its own slice of the output channels.
+    dtype: as for `LoRAExperts`.
     """
 
     region: str | tuple[str, ...] | None = None
     halo: bool = True
     width: float = 1.0
     combine: Literal["sum", "concat"] = "sum"
+    dtype: Any = None
 
     on_patches: ClassVar[bool] = True  # needs a PatchRouter
 
     def __post_init__(self) -> None:
+        _named_dtype(self)
         region = self.region
         if isinstance(region, list):
             object.__setattr__(self, "region", tuple(region))

@@ -127,7 +127,8 @@ def _converted(
     if dry_run:
         return report
     program, emitted = compiler.emitted(program)
-    moe = MoEModel(model, compiler, program, emitted, report, checked=verify)
+    kind = host.model_class(MoEModel)
+    moe: MoEModel = kind(model, compiler, program, emitted, report, checked=verify)
     moe.adopt(arguments, program, emitted)
     if verify:
         report.equivalence = timed("verify", verify_conversion, moe, arguments)

@@ -16,20 +16,6 @@ from ..experts.base import SEPARATOR, ExpertParameters
 from ..ir.steps import Step
 
 
-class Weights(nn.Module):
-    """Dense tensors under their state-dict names."""
-
-    def put(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
-        key = name.replace(".", SEPARATOR)
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(key, tensor)
-        else:
-            self.register_buffer(key, tensor, persistent=persistent)
-
-    def names(self) -> list[str]:
-        return [k.replace(SEPARATOR, ".") for k in (*self._parameters, *self._buffers)]
-
-
 @dataclass(frozen=True)
 class Slot:
     """Where a tensor lives: looked up at each call, so that moving a model just works."""
@@ -57,12 +43,16 @@ class Bound:
 
 
 class BlockModule(nn.Module):
-    """One block of the model. It owns tensors, no graph: `forward` is given the step to run."""
+    """One block of the model. It holds tensors, no graph: `forward` is given the step to run.
+
+    weights: modules of the model's tree that hold this block's dense tensors.
+    experts: its sites' modules.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.weights = Weights()
+        self.weights = nn.ModuleList()
         self.experts = nn.ModuleDict()
         self._recomputing = False
 

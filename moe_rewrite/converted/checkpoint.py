@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..utils.atomic_files import replace_file
+from ..utils.atomic_files import link_file, replace_file
 from ..utils.one_writer import one_writer
 from ..utils.read_files import parse_tensors, read_bytes, read_json, require_finite, shown
 from ..utils.seal import SEAL, require_seal, sealed
 from ..utils.tensor_bytes import tensor_bytes
 
-FORMAT = 1
+FORMAT = 2  # 1 has no tensor that says which experts the file holds
+READABLE = (1, 2)
 META = "moe_rewrite.json"
+TRAINERS = "model.safetensors"  # the file that transformers' Trainer resumes from
 READS = 100  # at most, of a folder to which others write meanwhile
 DENSE = "moe_rewrite.dense."  # before the names of dense tensors that training may have changed
 REQUIRED = {
@@ -54,8 +56,11 @@ class Facts:
     trained: list[bool] | None
 
     @classmethod
-    def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int) -> Facts:
-        """Raises CheckpointError unless `meta` describes this number of experts."""
+    def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int | None) -> Facts:
+        """Raises CheckpointError unless `meta` describes this number of experts; None: any."""
+        if experts is None:
+            names = meta.get("names")
+            experts = max(1, len(names)) if isinstance(names, list) else 1
         kinds = {"names": str, "expansions": int, "classes": int, "trained": bool}
         said = {name: meta.get(name) for name in kinds}
         counts = {"classes": (0, experts), "trained": (experts,)}
@@ -94,25 +99,33 @@ def fill(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
 def write(
     folder: str | os.PathLike, tensors: dict[str, torch.Tensor], facts: dict[str, Any],
     base: dict[str, torch.Tensor],
+    more: Callable[[str], dict[str, torch.Tensor]] = lambda base: {}, trains: bool = False,
 ) -> None:  # fmt: skip
     """Write tensors and facts, with the fingerprint of the model that they belong to, whose state
-    dict is `base`. Tensors that hold NaN are written too: `read` refuses them.
+    dict is `base`. Tensors that hold NaN are written too: `read` refuses them. more: key of the
+    base -> other tensors to write. trains: the tensors' file gets the
+    name from which trainers resume too.
 
     The tensors' file has their hash in its name, and the old one is deleted only after the JSON was
     replaced: the JSON on disk always finds the file that it was written with.
     """
     from safetensors.torch import save as to_bytes
 
-    target = Path(folder)
+    target, of_base = Path(folder), fingerprint(base)
+    tensors = tensors | more(base_key(of_base))
     blob = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
-    meta = {"format": FORMAT, **facts, "fingerprint": fingerprint(base), "sha256": digest}
+    meta = {"format": FORMAT, **facts, "fingerprint": of_base, "sha256": digest}
     text = json.dumps(sealed(meta), indent=1, allow_nan=False).encode()
     target.mkdir(parents=True, exist_ok=True)
     with one_writer(target):
         replace_file(target / _tensor_file(digest), blob)
         replace_file(target / META, text)
-        for old in target.glob("moe_rewrite-*.safetensors"):
+        files = list(target.glob("moe_rewrite-*.safetensors"))
+        named = (target / TRAINERS).exists()
+        if trains or named and any(f.samefile(target / TRAINERS) for f in files):
+            link_file(target / _tensor_file(digest), target / TRAINERS)
+        for old in files:
             if old.name != _tensor_file(digest):
                 old.unlink(missing_ok=True)
 
@@ -152,9 +165,10 @@ def _read_pair(folder: Path) -> tuple[dict[str, Any], Path, bytes]:
 def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     version = meta.get("format") if isinstance(meta, dict) else None
-    if version != FORMAT:
+    if version not in READABLE:
         raise CheckpointError(
-            f"{path}: format {version!r}, this version reads {FORMAT}: upgrade moe_rewrite"
+            f"{path}: format {version!r}, this version reads {', '.join(map(str, READABLE))}: "
+            "upgrade moe_rewrite"
         )
     wrong = [k for k, kind in REQUIRED.items() if not isinstance(meta.get(k), kind)]
     if wrong or not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
@@ -179,9 +193,16 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{shape}:{hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:32]}"
 
 
+def base_key(fingerprint: dict[str, str]) -> str:
+    """Hash of a base model's fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
 def require_base(meta: dict[str, Any], model: nn.Module) -> None:
     """Raise CheckpointError unless `model` is the one that the save belongs to."""
     ours, saved = fingerprint(model.state_dict()), meta["fingerprint"]
+    if meta.get("whole"):  # it brings its own weights: names and shapes have to fit
+        ours, saved = ({k: str(v).split(":")[0] for k, v in x.items()} for x in (ours, saved))
     if ours == saved:
         return
     differ = sorted(k for k in ours | saved if ours.get(k) != saved.get(k))

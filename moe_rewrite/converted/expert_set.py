@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.head import HeadColumns
 from ..routing.router import Router
+from .checkpoint import Facts
 
 Dense = Callable[[Iterable[str]], dict[str, torch.Tensor]]  # frozen tensors by state-dict name
 
@@ -111,10 +113,35 @@ class ExpertSet:
     def set_active(self, name: str | int, on: bool) -> None:
         self.router.set_active(self.index(name), on)
 
-    def take_over(self, names: list[str], trained: list[bool], expansions: list[int]) -> None:
-        """Take these over from a save."""
-        self.names, self.trained, self.expansions = list(names), list(trained), list(expansions)
+    def take_over(self, facts: Facts) -> None:
+        """Take names, flags and expansions over from a save."""
+        flags = facts.trained or [bool(row.any()) for row in self.router.rows]
+        self.names, self.trained = list(facts.names), list(flags)
+        self.expansions = list(facts.expansions)
         self.train_newest()
+
+    def facts(self) -> dict[str, Any]:
+        """What a save says about the experts; see `checkpoint.Facts`."""
+        return {
+            "names": self.names,
+            "trained": self.trained,
+            "expansions": self.expansions,
+            "classes": [] if self.head is None else self.head.classes,
+        }
+
+    def become(self, facts: Facts) -> None:
+        """Have experts like those of a save, with any values. Raises ConfigError where none can be
+        added."""
+        change = len(facts.names) - len(self)
+        if change and self._fixed:
+            raise ConfigError(f"{len(facts.names)} experts are to be loaded: {self._fixed}")
+        for _ in range(-change):
+            self.remove_last()
+        if change > 0:
+            self.add([None] * change, active=False)
+        if self.head is not None and self.head.classes != facts.classes:
+            self.head.widen_all(facts.classes)
+        self.take_over(facts)
 
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before that was added."""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..experts.base import ExpertParameters
-from ..experts.lora import peft
-from ..frontend.capture import TRACING
+from ..errors import ConfigError
 from ..frontend.host import Host
 from ..ir.aten import value
 from ..ir.program import Program
 from ..ir.steps import Emitted
+from ..kernels.autocast import autocasts
 from ..passes.kinds import kind_of, site_modules
 from ..passes.pipeline import Compiler
-from ..passes.recipe import Recipe
 from ..routing.plan import Planner, RoutingPlan
+from ..routing.router import Router
 from ..routing.select import make_router
-from . import checkpoint
+from .block_module import BlockRun
 from .bound_graph import BoundGraph
 from .dense_reference import DenseReference
 from .expert_set import ExpertSet
@@ -33,44 +29,65 @@ from .parameters import ParameterStore, device_and_dtype
 from .pickling import NotPickled
 from .plan_override import PlanOverride
 from .report import Report
-from .state_dict import added_tensors, use_public_names
+from .saving import Saving
+from .state_dict import StateDict, added, forgive_absent
 
 
-class MoEModel(NotPickled, nn.Module):
+class MoEModel(NotPickled, StateDict, Saving):
     """What `convert` returns: called with the original's arguments, it returns its outputs.
-    `shallow`, `router` and `deep` are its modules; `report` says what was converted."""
+
+    Its modules have the original's names, and below `moe_rewrite` what conversion added; `shallow`,
+    `router` and `deep` are its parts, over the same tensors. `report` says what was converted.
+    """
+
+    shallow: BlockRun
+    deep: BlockRun
+    router: Router
 
     def __init__(
         self, model: nn.Module, compiler: Compiler, program: Program, emitted: Emitted,
         report: Report, checked: bool,
     ) -> None:  # fmt: skip
-        super().__init__()
+        nn.Module.__init__(self)
         assert program.cut is not None
         recipe = compiler.recipe
         self._compiler, self.report = compiler, report
-        store = ParameterStore(compiler.host.module, emitted, site_modules(program, recipe))
+        store = ParameterStore(self, compiler.host.module, emitted, site_modules(program, recipe))
         if not recipe.freeze:
             store.unfreeze()
         self._store = store
         self._checkpointing = False
-        self.shallow, self.deep, self.rest = store.shallow, store.deep, store.rest
         features = value(program.node(program.cut.node))
-        self.router = make_router(
+        router = make_router(
             compiler.decisions.chosen, features.shape, self.device, program.cut.token_map
         )
-        self._override = PlanOverride(self.router)
+        # parts of the model, beside the tree of names that owns the tensors
+        self.__dict__.update(shallow=store.shallow, deep=store.deep, router=router)
+        self._override = PlanOverride(router)
         self.reference = DenseReference(model, compiler, store)
         self._graphs = GraphCache(compiler, store, self.reference, checked, self._override.dense)
         fixed = kind_of(recipe.experts).fixed(recipe)
-        self._experts = ExpertSet(self.router, store.sites.values(), store.tensors, fixed)
+        self._experts = ExpertSet(router, store.sites.values(), store.tensors, fixed)
         self._experts.add([None] * recipe.num_experts, active=True)
+        self._modules["moe_rewrite"] = added(self._experts, store.sites)
+        self.__dict__.update(compiler.host.values_for(self, MoEModel))
+        self.register_load_state_dict_post_hook(forgive_absent)
         self.train(model.training)
-        self.aliases = store.aliases
-        use_public_names(self)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
         """Keep a compiled program for calls with arguments of this signature."""
         self._graphs.adopt(arguments, program, emitted, device_and_dtype(self))
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is looked for among the original's values, such as a count of
+        classes that a tool reads; not among its methods, which would run without experts."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            values = vars(self._compiler.host.module) if "_compiler" in vars(self) else {}
+            if name in values and not name.startswith("__"):
+                return values[name]
+            raise
 
     @property
     def host(self) -> Host:
@@ -126,7 +143,8 @@ class MoEModel(NotPickled, nn.Module):
         router.require_analytic()
 
         def observe(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-            router.observe(features, mask, index)
+            with torch.autocast(features.device.type, enabled=False):
+                router.observe(features, mask, index)
             return router.without_experts(features), None
 
         with torch.no_grad():
@@ -140,8 +158,7 @@ class MoEModel(NotPickled, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(), with its arguments, on the converted graphs."""
-        with TRACING:
-            self._store.load_into(self.host.module)
+        self._host_module()
         with torch.no_grad():
             return self.host.generate(self, *args, **kwargs)
 
@@ -166,89 +183,14 @@ class MoEModel(NotPickled, nn.Module):
         state = None
         if cache is not None and self.router.keeps_state:
             state = cache.router_state().load()
-        return lambda features, mask: self.router(features, mask, state)
 
-    # -- plans that replace the router's --------------------------------------------------------
+        def plan(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, Any]:
+            if not autocasts(features.device.type):
+                return self.router(features, mask, state)
+            with torch.autocast(features.device.type, enabled=False):  # gates are made in float32
+                return self.router(features, mask, state)
 
-    def disable_experts(self) -> AbstractContextManager[None]:
-        """Compute what the dense model computes, as PEFT's disable_adapter does."""
-        return self._override.planning_by(self._override.dense)
-
-    def dense_plan(self) -> AbstractContextManager[None]:
-        """Route so that untrained experts give the dense model's output. LoRA experts, and copies
-        whose gates sum to one, do so under the router's own plan; a replaced convolutional region
-        runs frozen on every patch (on the whole map if patches are isolated or experts narrow)."""
-        return self._override.of_fresh_experts(self._compiler.fresh)
-
-    def use_plan(self, plan: RoutingPlan) -> AbstractContextManager[None]:
-        """Route by this plan instead of the router's; `route` made it for as many samples."""
-        return self._override.planning_by(self._override.plan(plan))
-
-    def use_expert(self, name: str | int) -> AbstractContextManager[None]:
-        """Route every row to one expert with gate 1, as if the task were known; it may be inactive.
-
-        Raises ConfigError for a PatchRouter, whose experts choose patches themselves.
-        """
-        return self._override.planning_by(self._override.one_expert(self._experts.index(name)))
-
-    def use_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
-        """Use these features, which `features` returned for the same samples, and skip the shallow
-        blocks."""
-        return self._override.given_features(features)
-
-    # -- experts --------------------------------------------------------------------------------
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the experts, in order."""
-        return self._experts.names
-
-    @property
-    def trained(self) -> list[bool]:
-        """Whether each expert was trained since it was added, or its router row was fitted."""
-        return self._experts.trained
-
-    @property
-    def num_experts(self) -> int:
-        return len(self._experts)
-
-    def expand(
-        self, n: int = 1, name: str | None = None, classes: int | None = None
-    ) -> list[nn.Parameter]:
-        """Add n experts, freeze the older ones, and return the new parameters.
-
-        They stay inactive, so no output changes, until `activate(name)` or the first forward in
-        training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
-        ``name.0``, ``name.1``, ... classes: columns that the (last) new expert appends to the
-        classification head; while it is inactive they are minus infinity, or absent if no later
-        columns are active. Raises ConfigError for a wrong value or where no expert can be added.
-        """
-        return self._experts.expand(n, name, classes)
-
-    def activate(self, name: str | int) -> None:
-        """Let an expert, by name or index, take part in routing. Raises ConfigError."""
-        self._experts.set_active(name, True)
-
-    def deactivate(self, name: str | int) -> None:
-        """Take an expert out of routing; its parameters stay. Raises ConfigError."""
-        self._experts.set_active(name, False)
-
-    def remove_last(self) -> None:
-        """Remove the newest expert; the router is bitwise what it was before that was added."""
-        self._experts.remove_last()
-
-    def expert_index(self, name: str | int) -> int:
-        """The index of an expert, by name or index. Raises ConfigError if there is none."""
-        return self._experts.index(name)
-
-    def expert_sites(self) -> list[ExpertParameters]:
-        """One module a site, with the parameters of all experts there."""
-        return list(self._experts.sites)
-
-    @property
-    def sites(self) -> list[str]:
-        """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
-        return [s.site.name for s in self._experts.sites if s.as_adapter]
+        return plan
 
     # -- as in torch, PEFT and transformers -----------------------------------------------------
 
@@ -267,20 +209,28 @@ class MoEModel(NotPickled, nn.Module):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute each deep block in the backward pass (non-reentrant)."""
+    def gradient_checkpointing_enable(
+        self, *args: Any, every_n_layers: int = 1, offload: bool = False, **kwargs: Any
+    ) -> None:
+        """Recompute each deep block in the backward pass (non-reentrant, whatever is asked for)."""
+        if every_n_layers != 1 or offload:
+            raise ConfigError(
+                f"every_n_layers={every_n_layers}, offload={offload}: every deep block of a converted "
+                "model is checkpointed, on its device; leave these options out"
+            )
         self._checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing = False
 
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers' name since 5.20
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
     @property
-    def recipe(self) -> Recipe:
-        """The options of the conversion, with the split, router and number of experts as now."""
-        return replace(
-            self._compiler.recipe, split=self._compiler.decisions.split, router=self.router.spec,
-            num_experts=self.num_experts,
-        )  # fmt: skip
+    def is_gradient_checkpointing(self) -> bool:
+        return self._checkpointing
+
+    is_activation_checkpointing = is_gradient_checkpointing
 
     @property
     def config(self) -> Any:
@@ -296,55 +246,6 @@ class MoEModel(NotPickled, nn.Module):
 
     def train(self, mode: bool = True) -> MoEModel:
         super().train(mode)
-        if self._compiler.recipe.freeze:
-            self.shallow.train(False)
+        self.deep.train(mode)
+        self.shallow.train(mode and not self._compiler.recipe.freeze)
         return self
-
-    # -- saving ---------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
-        folder's previous save whole."""
-        checkpoint.write(folder, self.saved_tensors(), self._facts(), self.reference.state)
-
-    def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """What a save holds: the added tensors, and dense ones that training may have changed."""
-        written = {checkpoint.DENSE + n: t for n, t in self._store.written_tensors().items()}
-        return dict(added_tensors(self)) | written
-
-    def _facts(self) -> dict[str, Any]:
-        experts, head = self._experts, self._experts.head
-        return {
-            "model": type(self.to_dense()).__name__,
-            "recipe": self.recipe.to_dict(),
-            "names": experts.names,
-            "trained": experts.trained,
-            "expansions": experts.expansions,
-            "classes": [] if head is None else head.classes,
-        }
-
-    def restore(self, tensors: dict[str, torch.Tensor], facts: checkpoint.Facts) -> None:
-        """Load saved tensors: all or none. Raises CheckpointError."""
-        experts = self._experts
-        if experts.head is not None:
-            experts.head.widen_all(facts.classes)
-        self._store.copy_on_write(*checkpoint.dense_names(tensors))
-        checkpoint.fill(self.saved_tensors(), tensors)
-        flags = facts.trained or [bool(row.any()) for row in self.router.rows]
-        experts.take_over(facts.names, flags, facts.expansions)
-
-    def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
-        """Add an expert with the weights of a LoRA adapter in PEFT's format, inactive until
-        `activate`. Raises CheckpointError, with nothing changed, if the adapter does not fit."""
-        sites = peft.lora_sites(self._experts.sites)
-        read = peft.read_adapter(sites, self.recipe.experts, from_peft)
-        self.expand(1, name=name)
-        peft.fill_newest(sites, read)
-        self.trained[-1] = True
-
-    def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
-        """Write one LoRA expert, at gate 1, as an adapter in PEFT's format, without columns that it
-        added to a head. Raises ConfigError for experts of another kind."""
-        sites = peft.lora_sites(self._experts.sites)
-        base = getattr(self.config, "_name_or_path", None) or None
-        peft.write_adapter(sites, self.recipe.experts, self.expert_index(name), base, folder)

@@ -11,14 +11,17 @@ from torch import nn
 from ..experts.base import ExpertParameters
 from ..frontend.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
-from .block_module import SEPARATOR, BlockModule, BlockRun, Bound, Slot
+from ..utils.module_tree import Holder, node_at, put_tensor
+from .block_module import BlockModule, BlockRun, Bound, Slot
 
 
 class ParameterStore:
-    """The blocks of a converted model, and where each tensor of the host lives in them.
+    """Where each tensor of the host lives in a converted model: in a tree of modules under its
+    state-dict name, tied names included. Blocks share the modules of this tree.
 
+    root: the converted model, the root of the tree.
     shallow, deep: blocks before and after the cut.
-    rest: tensors that no graph uses.
+    rest: tensors that no graph uses; their names are `unused`.
     slots: where each tensor is, by canonical state-dict name.
     sites: the experts' modules, by site.
     aliases: tied state-dict name -> the canonical one.
@@ -27,39 +30,78 @@ class ParameterStore:
     """
 
     def __init__(
-        self, host: nn.Module, emitted: Emitted, experts: dict[str, ExpertParameters]
-    ) -> None:
+        self, root: nn.Module, host: nn.Module, emitted: Emitted,
+        experts: dict[str, ExpertParameters],
+    ) -> None:  # fmt: skip
         """experts: by the name of a site."""
+        self.root = root
         self.slots: dict[str, Slot] = {}
         self.sites: dict[str, ExpertParameters] = {}
         self.copied: set[str] = set()
         self.written_names: set[str] = set()
         self.rest = BlockModule("unused by the graph")
-        self._tensors = dict([*host.named_parameters(), *host.named_buffers()])
         self._persistent = set(host.state_dict(keep_vars=True))
+        names = canonical_names(host)
+        self.aliases = {k: v for k, v in names.items() if k != v and k in self._persistent}
+        self._tied: list[tuple[Slot, str]] = []  # (place of a tied name, canonical name)
+        self._fill_tree(host, names)
+        self._held: set[int] = set()  # ids of modules of the tree that a block holds
+        self._of_root: list[tuple[nn.Module, Slot]] = []  # (Holder in a block, slot of the root)
         halves: dict[bool, list[BlockModule]] = {False: [], True: []}
+        placed: set[str] = set()
         for step in emitted.steps:
             block = BlockModule(step.block)
             halves[step.deep].append(block)
             for kind, name in step.owned:
                 if kind in ("weight", "buffer"):
-                    self._put(block, name)
+                    self._give(block, name, placed)
                 elif kind == "expert" and (site := name.rpartition(":")[0]) not in self.sites:
                     self.sites[site] = block.add_site(site, experts[site])
         self.shallow, self.deep = BlockRun(halves[False]), BlockRun(halves[True])
-        for name in self._tensors:
-            self._put(self.rest, name)
-        del self._tensors
-        names = canonical_names(host)
-        self.aliases = {k: v for k, v in names.items() if k != v and k in self._persistent}
+        self.unused = [name for name in self.slots if name not in placed]
+        for name in self.unused:
+            self._give(self.rest, name, placed)
 
-    def _put(self, block: BlockModule, name: str) -> None:
-        if name in self.slots:
+    def _fill_tree(self, host: nn.Module, names: dict[str, str]) -> None:
+        for path, module in host.named_modules(remove_duplicate=False):
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                name = f"{path}.{leaf}" if path else leaf
+                if tensor is None:
+                    continue
+                holder = node_at(self.root, path)
+                slot = Slot(
+                    holder, put_tensor(holder, leaf, tensor, name in self._persistent), leaf
+                )
+                if names[name] == name:
+                    self.slots[name] = slot
+                else:
+                    self._tied.append((slot, names[name]))
+
+    def _give(self, block: BlockModule, name: str, placed: set[str]) -> None:
+        """Let a block hold the module of the tree that holds this tensor, unless another does."""
+        if name in placed:
             return
-        tensor = self._tensors[name]
-        block.weights.put(name, tensor, name in self._persistent)
-        table = "_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"
-        self.slots[name] = Slot(block.weights, table, name.replace(".", SEPARATOR))
+        placed.add(name)
+        slot = self.slots[name]
+        if slot.module is self.root:  # a tensor beside the model's modules: alone, in a Holder
+            holder = Holder()
+            put_tensor(holder, slot.key, slot.get(), name in self._persistent)
+            block.weights.append(holder)
+            self._of_root.append((holder, slot))
+        elif id(slot.module) not in self._held:
+            self._held.add(id(slot.module))
+            block.weights.append(slot.module)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        self.slots[name].set(tensor)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make every other place of a tensor hold what its slot holds, after a move or a copy."""
+        for slot, name in self._tied:
+            slot.set(self.slots[name].get())
+        for holder, slot in self._of_root:
+            getattr(holder, slot.table)[slot.key] = slot.get()
 
     def bind(self, emitted: Emitted) -> tuple[tuple[BlockModule, Bound], ...]:
         """Every step of a graph, bound to its tensors, with the block that runs it."""
@@ -98,15 +140,15 @@ class ParameterStore:
             own = self.slots[name].get().detach().clone()
             weight = self.slots[name].table == "_parameters"
             trains = self.slots[name].get().requires_grad
-            self.slots[name].set(nn.Parameter(own, trains) if weight else own)
+            self._set(name, nn.Parameter(own, trains) if weight else own)
             self.copied.add(name)
 
     def unfreeze(self) -> None:
         """Make every dense weight that a graph uses trainable, except what experts replace."""
         replaced = {w for s in self.sites.values() for w in s.replaced}
-        unused = set(self.rest.weights.names())
+        left = replaced.union(self.unused)
         for name, slot in self.slots.items():
-            runs = slot.table == "_parameters" and name not in replaced | unused
+            runs = slot.table == "_parameters" and name not in left
             if runs and slot.get().is_floating_point():
                 self.copy_on_write(name)
                 self.slots[name].get().requires_grad_()
@@ -124,6 +166,10 @@ class ParameterStore:
     def written_tensors(self) -> dict[str, torch.Tensor]:
         """The persistent dense tensors that training may have changed, by name."""
         return {n: self.slots[n].get() for n in sorted(self.copied & self._persistent)}
+
+    def persistent_tensors(self) -> dict[str, torch.Tensor]:
+        """The dense tensors of a state dict, each once, by name."""
+        return {n: slot.get() for n, slot in self.slots.items() if n in self._persistent}
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -1,58 +1,141 @@
-"""State-dict names: the original's, and ``moe_rewrite.`` before what conversion added."""
+"""State-dict names: the original's, and ``moe_rewrite.`` before what conversion added.
+
+They are paths of modules that exist. A state dict also says which experts it holds, so that loading
+it adds or removes experts first.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .block_module import SEPARATOR
+from ..errors import CheckpointError
+from ..experts.base import ExpertParameters
+from ..utils.module_tree import Holder, put_module
+from . import checkpoint
+from .expert_set import ExpertSet
+from .parameters import ParameterStore
 
 ADDED = "moe_rewrite."
+FACTS = ADDED + "_extra_state"
 
 
-def use_public_names(module: nn.Module) -> None:
-    """Make `state_dict` and `load_state_dict` of a converted model use public names.
+class Added(Holder):
+    """What conversion added: the router, the experts, and which they are."""
 
-    The module has `aliases`: tied name -> name of the tensor that it shares.
-    """
-    module._register_state_dict_hook(_to_public)
-    module.register_load_state_dict_pre_hook(_to_private)
+    def __init__(self, experts: ExpertSet) -> None:
+        super().__init__()
+        self._set = experts
+
+    def get_extra_state(self) -> torch.Tensor:
+        return to_tensor(self._set.facts())
+
+    def set_extra_state(self, state: Any) -> None:
+        """The model has read it: `StateDict._load_from_state_dict`."""
 
 
-def public_name(key: str) -> str:
-    """An internal state-dict key as users see it: the original's, or one under ``moe_rewrite.``."""
-    for part, added in ((".weights.", ""), (".experts.", ADDED + "experts.")):
-        if part in key:
-            return added + key.split(part, 1)[1].replace(SEPARATOR, ".")
-    return ADDED + key
+def added(experts: ExpertSet, sites: dict[str, ExpertParameters]) -> Added:
+    """The module `moe_rewrite` of a converted model. sites: experts' modules by site."""
+    made = Added(experts)
+    put_module(made, "router", experts.router)
+    for name, site in sites.items():
+        put_module(made, f"experts.{name}", site)
+    return made
+
+
+def to_tensor(facts: dict[str, Any]) -> torch.Tensor:
+    """As bytes in a tensor, since safetensors files hold nothing else."""
+    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def of_tensor(state: torch.Tensor) -> dict[str, Any]:
+    try:
+        return json.loads(bytes(state.detach().cpu().tolist()))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{FACTS} of this state dict is malformed: {error}") from None
 
 
 def added_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that conversion added, under its public name."""
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if public_name(key).startswith(ADDED):
-            yield public_name(key), tensor
+    """Every tensor that conversion added, under its name."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.startswith(ADDED):
+            yield name, tensor
 
 
-def _to_public(module: Any, state: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
-    """Rename a collected state dict in place, and add the tied names."""
-    for key in [k for k in state if k.startswith(prefix)]:
-        state[prefix + public_name(key[len(prefix) :])] = state.pop(key)
-    for alias, name in module.aliases.items():
-        if prefix + name in state:
-            state[prefix + alias] = state[prefix + name]
+class StateDict(nn.Module):
+    """The part of a converted model that tools read when they save and load it."""
+
+    _store: ParameterStore
+    _experts: ExpertSet
+    reference: Any
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._store.tie()
+        return self
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+        """Have the experts that the state dict has, before the modules below are loaded."""
+        dense = [*self._store.slots, *self._store.aliases]
+        self._absent = {prefix + FACTS}
+        if (facts := state.get(prefix + FACTS)) is not None:
+            said = of_tensor(facts)
+            of_experts = checkpoint.Facts.of("this state dict", said, None)
+            if not any(prefix + name in state for name in dense):
+                self._absent |= {prefix + name for name in dense}
+                self._require_base(said)
+            self._experts.become(of_experts)
+        for key in [k for k in state if k.startswith(prefix + checkpoint.DENSE)]:
+            name = key[len(prefix) :].removeprefix(checkpoint.DENSE)
+            self._store.copy_on_write(name)
+            state[prefix + name] = state.pop(key)
+        for alias, name in self._store.aliases.items():
+            for one, other in ((alias, name), (name, alias)):
+                if prefix + one in state:  # formats without shared tensors leave tied names out
+                    state.setdefault(prefix + other, state[prefix + one])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _require_base(self, said: dict[str, Any]) -> None:
+        base = said.get("base")
+        if base is not None and base != checkpoint.base_key(
+            checkpoint.fingerprint(self.reference.state)
+        ):
+            raise CheckpointError(
+                "the saved experts belong to another base model: load the model that they were "
+                "trained on, with the same weights, and convert that"
+            )
+
+    # -- names that are also those of methods ----------------------------------------------------
+
+    def get_submodule(self, target: str) -> nn.Module:
+        first, _, rest = target.partition(".")
+        child = self._modules.get(first)
+        return super().get_submodule(target) if child is None else child.get_submodule(rest)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint, which walks names by getattr: where to look for those
+        of the original's modules that are also attributes of a converted model."""
+        hidden = (n for n in self._modules if getattr(self, n, None) is not self._modules[n])
+        return dict.fromkeys(hidden, "_named_children")
+
+    @property
+    def _named_children(self) -> Any:
+        return Children(self._modules)
 
 
-def _to_private(module: Any, state: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-    """Rename a state dict under public names in place, for load_state_dict."""
-    keys = [k for k, _ in (*module.named_parameters(), *module.named_buffers())]
-    private = {public_name(k): prefix + k for k in keys}
-    for key in [k for k in state if k.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if name in module.aliases:
-            state.pop(key)
-        elif name in private:
-            state[private[name]] = state.pop(key)
+class Children:
+    """Modules by name, as attributes."""
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        self.__dict__.update(modules)
+
+
+def forgive_absent(model: Any, incompatible: Any) -> None:
+    """After loading: a file with only what was added lacks the frozen tensors, and older state
+    dicts do not say which experts they hold."""
+    absent: set[str] = getattr(model, "_absent", set())
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in absent]

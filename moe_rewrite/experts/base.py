@@ -18,12 +18,59 @@ class ExpertParameters(nn.Module):
     parts: names of an expert's tensors; a graph takes one input a part, for all active experts.
     replaced: state-dict names of the dense weights that experts replace.
     as_adapter: an expert can be written as an adapter in PEFT's format.
+    dtype: of the parameters; None: float32, or what the dense tensors have if that is wider. In
+        16 bits a small step of an optimizer changes nothing.
+    computes: for each part, the dtype in which a graph takes it, that of the dense tensors; empty
+        for kinds whose parameters have this dtype themselves.
     """
 
     site: Any
     parts: tuple[str, ...]
     replaced: tuple[str, ...] = ()
     as_adapter = False
+    dtype: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computes: dict[str, torch.dtype] = {}
+        self._cast: dict[tuple[str, int], tuple[tuple, torch.Tensor]] = {}
+
+    def dtype_for(self, dense: torch.dtype) -> torch.dtype:
+        """The dtype of parameters beside dense tensors of this dtype."""
+        if not dense.is_floating_point:
+            return dense
+        return self.dtype or torch.promote_types(dense, torch.float32)
+
+    def in_graph(self, part: str, expert: int, tensor: torch.Tensor) -> torch.Tensor:
+        """An expert's tensor of a part in the dtype that a graph takes; the cast of one that gets no
+        gradient is kept until it changes."""
+        dtype = self.computes.get(part, tensor.dtype)
+        if tensor.dtype == dtype:
+            return tensor
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return tensor.to(dtype)
+        key = (tensor, tensor._version, tensor.data_ptr(), dtype)
+        kept = self._cast.get((part, expert))
+        if kept is None or kept[0][0] is not tensor or kept[0][1:] != key[1:]:
+            kept = self._cast[part, expert] = key, tensor.detach().to(dtype)
+        return kept[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model, but keep parameters in a dtype of their own."""
+        if not self.computes:
+            return super()._apply(fn, recurse)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or not isinstance(tensor, nn.Parameter):
+                return moved
+            dtype = self.dtype_for(moved.dtype)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        super()._apply(keep_dtype, recurse)
+        self.computes = {p: fn(torch.empty(0, dtype=d)).dtype for p, d in self.computes.items()}
+        self.forget()
+        return self
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         """Add an expert and return its new parameters.
@@ -71,4 +118,5 @@ class ExpertParameters(nn.Module):
         return names, dict(zip(names, (t.detach() for t in stack), strict=True))
 
     def forget(self) -> None:
-        """Drop cached stacks."""
+        """Drop cached stacks and casts."""
+        self._cast.clear()

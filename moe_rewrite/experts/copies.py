@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..ir.sites import FeedForwardSite, Part, RegionSite
-from .base import SEPARATOR, ExpertParameters
+from ..utils.module_tree import Holder, put_module
+from .base import ExpertParameters
 
 
 class CopiedParameters(ExpertParameters):
@@ -22,19 +23,26 @@ class CopiedParameters(ExpertParameters):
         self._stackable = stackable
         self.site = site
         self.parts = self.replaced = tuple(p.name for p in site.parts)
-        self.copies = nn.ModuleDict({p.name.replace(".", SEPARATOR): _Copies() for p in site.parts})
+        self.copies = Holder()
+        self._of_part = tuple(_Copies() for _ in site.parts)  # in the order of the site's parts
+        for part, copies in zip(site.parts, self._of_part, strict=True):
+            put_module(self.copies, part.name, copies)
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         new = []
         for part, copies in self._by_part():
-            tensor = _share(dense[part.name], part, len(copies))
+            own = dense[part.name]
+            tensor = _share(own, part, len(copies))
+            if part.kind == "weight":
+                tensor = tensor.to(self.dtype_for(own.dtype))
+            self.computes[part.name] = own.dtype
             copies.put(tensor, part.kind == "weight")
             if part.kind == "weight":
                 new.append(copies[-1])
         return new  # type: ignore[return-value]
 
     def _by_part(self) -> list[tuple[Part, _Copies]]:
-        return list(zip(self.site.parts, self.copies.values(), strict=True))  # type: ignore[arg-type]
+        return list(zip(self.site.parts, self._of_part, strict=True))
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(c.parameters()) for p, c in self._by_part() if p.kind == "weight"]
@@ -42,6 +50,7 @@ class CopiedParameters(ExpertParameters):
     def remove_last(self) -> None:
         for _, copies in self._by_part():
             copies.pop()
+        self.forget()
 
     def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
         if not self._stackable or not active:
@@ -49,7 +58,10 @@ class CopiedParameters(ExpertParameters):
         return tuple(torch.stack(list(of_part)) for of_part in self.stacked(active))
 
     def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
-        return tuple([copies[e] for e in active] for _, copies in self._by_part())
+        return tuple(
+            [self.in_graph(part.name, e, copies[e]) for e in active]
+            for part, copies in self._by_part()
+        )
 
 
 class _Copies(nn.Module):

@@ -30,8 +30,10 @@ class HeadColumns(ExpertParameters):
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         """Add an expert without columns, so without parameters; `widen` adds columns."""
         like = dense[self.site.weight]
-        self.weight.append(nn.Parameter(like.new_empty(0, self.site.in_features)))
-        self.bias.append(nn.Parameter(like.new_empty(0)))
+        dtype = self.dtype_for(like.dtype)
+        self.computes = {"weight": like.dtype, "bias": like.dtype}
+        self.weight.append(nn.Parameter(like.new_empty(0, self.site.in_features, dtype=dtype)))
+        self.bias.append(nn.Parameter(like.new_empty(0, dtype=dtype)))
         return []
 
     def widen(self, expert: int, classes: int) -> list[nn.Parameter]:
@@ -65,6 +67,7 @@ class HeadColumns(ExpertParameters):
 
     def remove_last(self) -> None:
         self.weight, self.bias = self.weight[:-1], self.bias[:-1]
+        self.forget()
 
     def named(
         self, part: str, stack: Any, active: Sequence[int]
@@ -89,7 +92,9 @@ class HeadColumns(ExpertParameters):
         columns: list[tuple[Any, ...] | int] = []
         for e in (e for e in wide if e <= last):
             if e in active:
-                columns.append((self.weight[e], self.bias[e], list(active).index(e)))
+                weight = self.in_graph("weight", e, self.weight[e])
+                bias = self.in_graph("bias", e, self.bias[e])
+                columns.append((weight, bias, list(active).index(e)))
             else:
                 columns.append(len(self.bias[e]))
         return (columns,)

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import InputError
 from .arguments import bind
 from .example_inputs import infer_inputs
+from .model_class import class_like, values_before_class
 from .own_gradients import whole_functions
 from .structural_copy import working_copy
 
@@ -34,6 +35,14 @@ class Host:
     @property
     def config(self) -> Any:
         return getattr(self.module, "config", None)
+
+    def model_class(self, base: type) -> type:
+        """The class of this module's conversion, a subclass of `base`."""
+        return class_like(base, self.module)
+
+    def values_for(self, made: nn.Module, base: type) -> dict[str, Any]:
+        """The module's values that an instance of its `model_class` needs as values of its own."""
+        return values_before_class(made, base, self.module)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name. Raises InputError."""

@@ -25,6 +25,7 @@ from ..errors import InputError
 from .broadcast_masks import broadcast_masks
 from .host import Host
 from .kv_cache import CACHE, CacheFormat
+from .pretrained import pretrained_class
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
 # keywords that a model accepts beyond its forward's signature
@@ -35,6 +36,9 @@ class HuggingFaceHost(Host):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.takes: tuple[str, ...] = _takes(type(module))  # type: ignore[arg-type]
+
+    def model_class(self, base: type) -> type:
+        return pretrained_class(base, self.module)
 
     @property
     def is_causal_lm(self) -> bool:

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
@@ -106,6 +108,9 @@ def site_modules(program: Program, recipe: Recipe) -> dict[str, ExpertParameters
     made = {site.name: kind.parameters(site, recipe) for site in program.sites}
     if program.head is not None:
         made[program.head.name] = HeadColumns(program.head)
+    dtype = getattr(recipe.experts, "dtype", None)
+    for module in made.values():
+        module.dtype = dtype and getattr(torch, dtype)
     return made
 
 

@@ -24,6 +24,20 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def link_file(path: Path, name: Path) -> None:
+    """Give a file a second name, atomically; a copy where the file system has no hard links."""
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        os.link(path, fresh)
+    except OSError:
+        replace_file(name, path.read_bytes())
+        return
+    try:
+        os.replace(fresh, name)
+    finally:
+        fresh.unlink(missing_ok=True)  # which replacing leaves, where both are one file already
+
+
 def write_json(path: Path, facts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(facts, indent=1) + "\n").encode())

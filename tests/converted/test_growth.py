@@ -31,6 +31,7 @@ def work(moe):
 def size(moe):
     """(bytes of what conversion added, those of the record from which `remove_last` goes back)."""
     named = {k: v for k, v in moe.state_dict().items() if k.startswith("moe_rewrite.")}
+    named.pop("moe_rewrite._extra_state")  # text: the experts' names
     kept = {k: v.numel() * v.element_size() for k, v in named.items()}
     record = sum(n for k, n in kept.items() if ".before." in k)
     return sum(kept.values()) - record, record

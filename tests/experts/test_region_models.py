@@ -93,8 +93,9 @@ def test_unfrozen_networks_train_as_a_whole(tmp_path):
     )  # fmt: skip
     moe.train()
     names = {n for n, p in moe.named_parameters() if p.requires_grad}
-    assert any("conv1/weight" in n and "shallow" in n for n in names)
-    assert not any("layer3/0/conv1/weight" in n and ".weights." in n for n in names)
+    assert {"conv1.weight", "linear.weight"} <= names
+    assert "layer3.0.conv1.weight" not in names
+    assert "moe_rewrite.experts.layer3.copies.layer3.0.conv1.weight.0" in names
     optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=0.05)
     x, y = image(8), torch.arange(8) % 10
     nn.functional.cross_entropy(moe(x), y).backward()

@@ -13,8 +13,9 @@ EXPERTS = "moe_rewrite.experts."
 
 
 def added(moe):
-    """What conversion added, by public state-dict name: the parameters themselves."""
+    """What conversion added, by state-dict name: the parameters themselves."""
     state = moe.state_dict(keep_vars=True)
+    state.pop("moe_rewrite._extra_state")  # which experts these are
     return {k: v for k, v in state.items() if k.startswith("moe_rewrite.")}
 
 

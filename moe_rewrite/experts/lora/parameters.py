@@ -37,19 +37,21 @@ class LoRAParameters(ExpertParameters):
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         like = dense[self.site.weight]
         apart = (self.site.groups,) if self.site.groups else ()
-        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel, *apart)
+        dtype = self.dtype_for(like.dtype)
+        self.computes = dict.fromkeys(self.parts, like.dtype)
+        a = like.new_empty(self.rank, self.site.in_features, *self.site.kernel, *apart, dtype=dtype)
         if not a.is_meta:
             for own in a.unbind(-1) if apart else (a,):
                 nn.init.kaiming_uniform_(own, a=math.sqrt(5))
-        b = self._no_b(like, self.rank)
+        b = self._no_b(like, self.rank, dtype)
         self.a.append(nn.Parameter(a))
         self.b.append(nn.Parameter(b))
         return [self.a[-1], self.b[-1]]
 
-    def _no_b(self, like: torch.Tensor, rank: int) -> torch.Tensor:
+    def _no_b(self, like: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
         apart = (self.site.groups,) if self.site.groups else ()
         ones = (1 for _ in self.site.kernel)
-        return like.new_zeros(self.site.out_features, rank, *ones, *apart)
+        return like.new_zeros(self.site.out_features, rank, *ones, *apart, dtype=dtype)
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(self.a), list(self.b)]
@@ -62,6 +64,7 @@ class LoRAParameters(ExpertParameters):
         return int(part == "b"), self.rank
 
     def forget(self) -> None:
+        super().forget()
         self._stack = None
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
@@ -72,19 +75,26 @@ class LoRAParameters(ExpertParameters):
         """
         if len(active) == 1:  # by the table: a ParameterList takes a microsecond an element
             name = str(active[0])
-            return self.a._parameters[name], self.b._parameters[name]
+            one: Any = self.a._parameters[name], self.b._parameters[name]
+            if one[0].dtype == self.computes["a"]:
+                return one
+            return self.in_graph("a", active[0], one[0]), self.in_graph("b", active[0], one[1])
         if not active:
-            like = self.a[0]
-            return like[:0], self._no_b(like, 0)
+            like, dtype = self.a[0], self.computes["a"]
+            return like[:0].to(dtype), self._no_b(like, 0, dtype)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
-            if self.site.kernel or self.site.groups:
-                return torch.cat(a), torch.cat(b, dim=1)
             frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
+            new_a, new_b = (
+                [self.in_graph(part, e, t) for e, t in zip(active, of, strict=True)]
+                for part, of in zip(self.parts, (a, b), strict=True)
+            )
+            if self.site.kernel or self.site.groups:
+                return torch.cat(new_a), torch.cat(new_b, dim=1)
             if frozen < 2:
-                return a, b
+                return new_a, new_b
             older = self._kept(a[:frozen], b[:frozen])
-            return [older[0], *a[frozen:]], [older[1], *b[frozen:]]
+            return [older[0], *new_a[frozen:]], [older[1], *new_b[frozen:]]
         return self._kept(a, b)
 
     def _kept(
@@ -93,5 +103,6 @@ class LoRAParameters(ExpertParameters):
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
             with torch.no_grad():
-                self._stack = key, (torch.cat(a), torch.cat(b, dim=1))
+                dtype = self.computes["a"]
+                self._stack = key, (torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype))
         return self._stack[1]

@@ -1,0 +1,146 @@
+"""The methods of a converted model that add, remove and choose experts."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..experts.base import ExpertParameters
+from ..experts.lora import peft
+from ..frontend.capture import TRACING
+from ..passes.pipeline import Compiler
+from ..passes.recipe import Recipe
+from ..routing.plan import RoutingPlan
+from ..routing.router import Router
+from .expert_set import ExpertSet
+from .parameters import ParameterStore
+from .plan_override import PlanOverride
+
+
+class ExpertMethods(nn.Module):
+    """The experts of a converted model, by name or index; each method raises ConfigError for
+    another."""
+
+    _experts: ExpertSet
+    _override: PlanOverride
+    _compiler: Compiler
+    _store: ParameterStore
+    router: Router
+
+    @property
+    def recipe(self) -> Recipe:
+        """The options of the conversion, with the split, router and number of experts as now."""
+        return replace(
+            self._compiler.recipe, split=self._compiler.decisions.split, router=self.router.spec,
+            num_experts=self.num_experts,
+        )  # fmt: skip
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the experts, in order."""
+        return self._experts.names
+
+    @property
+    def trained(self) -> list[bool]:
+        """Whether each expert was trained since it was added, or its router row was fitted."""
+        return self._experts.trained
+
+    @property
+    def num_experts(self) -> int:
+        return len(self._experts)
+
+    def expand(
+        self, n: int = 1, name: str | None = None, classes: int | None = None
+    ) -> list[nn.Parameter]:
+        """Add n experts, freeze the older ones, and return the new parameters.
+
+        They stay inactive, so no output changes, until `activate(name)` or the first forward in
+        training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
+        ``name.0``, ``name.1``, ... classes: columns that the (last) new expert appends to the
+        classification head; while it is inactive they are minus infinity, or absent if no later
+        columns are active. Raises ConfigError for a wrong value or where no expert can be added.
+        """
+        return self._experts.expand(n, name, classes)
+
+    def activate(self, name: str | int) -> None:
+        """Let an expert, by name or index, take part in routing. Raises ConfigError."""
+        self._experts.set_active(name, True)
+
+    def deactivate(self, name: str | int) -> None:
+        """Take an expert out of routing; its parameters stay. Raises ConfigError."""
+        self._experts.set_active(name, False)
+
+    def remove_last(self) -> None:
+        """Remove the newest expert; the router is bitwise what it was before that was added."""
+        self._experts.remove_last()
+
+    def expert_index(self, name: str | int) -> int:
+        """The index of an expert, by name or index. Raises ConfigError if there is none."""
+        return self._experts.index(name)
+
+    def expert_sites(self) -> list[ExpertParameters]:
+        """One module a site, with the parameters of all experts there."""
+        return list(self._experts.sites)
+
+    @property
+    def sites(self) -> list[str]:
+        """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
+        return [s.site.name for s in self._experts.sites if s.as_adapter]
+
+    # -- plans that replace the router's --------------------------------------------------------
+
+    def disable_experts(self) -> AbstractContextManager[None]:
+        """Compute what the dense model computes, as PEFT's disable_adapter does."""
+        return self._override.planning_by(self._override.dense)
+
+    def dense_plan(self) -> AbstractContextManager[None]:
+        """Route so that untrained experts give the dense model's output. LoRA experts, and copies
+        whose gates sum to one, do so under the router's own plan; a replaced convolutional region
+        runs frozen on every patch (on the whole map if patches are isolated or experts narrow)."""
+        return self._override.of_fresh_experts(self._compiler.fresh)
+
+    def use_plan(self, plan: RoutingPlan) -> AbstractContextManager[None]:
+        """Route by this plan instead of the router's; `route` made it for as many samples."""
+        return self._override.planning_by(self._override.plan(plan))
+
+    def use_expert(self, name: str | int) -> AbstractContextManager[None]:
+        """Route every row to one expert with gate 1, as if the task were known; it may be inactive.
+
+        Raises ConfigError for a PatchRouter, whose experts choose patches themselves.
+        """
+        return self._override.planning_by(self._override.one_expert(self._experts.index(name)))
+
+    def use_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
+        """Use these features, which `features` returned for the same samples, and skip the shallow
+        blocks."""
+        return self._override.given_features(features)
+
+    # -- PEFT's files ---------------------------------------------------------------------------
+
+    def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
+        """Add an expert with the weights of a LoRA adapter in PEFT's format, inactive until
+        `activate`. Raises CheckpointError, with nothing changed, if the adapter does not fit."""
+        sites = peft.lora_sites(self._experts.sites)
+        read = peft.read_adapter(sites, self.recipe.experts, from_peft)
+        self.expand(1, name=name)
+        peft.fill_newest(sites, read)
+        self.trained[-1] = True
+
+    def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
+        """Write one LoRA expert, at gate 1, as an adapter in PEFT's format, without columns that it
+        added to a head. Raises ConfigError for experts of another kind."""
+        sites = peft.lora_sites(self._experts.sites)
+        base = getattr(self._compiler.host.config, "_name_or_path", None) or None
+        peft.write_adapter(sites, self.recipe.experts, self.expert_index(name), base, folder)
+
+    # -- the original's modules -----------------------------------------------------------------
+
+    def _host_module(self) -> nn.Module:
+        """The copy of the original that graphs are captured from, over this model's tensors."""
+        with TRACING:
+            self._store.load_into(self._compiler.host.module)
+        return self._compiler.host.module

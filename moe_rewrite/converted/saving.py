@@ -1,0 +1,88 @@
+"""The methods of a converted model that save it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from . import checkpoint
+from .expert_methods import ExpertMethods
+from .expert_set import ExpertSet
+from .state_dict import FACTS, added_tensors, to_tensor
+
+IGNORED = {
+    "max_shard_size", "safe_serialization", "save_function", "save_original_format",
+    "save_peft_format", "token", "variant",
+}  # fmt: skip
+
+
+class Saving(ExpertMethods):
+    """save_only_added: whether `save_pretrained` leaves the frozen dense weights out; trainers, which
+    call it without options, follow this."""
+
+    reference: Any
+    save_only_added = True
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, save_only_added: bool | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None, is_main_process: bool | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
+        folder's previous save whole.
+
+        save_only_added: False writes the dense weights too; `moe_rewrite.load` then takes a model
+            with any weights. None: as `moe.save_only_added` says.
+        state_dict, is_main_process: passed by trainers, for which the tensors' file has a second
+            name, from which they resume. state_dict: gathered tensors to write instead of one's own.
+        options: those of transformers that say how dense weights are written are ignored.
+
+        Raises ConfigError for an unknown option.
+        """
+        unknown = sorted(set(options).difference(IGNORED))
+        if unknown:
+            raise ConfigError(
+                f"save_pretrained {unknown[0]}={options[unknown[0]]!r}: no such option of a converted "
+                "model; it takes save_only_added"
+            )
+        if is_main_process is False:
+            return
+        only = self.save_only_added if save_only_added is None else save_only_added
+        given, facts = state_dict or {}, self._facts()
+        tensors = {
+            name: given.get(name.removeprefix(checkpoint.DENSE), tensor)
+            for name, tensor in self.saved_tensors(whole=not only).items()
+        }
+        if not only:
+            facts["whole"] = True
+        trains = is_main_process is not None
+        checkpoint.write(
+            folder, tensors, facts, self.reference.state, marked(self._experts), trains
+        )
+
+    def saved_tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        """What a save holds: the added tensors, and dense ones that training may have changed (all
+        of them if `whole`)."""
+        dense = self._store.persistent_tensors() if whole else self._store.written_tensors()
+        return dict(added_tensors(self)) | {checkpoint.DENSE + n: t for n, t in dense.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        named = {"model": type(self.reference.original).__name__, "recipe": self.recipe.to_dict()}
+        return named | self._experts.facts()
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: checkpoint.Facts) -> None:
+        """Load saved tensors: all or none. Raises CheckpointError."""
+        experts, tensors = self._experts, {k: t for k, t in tensors.items() if k != FACTS}
+        if experts.head is not None:
+            experts.head.widen_all(facts.classes)
+        self._store.copy_on_write(*checkpoint.dense_names(tensors))
+        checkpoint.fill(self.saved_tensors(), tensors)
+        experts.take_over(facts)
+
+
+def marked(experts: ExpertSet) -> Any:
+    """Base key -> the tensor that says which experts a file holds, for `load_state_dict`."""
+    return lambda base: {FACTS: to_tensor(experts.facts() | {"base": base})}
