@@ -27,6 +27,7 @@ from .errors import (
 from .frontend.adapters import host_of, without_wrapper
 from .frontend.capture import program_of
 from .frontend.hooks import require_no_hooks
+from .frontend.hub import local_folder
 from .frontend.structural_copy import structural_copy
 from .ir.depth_map import DepthMap
 from .passes.base import Decisions
@@ -140,7 +141,7 @@ def load(
 ) -> MoEModel:
     """Convert `model` as the saved one was, and load the saved experts and router.
 
-    folder: written by `MoEModel.save_pretrained`.
+    folder: written by `MoEModel.save_pretrained`; or ``"user/repo"`` on the Hugging Face Hub.
     model: the dense model that was converted, with the same weights.
     example_inputs, verify: as for `convert`.
 
@@ -149,6 +150,7 @@ def load(
     """
     _require_dense(model)
     model = without_wrapper(model)
+    folder = local_folder(folder)
     facts, tensors = checkpoint.read(folder)
     checkpoint.require_base(facts, model)
     try:

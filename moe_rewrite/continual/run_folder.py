@@ -85,7 +85,7 @@ class RunFolder:
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in method.state().items()}
         replace_file(target / STATE, save(tensors))
         if isinstance(method, Learner):
-            method.model.save_pretrained(target)
+            method.model.save_pretrained(target, model_card=False)
         files = {f.name: _digest_of(f) for f in sorted(target.iterdir())}
         self._write_progress(learnt, result, files)
         for old in self.folder.glob("after-*"):

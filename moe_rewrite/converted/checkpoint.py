@@ -48,12 +48,14 @@ class Facts:
     expansions: the number of the `expand` call that added each.
     classes: columns that each added to a head; empty without a head.
     trained: whether each was trained; None in saves of versions that did not record it.
+    frozen: names of those that are not trained although they are the newest.
     """
 
     names: list[str]
     expansions: list[int]
     classes: list[int]
     trained: list[bool] | None
+    frozen: list[str]
 
     @classmethod
     def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int | None) -> Facts:
@@ -72,7 +74,10 @@ class Facts:
                 raise CheckpointError(
                     f"{folder}: the saved {name} of experts are malformed: {shown(given)}"
                 )
-        facts = cls(**said)  # type: ignore[arg-type]
+        frozen = meta.get("frozen", [])
+        if not isinstance(frozen, list) or not set(map(str, frozen)) <= set(said["names"] or []):
+            raise CheckpointError(f"{folder}: the names of frozen experts are malformed")
+        facts = cls(**said, frozen=frozen)  # type: ignore[arg-type]
         if len(set(facts.names)) != experts or not all(0 <= c < 10**6 for c in facts.classes):
             raise CheckpointError(
                 f"{folder}: the saved names of experts are malformed: {shown(facts.names)}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..config import is_number, require
 from ..experts.base import ExpertParameters
 from ..experts.lora import peft
 from ..frontend.capture import TRACING
@@ -17,6 +20,7 @@ from ..passes.recipe import Recipe
 from ..routing.plan import RoutingPlan
 from ..routing.router import Router
 from .expert_set import ExpertSet
+from .merge import merge_expert
 from .parameters import ParameterStore
 from .plan_override import PlanOverride
 
@@ -78,6 +82,30 @@ class ExpertMethods(nn.Module):
         """Remove the newest expert; the router is bitwise what it was before that was added."""
         self._experts.remove_last()
 
+    def remove(self, name: str | int) -> None:
+        """Remove any expert; the others stay bitwise what they are, and compute what they do while it
+        is off (an analytic router is solved again without it). Raises ConfigError for the only one.
+        """
+        self._experts.remove(name)
+
+    def rename(self, name: str | int, new: str) -> None:
+        """Give an expert another name. Raises ConfigError for one that is taken."""
+        self._experts.rename(name, new)
+
+    def freeze(self, name: str | int, frozen: bool = True) -> None:
+        """Keep an expert's parameters as they are in training, or (False) train it again if it is
+        among the newest. Its row of the router stays trainable, as those of older experts do."""
+        self._experts.freeze(name, frozen)
+
+    def merge_expert(self, name: str | int, example_inputs: Any = None) -> nn.Module:
+        """A dense model of the original's class, with tensors of its own, that computes what this
+        one does within `use_expert(name)`; the two are compared.
+
+        example_inputs: as for `convert`. Raises ConfigError for experts that one dense weight
+        cannot do (of regions, beside computed or tied weights, with columns of a head).
+        """
+        return merge_expert(self, self._experts.index(name), example_inputs)
+
     def expert_index(self, name: str | int) -> int:
         """The index of an expert, by name or index. Raises ConfigError if there is none."""
         return self._experts.index(name)
@@ -112,7 +140,19 @@ class ExpertMethods(nn.Module):
 
         Raises ConfigError for a PatchRouter, whose experts choose patches themselves.
         """
-        return self._override.planning_by(self._override.one_expert(self._experts.index(name)))
+        gates = {self._experts.index(name): 1.0}
+        return self._override.planning_by(self._override.fixed_gates(gates, "use_expert"))
+
+    def use_experts(self, weights: Mapping[str | int, float]) -> AbstractContextManager[None]:
+        """Route every row to several experts with these gates; the frozen model's output has what
+        is left of 1. Raises ConfigError as `use_expert`, and for other weights than numbers >= 0."""
+        for name, weight in weights.items():
+            require(
+                is_number(weight) and weight >= 0, f"weight of {name!r}", weight, "a number >= 0"
+            )
+        require(len(weights) > 0, "weights", weights, "at least one expert with its weight")
+        gates = {self._experts.index(name): float(w) for name, w in weights.items()}
+        return self._override.planning_by(self._override.fixed_gates(gates, "use_experts"))
 
     def use_features(self, features: torch.Tensor) -> AbstractContextManager[None]:
         """Use these features, which `features` returned for the same samples, and skip the shallow

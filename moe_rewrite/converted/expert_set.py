@@ -23,6 +23,7 @@ class ExpertSet:
     names: one for each expert, in order.
     trained: whether each was trained since it was added, or its row of the router was fitted.
     expansions: the number of the `expand` call that added each.
+    frozen: names of those that are not trained although they are the newest.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ExpertSet:
         self.names: list[str] = []
         self.trained: list[bool] = []
         self.expansions: list[int] = []
+        self.frozen: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.router)
@@ -63,7 +65,10 @@ class ExpertSet:
 
     def train_newest(self) -> None:
         """Make the experts of the last expansion trainable and freeze the older ones."""
-        newest = [number == self.expansions[-1] for number in self.expansions]
+        newest = [
+            number == self.expansions[-1] and name not in self.frozen
+            for number, name in zip(self.expansions, self.names, strict=True)
+        ]
         for site in self.sites:
             site.set_trained(newest)
 
@@ -72,8 +77,10 @@ class ExpertSet:
         self.router.activate_pending()
         if torch.is_grad_enabled():
             newest = self.expansions[-1]
-            both = zip(self.trained, self.expansions, strict=True)
-            self.trained = [done or number == newest for done, number in both]
+            each = zip(self.trained, self.expansions, self.names, strict=True)
+            self.trained = [
+                done or number == newest and name not in self.frozen for done, number, name in each
+            ]
 
     def _free_name(self) -> str:
         number = len(self.names)
@@ -117,7 +124,7 @@ class ExpertSet:
         """Take names, flags and expansions over from a save."""
         flags = facts.trained or [bool(row.any()) for row in self.router.rows]
         self.names, self.trained = list(facts.names), list(flags)
-        self.expansions = list(facts.expansions)
+        self.expansions, self.frozen = list(facts.expansions), set(facts.frozen)
         self.train_newest()
 
     def facts(self) -> dict[str, Any]:
@@ -127,6 +134,7 @@ class ExpertSet:
             "trained": self.trained,
             "expansions": self.expansions,
             "classes": [] if self.head is None else self.head.classes,
+            "frozen": sorted(self.frozen),
         }
 
     def become(self, facts: Facts) -> None:
@@ -143,13 +151,49 @@ class ExpertSet:
             self.head.widen_all(facts.classes)
         self.take_over(facts)
 
+    def remove(self, name: str | int) -> None:
+        """Remove an expert; the others stay bitwise what they are. Raises ConfigError for the only
+        one, and where the router would be left with none that is on."""
+        index = self.index(name)
+        self._require_others()
+        if self._fixed:
+            raise ConfigError(f"remove({name!r}): the number of these experts is fixed")
+        self.router.set_active(index, False)
+        for site in self.sites:
+            site.remove(index)
+        self.router.remove(index)
+        self._drop(index)
+
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before that was added."""
-        if len(self) <= 1:
-            raise ConfigError("the only expert cannot be removed: use to_dense()")
+        self._require_others()
         self.router.remove_last()
-        for of_each in (self.names, self.trained, self.expansions):
-            of_each.pop()
         for site in self.sites:
             site.remove_last()
+        self._drop(len(self.names) - 1)
+
+    def _require_others(self) -> None:
+        if len(self) <= 1:
+            raise ConfigError("the only expert cannot be removed: use to_dense()")
+
+    def _drop(self, index: int) -> None:
+        self.frozen.discard(self.names[index])
+        for of_each in (self.names, self.trained, self.expansions):
+            del of_each[index]
+        self.train_newest()
+
+    def rename(self, name: str | int, new: str) -> None:
+        """Give an expert another name. Raises ConfigError for one that is taken."""
+        index = self.index(name)
+        if not (isinstance(new, str) and new) or new in self.names:
+            raise ConfigError(f"rename to {new!r}: expected a name that no expert has")
+        if self.names[index] in self.frozen:
+            self.frozen ^= {self.names[index], new}
+        self.names[index] = new
+
+    def freeze(self, name: str | int, frozen: bool) -> None:
+        """Keep an expert's parameters as they are in training, or (False) train it again if it is
+        among the newest. Its row of the router stays trainable, as those of older experts do."""
+        of = self.names[self.index(name)]
+        self.frozen = self.frozen | {of} if frozen else self.frozen - {of}
         self.train_newest()

@@ -57,10 +57,10 @@ class PlanOverride:
     def plan(self, plan: RoutingPlan) -> Planner:
         return lambda features, mask: (plan, None)
 
-    def one_expert(self, index: int) -> Planner:
-        """Every row goes to one expert with gate 1. Raises ConfigError for a PatchRouter."""
-        self.router.require_rows("use_expert")
-        return lambda features, mask: (self.router.one_expert(features, index), None)
+    def fixed_gates(self, gates: dict[int, float], what: str) -> Planner:
+        """Every row goes to these experts with these gates. Raises ConfigError for a PatchRouter."""
+        self.router.require_rows(what)
+        return lambda features, mask: (self.router.fixed_gates(features, gates), None)
 
     def of_fresh_experts(self, by: str) -> AbstractContextManager[None]:
         """Plan so that untrained experts give the dense model's output. by: `ExpertKind.fresh`."""

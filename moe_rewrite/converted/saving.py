@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
+from ..frontend import hub
 from . import checkpoint
 from .expert_methods import ExpertMethods
 from .expert_set import ExpertSet
+from .model_card import write_card
 from .state_dict import FACTS, added_tensors, to_tensor
 
 IGNORED = {
@@ -28,14 +32,15 @@ class Saving(ExpertMethods):
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, save_only_added: bool | None = None,
-        state_dict: dict[str, torch.Tensor] | None = None, is_main_process: bool | None = None,
-        **options: Any,
+        model_card: bool = True, state_dict: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
         folder's previous save whole.
 
         save_only_added: False writes the dense weights too; `moe_rewrite.load` then takes a model
             with any weights. None: as `moe.save_only_added` says.
+        model_card: also write README.md with the report, unless there is one of another's.
         state_dict, is_main_process: passed by trainers, for which the tensors' file has a second
             name, from which they resume. state_dict: gathered tensors to write instead of one's own.
         options: those of transformers that say how dense weights are written are ignored.
@@ -62,6 +67,18 @@ class Saving(ExpertMethods):
         checkpoint.write(
             folder, tensors, facts, self.reference.state, marked(self._experts), trains
         )
+        if model_card:
+            write_card(self, Path(folder))
+
+    def push_to_hub(
+        self, repo_id: str, *, save_only_added: bool | None = None, **options: Any
+    ) -> str:
+        """Save to a repository of the Hugging Face Hub, made if there is none; returns its address.
+        `moe_rewrite.load(repo_id, model)` reads it. options: private, token, commit_message,
+        revision, create_pr."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, save_only_added=save_only_added)
+            return hub.upload(folder, repo_id, **options)
 
     def saved_tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         """What a save holds: the added tensors, and dense ones that training may have changed (all

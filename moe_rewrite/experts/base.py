@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
+
 SEPARATOR = "/"  # replaces dots in state-dict names, which torch allows in no module name
 
 
@@ -91,8 +93,22 @@ class ExpertParameters(nn.Module):
         """For each part that holds parameters, the list of the experts' parameters."""
         raise NotImplementedError
 
+    def remove(self, index: int) -> None:
+        """Remove any expert. Kinds that can only remove the last one raise ConfigError."""
+        raise ConfigError(
+            f"{type(self).__name__}: experts of this kind are removed from the newest on, by "
+            "remove_last()"
+        )
+
     def remove_last(self) -> None:
         raise NotImplementedError
+
+    def merged(
+        self, expert: int, dense: dict[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        """State-dict name -> the dense tensor with an expert merged in at gate 1, in the expert's
+        dtype. scale: of LoRA experts. Raises ConfigError where one dense tensor cannot do that."""
+        raise ConfigError(f"{self.site.name}: experts of this kind cannot be merged")
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
         """The graph's input for each part, for these active experts."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..ir.sites import FeedForwardSite, Part, RegionSite
 from ..utils.module_tree import Holder, put_module
 from .base import ExpertParameters
@@ -47,10 +49,23 @@ class CopiedParameters(ExpertParameters):
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(c.parameters()) for p, c in self._by_part() if p.kind == "weight"]
 
-    def remove_last(self) -> None:
+    def remove(self, index: int) -> None:
         for _, copies in self._by_part():
-            copies.pop()
+            copies.remove(index)
         self.forget()
+
+    def remove_last(self) -> None:
+        self.remove(len(self._of_part[0]) - 1)
+
+    def merged(
+        self, expert: int, dense: dict[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        if isinstance(self.site, RegionSite):
+            raise ConfigError(
+                f"{self.site.name}: an expert of a region works on patches of its own; a dense model "
+                "has none"
+            )
+        return {part.name: copies[expert].detach() for part, copies in self._by_part()}
 
     def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
         if not self._stackable or not active:
@@ -82,8 +97,12 @@ class _Copies(nn.Module):
         else:
             self.register_buffer(str(len(self)), tensor)
 
-    def pop(self) -> None:
-        delattr(self, str(len(self) - 1))
+    def remove(self, index: int) -> None:
+        tables: Any = (self._parameters, self._buffers)
+        for table in tables:
+            kept = [tensor for key, tensor in table.items() if key != str(index)]
+            table.clear()
+            table.update({str(e): tensor for e, tensor in enumerate(kept)})
 
 
 def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:

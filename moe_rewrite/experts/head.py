@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..ir.sites import HeadSite
 from .base import ExpertParameters
 
@@ -65,9 +66,25 @@ class HeadColumns(ExpertParameters):
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(self.weight), list(self.bias)]
 
-    def remove_last(self) -> None:
-        self.weight, self.bias = self.weight[:-1], self.bias[:-1]
+    def remove(self, index: int) -> None:
+        self.weight, self.bias = (
+            nn.ParameterList(p for e, p in enumerate(of) if e != index)
+            for of in (self.weight, self.bias)
+        )
         self.forget()
+
+    def remove_last(self) -> None:
+        self.remove(len(self.weight) - 1)
+
+    def merged(
+        self, expert: int, dense: dict[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        if self.classes[expert]:
+            raise ConfigError(
+                f"{self.site.name}: this expert added {self.classes[expert]} columns to the head, "
+                "which a merged model would not have"
+            )
+        return {}
 
     def named(
         self, part: str, stack: Any, active: Sequence[int]

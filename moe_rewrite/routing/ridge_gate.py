@@ -58,6 +58,12 @@ class AnalyticGate(TokenGate):
         self.moments = self.moments[:-1]
         self.solve()
 
+    def remove(self, index: int) -> None:
+        """The other rows are solved again, as if this expert had never been added."""
+        super().remove(index)
+        self.moments = nn.ParameterList(m for c, m in enumerate(self.moments) if c != index + 1)
+        self.solve()
+
     @torch.no_grad()
     def observe(self, features: torch.Tensor, mask: RowMask, expert: int | None) -> None:
         """Add these features' rows to the statistics of an expert, or (None) of the frozen model.

@@ -92,6 +92,18 @@ class Router(nn.Module):
         flags = record[:, -2:].bool().cpu()
         self.active, self.pending = flags[:, 0].clone(), flags[:, 1].clone()
 
+    def remove(self, index: int) -> None:
+        """Remove a row, and its values from the records of the rows that were added later; the
+        other rows and flags are not touched."""
+        keep = [e for e in range(len(self.rows)) if e != index]
+        for e in range(index + 1, len(self.before)):
+            record = self.before[e]
+            rest = torch.cat([record[:index], record[index + 1 :]])
+            self.before[e] = nn.Parameter(rest, requires_grad=False)
+        self.rows = nn.ParameterList([self.rows[e] for e in keep])
+        self.before = nn.ParameterList([self.before[e] for e in keep])
+        self.active, self.pending = self.active[keep].clone(), self.pending[keep].clone()
+
     def set_active(self, index: int, on: bool) -> None:
         if not on and self.needs_one() and self.active_indices() == (index,):
             raise ConfigError(
@@ -151,8 +163,9 @@ class Router(nn.Module):
         if not self.by_row:
             raise ConfigError(f"{what}: a PatchRouter's experts choose patches; use activate()")
 
-    def one_expert(self, features: torch.Tensor, expert: int) -> RoutingPlan:
-        """The plan that gives every row to one expert, with gate 1."""
+    def fixed_gates(self, features: torch.Tensor, gates: dict[int, float]) -> RoutingPlan:
+        """The plan that gives every row to these experts with these gates, and what is left of 1 to
+        the frozen model."""
         raise NotImplementedError
 
     def everything(self, features: torch.Tensor) -> RoutingPlan:

@@ -52,12 +52,16 @@ class TokenGate(Router):
         rows = (lead[0], 1) if sequence else lead
         return RoutingPlan((), features.new_zeros(*rows, 0, dtype=torch.float32), None, 0, lead)
 
-    def one_expert(self, features: torch.Tensor, expert: int) -> RoutingPlan:
-        """The plan that gives every row to one expert, with gate 1."""
+    def fixed_gates(self, features: torch.Tensor, gates: dict[int, float]) -> RoutingPlan:
+        """The plan that gives every row to these experts with these gates, and what is left of 1 to
+        the frozen model."""
         rows = self.without_experts(features).weights.shape[:-1]
-        gate = features.new_ones(*rows, 1, dtype=torch.float32)
-        base = torch.zeros_like(gate) if self.spec.base else None
-        return RoutingPlan((expert,), gate, base, len(self), lead_of(features.shape), top_k=1)
+        active = tuple(sorted(gates))
+        given = features.new_tensor([gates[e] for e in active], dtype=torch.float32)
+        weights = given.expand(*rows, len(active)).contiguous()
+        base = (1 - weights.sum(-1, keepdim=True)).clamp_min(0) if self.spec.base else None
+        lead = lead_of(features.shape)
+        return RoutingPlan(active, weights, base, len(self), lead, top_k=len(active))
 
     def forward(
         self,

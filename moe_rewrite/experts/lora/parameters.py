@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import ConfigError
 from ...ir.sites import LoRASite
 from ..base import ExpertParameters
 
@@ -56,9 +57,29 @@ class LoRAParameters(ExpertParameters):
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         return [list(self.a), list(self.b)]
 
-    def remove_last(self) -> None:
-        self.a, self.b = self.a[:-1], self.b[:-1]
+    def remove(self, index: int) -> None:
+        self.a, self.b = (
+            nn.ParameterList(p for e, p in enumerate(of) if e != index) for of in (self.a, self.b)
+        )
         self.forget()
+
+    def remove_last(self) -> None:
+        self.remove(len(self) - 1)
+
+    def merged(
+        self, expert: int, dense: dict[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        site, weight = self.site, dense[self.site.weight]
+        a, b = self.a[expert].detach(), self.b[expert].detach()
+        delta = (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:]) * scale
+        if site.transposed and not site.kernel:
+            delta = delta.T
+        if site.groups or site.transposed and site.kernel or delta.shape != weight.shape:
+            raise ConfigError(
+                f"{site.name}: its weight is {tuple(weight.shape)}, and the expert adds another map "
+                f"beside it: leave it out by LoRAExperts(sites=[...]) to merge experts"
+            )
+        return {site.weight: weight + delta}
 
     def expert_dim(self, part: str) -> tuple[int, int] | None:
         return int(part == "b"), self.rank
