@@ -26,7 +26,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _choose(spec: object, name: str, *choices: str) -> None:
+def _choose(spec: object, name: str, *choices: str | None) -> None:
     value = getattr(spec, name)
     expected = " or ".join(map(repr, choices))
     require(value in choices, f"{type(spec).__name__} {name}", value, expected)
@@ -301,9 +301,8 @@ class RegionExperts:
     """Experts that replace a convolutional region, each run on its own patches only (pMoE, arXiv
     2306.04073).
 
-    The experts' outputs are summed with their gates as weights; patches that no expert takes give
-    zero. Experts start as copies of the dense region. In training, batch norm takes its statistics
-    over the gathered patches.
+    Experts start as copies; their outputs are summed, weighted by their gates, and patches that no
+    expert takes give zero. In training, batch norm's statistics are over the gathered patches.
 
     region: dotted name of a module, or of several consecutive ones; None: from the cut to the last
         point before an operation that mixes all positions.
@@ -313,6 +312,8 @@ class RegionExperts:
         region's entry nor with its exit); expert e starts from the e-th slice of them.
     combine: ``"sum"``; or ``"concat"``: each expert computes its own slice of the output channels.
     dtype: as for `LoRAExperts`.
+    statistics: ``"patches"``: norms over positions and squeeze-and-excite take theirs over the
+        patches that an expert took of a sample, an approximation. None: they end a region.
     """
 
     region: str | tuple[str, ...] | None = None
@@ -320,23 +321,24 @@ class RegionExperts:
     width: float = 1.0
     combine: Literal["sum", "concat"] = "sum"
     dtype: Any = None
+    statistics: Literal["patches"] | None = None
 
     on_patches: ClassVar[bool] = True  # needs a PatchRouter
 
     def __post_init__(self) -> None:
         _named_dtype(self)
-        region = self.region
-        if isinstance(region, list):
-            object.__setattr__(self, "region", tuple(region))
-        names = (region,) if isinstance(region, str) else self.region
+        if isinstance(self.region, list):
+            object.__setattr__(self, "region", tuple(self.region))
+        names = (self.region,) if isinstance(self.region, str) else self.region
         ok = names is None or (
             isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
         )
-        require(bool(ok), "RegionExperts region", region, "None, a module's name or several")
+        require(bool(ok), "RegionExperts region", self.region, "None, a module's name or several")
         require(isinstance(self.halo, bool), "RegionExperts halo", self.halo, "True or False")
         ok = is_number(self.width) and 0 < self.width <= 1
         require(ok, "RegionExperts width", self.width, "a share, 0 < width <= 1")
         _choose(self, "combine", "sum", "concat")
+        _choose(self, "statistics", None, "patches")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from ..ir.aten import value
 from ..ir.ops import argument, op, op_name
 from ..ir.program import Program
 from .conv_region import Region
+from .places import channel_dim
 from .spatial import axis, padding_along
 
 
@@ -73,44 +74,64 @@ def find_channels(program: Program, region: Region) -> Channels:
     found = Channels()
     found.of[region.entry] = found.new(int(value(region.entry).shape[1]))
     found.fix(found.of[region.entry], "the region's entry")
-    for node in region.maps():
-        if node is not region.entry:
+    for node in region.nodes:
+        if node is not region.entry and region.place(node) is not None:
             found.of[node] = _group(program, region, node, found)
     return found
 
 
 def _group(program: Program, region: Region, node: fx.Node, found: Channels) -> int:
     of, name = op(node), op_name(node)
-    sources = [n for n in node.all_input_nodes if n in region.places]
-    inside = found.of[sources[0]]
-    if of.product == "filter":
+    sources = [n for n in node.all_input_nodes if region.place(n) is not None]
+    inside, dim = found.of[sources[0]], _dim(region, sources[0])
+    follows = sources[0] not in region.samples or _maps_channels(node, sources[0], dim)
+    if follows and of.product == "filter":
         return _conv(node, inside, found)
-    if of.product == "linear":
+    if follows and of.product == "linear":
         weight = argument(node, "weight")
         out = found.new(int(value(weight).shape[0]))
         _tie(found, weight, {0: out, 1: inside})
         _tie(found, argument(node, "bias"), {0: out})
         return out
-    sizes = [_count(region, n) for n in (node, *sources)]
-    if len(set(sizes)) == 1 and not _rearranges(node, region.places[node].channels):
-        if of.normalized:
+    sizes, own = [_count(region, n) for n in (node, *sources)], _dim(region, node)
+    known = own is not None and dim is not None and follows
+    if known and len(set(sizes)) == 1 and not _rearranges(node, own):
+        if region.takes_statistics(node) and op_name(node) in ("group_norm", "layer_norm"):
+            found.fix(inside, f"{node.name} normalizes over several channels")
+        elif of.normalized:
             found.counts[node] = inside
         for other in sources[1:]:
             found.join(inside, found.of[other])
         for operand in node.all_input_nodes:
-            if operand not in region.places:
-                _tie_operand(found, node, operand, region.places[node].channels, inside)
+            if region.place(operand) is None:
+                _tie_operand(found, node, operand, own, inside)
         return inside
-    out = found.new(_count(region, node))
+    out = found.new(max(_count(region, node), 0))
     for group in (out, *(found.of[n] for n in sources)):
         found.fix(group, f"{node.name} ({name}) rearranges channels")
     return out
 
 
+def _dim(region: Region, node: fx.Node) -> Any:
+    """The dimension that has a value's channels; None if that is not known."""
+    place = region.place(node)
+    return channel_dim(place, node) if place and isinstance(value(node), torch.Tensor) else 1
+
+
+def _maps_channels(node: fx.Node, source: fx.Node, dim: int | None) -> bool:
+    """Whether an operation on values of samples treats their channels as one on a map would."""
+    of, ndim = op(node), value(source).ndim
+    if of.product == "filter":
+        return dim == 1 and ndim == 4 and set(value(argument(node, "weight")).shape[2:]) == {1}
+    return of.product != "linear" or dim == ndim - 1
+
+
 def _count(region: Region, node: fx.Node) -> int:
-    """A map's channels; 0 of the list that a split gives."""
-    made = value(node)
-    return int(made.shape[region.places[node].channels]) if isinstance(made, torch.Tensor) else 0
+    """A value's channels; 0 of the list that a split gives, -1 if they are not known."""
+    made, dim = value(node), _dim(region, node)
+    if not isinstance(made, torch.Tensor):
+        return 0
+    return -1 if dim is None else int(made.shape[dim])
 
 
 def _rearranges(node: fx.Node, channels: int) -> bool:

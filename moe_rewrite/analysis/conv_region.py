@@ -11,9 +11,12 @@ from torch import fx
 
 from ..errors import ConversionError
 from ..ir.aten import module_paths, reach, value
-from ..ir.ops import alias_chain, mutated, out_of_place
+from ..ir.ops import alias_chain, first, mutated, op_name, out_of_place
 from ..ir.program import Program, routing_plan
-from .spatial import NCHW, SpatialDims, SpatialMap, propagate
+from .places import NCHW, OfSample, Place, SpatialDims, SpatialMap
+from .sample_values import free_of_sizes
+from .spatial import propagate
+from .statistics import HOW, is_norm
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Region:
     nodes: in graph order, the exit last, with the nodes that compute its weights.
     places: the dimensions of its feature maps, the entry's too.
     ends: why it goes no further; empty if it was named.
+    samples: the values in it that a sample has once.
     """
 
     name: str
@@ -32,9 +36,21 @@ class Region:
     nodes: tuple[fx.Node, ...]
     places: dict[fx.Node, SpatialDims]
     ends: str
+    samples: frozenset[fx.Node] = frozenset()
 
     def maps(self) -> list[fx.Node]:
         return [n for n in self.nodes if n in self.places]
+
+    def place(self, node: fx.Node) -> Place | None:
+        """The place of a value that is computed from the entry; None for others."""
+        return OfSample() if node in self.samples else self.places.get(node)
+
+    def takes_statistics(self, node: fx.Node) -> bool:
+        """Whether a node of the region takes statistics over all positions of a map."""
+        source = first(node)
+        if not isinstance(source, fx.Node) or source not in self.places:
+            return False
+        return node in self.samples or (node in self.places and is_norm(node))
 
 
 def map_size(node: fx.Node) -> tuple[int, int]:
@@ -45,8 +61,10 @@ def map_size(node: fx.Node) -> tuple[int, int]:
     return height, width
 
 
-def find_region(program: Program, names: tuple[str, ...]) -> Region:
+def find_region(program: Program, names: tuple[str, ...], statistics: bool = False) -> Region:
     """The region of the named modules, or from the cut as far as it goes.
+
+    statistics: it may hold operations that take statistics over all positions.
 
     In-place operations inside it become out-of-place ones: the graph is edited, its values stay the
     same. Raises ConversionError with the reason if there is no such region.
@@ -60,19 +78,29 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
             "width): split at a convolutional stage"
         )
 
-    def followed() -> SpatialMap:
-        return propagate([n for n in program.graph.nodes if n.target is not routing_plan], cut)
+    def followed(statistics: bool = statistics) -> SpatialMap:
+        nodes = [n for n in program.graph.nodes if n.target is not routing_plan]
+        return propagate(nodes, cut, statistics)
 
-    _write_nowhere(program, followed())
+    points = {name for _, name in program.depth.points}
+
+    def ending(places: SpatialMap) -> list[fx.Node]:
+        return [n for n, p in places.items() if n.name in points and n is not cut and p == NCHW]
+
+    _write_nowhere(program, followed(statistics=True))
+    if statistics:
+        free_of_sizes(program, followed())
     places = followed()
     if names:
-        return _named(program, names, places)
-    points = {name for _, name in program.depth.points}
-    exits = [n for n, p in places.items() if n.name in points and n is not cut and p == NCHW]
+        return _named(program, names, places, statistics)
+    exits = ending(places)
     reasons = [r for r in places.values() if isinstance(r, str)]
+    if reasons and not statistics and len(ending(followed(statistics=True))) > len(exits):
+        reasons[0] = f"{reasons[0]}. {HOW}"
     for exit_ in reversed(exits):
         try:
-            return _region(program, program.cut.label, cut, exit_, reasons[0] if reasons else "")
+            ends = reasons[0] if reasons else ""
+            return _region(program, program.cut.label, cut, exit_, ends, statistics)
         except ConversionError as error:
             reasons.insert(0, str(error))
     raise ConversionError(
@@ -81,7 +109,9 @@ def find_region(program: Program, names: tuple[str, ...]) -> Region:
     )
 
 
-def _named(program: Program, names: tuple[str, ...], places: SpatialMap) -> Region:
+def _named(
+    program: Program, names: tuple[str, ...], places: SpatialMap, statistics: bool
+) -> Region:
     def inside(node: fx.Node, name: str) -> bool:
         return any(p == name or p.startswith(name + ".") for p, _ in module_paths(node))
 
@@ -108,21 +138,28 @@ def _named(program: Program, names: tuple[str, ...], places: SpatialMap) -> Regi
                 f"region={label!r}: expected one {word}, found {len(found)} ({listed}): name "
                 "modules with a single feature map in and a single one out"
             )
-    return _region(program, label, entries.pop(), exits.pop(), "")
+    return _region(program, label, entries.pop(), exits.pop(), "", statistics)
 
 
-def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: str) -> Region:
-    """Raises ConversionError unless every operation from entry to exit keeps positions."""
+def _region(
+    program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: str, statistics: bool
+) -> Region:
+    """Raises ConversionError unless every operation from entry to exit keeps positions, or takes
+    `statistics`."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     between = reach(entry, lambda n: n.users) & reach(exit_, lambda n: n.all_input_nodes)
     between.discard(entry)
     if value(entry).ndim != 4:
         raise ConversionError(f"region {name!r} starts at {entry.name}, which is no feature map")
     _require_unwritten(program, name, between, entry, exit_)
-    places = propagate(sorted(between, key=order.__getitem__), entry)
-    lost = [r for r in places.values() if isinstance(r, str)]
+    ordered = sorted(between, key=order.__getitem__)
+    places = propagate(ordered, entry, statistics)
+    lost = _lost(ordered, places)
     if lost:
-        raise ConversionError(f"region {name!r}: {lost[0]}, which a region cannot hold")
+        taken = lost[0] not in _lost(ordered, propagate(ordered, entry, statistics=True))
+        raise ConversionError(
+            f"region {name!r}: {lost[0]}, which a region cannot hold{'. ' + HOW if taken else ''}"
+        )
     if places[exit_] != NCHW:
         raise ConversionError(f"region {name!r} ends at {exit_.name}, whose dimensions were moved")
     for node in between - {exit_}:
@@ -133,7 +170,16 @@ def _region(program: Program, name: str, entry: fx.Node, exit_: fx.Node, ends: s
             )
     nodes = between | _weights_side(program, name, between, entry)
     kept = {n: p for n, p in places.items() if isinstance(p, SpatialDims)}
-    return Region(name, entry, exit_, tuple(sorted(nodes, key=order.__getitem__)), kept, ends)
+    samples = frozenset(n for n, p in places.items() if isinstance(p, OfSample))
+    nodes_in_order = tuple(sorted(nodes, key=order.__getitem__))
+    return Region(name, entry, exit_, nodes_in_order, kept, ends, samples)
+
+
+def _lost(between: list[fx.Node], places: SpatialMap) -> list[str]:
+    """Why nodes between entry and exit cannot be computed patch by patch."""
+    lost = [r for r in places.values() if isinstance(r, str)]
+    sizes = [n for n in between if n not in places]
+    return lost + [f"{n.name} ({op_name(n)}) reads the size of a map" for n in sizes]
 
 
 def _weights_side(
@@ -186,7 +232,7 @@ def _write_nowhere(program: Program, places: SpatialMap) -> None:
     same view of the result: the same values. Writes through a view stay, and those that only move
     dimensions.
     """
-    for node in [n for n, p in places.items() if isinstance(p, SpatialDims)]:
+    for node in [n for n, p in places.items() if not isinstance(p, str)]:
         written, plain = mutated(node), out_of_place(node)
         turned = torch.Tag.inplace_view in getattr(node.target, "tags", ())
         if not written or plain is None or turned:

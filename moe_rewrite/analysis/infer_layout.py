@@ -11,8 +11,9 @@ from ..ir.aten import value
 from ..ir.gate_layout import Flat, GateLayout, Gathered, Line, OverMap, Rows, Samples, Swapped
 from ..ir.program import Program, lead_of
 from .line_rows import Along, has_rows, line_rows
+from .places import NCHW, SpatialDims
 from .row_dims import flattened_from, same_sizes
-from .spatial import NCHW, SpatialDims, maps
+from .spatial import maps
 from .window_rows import WindowRows, Windows
 
 ONE_A_SAMPLE = "TokenRouter(granularity='sequence') gives one gate a sample"

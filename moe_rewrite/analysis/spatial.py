@@ -8,8 +8,7 @@ Operations that mix all positions, or are unknown, end the propagation with a re
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,37 +19,31 @@ from ..ir.ops import argument, first, is_pointwise, op, op_name, operands, takes
 from .convolutions import is_transposed, per_axis
 from .flops import hint
 from .map_layout import moved_order
+from .places import NCHW, Known, NotLocal, OfSample, SpatialDims, SpatialMap
+from .sample_values import require_kept_apart, require_spread
+from .statistics import with_statistics
 
 
-@dataclass(frozen=True)
-class SpatialDims:
-    """The dimensions of a value that hold rows, columns and channels; dimension 0 is the batch."""
-
-    rows: int = 2
-    cols: int = 3
-    channels: int = 1
-
-
-class NotLocal(Exception):
-    """An operation that does not keep positions; the message says why."""
-
-
-SpatialMap = dict[fx.Node, SpatialDims | str]
-Known = Mapping[fx.Node, SpatialDims | str]
-NCHW = SpatialDims()
-
-
-def propagate(nodes: Iterable[fx.Node], entry: fx.Node) -> SpatialMap:
+def propagate(nodes: Iterable[fx.Node], entry: fx.Node, statistics: bool = False) -> SpatialMap:
     """For every node that depends on `entry`, a (B, C, H, W) map: its spatial dimensions, or why it
-    cannot be computed patch by patch."""
+    cannot be computed patch by patch.
+
+    statistics: statistics over positions may be taken over some patches, and their sizes be read.
+    """
     places: SpatialMap = {entry: NCHW}
     for node in nodes:
         sources = [n for n in node.all_input_nodes if n in places]
         if not sources or node.op != "call_function" or node is entry:
             continue
+        if statistics and op_name(node) == "sym_size":
+            continue
         lost = next((r for n in sources if isinstance(r := places[n], str)), None)
         try:
-            places[node] = lost if lost is not None else _place(node, places, apart=True)
+            if lost is not None:
+                places[node] = lost
+                continue
+            taken = with_statistics(node, places) if statistics else None
+            places[node] = taken or _place(node, places, apart=True)
         except NotLocal as error:
             places[node] = str(error)
     return places
@@ -78,9 +71,13 @@ def maps(
     return places, lost
 
 
-def _place(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
-    """The spatial dimensions of a node. apart: a position may depend on its window only."""
+def _place(node: fx.Node, places: Known, apart: bool) -> Any:
+    """The place of a node. apart: a position may depend on its window only."""
     kind, name = op(node).positions, op_name(node)
+    found = [places[n] for n in node.all_input_nodes if n in places]
+    if found and all(isinstance(p, OfSample) for p in found):
+        require_kept_apart(node, places)
+        return OfSample()
     if kind in RULES:
         if apart and kind in APART:
             APART[kind](node)
@@ -103,13 +100,17 @@ def _of(node: Any, places: Known) -> SpatialDims:
 def _pointwise(node: fx.Node, places: Known, apart: bool) -> SpatialDims:
     """All maps have the same dimensions; with `apart`, they have the same size, and other operands
     do not vary by position."""
-    found = {_of(n, places) for n in node.all_input_nodes if n in places}
+    read = [n for n in node.all_input_nodes if n in places]
+    found = {_of(n, places) for n in read if not isinstance(places[n], OfSample)}
     if len(found) != 1:
         raise NotLocal(f"{node.name} joins maps with different orders of dimensions")
     (place,), out = found, value(node)
     for source in node.all_input_nodes:
         operand = value(source)
         if not isinstance(out, torch.Tensor) or not isinstance(operand, torch.Tensor):
+            continue
+        if isinstance(places.get(source), OfSample):
+            require_spread(node, source, place)
             continue
         if source in places and operand.ndim != out.ndim:
             raise NotLocal(f"{node.name} adds dimensions to the map {source.name}")

@@ -10,7 +10,8 @@ from torch import fx
 from ..ir.aten import value
 from ..ir.ops import argument, op, op_name, takes
 from .convolutions import per_axis
-from .spatial import NCHW, SpatialDims, axis, padding_along
+from .places import NCHW, SpatialDims
+from .spatial import axis, padding_along
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ OPS: dict[str, Op] = {
     "group_norm": Op(positions="norm"),
     "instance_norm": Op(
         positions="norm",
+        channels=True,
         evaluation={"use_input_stats": False},
         statistics=("use_input_stats", ("running_mean", "running_var")),
     ),

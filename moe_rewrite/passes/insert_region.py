@@ -6,6 +6,7 @@ Without experts the call runs the region as captured: exact.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,11 @@ from ..config import RegionExperts
 from ..errors import ConversionError
 from ..experts.region.call import RegionCall
 from ..experts.region.halo import halo_code
-from ..experts.region.patch_code import (
-    DRY,
-    device_of,
-    dry_run,
-    isolated_code,
-    weights_of,
-    whole_code,
-)
+from ..experts.region.isolated import isolated_code
+from ..experts.region.patch_code import DRY, device_of, dry_run, weights_of, whole_code
 from ..ir.aten import value
-from ..ir.ops import mutated
-from ..ir.program import Code, Program
+from ..ir.ops import mutated, op_name
+from ..ir.program import Code, Numerics, Program
 from ..ir.sites import Found, Part, RegionSite
 from ..routing.plan_views import WholePlan
 from .base import Decisions, Pass, sites_to_convert
@@ -58,7 +53,8 @@ class FindRegion(Pass):
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
         grid = getattr(decisions.chosen, "grid", None) or 1
-        region = find_region(program, self.experts.names)
+        statistics = self.experts.statistics == "patches"
+        region = find_region(program, self.experts.names, statistics)
         small = min(map_size(region.exit))
         if grid > small:
             raise ConversionError(
@@ -93,14 +89,20 @@ class FindRegion(Pass):
 
 @dataclass(frozen=True)
 class InsertRegion(Pass):
-    """Reordered: patches are batches of another shape."""
+    """Reordered: patches are batches of another shape. With statistics over patches, approximate,
+    except where an expert takes every patch."""
 
+    statistics: bool = False
     name = "insert experts"
-    numerics = "reordered"
+
+    @property
+    def numerics(self) -> Numerics:  # type: ignore[override]
+        return "approximate" if self.statistics else "reordered"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
         graph, inputs = program.graph, dict(program.inputs)
         sites = sites_to_convert(program, decisions)
+        how = tuple((site.name, _how(new.region)) for site, new in sites.items())
         for site, new in sites.items():
             own = [
                 None if p.kind == "constant" else expert_input(program, inputs, site.name, p.name)
@@ -116,8 +118,17 @@ class InsertRegion(Pass):
             for node in reversed(new.region.nodes):
                 if not node.users:
                     graph.erase_node(node)
-        how = tuple((s.name, "equal groups, the patches of an expert in one batch") for s in sites)
         return self.done(program, inputs=inputs, sites=tuple(sites), lowered=how, found=None)
+
+
+def _how(region: Region) -> str:
+    """Text for the report: how a region is computed."""
+    taken = Counter(op_name(n) for n in region.nodes if region.takes_statistics(n))
+    text = "equal groups, the patches of an expert in one batch"
+    if not taken:
+        return text
+    listed = ", ".join(f"{count} {name}" for name, count in taken.items())
+    return f"{text}; approximate: statistics of {listed} over the patches taken of each sample"
 
 
 def _parts(

@@ -178,7 +178,7 @@ class _Region(ExpertKind):
         return FindRegion(recipe.experts, recipe.num_experts)
 
     def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
-        return InsertRegion()
+        return InsertRegion(recipe.experts.statistics == "patches")
 
     def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
         return CopiedParameters(site)
@@ -187,7 +187,8 @@ class _Region(ExpertKind):
         return "experts on patches"
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
-        whole = recipe.experts.halo and recipe.experts.width == 1
+        experts = recipe.experts
+        whole = experts.halo and experts.width == 1 and experts.statistics is None
         return "everything" if whole else "no experts"
 
     def fixed(self, recipe: Recipe) -> str:

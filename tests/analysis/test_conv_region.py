@@ -86,7 +86,9 @@ def test_from_the_cut_as_far_as_it_goes(case, size):
     assert all(isinstance(p, SpatialDims) for p in region.places.values())
     order = list(program.graph.nodes)
     assert [*map(order.index, region.nodes)] == sorted(map(order.index, region.nodes))
-    assert region.ends == ENDS.get(case, "mean (mean) mixes all positions")
+    ends, _, hint = region.ends.partition(". ")
+    assert ends == ENDS.get(case, "mean (mean) mixes all positions")
+    assert ("statistics='patches'" in hint) == case.startswith("up to")
     assert map_size(region.entry) == map_size(region.exit) == (size, size)
 
 

@@ -28,7 +28,8 @@ def settled(model, channels=3, size=32):
     """With statistics of some data, and biases and scales that are not zero and one."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            norm = isinstance(module, nn.BatchNorm2d | nn.LayerNorm)
+            if norm and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
         for _ in range(3):

@@ -3,8 +3,12 @@
 Only the parameters are read from the converted model, by their state-dict names.
 """
 
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
 EXPERTS = "moe_rewrite.experts."
@@ -97,10 +101,97 @@ def weights_of(state, expert):
     return found
 
 
-def masked_dense(model, x, state, spec, cut, exit_, entry=None):
+class Squeeze(nn.Module):
+    """The means of a map over all positions, as models write them."""
+
+    def __init__(self, form="pool"):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        if self.form == "pool":
+            return F.adaptive_avg_pool2d(x, 1)
+        return x.mean((2, 3), keepdim=self.form == "kept")
+
+
+@contextmanager
+def statistics_over(model, seen, part):
+    """Norms and squeezes of the model take their statistics, for each row of the batch, over the
+    values seen(x, row), of shape (C, positions), and not over the row's map.
+
+    part: part(weight, row), where a row lies in a weight that varies by position.
+    """
+
+    def forward(module, x):
+        rows = []
+        for row in range(len(x)):
+            values = seen(x, row)
+            if isinstance(module, Squeeze):
+                mean = values.mean(1)
+                rows.append(mean if module.form == "flat" else mean[:, None, None])
+                continue
+            C, layer = x.shape[1], isinstance(module, nn.LayerNorm)
+            groups = (
+                1 if layer else C if isinstance(module, nn.InstanceNorm2d) else module.num_groups
+            )
+            of_group = values.reshape(groups, -1)
+            mean, square = of_group.mean(1), of_group.var(1, correction=0)
+            y = x[row].unflatten(0, (groups, -1)) - mean[:, None, None, None]
+            y = (y / (square + module.eps).sqrt()[:, None, None, None]).flatten(0, 1)
+            if module.weight is not None:
+                each = (module.weight, module.bias)
+                scale, shift = (part(t, row) if layer else t[:, None, None] for t in each)
+                y = y * scale + shift
+            rows.append(y)
+        return torch.stack(rows)
+
+    kinds = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, Squeeze)
+    found = [m for m in model.modules() if isinstance(m, kinds)]
+    for module in found:
+        module.forward = partial(forward, module)
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.forward
+
+
+def over_taken(model, picks, grid):
+    """Statistics of maps over the positions of an expert's patches. picks: (B, l)."""
+
+    def seen(x, row):
+        size, g = x.shape[2:], grid
+        taken = torch.zeros(size, dtype=torch.bool)
+        for p in picks[row].tolist():
+            (top, bottom), (left, right) = spans(size[0], g)[p // g], spans(size[1], g)[p % g]
+            taken[top:bottom, left:right] = True
+        return x[row][:, taken]
+
+    return statistics_over(model, seen, lambda weight, row: weight)
+
+
+def over_patches(model, picks, grid):
+    """Statistics of patches, of which each sample has as many rows, over all of a sample's."""
+    taken = picks.shape[1]
+
+    def seen(x, row):
+        first = row // taken * taken
+        return torch.cat([x[i].flatten(1) for i in range(first, first + taken)], 1)
+
+    def part(weight, row):
+        p = picks.flatten()[row].item()
+        rows, cols = (spans(n, grid) for n in weight.shape[1:])
+        (top, bottom), (left, right) = rows[p // grid], cols[p % grid]
+        return weight[:, top:bottom, left:right]
+
+    return statistics_over(model, seen, part)
+
+
+def masked_dense(model, x, state, spec, cut, exit_, entry=None, statistics=False):
     """The model with a region's experts: every expert runs the whole map, gates mask its output.
 
     cut: module whose input the router reads. exit_: module whose output is the region's.
+    statistics: are taken over the patches of each expert.
     """
     seen = {}
     handle = model.get_submodule(cut).register_forward_pre_hook(
@@ -116,7 +207,8 @@ def masked_dense(model, x, state, spec, cut, exit_, entry=None):
         handle = model.get_submodule(exit_).register_forward_hook(
             lambda module, args, out: outputs.append(out)
         )
-        functional_call(model, weights_of(state, e), (x,))
+        with over_taken(model, picks[:, e], spec.grid) if statistics else nullcontext():
+            functional_call(model, weights_of(state, e), (x,))
         handle.remove()
     maps = gate_maps(picks, gates, spec.grid, outputs[0].shape[2:])
     routed = sum(m * y for m, y in zip(maps, outputs, strict=True))
@@ -126,7 +218,7 @@ def masked_dense(model, x, state, spec, cut, exit_, entry=None):
     return out
 
 
-def isolated(region, x, state, prefix, spec, features, size):
+def isolated(region, x, state, prefix, spec, features, size, statistics=False):
     """The region's output where each expert runs the module `region` on patches cut out.
 
     prefix: of the region's names in the model. features: at the cut. size: of the output map.
@@ -146,7 +238,8 @@ def isolated(region, x, state, prefix, spec, features, size):
                 )
                 patches.append(x[b, :, top:bottom, left:right])
         weights = {k.removeprefix(prefix): v for k, v in weights_of(state, e).items()}
-        y = functional_call(region, weights, (torch.stack(patches),))
+        with over_patches(region, picks[:, e], g) if statistics else nullcontext():
+            y = functional_call(region, weights, (torch.stack(patches),))
         out = torch.zeros(B, y.shape[1], *size) if out is None else out
         for b in range(B):
             for i, p in enumerate(picks[b, e].tolist()):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from onnx_files import saved_again
 from reference import randomize
-from stages import STAGES, image
+from stages import STAGES, Stage, image
 from torch import nn
 
 import moe_rewrite
@@ -63,3 +63,32 @@ def test_gated_and_shuffled_channels(kind, experts, tmp_path):
     )  # fmt: skip
     randomize(moe, size=0.1)
     saved_again(moe, example, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:the experts take")
+@pytest.mark.parametrize("halo", [True, False])
+def test_regions_with_statistics_over_patches(halo, tmp_path):
+    torch.manual_seed(0)
+    norms = [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm([6, 16, 16])]
+    model = cnns.settled(Stage(nn.Conv2d(6, 6, 3, 1, 1), *norms, Gate()), size=16)
+    example = {"x": image(3, 16)}
+    moe = moe_rewrite.convert(
+        model, split="stage", router=PatchRouter(2, 3, init=1.0), num_experts=2,
+        example_inputs=example, experts=RegionExperts("stage", halo=halo, statistics="patches"),
+    )  # fmt: skip
+    randomize(moe, size=0.1)
+    saved_again(moe, example, tmp_path)
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excite as SENet writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 2), nn.Linear(2, 6)
+
+    def forward(self, x):
+        batch, channels, _, _ = x.size()
+        y = nn.functional.adaptive_avg_pool2d(x, 1).view(batch, channels)
+        y = self.up(torch.relu(self.down(y))).view(batch, channels, 1, 1)
+        return x * torch.sigmoid(y).expand_as(x)

@@ -57,16 +57,18 @@ class RegionCall:
     ) -> torch.Tensor:
         if plan.patch_ids is None or plan.patch_gates is None:
             return self.whole.call(x, *dense)
-        entry, exit_, *outside = self._on(x.device)
+        entry, exit_, *of_patches = self._on(x.device)
         count = len(plan.active)
         weights = [self._weights(dense, experts, i) for i in range(count)] or [list(dense)]
         size = (self.patches.entry.rows, self.patches.entry.cols)
         code = self.patches.code if torch.is_grad_enabled() else self.frugal
         gathered = gather_patches(x, plan.patch_ids, entry, size).unbind()
+        taken = [plan.patch_ids.shape[-1]] if self.patches.counts else []
         made = []
         for i, patches in enumerate(gathered):
-            masks = [mask[plan.patch_ids[:, i].flatten()] for mask in outside]
-            made.append(self._own(code.call(patches, *masks, *weights[i]), plan.patch_ids[:, i]))
+            tables = [table[plan.patch_ids[:, i].flatten()] for table in of_patches]
+            y = code.call(patches, *taken, *tables, *weights[i])
+            made.append(self._own(y, plan.patch_ids[:, i]))
         if not self.concat or not count:
             return self._scattered(made, plan.patch_gates, plan.patch_ids, exit_)
         return self._concatenated(made, plan, exit_)
@@ -101,9 +103,9 @@ class RegionCall:
         return torch.cat([torch.zeros_like(like) if s is None else s for s in slices], dim=1)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """The tables of positions and the masks on a device."""
+        """The tables of positions, and those that the code takes, on a device."""
         if device not in self._tables:
             code = self.patches
-            tables = (code.entry.positions, code.exit.positions, *code.outside)
+            tables = (code.entry.positions, code.exit.positions, *code.tables)
             self._tables[device] = tuple(t.to(device) for t in tables)
         return self._tables[device]

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from ...analysis.conv_region import Region, map_size
-from ...analysis.spatial import NCHW, padding_of
+from ...analysis.places import NCHW
+from ...analysis.spatial import padding_of
 from ...analysis.windows import Window, windows
 from ...errors import ConversionError
 from ...ir import patch_grid
@@ -22,7 +23,8 @@ from ...ir.aten import value
 from ...ir.ops import first, op, op_name, set_argument
 from ...ir.patch_grid import Span
 from ...ir.program import Code, Program
-from .patch_code import PatchCode, device_of, dry_run, one_patch, resize, weights_of
+from .patch_code import PatchCode, code_of, device_of, dry_run, one_patch, resize, weights_of
+from .statistics import add_statistics, by_position
 
 aten = torch.ops.aten
 Spans = tuple[Span, Span]
@@ -38,9 +40,11 @@ def halo_code(
     entry = patch_grid.windows(
         made.exit_size, grid, made.spans[region.entry], map_size(region.entry)
     )
-    outside = tuple(mask for _, mask in made.outside.values())
-    _, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
-    return PatchCode(code, entry, patch_grid.patches(*made.exit_size, grid), outside, macs)
+    tables = tuple(table for _, table in made.tables.values())
+    given = one_patch(region, entry, tables, made.counts)
+    _, macs = dry_run(code, given, weights, device_of(region))
+    exit_ = patch_grid.patches(*made.exit_size, grid)
+    return PatchCode(code, entry, exit_, tables, macs, made.counts)
 
 
 class _HaloCode:
@@ -53,26 +57,35 @@ class _HaloCode:
         self.spans = self._spans()
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {region.entry: self.graph.placeholder("x")}
-        self.outside: dict[Any, tuple[fx.Node, torch.Tensor]] = {}
+        self.tables: dict[Any, tuple[fx.Node, torch.Tensor]] = {}
         self.masked: dict[Any, fx.Node] = {}
-        self.last_mask = self.copies[region.entry]
+        self.counts = any(map(region.takes_statistics, region.nodes))
+        self.last_table = self.copies[region.entry]
+        if self.counts:
+            self.taken = self.last_table = self.graph.placeholder("taken")
         for node in weights_of(program, region):
             self.copies[node] = self.graph.placeholder(node.name)
 
     def build(self) -> Code:
         for node in self.region.nodes:
-            if node in self.region.places:
+            if self.region.takes_statistics(node):
+                self.copies[node] = self._statistics(node)
+            elif node in self.region.places:
                 self.copies[node] = self._map(node)
             else:
                 self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
                 self.copies[node].meta = {}
-        self.graph.output(self.copies[self.region.exit])
-        return Code(fx.GraphModule(torch.nn.Module(), self.graph))
+                resize(self.copies[node], node, self.sizes)
+        return code_of(self.graph, self.copies[self.region.exit])
 
     def _spans(self) -> dict[fx.Node, Spans]:
         """The positions at which each value is computed: all that its readers need."""
         spans: dict[fx.Node, Spans] = {self.region.exit: (Span(), Span())}
-        for node in reversed(self.region.maps()):
+        for node in reversed(self.region.nodes):
+            if self.region.takes_statistics(node):
+                source = first(node)
+                own = own_span(self.region, source, self.grid)
+                spans[source] = _join(spans.get(source), own, self.region, source)
             if node is self.region.entry or node not in spans:
                 continue
             needed = _read(spans[node], windows(node, self.region.places[node]))
@@ -88,11 +101,8 @@ class _HaloCode:
         """The node's copy, at the positions where it is needed."""
         ways = windows(node, self.region.places[node])
         needed = _read(self.spans[node], ways)
-        given = {
-            s: self._cropped(s, needed, ways)
-            for s in node.all_input_nodes
-            if s in self.region.places
-        }
+        read = [s for s in node.all_input_nodes if s in self.region.places]
+        given = {s: self._cropped(s, needed, ways) for s in read}
         kind, source = op(node).positions, None
         if isinstance(first(node), fx.Node):
             source = given.get(first(node))
@@ -108,6 +118,18 @@ class _HaloCode:
         if kind in ("convolution", "pool"):
             set_argument(copy, "padding", [0, 0])
         return self._clean(copy, node)
+
+    def _statistics(self, node: fx.Node) -> fx.Node:
+        """Statistics over the positions that the patches have to themselves, for all of them."""
+        source, at = first(node), None
+        place, plain = self.region.places[source], (Window(), Window())
+        own = self._cropped(source, own_span(self.region, source, self.grid), plain)
+        x = self._cropped(source, self.spans[node], plain) if node in self.spans else own
+        if by_position(node):
+            size, spans = map_size(node), self.spans[node]
+            positions = patch_grid.windows(self.exit_size, self.grid, spans, size).positions
+            at = self._table(("positions", spans, size), positions)
+        return add_statistics(self.graph, node, place, (x, own), self.taken, self.copies, at)
 
     def _clean(self, copy: fx.Node, node: fx.Node) -> fx.Node:
         """Zero the positions outside the map after max-pooling, where they are minus infinity."""
@@ -143,18 +165,19 @@ class _HaloCode:
         if inside is None:
             return copy
         if (copy, fill) not in self.masked:
-            outside = self._outside((spans, size), ~inside.unsqueeze(1))
+            outside = self._table(("outside", spans, size), ~inside.unsqueeze(1))
             args: Any = (copy, outside, fill)
             self.masked[copy, fill] = self.graph.call_function(aten.masked_fill.Scalar, args)
         return self.masked[copy, fill]
 
-    def _outside(self, key: Any, mask: torch.Tensor) -> fx.Node:
-        """The placeholder of a mask; equal masks share one."""
-        if key not in self.outside:
-            with self.graph.inserting_after(self.last_mask):
-                self.last_mask = self.graph.placeholder(f"outside_{len(self.outside)}")
-            self.outside[key] = self.last_mask, mask
-        return self.outside[key][0]
+    def _table(self, key: Any, table: torch.Tensor) -> fx.Node:
+        """The placeholder of a mask, or of a table of positions; equal ones share one."""
+        if key not in self.tables:
+            name, *_ = key
+            with self.graph.inserting_after(self.last_table):
+                self.last_table = self.graph.placeholder(f"{name}_{len(self.tables)}")
+            self.tables[key] = self.last_table, table
+        return self.tables[key][0]
 
     def _channel_padding(self, node: fx.Node, source: Any) -> fx.Node:
         """Only the padding of channels: positions are padded by the mask."""
@@ -176,6 +199,25 @@ class _HaloCode:
                 args: Any = (source, dim, 0, 2**62, way.stride)
                 source = self.graph.call_function(aten.slice.Tensor, args)
         return source
+
+
+def own_span(region: Region, node: fx.Node, grid: int) -> Spans:
+    """The positions of a map that patches have to themselves.
+
+    Raises ConversionError unless the grid divides the map, and so that patches lie where those of
+    the region's exit do.
+    """
+    place, exit_size = region.places[node], map_size(region.exit)
+    lengths = [int(value(node).shape[dim]) for dim in (place.rows, place.cols)]
+    if any(n % grid or m % grid or n % m for n, m in zip(lengths, exit_size, strict=True)):
+        raise ConversionError(
+            f"region {region.name!r}: statistics are taken over patches of {node.name}, a map of "
+            f"{lengths[0]}x{lengths[1]}, and the region's output is {exit_size[0]}x{exit_size[1]}: "
+            f"expected maps that grid={grid} divides, the one a multiple of the other. Choose "
+            "another grid, or a region that ends elsewhere"
+        )
+    strides = [n // m for n, m in zip(lengths, exit_size, strict=True)]
+    return tuple(Span(s, 0, s - 1) for s in strides)  # type: ignore[return-value]
 
 
 def _read(spans: Spans, ways: tuple[Window, Window]) -> Spans:

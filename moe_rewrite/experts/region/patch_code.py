@@ -1,4 +1,4 @@
-"""A region's code: for the whole map, and for isolated patches."""
+"""A region's code for the whole map, and what codes for patches share."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...analysis.conv_region import Region, map_size
+from ...analysis.conv_region import Region
 from ...errors import ConversionError
-from ...ir import patch_grid
 from ...ir.aten import value
 from ...ir.ops import argument, op, set_argument
 from ...ir.patch_grid import Table
 from ...ir.program import Code, Program
 
-aten = torch.ops.aten
 DRY = 2  # samples in a dry run: batch norm refuses to train on a single value
 
 
 @dataclass(frozen=True)
 class PatchCode:
-    """code(x, *outside, *weights): x (N, C, h, w) gathered patches -> (N, C', h', w').
+    """code(x, *taken, *tables, *weights): x (N, C, h, w) gathered patches -> (N, C', h', w').
 
     entry, exit: positions of the patches in the map that is read and in the one that is written.
-    outside: masks that the code takes, each (n, 1, h, w) bool, True outside the map.
+    tables: what the code takes for each patch of the grid: masks (n, 1, h, w) bool, True outside
+        the map, and positions (n, h * w) int64 in a map.
     macs: multiply-adds of one patch.
+    counts: the code takes the number of patches of each sample, over which it has statistics.
     """
 
     code: Code
     entry: Table
     exit: Table
-    outside: tuple[torch.Tensor, ...]
+    tables: tuple[torch.Tensor, ...]
     macs: int
+    counts: bool = False
 
 
 def weights_of(program: Program, region: Region) -> list[fx.Node]:
@@ -44,48 +45,20 @@ def weights_of(program: Program, region: Region) -> list[fx.Node]:
     return sorted(used - {region.entry}, key=order.__getitem__)
 
 
-def whole_code(
-    program: Program, region: Region, sizes: dict[fx.Node, int] | None = None, masked: bool = False
-) -> Code:
-    """code(x, *weights): the region as captured.
-
-    sizes: for nodes with a number of channels as an argument, the expert's number.
-    masked: return code(x, outside, *weights), which first sets x to zero outside.
-    """
+def whole_code(program: Program, region: Region) -> Code:
+    """code(x, *weights): the region as captured."""
     graph = fx.Graph()
-    entry = graph.placeholder("x")
-    outside = graph.placeholder("outside") if masked else None
-    copies = {n: graph.placeholder(n.name) for n in weights_of(program, region)}
-    copies[region.entry] = entry
-    if masked:
-        copies[region.entry] = graph.call_function(aten.masked_fill.Scalar, (entry, outside, 0.0))
+    copies = {region.entry: graph.placeholder("x")}
+    copies |= {n: graph.placeholder(n.name) for n in weights_of(program, region)}
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {}
-        resize(copies[node], node, sizes or {})
-    graph.output(copies[region.exit])
+    return code_of(graph, copies[region.exit])
+
+
+def code_of(graph: fx.Graph, made: fx.Node) -> Code:
+    graph.output(made)
     return Code(fx.GraphModule(torch.nn.Module(), graph))
-
-
-def isolated_code(
-    program: Program, region: Region, grid: int, sizes: dict[fx.Node, int],
-    weights: list[torch.Tensor],
-) -> PatchCode:  # fmt: skip
-    """The code of isolated patches: their borders are padded like the map's (pMoE, arXiv
-    2306.04073, section 3)."""
-    entry = patch_grid.patches(*map_size(region.entry), grid)
-    exit_ = patch_grid.patches(*map_size(region.exit), grid)
-    # the positions that pad a smaller patch belong to a neighbour: outside
-    outside = () if entry.inside is None else (~entry.inside.unsqueeze(1),)
-    code = whole_code(program, region, sizes, masked=bool(outside))
-    made, macs = dry_run(code, one_patch(region, entry, outside), weights, device_of(region))
-    if made != (exit_.rows, exit_.cols):
-        raise ConversionError(
-            f"region {region.name!r}: an isolated patch of {entry.rows}x{entry.cols} becomes "
-            f"{made[0]}x{made[1]}, and a patch of the region's output is {exit_.rows}x{exit_.cols}: "
-            "choose a grid that divides both maps, or halo=True"
-        )
-    return PatchCode(code, entry, exit_, outside, macs)
 
 
 def device_of(region: Region) -> torch.device:
@@ -93,20 +66,21 @@ def device_of(region: Region) -> torch.device:
 
 
 def one_patch(
-    region: Region, entry: Table, outside: tuple[torch.Tensor, ...]
-) -> list[torch.Tensor]:
+    region: Region, entry: Table, tables: tuple[torch.Tensor, ...], counts: bool = False
+) -> list[Any]:
+    """What a patch's code takes before weights, for DRY patches."""
     channels = int(value(region.entry).shape[1])
     dtype = value(region.entry).dtype
     x = torch.empty(DRY, channels, entry.rows, entry.cols, dtype=dtype, device="meta")
-    return [x, *(mask[:1].to("meta") for mask in outside)]
+    return [x, *([DRY] if counts else []), *(table[:1].to("meta") for table in tables)]
 
 
 def dry_run(
-    code: Code, given: list[torch.Tensor], weights: list[torch.Tensor], device: torch.device
+    code: Code, given: list[Any], weights: list[torch.Tensor], device: torch.device
 ) -> tuple[tuple[int, int], int]:
     """((height, width) of the code's output, multiply-adds of one sample), from DRY samples.
 
-    given, weights: inputs of the shapes and dtypes that the code takes.
+    given, weights: numbers, and inputs of the shapes and dtypes that the code takes.
     device: the model's, on which the code may create tensors.
     """
 
@@ -124,7 +98,10 @@ def dry_run(
     counting = Counting(code.module)
     try:
         with torch.no_grad(), FakeTensorMode():
-            fakes = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in (*given, *weights)]
+            fakes = [
+                torch.empty(t.shape, dtype=t.dtype, device=device) if hasattr(t, "shape") else t
+                for t in (*given, *weights)
+            ]
             out = counting.run(*fakes)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
