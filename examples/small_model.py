@@ -1,0 +1,27 @@
+"""A tiny Llama and random texts, so that the examples run anywhere; put your own in their place."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = 64
+
+
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=WORDS)).eval()
+
+
+def texts(count=16):
+    ids = torch.randint(1, WORDS, (count, 10), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row.clone()} for row in ids]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(WORDS - 1)} | {"[UNK]": WORDS - 1}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "w0", "eos_token": "w1"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
