@@ -8,41 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from .errors import ConfigError
+from .utils.checks import choose, is_int, is_number, named_dtype, require
 
 Granularity = Literal["token", "prefix", "sequence"]
-
-
-def require(ok: bool, what: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{what}={value!r}: expected {expected}")
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _choose(spec: object, name: str, *choices: str | None) -> None:
-    value = getattr(spec, name)
-    expected = " or ".join(map(repr, choices))
-    require(value in choices, f"{type(spec).__name__} {name}", value, expected)
-
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _named_dtype(spec: Any) -> None:
-    """Check a spec's dtype and store it by name, as saves do."""
-    name = str(spec.dtype).removeprefix("torch.")
-    require(
-        spec.dtype is None or name in DTYPES, f"{type(spec).__name__} dtype", spec.dtype,
-        f"None or one of {', '.join(DTYPES)}",
-    )  # fmt: skip
-    object.__setattr__(spec, "dtype", None if spec.dtype is None else name)
 
 
 @dataclass(frozen=True)
@@ -97,10 +65,10 @@ class TokenRouter:
     def __post_init__(self) -> None:
         k = self.top_k
         require(k is None or (is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
-        _choose(self, "granularity", "token", "prefix", "sequence")
-        _choose(self, "fit", "gradient", "analytic")
-        _choose(self, "gate", "selected", "all")
-        _choose(self, "policy", "token", "expert")
+        choose(self, "granularity", "token", "prefix", "sequence")
+        choose(self, "fit", "gradient", "analytic")
+        choose(self, "gate", "selected", "all")
+        choose(self, "policy", "token", "expert")
         if self.policy == "expert":
             plain = self.granularity == "token" and self.fit == "gradient" and k is None
             require(
@@ -172,9 +140,9 @@ class PatchRouter:
             n = getattr(self, name)
             ok = n is None or (is_int(n) and n >= low)
             require(ok, f"PatchRouter {name}", n, f"None or int >= {low}")
-        _choose(self, "gate", "selected", "all", "hard")
-        _choose(self, "scale", "mean-one", "paper")
-        _choose(self, "features", "flat", "pooled")
+        choose(self, "gate", "selected", "all", "hard")
+        choose(self, "scale", "mean-one", "paper")
+        choose(self, "features", "flat", "pooled")
         require(
             isinstance(self.normalize, bool), "PatchRouter normalize", self.normalize,
             "True or False",
@@ -231,7 +199,7 @@ class LoRAExperts:
     dtype: Any = None
 
     def __post_init__(self) -> None:
-        _named_dtype(self)
+        named_dtype(self)
         rank, alpha, sites = self.rank, self.alpha, self.sites
         require(is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
         require(is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
@@ -262,15 +230,25 @@ class FFNExperts:
     sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``); the
         report of ``convert(..., dry_run=True)`` lists the names.
     dtype: as for `LoRAExperts`.
+    router: ``"layer"``: every region has a router of its own, a linear map without bias on the
+        region's own input, as in Mixtral, Qwen-MoE, OLMoE and GLM-4-MoE. `convert`'s TokenRouter
+        gives `top_k`, `gate` (``"selected"`` is their norm_topk_prob) and `init`; it needs
+        normalize=False, base=False and its other options as they are. ``"cut"``: the one at the
+        cut serves them all. None: ``"layer"`` in mode "upcycle" unless a TokenRouter or
+        PatchRouter is passed, which then is the one at the cut; else ``"cut"``.
+    score: what a layer's router makes of its logits before the top k: ``"softmax"``, or
+        ``"sigmoid"`` (GLM-4-MoE).
     """
 
     num: int | None = None
     every: int = 1
     sites: str | tuple[str, ...] = "all"
     dtype: Any = None
+    router: Literal["cut", "layer"] | None = None
+    score: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
-        _named_dtype(self)
+        named_dtype(self)
         require(
             self.num is None or (is_int(self.num) and self.num >= 1),
             "FFNExperts num", self.num, "None or int >= 1",
@@ -284,6 +262,16 @@ class FFNExperts:
             self.sites == "all" or (named and len(self.sites) > 0),
             "FFNExperts sites", sites, "'all' or a list of endings of regions' names",
         )  # fmt: skip
+        require(
+            self.router in (None, "cut", "layer"), "FFNExperts router", self.router,
+            "None, 'cut' or 'layer'",
+        )  # fmt: skip
+        choose(self, "score", "softmax", "sigmoid")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether every region has a router of its own."""
+        return self.router == "layer"
 
     def refuses(self, region: str, following: int) -> str | None:
         """Why a region is not converted, or None. following: how many regions come after it."""
@@ -326,7 +314,7 @@ class RegionExperts:
     on_patches: ClassVar[bool] = True  # needs a PatchRouter
 
     def __post_init__(self) -> None:
-        _named_dtype(self)
+        named_dtype(self)
         if isinstance(self.region, list):
             object.__setattr__(self, "region", tuple(self.region))
         names = (self.region,) if isinstance(self.region, str) else self.region
@@ -337,8 +325,8 @@ class RegionExperts:
         require(isinstance(self.halo, bool), "RegionExperts halo", self.halo, "True or False")
         ok = is_number(self.width) and 0 < self.width <= 1
         require(ok, "RegionExperts width", self.width, "a share, 0 < width <= 1")
-        _choose(self, "combine", "sum", "concat")
-        _choose(self, "statistics", None, "patches")
+        choose(self, "combine", "sum", "concat")
+        choose(self, "statistics", None, "patches")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ class BoundGraph:
                 _advance(values, bound, run(bound, plan.active if plan else (), *taken))
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
         assert plan is not None  # something deep follows every cut
-        return outputs, plan, after
+        return outputs, self._complete(plan, [values[n] for _, n in self.emitted.layers]), after
 
     def _run_flat(
         self, leaves: list[Any], planner: Planner
@@ -134,7 +134,14 @@ class BoundGraph:
         given += [view.of(plan) for _, view in self.emitted.views]
         made = iter(flat.deep(given, plan.active))
         outputs = [next(made) if isinstance(o, str) else o.value for o in self.emitted.outputs]
-        return outputs, plan, after
+        return outputs, self._complete(plan, list(made)), after
+
+    def _complete(self, plan: Any, logits: list[Any]) -> Any:
+        """The plan with the logits of the layers that have routers of their own."""
+        if not self.emitted.layers:
+            return plan
+        names = (layer for layer, _ in self.emitted.layers)
+        return plan.after(dict(zip(names, logits, strict=True)))
 
     def _flat_code(self) -> FlatCode:
         if self.flat is None:

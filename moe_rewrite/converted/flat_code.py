@@ -24,8 +24,8 @@ Steps = Sequence[tuple[BlockModule, Bound]]
 
 class FlatCode:
     """shallow(leaves, ()) returns the values `carried`, which the router or the deep half reads;
-    deep(these and the plan's `views`, active experts) returns the outputs that are values. Each
-    clears the list that it is given."""
+    deep(these and the plan's `views`, active experts) returns the outputs that are values, then
+    the layers' logits. Each clears the list that it is given."""
 
     def __init__(self, steps: Steps, emitted: Emitted, leaves: Sequence[str]) -> None:
         self.blocks = list(dict.fromkeys(block for block, _ in steps))
@@ -37,6 +37,7 @@ class FlatCode:
         deep = [pair for pair in steps if pair[1].step.deep]
         shallow = [pair for pair in steps if not pair[1].step.deep]
         outputs = [o for o in emitted.outputs if isinstance(o, str)]
+        outputs += [name for _, name in emitted.layers]
         read = {emitted.cut, *(t.node for t in emitted.tables), *outputs}
         read |= {name for _, bound in deep for name in bound.step.takes}
         known = {*leaves, *(name for _, bound in shallow for name in bound.step.gives)}

@@ -59,8 +59,9 @@ class MoEModel(NotPickled, StateDict, Saving):
         self._checkpointing = False
         features = value(program.node(program.cut.node))
         router = make_router(
-            compiler.decisions.chosen, features.shape, self.device, program.cut.token_map
-        )
+            compiler.decisions.chosen, features.shape, self.device, program.cut.token_map,
+            recipe.experts.score if getattr(recipe.experts, "by_layer", False) else None,
+        )  # fmt: skip
         # parts of the model, beside the tree of names that owns the tensors
         self.__dict__.update(shallow=store.shallow, deep=store.deep, router=router)
         self._override = PlanOverride(router)
@@ -117,8 +118,10 @@ class MoEModel(NotPickled, StateDict, Saving):
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:
         """The RoutingPlan for these inputs; its gates are differentiable where grad is enabled.
 
-        Runs the shallow segment only.
+        Runs the shallow segment only, or all where every layer has a router of its own.
         """
+        if self.router.by_layer:
+            return self.with_plan(*args, **kwargs)[1]
         arguments, cache = self.normalized(args, kwargs)
         graph, leaves = self.graph_for(arguments)
         return graph.plan(leaves, self._planner(cache), self._override.features)[0]

@@ -67,7 +67,7 @@ class Report:
             mode=recipe.mode,
             split=f"block {program.cut.index} ({program.cut.label})",
             cut=program.cut.node,
-            router=str(decisions.router),
+            router=_router(recipe.experts, decisions.router),
             sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
             rejected=[(r.name, r.reason) for r in decisions.rejected],
             conditions=conditions_of(program.leaves(), program.relations).texts,
@@ -119,3 +119,14 @@ class Report:
         if self.lowered:
             parts.append(table(["sites", "how they are computed"], self._how()))
         return "\n".join(parts)
+
+
+def _router(experts: Any, router: Any) -> str:
+    """Text: the router, and where it is if not at the cut."""
+    if not getattr(experts, "by_layer", False):
+        return str(router)
+    kept = "of" if router.gate == "selected" else "before"
+    return (
+        f"one a layer, on its own input: {experts.score} {kept} the top {router.top_k or 'all'}, "
+        f"init={router.init}"
+    )

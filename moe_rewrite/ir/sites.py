@@ -101,6 +101,14 @@ class FeedForwardSite:
     def weights(self) -> tuple[str, ...]:
         return tuple(p.name for p in self.parts)
 
+    @property
+    def router(self) -> str:
+        """The part of an expert that is its row of the region's own router; no weight is called so."""
+        name = f"{self.name}.router"
+        while name in self.weights:
+            name += "_"
+        return name
+
 
 @dataclass(frozen=True)
 class HeadSite:

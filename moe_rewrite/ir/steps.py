@@ -49,6 +49,7 @@ class Emitted:
         if it is a size): numbers, or expressions of symbolic sizes.
     numerics: (pass, declared numerics).
     computed: dtypes of the floats that the graph computes.
+    layers: (layer, name of the value) of the logits of layers that have routers of their own.
     """
 
     steps: tuple[Step, ...]
@@ -61,6 +62,7 @@ class Emitted:
     sizes: dict[str, tuple[tuple[Any, ...], ...]]
     numerics: tuple[tuple[str, Numerics], ...]
     computed: frozenset[torch.dtype]
+    layers: tuple[tuple[str, str], ...] = ()
 
 
 def narrowed(step: Step, wanted: set[str]) -> Step:

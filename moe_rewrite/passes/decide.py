@@ -64,6 +64,9 @@ def _is_named(depth: DepthMap, label: str, asked: int | float | str) -> bool:
 
 def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> RouterSpec:
     assert program.cut is not None
+    if getattr(recipe.experts, "by_layer", False):  # it reads no features at the cut
+        assert recipe.router is not None
+        return recipe.router
     features = value(program.node(program.cut.node))
     causal = features.ndim == 3 and _causal(program, host, arguments, recipe)
     default = UPCYCLE if recipe.mode == "upcycle" else None

@@ -17,6 +17,7 @@ from ..ir.ops import alias_root, mutated, output_of
 from ..ir.program import Code, Program, routing_plan
 from ..ir.steps import Emitted, Step, _Constant
 from ..ir.structural_key import structural_key
+from ..routing.layer_plan import layer_logits
 from ..routing.plan_views import view_plan
 
 
@@ -41,6 +42,8 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     for name in (program.cut.node, *(t.node for t in program.cut.tables)):  # the router reads them
         node = program.node(name)
         last_use[node] = max(last_use.get(node, 0), _first_deep(parts))
+    layers = tuple(program.graph.find_nodes(op="call_function", target=layer_logits))
+    last_use |= dict.fromkeys(layers, len(parts))  # the plan keeps them
     steps = tuple(
         _step(program, i, name, deep, nodes, owner, last_use, order, codes)
         for i, (name, deep, nodes) in enumerate(parts)
@@ -56,7 +59,13 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     return Emitted(
         steps, program.cut.node, program.cut.mask, program.cut.tables, views, outputs, program.constants, sizes,
         program.numerics, _computed(program.graph),
+        tuple((_layer_of(n), n.name) for n in layers),
     )  # fmt: skip
+
+
+def _layer_of(logits: fx.Node) -> str:
+    view: Any = logits.args[0]
+    return view.args[1].layer
 
 
 def _computed(graph: fx.Graph) -> frozenset[torch.dtype]:

@@ -19,12 +19,13 @@ from ..ir.aten import value
 from ..ir.gate_layout import GateLayout
 from ..ir.program import Numerics, Program
 from ..ir.sites import FeedForwardSite, Found, Part, Rejection
-from ..routing.plan_views import SortedGates
+from ..routing.layer_plan import layer_gates, layer_logits
+from ..routing.plan_views import LayerGates, SortedGates
 from .base import Decisions, Pass, sites_to_convert
 from .split import segments
 from .wiring import expert_input, plan_view
 
-Use = tuple[FeedForward, GateLayout]
+Use = tuple[FeedForward, GateLayout | None]  # no layout: the region routes its rows itself
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class FindFeedForwards(Pass):
         sites: dict[FeedForwardSite, list[Use]] = {}
         for number, (name, regions) in enumerate(uses.items()):
             reason = self.experts.refuses(name, len(uses) - 1 - number)
-            laid = [_layout(layouts, region) for region in regions]
+            laid = [None if self.experts.by_layer else _layout(layouts, r) for r in regions]
             reason = reason or next((x for x in laid if isinstance(x, str)), None)
             if reason is not None:
                 rejected[name] = reason
             else:
                 site = _site(program, name, regions[0])
                 sites[site] = [
-                    (r, x) for r, x in zip(regions, laid, strict=True) if isinstance(x, GateLayout)
+                    (r, x) for r, x in zip(regions, laid, strict=True) if not isinstance(x, str)
                 ]
         return sites, rejected
 
@@ -102,9 +103,11 @@ class InsertFeedForward(Pass):
     approximate.
 
     sums_to_one: whether they do.
+    by_layer: every region has a router of its own.
     """
 
     sums_to_one: bool
+    by_layer: bool = False
     name = "insert experts"
 
     @property
@@ -116,13 +119,18 @@ class InsertFeedForward(Pass):
         sites = sites_to_convert(program, decisions)
         moved: dict[fx.Node, fx.Node] = {}  # exit -> the call that replaces it
         for site, uses in sites.items():
-            parts = {p.name: expert_input(program, inputs, site.name, p.name) for p in site.parts}
-            for region, layout in uses:
-                gates = plan_view(program, SortedGates(layout, base=True))
+            names = [p.name for p in site.parts] + [site.router] * self.by_layer
+            parts = {name: expert_input(program, inputs, site.name, name) for name in names}
+            for number, (region, layout) in enumerate(uses):
+                entry = moved.get(region.entry, region.entry)
+                if layout is None:
+                    layer = f"{site.name}.{number + 1}" if number else site.name
+                    gates = _routed(program, region, entry, layer, parts[site.router])
+                else:
+                    gates = plan_view(program, SortedGates(layout, base=True))
                 own = tuple(parts.get(program.inputs[w.name].name) for w in region.weights)
                 call = FeedForwardCall(region, _widths(region), value(region.exit).ndim)
-                with graph.inserting_after(region.exit):
-                    entry = moved.get(region.entry, region.entry)
+                with graph.inserting_after(region.exit if layout is not None else gates):
                     given: Any = (entry, gates, tuple(region.weights), own)
                     routed = graph.call_function(call, given)
                 routed.meta = dict(region.exit.meta)
@@ -132,3 +140,15 @@ class InsertFeedForward(Pass):
                     if not node.users:
                         graph.erase_node(node)
         return self.done(program, inputs=inputs, sites=tuple(sites), found=None)
+
+
+def _routed(
+    program: Program, region: FeedForward, entry: fx.Node, layer: str, rows: fx.Node
+) -> fx.Node:
+    """The node of the gates that the region's own router makes of its input."""
+    view: Any = plan_view(program, LayerGates(layer))
+    with program.graph.inserting_after(region.exit):
+        given = (view, entry, rows, region.channels)
+        logits = program.graph.call_function(layer_logits, given)
+    with program.graph.inserting_after(logits):
+        return program.graph.call_function(layer_gates, (view, logits))

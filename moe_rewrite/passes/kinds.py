@@ -9,12 +9,17 @@ from abc import ABC, abstractmethod
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
+<<<<<<< HEAD
 import torch
 
 from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec
+=======
+from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec, TokenRouter
+>>>>>>> f2d1cf3 (Upcycled feed-forwards have a router a layer, as the standard mixtures of experts)
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.copies import CopiedParameters
+from ..experts.ffn.routed_copies import RoutedCopies
 from ..experts.head import HeadColumns
 from ..experts.lora.parameters import LoRAParameters
 from ..ir.program import Program
@@ -25,7 +30,7 @@ from .insert_feedforward import FindFeedForwards, InsertFeedForward
 from .insert_lora import InsertLoRA
 from .insert_region import FindRegion, InsertRegion
 from .lower import Choice, LowerFeedForward, LowerLoRA
-from .recipe import EXPERTS, Recipe
+from .recipe import EXPERTS, Recipe, gates_sum_to_one
 
 Fresh = Literal["as routed", "everything", "no experts"]
 
@@ -154,20 +159,24 @@ class _FeedForward(ExpertKind):
         return FindFeedForwards(recipe.experts)
 
     def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
-        return InsertFeedForward(router.sums_to_one)
+        return InsertFeedForward(gates_sum_to_one(recipe.experts, router), recipe.experts.by_layer)
 
     def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
         return (LowerFeedForward(_choice(recipe, router)),)
 
     def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        if recipe.experts.by_layer:
+            assert isinstance(recipe.router, TokenRouter)
+            return RoutedCopies(site, recipe.router.init)
         return CopiedParameters(site, stackable=True)
 
     def words(self, recipe: Recipe) -> str:
         count = recipe.num_experts
-        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward"
+        router = " and a router" if recipe.experts.by_layer else ""
+        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward{router}"
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
-        return "as routed" if router.sums_to_one else "no experts"
+        return "as routed" if gates_sum_to_one(recipe.experts, router) else "no experts"
 
 
 class _Region(ExpertKind):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ..config import (
@@ -46,8 +46,14 @@ class Recipe:
             **{k: saved[k] for k in plain},
             backend=saved.get("backend", "auto"),
             router=_of_kind(saved["router"], TokenRouter, PatchRouter),
-            experts=_of_kind(saved["experts"], *EXPERTS.values()),
+            experts=_of_kind(_as_now(saved["experts"]), *EXPERTS.values()),
         )
+
+
+def gates_sum_to_one(experts: Experts, router: RouterSpec) -> bool:
+    """Whether the gates of every row do."""
+    sigmoid = getattr(experts, "score", "softmax") == "sigmoid"
+    return router.sums_to_one and (not sigmoid or getattr(router, "gate", "") == "selected")
 
 
 def require_trainable(router: RouterSpec | None) -> None:
@@ -70,6 +76,11 @@ def _with_kind(spec: Any) -> dict[str, Any]:
     return {"kind": type(spec).__name__, **asdict(spec)}
 
 
+def _as_now(experts: dict[str, Any]) -> dict[str, Any]:
+    """Saves of versions without a router a layer do not say where their router is: at the cut."""
+    return {"router": "cut"} | experts if experts["kind"] == FFNExperts.__name__ else experts
+
+
 def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
     by_name = {k.__name__: k for k in kinds}
     return by_name[saved["kind"]](**{k: v for k, v in saved.items() if k != "kind"})
@@ -82,6 +93,7 @@ MODES = ("pmoe", "upcycle")
 UPCYCLE = TokenRouter(
     top_k=2, base=False, init=0.5
 )  # random, or all rows would go to the first two
+BY_LAYER = TokenRouter(top_k=2, base=False, normalize=False, init=0.5)
 BACKENDS = ("auto", "reference", "dense", "grouped")
 
 
@@ -118,6 +130,14 @@ def make_recipe(
         "FFNExperts(...) with mode='upcycle'",
     )  # fmt: skip
     spec = UPCYCLE if upcycle and router == "token" else spec
+    if isinstance(experts, FFNExperts):
+        where = experts.router or ("layer" if upcycle and router in ("auto", "token") else "cut")
+        experts = replace(experts, router=where)
+        spec = _router_of_layers(router, experts) if experts.by_layer else spec
+        require(
+            experts.by_layer or experts.score == "softmax", "FFNExperts score", experts.score,
+            "'softmax' with a router at the cut; FFNExperts(router='layer') has 'sigmoid' too",
+        )  # fmt: skip
     if getattr(experts, "on_patches", False):
         require(
             not isinstance(spec, TokenRouter), "router", router,
@@ -129,3 +149,29 @@ def make_recipe(
         count = getattr(experts, "num", None) or (8 if upcycle else 1)
     require(is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
     return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]
+
+
+def _router_of_layers(router: str | RouterSpec, experts: FFNExperts) -> TokenRouter:
+    """The TokenRouter that every region has. Raises ConfigError for one that only works at the cut."""
+    if isinstance(router, str):
+        require(
+            router in ("auto", "token"), "router", router,
+            "'auto', 'token' or a TokenRouter with FFNExperts(router='layer')",
+        )  # fmt: skip
+        return BY_LAYER
+    require(
+        isinstance(router, TokenRouter), "router", router,
+        "a TokenRouter with FFNExperts(router='layer'); patches are chosen at the cut only, with "
+        "FFNExperts(router='cut')",
+    )  # fmt: skip
+    free = {name: getattr(router, name) for name in ("top_k", "gate", "init")}
+    plain = replace(BY_LAYER, **free)
+    odd = [f.name for f in fields(plain) if getattr(router, f.name) != getattr(plain, f.name)]
+    for name in odd[:1]:
+        require(
+            False, f"TokenRouter {name}", getattr(router, name),
+            f"{getattr(plain, name)!r} with FFNExperts(router='layer'), whose routers are linear "
+            "maps of each row; a router with other features is at the cut, with "
+            "FFNExperts(router='cut')",
+        )  # fmt: skip
+    return plain

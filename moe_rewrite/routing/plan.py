@@ -31,6 +31,7 @@ class RoutingPlan:
     grid: patches along each side; 0 without patches.
     top_k: most experts, the frozen model included, that a row goes to; None: no bound.
     logits: (*rows, [1 +] E) fp32 logits of a token gate, the frozen model's first; else None.
+    score: ``"softmax"`` or ``"sigmoid"``, what makes probabilities of the logits.
     """
 
     active: tuple[int, ...]
@@ -43,6 +44,7 @@ class RoutingPlan:
     grid: int = 0
     top_k: int | None = None
     logits: torch.Tensor | None = None
+    score: str = "softmax"
 
     @property
     def gates(self) -> torch.Tensor:
@@ -58,7 +60,8 @@ class RoutingPlan:
         """``E sum_e f_e p_e`` over the E active outputs: 1 where rows are spread evenly over them.
 
         f_e is the share of the rows' choices that went to e, p_e its mean probability (Switch
-        Transformer, arXiv 2101.03961, equation 4, here for any number of choices).
+        Transformer, arXiv 2101.03961, equation 4, here for any number of choices; sigmoid scores
+        are divided by their sum, as in DeepSeek-V3, arXiv 2412.19437, equation 19).
         mask: (B, S), nonzero for rows that count; used if rows are (B, S).
         Raises InputError for a plan of patches.
         """
@@ -66,7 +69,7 @@ class RoutingPlan:
         gates = self.weights if self.base is None else torch.cat([self.base, self.weights], -1)
         chosen = (gates != 0) * count
         shares = chosen.flatten(0, -2).sum(0) / chosen.sum()
-        mean = (logits.softmax(-1) * count).flatten(0, -2).sum(0) / count.sum()
+        mean = (self._probabilities(logits) * count).flatten(0, -2).sum(0) / count.sum()
         return logits.shape[-1] * (shares * mean).sum()
 
     def z_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,6 +77,12 @@ class RoutingPlan:
         2202.08906, equation 5). mask, errors: as for `load_balance_loss`."""
         logits, count = self._token_logits(), self._counted(mask)
         return (logits.logsumexp(-1, keepdim=True).square() * count).sum() / count.sum()
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.score == "softmax":
+            return logits.softmax(-1)
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
 
     def _token_logits(self) -> torch.Tensor:
         if self.logits is None:

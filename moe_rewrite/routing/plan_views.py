@@ -9,6 +9,7 @@ import torch
 
 from ..ir.gate_layout import GateLayout
 from .dispatch import RowGates
+from .layer_plan import LayerPlan, LayerView
 from .plan import RoutingPlan
 
 
@@ -73,9 +74,19 @@ class ClassGates:
         return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
 
 
-PlanView = ScaledGates | SortedGates | WholePlan | ClassGates
+@dataclass(frozen=True)
+class LayerGates:
+    """For a region with a router of its own. layer: its name in `LayerPlan.logits`."""
+
+    layer: str
+
+    def of(self, plan: LayerPlan) -> LayerView:
+        return plan.view(self.layer)
 
 
-def view_plan(plan: RoutingPlan, view: PlanView) -> Any:
+PlanView = ScaledGates | SortedGates | WholePlan | ClassGates | LayerGates
+
+
+def view_plan(plan: RoutingPlan | LayerPlan, view: PlanView) -> Any:
     """Target of a view's node. Emitting removes the node: a model makes each view once a call."""
-    return view.of(plan)
+    return view.of(plan)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ class Router(nn.Module):
     active: torch.Tensor
     pending: torch.Tensor
     by_row = False  # rows choose their experts
+    by_layer = False  # every layer has a router of its own, this one only says which experts are on
     biased = False  # each row of parameters ends in a bias
     mixes_rows = False  # a row's gates depend on other rows of its sample
     keeps_state = False  # a row's gates depend on the rows before it, through a state

@@ -11,6 +11,7 @@ import torch
 
 from ..config import PatchRouter, RouterSpec, TokenRouter
 from ..errors import ConfigError
+from .layer_router import LayerRouter
 from .patch_gate import PatchGate
 from .ridge_gate import AnalyticGate
 from .router import Router
@@ -94,10 +95,14 @@ def _fit_patches(
 
 def make_router(
     spec: RouterSpec, features: Sequence[Any], device: torch.device,
-    token_map: tuple[int, int] | None = None,
+    token_map: tuple[int, int] | None = None, of_layers: str | None = None,
 ) -> Router:  # fmt: skip
     """features: shape of the value at the cut, with fixed sizes where patches are routed.
-    token_map: (H, W) of the map that became its tokens."""
+    token_map: (H, W) of the map that became its tokens.
+    of_layers: the score of the layers' routers, where every layer has one."""
+    if of_layers is not None:
+        assert isinstance(spec, TokenRouter)
+        return LayerRouter(spec, of_layers, device)
     if isinstance(spec, TokenRouter):
         pooled = len(features) > 3
         width = features[1] * spec.pool ** (len(features) - 2) if pooled else features[-1]

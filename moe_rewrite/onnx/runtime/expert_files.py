@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
+from ...passes.recipe import gates_sum_to_one
 from ...utils.atomic_files import replace_file
 from ...utils.read_files import parse_json, require_finite, require_plain, shown
 from ...utils.seal import require_seal, sealed
@@ -131,9 +132,15 @@ def export_adapter(
     router.require_rows("export_adapter")
     functional = FunctionalModel(moe, example_inputs, open_experts=True)
     functional.require_open()
-    alone = torch.zeros(1, router.size)
-    alone[0, -1] = ALONE
-    tensors = tensors_of(moe, functional.graph, (index,), open_experts=True)[0] | {ROWS: alone}
+    tensors = tensors_of(moe, functional.graph, (index,), open_experts=True)[0]
+    if not router.by_layer:
+        tensors[ROWS] = torch.zeros(1, router.size)
+        tensors[ROWS][0, -1] = ALONE
+    elif not gates_sum_to_one(moe.recipe.experts, router.spec):
+        raise ConfigError(
+            "export_adapter: the gates of these layers do not sum to one, so a single expert does "
+            "not have gate 1; use export_experts()"
+        )
     arrays = {key: tensors[key].cpu().contiguous().numpy() for key in functional.stacks}
     parameters = {key: ort.OrtValue.ortvalue_from_numpy(a) for key, a in arrays.items()}
     made = ort.AdapterFormat()

@@ -49,7 +49,7 @@ def tensors_of(
             dim = (0, 1) if apart else site.expert_dim(part)
             if active and dim is not None:
                 stacks[base + part] = ExpertDim(*dim)
-    if active:
+    if active and not moe.router.by_layer:
         tensors[ROWS] = moe.router.stacked(active).detach()
         stacks[ROWS] = ExpertDim(0, 1)
     if any(isinstance(v, list) and v for v in experts.values()):

@@ -1,0 +1,67 @@
+"""The router of a model whose layers route: it says which experts are on, and nothing more.
+
+The parameters of the layers' routers are with their experts (`experts.ffn.routed_copies`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import TokenRouter
+from .layer_plan import GateRule, LayerPlan
+from .packed_rows import RowMask
+from .router import GivenRows, Router
+
+
+class LayerRouter(Router):
+    """Flags of the experts, without rows.
+
+    before[e]: (e, 2), flags just before expert e was added.
+    """
+
+    by_row = by_layer = True
+
+    def __init__(self, spec: TokenRouter, score: str, device: torch.device) -> None:
+        super().__init__(spec, 0, device)
+        self.rule = GateRule(spec.top_k, spec.gate == "selected", score)
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    def needs_one(self) -> bool:
+        return True
+
+    def add(self, count: int, active: bool) -> list[nn.Parameter]:
+        for _ in range(count):
+            flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
+            self.before.append(nn.Parameter(flags, requires_grad=False))
+            self.active = torch.cat([self.active, torch.tensor([active])])
+            self.pending = torch.cat([self.pending, torch.tensor([not active])])
+        return []
+
+    def remove_last(self) -> None:
+        record = self.before[-1]
+        self.before = self.before[:-1]
+        if record.is_meta:
+            self.active, self.pending = self.active[:-1], self.pending[:-1]
+            return
+        flags = record.bool().cpu()
+        self.active, self.pending = flags[:, 0].clone(), flags[:, 1].clone()
+
+    def forward(  # type: ignore[override]
+        self, features: torch.Tensor, mask: RowMask, state: Any,
+        given: GivenRows | None = None,
+    ) -> tuple[LayerPlan, None]:  # fmt: skip
+        active = self.active_indices() if given is None else given.active
+        spare = (self.spec.top_k or 0) if given is not None and given.open else 0
+        return LayerPlan(active, len(self), self.rule, spare=spare), None
+
+    def without_experts(self, features: torch.Tensor) -> LayerPlan:  # type: ignore[override]
+        return LayerPlan((), len(self), self.rule)
+
+    def one_expert(self, features: torch.Tensor, expert: int) -> LayerPlan:  # type: ignore[override]
+        """Every row of every layer goes to one expert, with gate 1."""
+        return LayerPlan((expert,), len(self), self.rule, alone=True)
