@@ -72,8 +72,8 @@ def convert(
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
     mode: ``"pmoe"``: progressive experts and one router, at the cut (PMoE, arXiv 2407.21571);
-        ``"upcycle"``: copies of each feed-forward region after the cut, two of them for each row
-        (sparse upcycling, arXiv 2212.05055).
+        ``"upcycle"``: copies of each feed-forward region after the cut, and a router for each that
+        takes two of them for a row (sparse upcycling, arXiv 2212.05055).
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
         ``"auto"`` (half of the FLOPs). Blocks 0..split-1 are shallow, and frozen.
     router: ``"auto"``, ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter. ``"auto"`` routes

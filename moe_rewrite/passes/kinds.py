@@ -9,13 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
-<<<<<<< HEAD
 import torch
 
-from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec
-=======
 from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec, TokenRouter
->>>>>>> f2d1cf3 (Upcycled feed-forwards have a router a layer, as the standard mixtures of experts)
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.copies import CopiedParameters

@@ -71,14 +71,14 @@ class LayerView:
     active: indices of the experts that are on; without any the dense region runs.
     rule: how its logits become gates.
     logits: those to use instead of its own router's; None: its own.
-    alone: every row goes to the one expert that is on, with gate 1.
+    fixed: gates of the active experts, which every row has; None: the rule's.
     spare: as for `GateRule.gates`.
     """
 
     active: tuple[int, ...]
     rule: GateRule
     logits: torch.Tensor | None = None
-    alone: bool = False
+    fixed: tuple[float, ...] | None = None
     spare: int = 0
 
 
@@ -105,8 +105,9 @@ def layer_gates(view: LayerView, logits: torch.Tensor | None) -> RowGates | None
     """Target of a node: the gates of a layer's rows; None runs the dense region."""
     if logits is None:
         return None
-    if view.alone:
-        return RowGates(torch.ones_like(_wide(logits)), 1, base=False)
+    if view.fixed is not None:
+        given = _wide(logits).new_tensor(view.fixed).expand(logits.shape).contiguous()
+        return RowGates(given, len(view.fixed), base=False)
     gates, k = view.rule.gates(logits, view.spare)
     return RowGates(gates, k, base=False)
 
@@ -119,7 +120,7 @@ class LayerPlan:
     active: indices of the active experts, in order.
     num_experts: number of all experts, inactive ones included.
     rule: how logits become gates.
-    alone, spare: see LayerView.
+    fixed, spare: see LayerView.
     logits: of each layer that ran, (..., E), by the name of its region; a region that runs twice
         has a number after its name.
     """
@@ -127,7 +128,7 @@ class LayerPlan:
     active: tuple[int, ...]
     num_experts: int
     rule: GateRule
-    alone: bool = False
+    fixed: tuple[float, ...] | None = None
     spare: int = 0
     logits: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -140,7 +141,7 @@ class LayerPlan:
 
     @cached_property
     def _view(self) -> LayerView:
-        return LayerView(self.active, self.rule, None, self.alone, self.spare)
+        return LayerView(self.active, self.rule, None, self.fixed, self.spare)
 
     def view(self, layer: str) -> LayerView:
         """Layers without given logits get one object, so that alike ones are exported once."""
@@ -153,7 +154,7 @@ class LayerPlan:
         return {name: self._of_layer(logits) for name, logits in self.logits.items()}
 
     def _of_layer(self, logits: torch.Tensor) -> RoutingPlan:
-        gates = layer_gates(LayerView(self.active, self.rule, alone=self.alone), logits)
+        gates = layer_gates(LayerView(self.active, self.rule, fixed=self.fixed), logits)
         assert gates is not None
         return RoutingPlan(
             self.active, gates.gates, None, self.num_experts, tuple(logits.shape[:-1]),

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import TokenRouter
 from .layer_plan import GateRule, LayerPlan
 from .packed_rows import RowMask
-from .router import GivenRows, Router
+from .router import GivenRows, Router, without
 
 
 class LayerRouter(Router):
@@ -42,6 +42,11 @@ class LayerRouter(Router):
             self.pending = torch.cat([self.pending, torch.tensor([not active])])
         return []
 
+    def remove(self, index: int) -> None:
+        keep = [e for e in range(len(self)) if e != index]
+        self.before = without(self.before, index)
+        self.active, self.pending = self.active[keep].clone(), self.pending[keep].clone()
+
     def remove_last(self) -> None:
         record = self.before[-1]
         self.before = self.before[:-1]
@@ -62,6 +67,10 @@ class LayerRouter(Router):
     def without_experts(self, features: torch.Tensor) -> LayerPlan:  # type: ignore[override]
         return LayerPlan((), len(self), self.rule)
 
-    def one_expert(self, features: torch.Tensor, expert: int) -> LayerPlan:  # type: ignore[override]
-        """Every row of every layer goes to one expert, with gate 1."""
-        return LayerPlan((expert,), len(self), self.rule, alone=True)
+    def fixed_gates(  # type: ignore[override]
+        self, features: torch.Tensor, gates: dict[int, float]
+    ) -> LayerPlan:
+        """The plan that gives every row of every layer to these experts with these gates."""
+        active = tuple(sorted(gates))
+        fixed = tuple(gates[e] for e in active)
+        return LayerPlan(active, len(self), self.rule, fixed=fixed)

@@ -28,6 +28,14 @@ class GivenRows:
     open: bool
 
 
+def without(before: nn.ParameterList, index: int) -> nn.ParameterList:
+    """Records of what was before each expert was added, (e, ...), without one of the experts."""
+    kept = [record.detach() for e, record in enumerate(before) if e != index]
+    for e in range(index, len(kept)):
+        kept[e] = torch.cat([kept[e][:index], kept[e][index + 1 :]])
+    return nn.ParameterList(nn.Parameter(record, requires_grad=False) for record in kept)
+
+
 class Router(nn.Module):
     """One row of fp32 parameters per expert, which stay fp32 when the model is cast.
 
@@ -97,12 +105,8 @@ class Router(nn.Module):
         """Remove a row, and its values from the records of the rows that were added later; the
         other rows and flags are not touched."""
         keep = [e for e in range(len(self.rows)) if e != index]
-        for e in range(index + 1, len(self.before)):
-            record = self.before[e]
-            rest = torch.cat([record[:index], record[index + 1 :]])
-            self.before[e] = nn.Parameter(rest, requires_grad=False)
         self.rows = nn.ParameterList([self.rows[e] for e in keep])
-        self.before = nn.ParameterList([self.before[e] for e in keep])
+        self.before = without(self.before, index)
         self.active, self.pending = self.active[keep].clone(), self.pending[keep].clone()
 
     def set_active(self, index: int, on: bool) -> None:

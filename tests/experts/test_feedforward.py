@@ -232,7 +232,7 @@ def test_upcycling_trains_everything_and_comes_back_from_disk(tmp_path):
 
 
 def test_routing_losses_are_their_definitions():
-    moe = convert(Net(Plain).eval(), num_experts=4)
+    moe = convert(Net(Plain).eval(), num_experts=4, experts=FFNExperts(router="cut"))
     plan = moe.route(inputs(5, 9))
     p = plan.logits.softmax(-1).reshape(-1, 4)
     top = p.topk(2).indices

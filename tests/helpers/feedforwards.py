@@ -126,10 +126,16 @@ BASE = {
 CHOICE = {"router": TokenRouter(policy="expert", base=False, init=1.0), "num_experts": 3}
 
 
+LAYERS = {"experts": FFNExperts(router="layer"), "num_experts": 4}
+SIGMOID = {"experts": FFNExperts(router="layer", score="sigmoid"), "num_experts": 4}
+
+
 def made(given, *bodies):
-    """A converted model whose expert 1 gets no row, unless experts choose."""
+    """A converted model whose expert 1 gets no row, unless experts choose or layers route."""
     moe = convert(Net(*bodies).eval(), verify=False, **given)
     randomize(moe)
+    if given is LAYERS or given is SIGMOID:
+        return moe
     if given is not CHOICE:
         with torch.no_grad():
             moe.router.rows[1][-1] = -50.0

@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from feedforwards import BASE, BODIES, CHOICE, RAW, TOP2, Gated, Net, Tanh, convert, inputs, made
+from feedforwards import (
+    BASE,
+    BODIES,
+    CHOICE,
+    LAYERS,
+    RAW,
+    SIGMOID,
+    TOP2,
+    Gated,
+    Net,
+    Tanh,
+    convert,
+    inputs,
+    made,
+)  # fmt: skip
 from reference import randomize
 from sweeps import some
 
@@ -48,8 +62,32 @@ def test_file_is_the_model(lowering, given, bodies, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [TOP2, pytest.param(BASE, marks=pytest.mark.sweep)], ids=["top2", "base"]
-)
+    "lowering,given,bodies",
+    [
+        ("contrib", LAYERS, (Gated, Tanh)), ("sparse", SIGMOID, (Gated, Tanh)),
+        pytest.param("sparse", LAYERS, BODIES, marks=pytest.mark.sweep),
+        pytest.param("dense", LAYERS, (Gated,), marks=pytest.mark.sweep),
+        pytest.param("contrib", SIGMOID, (Tanh,), marks=pytest.mark.sweep),
+    ],
+)  # fmt: skip
+def test_layers_that_route_are_in_the_file(lowering, given, bodies, tmp_path):
+    moe, path = made(given, *bodies), tmp_path / "m.onnx"
+    report = moe_rewrite.export_onnx(moe, path, lowering=lowering, example_inputs=inputs(2, 6))
+    assert report.max_error < 1e-5
+    fused = report.operators.get("com.microsoft::MoE", 0)
+    assert fused == (len(bodies) if lowering == "contrib" else 0)
+    loaded = moe_rewrite.onnx.load(path)
+    for batch, length in ((1, 1), (3, 11)):
+        x = inputs(batch, length, seed=length)
+        torch.testing.assert_close(loaded(x=x)["output"], moe(x), rtol=1e-5, atol=1e-5)
+    chosen = {tuple(e) for p in moe.route(x).layers.values() for e in p.gates.nonzero()[:, 2:]}
+    assert len(chosen) > 2
+
+
+@pytest.mark.parametrize(
+    "given", [TOP2, LAYERS, pytest.param(BASE, marks=pytest.mark.sweep)],
+    ids=["top2", "layers", "base"],
+)  # fmt: skip
 def test_open_experts_are_replaced_by_more_of_them(given, tmp_path):
     """A file of experts alone, and one expert as an adapter, for a model that is deployed."""
     moe, path = made(given, Gated), tmp_path / "m.onnx"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...ir.sites import FeedForwardSite
+from ...routing.router import without
 from ..copies import CopiedParameters
 
 
@@ -41,10 +42,16 @@ class RoutedCopies(CopiedParameters):
         self.rows.append(nn.Parameter(row))
         return [*super().add(dense), self.rows[-1]]
 
+    def remove(self, index: int) -> None:
+        super().remove(index)
+        self.rows = nn.ParameterList(r for e, r in enumerate(self.rows) if e != index)
+        self.before = without(self.before, index)
+
     def remove_last(self) -> None:
+        """The rows are bitwise what they were before this expert was added."""
+        record, kept = self.before[-1], len(self.rows) - 1
         super().remove_last()
-        record = self.before[-1]
-        self.rows, self.before = self.rows[:-1], self.before[:-1]
+        self.rows, self.before = self.rows[:kept], self.before[:kept]
         with torch.no_grad():
             for row, old in zip(self.rows, record, strict=True):
                 row.copy_(old)
