@@ -1,5 +1,7 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
+from typing import Any
+
 from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, inspect, load
 from .converted.model import MoEModel
@@ -23,3 +25,11 @@ __all__ = [
     "load",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RoutingCallback":  # imports transformers
+        from .frontend.trainer_callback import RoutingCallback
+
+        return RoutingCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

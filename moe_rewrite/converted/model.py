@@ -20,6 +20,7 @@ from ..passes.pipeline import Compiler
 from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 from ..routing.select import make_router
+from ..routing.statistics import RoutingStatistics
 from .block_module import BlockRun
 from .bound_graph import BoundGraph
 from .dense_reference import DenseReference
@@ -38,6 +39,7 @@ class MoEModel(NotPickled, StateDict, Saving):
 
     Its modules have the original's names, and below `moe_rewrite` what conversion added; `shallow`,
     `router` and `deep` are its parts, over the same tensors. `report` says what was converted.
+    Each of `watchers` is shown the plans of training.
     """
 
     shallow: BlockRun
@@ -57,6 +59,7 @@ class MoEModel(NotPickled, StateDict, Saving):
             store.unfreeze()
         self._store = store
         self._checkpointing = False
+        self.watchers: list[RoutingStatistics] = []
         features = value(program.node(program.cut.node))
         router = make_router(
             compiler.decisions.chosen, features.shape, self.device, program.cut.token_map,
@@ -113,6 +116,9 @@ class MoEModel(NotPickled, StateDict, Saving):
             start, stop = graph.cache_at
             cache.fill(outputs[start:stop], after)
             outputs = [*outputs[:start], cache.cache, *outputs[stop:]]
+        if self.watchers and self.training:
+            for watcher in self.watchers:
+                watcher.add(plan, arguments.get(graph.emitted.mask or ""))
         return pytree.tree_unflatten(outputs, graph.out_spec), plan
 
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import ConversionError
+from .kv_cache import CACHE
 from .model_class import class_like
 
 
@@ -49,8 +51,8 @@ class Pretrained(PreTrainedModel):
 
     @property
     def base_model(self) -> Any:
-        """The model itself: its parts do not run alone."""
-        return self
+        """The model without its head, for losses that compute the logits themselves (TRL)."""
+        return Backbone(self) if self.host.module.base_model is not self.host.module else self
 
     # -- nothing to do ---------------------------------------------------------------------------
 
@@ -90,6 +92,35 @@ class Pretrained(PreTrainedModel):
         raise ConversionError(
             "a converted model is read by moe_rewrite.load(folder, model), with the dense model"
         )
+
+
+class Backbone:
+    """A converted model up to its last hidden states; its attributes are the model's.
+
+    The graph is the whole model's: where the model can compute few logits, it computes one.
+    """
+
+    def __init__(self, moe: Any) -> None:
+        self._moe = moe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        moe = self._moe
+        head = moe.host.module.get_output_embeddings()
+        named = {name for name, module in moe.host.module.named_modules() if module is head}
+        if named & {site.site.name.removesuffix(".columns") for site in moe.expert_sites()}:
+            raise ConversionError(
+                f"{', '.join(named)} holds experts, which a loss that applies this head itself would "
+                "leave out: convert without experts on the head"
+            )
+        few = {"logits_to_keep": 1} if "logits_to_keep" in moe.host.takes else {}
+        outputs = moe(*args, **{**kwargs, **few}, output_hidden_states=True)
+        cache = getattr(outputs, CACHE, None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.hidden_states[-1], past_key_values=cache
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._moe, name)
 
 
 def pretrained_class(base: type, module: nn.Module) -> type:
