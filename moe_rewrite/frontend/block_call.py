@@ -56,8 +56,9 @@ class BlockCall:
     def form(self) -> tuple:
         """What another call must have in common with this one, as far as the trace knows now."""
         tensors: dict[int, Role] = {}
-        given = tuple(
-            (tensors.setdefault(id(t), role), form_of_value(t)) for role, t in self.roles.items()
+        given = tuple(  # those of the block itself have the form that blocks have in common
+            (tensors.setdefault(id(t), role), role[0] == "own" or form_of_value(t))
+            for role, t in self.roles.items()
         )
         other = tuple(map(_constant, self.leaves))
         kept = tuple(

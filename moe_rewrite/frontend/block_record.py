@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,18 +10,25 @@ from torch import fx
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import CaptureError
 from ..ir.aten import expression
 from ..ir.ops import alias_root, mutated
 from ..utils.content_key import content_key
 from .block_call import BlockCall, Role, form_of_value
 
+MARK = "recorded"  # in a node's meta: the record's number, and the node's in it
+_library = torch.library.Library("moe_rewrite", "FRAGMENT")
+_library.define("given(Tensor(a!)[] given, int record) -> ()")  # as if it wrote, so that it stays
+_library.define("copy(Tensor[] given, int record) -> Tensor[]")
+GIVEN, COPY = torch.ops.moe_rewrite.given.default, torch.ops.moe_rewrite.copy.default
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
 class Record:
     """nodes: those that the call added, in order, without computations of sizes, which later blocks
     share. roles: what nodes from outside are to the block. leaves: of the output. written: into the
-    block's layers of a cache. numbers: of the block. form: None if the nodes cannot be copied."""
+    block's layers of a cache. numbers: of the block. form: None if the nodes cannot be copied.
+    number: of the record in its trace, set before the first copy."""
 
     def __init__(self, call: BlockCall, nodes: list[fx.Node], output: Any) -> None:
         self.nodes = [n for n in nodes if not is_size(n)]
@@ -35,7 +43,7 @@ class Record:
         changed = call.changed()
         self.written = {role: self._node_of(v) for role, v in (changed or {}).items()}
         self._stack = _stack_of(call.tracer)
-        self.copies = 0
+        self.copies = self.stand_ins = self.number = 0
         self.form = self._form() if changed is not None and self._can_be_copied(nodes) else None
 
     @classmethod
@@ -113,26 +121,93 @@ class Record:
 
     def copy(self, call: BlockCall, at: dict[fx.Node, fx.Node]) -> Any:
         """Copy the nodes for another call, and return its output. at: from `sources_in`."""
-        stack = _stack_of(call.tracer)
-        for node in self.nodes:
-            copy = call.tracer.graph.node_copy(node, lambda n: at.get(n, n))
-            copy.meta = dict(node.meta)
-            copy.meta["nn_module_stack"] = _moved(node, self._stack, stack)
-            at[node] = copy
-        tensors = {n: self._tensor_of(n, at[n], call) for n in self.tensors}
-        for (_, leaf, name, attribute), made in self.written.items():
-            value = tensors[made] if isinstance(made, fx.Node) else made
+        made = [n for n in self.tensors if n not in self.roles]
+        if self._in_trace:
+            graph, stack = call.tracer.graph, _stack_of(call.tracer)
+            copies = self._copied(graph, self.nodes, at, stack)
+            proxies = [fx.Proxy(copies[n], call.tracer) for n in made]
+        else:
+            proxies = self._stand_in(call, at, made)
+        tensors = {n: self._tensor_like(n, p, call) for n, p in zip(made, proxies, strict=True)}
+        # the block may return what it was given
+        tensors |= {n: call.roles[self.roles[n][0]] for n in self.tensors if n in self.roles}
+        for (_, leaf, name, attribute), kept in self.written.items():
+            value = tensors[kept] if isinstance(kept, fx.Node) else kept
             setattr(call.layers[leaf, name], attribute, value)
-        leaves = [tensors[made] if isinstance(made, fx.Node) else made for made in self.leaves]
+        leaves = [tensors[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in self.leaves]
         self.copies += 1
         return pytree.tree_unflatten(leaves, self._spec)
 
-    def _tensor_of(self, node: fx.Node, copy: fx.Node, call: BlockCall) -> torch.Tensor:
-        if node in self.roles:  # the block returns what it was given
-            return call.roles[self.roles[node][0]]
+    def _tensor_like(self, node: fx.Node, proxy: Any, call: BlockCall) -> torch.Tensor:
         fresh: Any = proxy_tensor.snapshot_fake(self.tensors[node])
-        proxy = fx.Proxy(copy, call.tracer)
         return proxy_tensor.track_tensor_tree(fresh, proxy, constant=None, tracer=call.tracer)
+
+    def _copied(
+        self, graph: fx.Graph, nodes: list[fx.Node], at: dict[fx.Node, fx.Node], stack: Stack
+    ) -> dict[fx.Node, fx.Node]:
+        """Copies of these nodes, where new ones go in the graph now."""
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            copies[node] = graph.node_copy(node, lambda n: copies.get(n) or at.get(n, n))
+            copies[node].meta = dict(node.meta)
+            copies[node].meta["nn_module_stack"] = _moved(node, self._stack, stack)
+        return copies
+
+    # -- copies that are made after the trace ------------------------------------------------------
+
+    @property
+    def _in_trace(self) -> bool:
+        """Whether copies have to be in the trace: torch.export reads modes off its nodes, and drops
+        a call whose output is not used."""
+        return any(not _is_operator(n) or mutated(n) for n in self.nodes)
+
+    def _stand_in(
+        self, call: BlockCall, at: dict[fx.Node, fx.Node], made: list[fx.Node]
+    ) -> list[fx.Proxy]:
+        """Add one node in place of the copies; returns its outputs. The first also says what the
+        sources and nodes are in the graph that torch.export makes of this one."""
+        if not self.copies:
+            self._sources = [n for n in self.roles if n in at]
+            self._call(GIVEN, self._sources).node.meta["val"] = None
+            for i, node in enumerate(self.nodes):
+                node.meta[MARK] = self.number, i
+            self._made = [self._place[n] for n in made]
+        whole: Any = self._call(COPY, [at[n] for n in self._sources])
+        whole.node.meta["val"] = [self.tensors[n] for n in made]
+        self.stand_ins += 1
+        return [whole[i] for i in range(len(made))]
+
+    def _call(self, target: Any, given: list[fx.Node]) -> fx.Proxy:
+        proxies = [fx.Proxy(n, self._tracer) for n in given]
+        return self._tracer.create_proxy("call_function", target, (proxies, self.number), {})
+
+    def expand(self, graph: fx.Graph) -> None:
+        """In torch.export's graph, put copies of the nodes where others stand in for them. Raises
+        CaptureError if the graph has become another."""
+        nodes = [n for n in graph.nodes if n.meta.get(MARK, (None,))[0] == self.number]
+        calls = [n for n in graph.nodes if n.target in (GIVEN, COPY) and n.args[1] == self.number]
+        if len(calls) != self.stand_ins + 1:
+            raise CaptureError("copies of a block are in a part of the graph of its own")
+        first, *wholes = calls
+        sources: Any = first.args[0]
+        known = {*nodes, *sources}
+        inputs = {s for n in nodes for s in n.all_input_nodes} - known
+        if not all(is_size(s) or s.op == "placeholder" for s in inputs):
+            raise CaptureError("a block that is to be copied has other inputs than in the trace")
+        places = {n.meta.pop(MARK)[1]: n for n in nodes}
+        for whole in wholes:
+            given: Any = whole.args[0]
+            at = dict(zip(sources, given, strict=True))
+            with graph.inserting_before(whole):
+                copies = self._copied(graph, nodes, at, list(whole.meta["nn_module_stack"].items()))
+            for output in list(whole.users):
+                source = places.get(self._made[output.args[1]])  # type: ignore[index]
+                if source is None:
+                    raise CaptureError("an output of a block is used in its copies only")
+                output.replace_all_uses_with(copies[source])
+                graph.erase_node(output)
+            graph.erase_node(whole)
+        graph.erase_node(first)
 
     def escapes(self, outputs: Any) -> bool:
         """Whether a value from inside the block is used outside, other than its outputs.
@@ -145,6 +220,11 @@ class Record:
         if any(s is not None and s.proxy.node in free for s in slots):
             return True
         return any(u not in self._place and not is_size(u) for n in free for u in n.users)
+
+
+def _is_operator(node: fx.Node) -> bool:
+    target: Any = node.target
+    return isinstance(target, torch._ops.OpOverload) or target is operator.getitem
 
 
 def is_size(node: fx.Node) -> bool:
@@ -169,14 +249,19 @@ def _stack_of(tracer: Any) -> Stack:
 
 def _moved(node: fx.Node, ours: Stack, theirs: Stack) -> dict[str, tuple[str, str]]:
     """A node's stack of modules, in another block: its path in place of this block's."""
-    block, other = ours[-1][1][0], theirs[-1][1][0]
+    block, other = _path(ours[-1]), theirs[-1][1][0]
     moved = {key: (path, _written(kind)) for key, (path, kind) in theirs}
-    inside = list(node.meta.get("nn_module_stack", {}).items())[len(ours) :]
-    for key, (path, kind) in inside:
-        if path.startswith(block):
-            key, path = other + key.removeprefix(block), other + path.removeprefix(block)
-        moved[key] = path, kind
+    entries = list(node.meta.get("nn_module_stack", {}).items())
+    own = next((i for i, entry in enumerate(entries) if _path(entry) == block), len(entries))
+    for key, (path, kind) in entries[own + 1 :]:
+        before, found, inside = path.partition(block + ".")
+        moved[f"{other} {key}"] = f"{other}.{inside}" if found else before, kind
     return moved
+
+
+def _path(entry: tuple[str, tuple[str, Any]]) -> str:
+    """The module's path, in a trace (below its root) as in torch.export's own graph."""
+    return entry[1][0].removeprefix("_export_root").removeprefix(".")
 
 
 def _written(kind: Any) -> str:

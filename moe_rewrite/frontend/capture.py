@@ -217,6 +217,8 @@ def _export(
                 traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
             )
             name_calls(exported.graph)
+            if replay is not None:
+                replay.expand(exported.graph)
     except Exception:
         if replay is None or not replay.copied:
             raise

@@ -69,7 +69,8 @@ def repeated_blocks(model: nn.Module) -> dict[nn.Module, tuple]:
 
     Modules are alike if their forms are equal and so are the numbers that their forward looks at.
     """
-    forms = {m: form_of(m) for name, m in model.named_modules() if name and _is_block(m)}
+    known: dict[nn.Module, tuple] = {}
+    forms = {m: form_of(m, known) for name, m in model.named_modules() if name and _is_block(m)}
     count = Counter(forms.values())
     found: dict[nn.Module, tuple] = {}
 
@@ -90,8 +91,9 @@ def _is_block(module: nn.Module) -> bool:
     return bool(module._modules) and forward is not nn.Module.forward
 
 
-def form_of(module: nn.Module) -> tuple:
-    """What modules that are alike have in common; see the module docstring."""
+def form_of(module: nn.Module, known: dict[nn.Module, tuple] | None = None) -> tuple:
+    """What modules that are alike have in common; see the module docstring. known: attributes of
+    modules inside others, which are collected once."""
     first: dict[int, str] = {}
     tensors = tuple(
         (name, type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad,
@@ -99,18 +101,27 @@ def form_of(module: nn.Module) -> tuple:
         for named in (module.named_parameters, module.named_buffers)
         for name, t in named(remove_duplicate=False)
     )  # fmt: skip
-    return _attributes(module), tensors
+    known = {} if known is None else known
+    children = tuple((n, m and _attributes(m, known)) for n, m in module._modules.items())
+    return type(module), _own(module, hooks=False), children, tensors
 
 
-def _attributes(module: nn.Module, inside: bool = False) -> tuple:
+def _attributes(module: nn.Module, known: dict[nn.Module, tuple]) -> tuple:
+    if module not in known:
+        children = tuple((n, m and _attributes(m, known)) for n, m in module._modules.items())
+        known[module] = type(module), _own(module, hooks=True), children
+    return known[module]
+
+
+def _own(module: nn.Module, hooks: bool) -> tuple:
+    """The module's own attributes. hooks: those that are called around its forward too."""
     own = []
     for name, given in vars(module).items():
-        if name.startswith("_") and "hooks" in name:  # the block's own run outside its forward
-            given = [getattr(h, "__qualname__", "") for h in given.values()] if inside else None
+        if name.startswith("_") and "hooks" in name:
+            given = [getattr(h, "__qualname__", "") for h in given.values()] if hooks else None
         if name not in REGISTERED:
             own.append((name, int if type(given) is int else _key(given, module)))
-    children = tuple((n, m and _attributes(m, True)) for n, m in module._modules.items())
-    return type(module), tuple(own), children
+    return tuple(own)
 
 
 def _key(given: Any, module: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.experimental import proxy_tensor
 
@@ -33,6 +34,7 @@ class Replay:
         self._varying = {form: varying_numbers(members) for form, members in alike.items()}
         self._looked: dict[tuple, set[str]] = {form: set() for form in alike}
         self._records: dict[tuple, list[Record | None]] = {}
+        self._copied: list[Record] = []
         self._graph: fx.Graph | None = None
         self.copied = 0
 
@@ -43,13 +45,19 @@ class Replay:
         if mode is None or self._graph not in (None, mode.tracer.graph):
             return forward(*args, **kwargs)  # in the sub-graph of a higher-order operator
         self._graph = mode.tracer.graph
-        call = BlockCall(block, mode.tracer, args, kwargs, numbers_of(block), self._varying[form])
-        records = self._records.setdefault(self._key(form, call), [])
-        if len(records) < (2 if self._varying[form] else 1):
+        with torch._C.DisableTorchFunction():  # the trace's mode would see every size that is read
+            numbers, varying = numbers_of(block), self._varying[form]
+            call = BlockCall(block, mode.tracer, args, kwargs, numbers, varying)
+            records = self._records.setdefault(self._key(form, call), [])
+            known = records[0] if len(records) >= (2 if varying else 1) else None
+            if known is not None and (sources := known.sources_in(call)) is not None:
+                if not known.copies:
+                    known.number = len(self._copied)
+                    self._copied.append(known)
+                self.copied += 1
+                return known.copy(call, sources)
+        if len(records) < (2 if varying else 1):
             return self._recorded(form, call, forward)
-        if records[0] is not None and (sources := records[0].sources_in(call)) is not None:
-            self.copied += 1
-            return records[0].copy(call, sources)
         return forward(*args, **kwargs)
 
     def _key(self, form: tuple, call: BlockCall) -> tuple:
@@ -60,6 +68,11 @@ class Replay:
         before = next(iter(reversed(call.tracer.graph.nodes)))
         with noticing(call.block, self._varying[form], self._looked[form]), call.watched_caches():
             output = forward(*call.args, **call.kwargs)
+        with torch._C.DisableTorchFunction():
+            return self._kept(form, call, before, output)
+
+    def _kept(self, form: tuple, call: BlockCall, before: fx.Node, output: Any) -> Any:
+        """Record what a call added after the node `before`, and return its output."""
         call.restore_nodes()
         record = Record.of(call, before, output)
         first, *_ = self._records.setdefault(self._key(form, call), []) or [record]
@@ -77,9 +90,14 @@ class Replay:
 
     def require_closed(self, outputs: Any) -> None:
         """Raise CaptureError if a value from inside a block that was copied has left it."""
-        records = (r for kept in self._records.values() for r in kept if r is not None)
-        if any(r.copies and r.escapes(outputs) for r in records):
+        if any(record.escapes(outputs) for record in self._copied):
             raise CaptureError("a value from inside a block is used outside of it")
+
+    def expand(self, graph: fx.Graph) -> None:
+        """Make the copies for which one node stood in during the trace. graph: torch.export's."""
+        for record in self._copied:
+            if record.stand_ins:
+                record.expand(graph)
 
 
 def redirected(model: nn.Module) -> Replay:
