@@ -18,7 +18,7 @@ def image(batch=4):
 
 
 def learn(moe, x, y, steps=80):
-    optimizer = torch.optim.Adam(moe.trainable_parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(moe.trainable_parameters(), lr=3e-3)
     moe.train()
     for _ in range(steps):
         loss = F.cross_entropy(moe(x), y)
