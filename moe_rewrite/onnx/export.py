@@ -75,11 +75,14 @@ def export(moe: MoEModel, path: str | os.PathLike, options: ExportOptions) -> On
 
 
 def _cast(moe: MoEModel, dtype: torch.dtype) -> MoEModel:
-    """A cast copy; weights are cast one by one, so no copy in the old dtype is made."""
+    """A cast copy; weights are cast one by one, so no copy in the old dtype is made. Experts keep
+    their dtype, and are shared."""
+    sites = [site for site in moe.expert_sites() if site.computes]
+    own = {id(p): p for site in sites for p in site.parameters()}
     kept = {id(t) for t in (*moe.router.parameters(), *moe.router.buffers())}
-    made: dict[int, Any] = {}
+    made: dict[int, Any] = dict(own)
     for old in (*moe.parameters(), *moe.buffers()):
-        if old.is_floating_point() and id(old) not in kept:
+        if old.is_floating_point() and id(old) not in kept | own.keys():
             new = old.detach().to(dtype)
             is_parameter = isinstance(old, torch.nn.Parameter)
             made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if is_parameter else new
