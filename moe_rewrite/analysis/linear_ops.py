@@ -18,6 +18,7 @@ from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
 from .convolutions import is_transposed, options_of
 from .grouped_products import Sorted, is_grouped, sorted_rows, stacked_weight
+from .stacked_products import Stacked, find_stacked
 from .static_values import Static
 
 OF_INPUTS = "the weight is computed from the call's inputs"
@@ -31,6 +32,7 @@ class Product:
     transposed: the weight is stored as (in, out), as a transposed convolution's is.
     options: of a convolution, as `convolutions.options_of` gives them.
     groups: of a product with the weights of the model's own experts, how its rows are sorted.
+    stacked: of one with all of these weights, or with one chosen for each row, its dimensions.
     """
 
     node: fx.Node
@@ -39,6 +41,7 @@ class Product:
     transposed: bool = False
     options: tuple[Any, ...] = ()
     groups: Sorted | None = None
+    stacked: Stacked | None = None
 
     @property
     def bias(self) -> fx.Node | None:
@@ -82,9 +85,14 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
     kind = op(node).product
     if is_grouped(node):
         return _grouped(static, node)
-    several = any(stacked_weight(static, s) for s in node.all_input_nodes)
-    if kind not in ("", "filter") and node not in static and several:
-        return f"{node.target} with a weight of three dimensions (the model's own experts)"
+    if kind not in ("", "filter") and node not in static:
+        found = find_stacked(static, node)
+        if isinstance(found, Stacked):
+            return Product(node, found.rows, found.weight, found.transposed, stacked=found)
+        if found is not None:
+            return found
+        if any(stacked_weight(static, s) for s in node.all_input_nodes):
+            return f"{node.target} with a weight of three dimensions (the model's own experts)"
     if kind == "other":
         if any(map(weight, node.all_input_nodes)):
             return f"{node.target} with a parameter is not a plain linear map"

@@ -15,7 +15,7 @@ from .trace.functional import FunctionalModel
 from .trace.link import linked
 from .trace.segment_export import segment_modules
 from .trace.torch_export import one_registry, quiet, root_cause
-from .trace.translations import TRANSLATIONS
+from .trace.translations import translations
 
 
 def translate(
@@ -62,7 +62,7 @@ def _translated(
 ) -> tuple[ir.Model, dict[int, Chosen]]:
     segments = segment_modules(functional)
     chosen = {c.number: choice.of(c, c.routing) for c in functional.calls if c.routing is not None}
-    return linked(functional, segments, opset, TRANSLATIONS), chosen
+    return linked(functional, segments, opset, translations()), chosen
 
 
 def _skeleton(

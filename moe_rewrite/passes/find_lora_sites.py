@@ -13,6 +13,7 @@ from torch import fx
 from ..analysis.grouped_products import Sorted
 from ..analysis.infer_layout import Layouts
 from ..analysis.linear_ops import Product, find_product, innermost_module, weight_name
+from ..analysis.stacked_products import RowDims, Stacked, rows_of
 from ..analysis.static_values import Static, static_values
 from ..config import LoRAExperts, RouterSpec
 from ..ir.aten import module_paths, value
@@ -24,6 +25,7 @@ from .base import Decisions, Pass
 from .split import segments
 
 OWN_EXPERTS = "the experts of a model that routes already, whose B and A PEFT stores otherwise"
+OTHER_ROWS = "the rows of the model's own experts are not known to be the plan's"
 ADAPTER = {"lora_A", "lora_B"}  # PEFT's names
 
 
@@ -39,6 +41,8 @@ class Match:
     layout: GateLayout
     options: tuple[Any, ...] = ()  # of a convolution, see `analysis.convolutions`
     groups: Sorted | None = None  # of a product with the weights of the model's own experts
+    stacked: Stacked | None = None  # the same, as one product with all of them or a chosen one
+    of: RowDims | None = None  # where its input has the plan's rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class FindLoRASites(Pass):
             elif key == head and experts.sites == "all":
                 rejected[name] = "output head: left out by sites='all' (\"all+head\" takes it in)"
             else:
-                matches = [_match(layouts, use) for use in uses]
+                matches = [_match(static, layouts, use) for use in uses]
                 reason = next((m for m in matches if isinstance(m, str)), None)
                 if reason is not None:
                     rejected[name] = reason
@@ -94,12 +98,13 @@ class FindLoRASites(Pass):
         return sites, rejected
 
 
-def _match(layouts: Layouts, use: Product) -> Match | str:
+def _match(static: Static, layouts: Layouts, use: Product) -> Match | str:
+    if use.stacked is not None:
+        return _match_stacked(static, layouts, use, use.stacked)
     if use.groups is not None:
         layout = layouts.of_rows(use.groups.source, use.groups.source)
-        flat = isinstance(layout, Flat) or (isinstance(layout, Rows | Samples) and layout.ndim == 2)
-        if not flat and not isinstance(layout, str):
-            layout = "the rows of the model's own experts are not the plan's"
+        if _leading(layout) != 1 and not isinstance(layout, str):
+            layout = OTHER_ROWS
     else:
         convolution = value(use.weight).ndim > 2
         of = layouts.of_map if convolution else layouts.of_rows
@@ -109,8 +114,32 @@ def _match(layouts: Layouts, use: Product) -> Match | str:
     return Match(use.node, use.rows, layout, use.options, use.groups)
 
 
+def _match_stacked(static: Static, layouts: Layouts, use: Product, how: Stacked) -> Match | str:
+    """The gates are those of the rows that the product's input has, wherever it has them."""
+
+    def known(node: fx.Node) -> int:
+        return _leading(layouts.of_rows(node, node)) if value(node).ndim in (2, 3) else 0
+
+    of = rows_of(static, use.rows, known)
+    if of is None:
+        return OTHER_ROWS
+    letters = {how.given[d] for d in of.dims}
+    own = {how.inside, *(how.group if how.index is None else "")}
+    layout = layouts.of_rows(of.source, of.source)
+    if isinstance(layout, str) or of.tiled or letters & own or not letters <= {*how.made}:
+        return OTHER_ROWS
+    return Match(use.node, use.rows, layout, stacked=how, of=of)
+
+
+def _leading(layout: GateLayout | str) -> int:
+    """How many leading dimensions have the plan's rows, if these are all but the features'."""
+    if isinstance(layout, Flat):
+        return 1
+    return layout.ndim - 1 if isinstance(layout, Rows | Samples) and layout.ndim in (2, 3) else 0
+
+
 def _site(name: str, weight: str, use: Product) -> LoRASite:
-    if use.groups is not None:
+    if use.groups is not None or use.stacked is not None:
         groups, rows, columns = (int(s) for s in value(use.weight).shape)
         inside, out = (rows, columns) if use.transposed else (columns, rows)
         return LoRASite(name, weight, inside, out, use.transposed, (), OWN_EXPERTS, groups)

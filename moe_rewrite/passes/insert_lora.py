@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import fx
 
+from ..analysis.stacked_products import RowDims, Stacked
 from ..config import LoRAExperts
 from ..experts.lora.grouped_call import GroupedLoRACall
+from ..experts.lora.stacked_call import StackedLoRACall
 from ..ir.aten import value
 from ..ir.program import Program
 from ..kernels.lora.reference import add_conv_lora_experts, add_lora_experts
@@ -39,10 +41,11 @@ class InsertLoRA(Pass):
                     given: Any = (use.node, rows, scales, *parts, *use.options)
                     add: Any = add_conv_lora_experts if site.kernel else add_lora_experts
                     if use.groups is not None:
-                        add, given = (
-                            GroupedLoRACall(use.node.target),
-                            (*given, use.groups.index, use.groups.ends),
-                        )
+                        add = GroupedLoRACall(use.node.target)
+                        given = (*given, use.groups.index, use.groups.ends)
+                    elif use.stacked is not None and use.of is not None:
+                        add = _stacked(use.stacked, use.of)
+                        given = (*given, use.stacked.index, use.of.take)
                     routed = program.graph.call_function(add, given)
                 routed.meta = dict(use.node.meta)
                 use.node.replace_all_uses_with(
@@ -54,3 +57,8 @@ class InsertLoRA(Pass):
     def _view(self, use: Match) -> ScaledGates:
         dtype = value(use.rows).dtype
         return ScaledGates(use.layout, dtype, self.experts.rank, self.experts.scale)
+
+
+def _stacked(how: Stacked, of: RowDims) -> StackedLoRACall:
+    rows = "".join(how.given[d] for d in of.dims)
+    return StackedLoRACall(how.given, how.inside, how.outside, how.group, how.made, rows)

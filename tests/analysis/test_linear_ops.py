@@ -100,7 +100,7 @@ def test_a_weight_may_be_computed(case):
 OTHERS = {  # what is not a linear map -> the reason; None if it is no product at all
     "of values": (lambda m, x: x @ x.transpose(1, 2), None),
     "weight on the left": (lambda m, x: m.w.t() @ x.transpose(1, 2), None),
-    "of three dimensions": (lambda m, x: x[:2] @ m.cube, "a weight of three dimensions"),
+    "of three dimensions": (lambda m, x: x.unsqueeze(1) @ m.cube, "a weight of three dimensions"),
     "pointwise": (lambda m, x: x * m.w[:, 0], None),
     "an embedding": (lambda m, x: F.embedding(x.long()[..., 0], m.w), None),
     "of weights": (lambda m, x: x + (m.v @ m.w).sum(), "its input does not depend on the call"),

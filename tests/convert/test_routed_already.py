@@ -2,40 +2,16 @@
 
 import pytest
 import torch
-from reference import copied, gates, randomize
+from own_experts import FORMS, Own, build, ids
+from reference import assert_gradients_equal, copied, gates, randomize
 from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
 
-tf = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 EXPERTS = LoRAExperts(rank=2, alpha=6.0)
-SIZES = {
-    "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "num_experts_per_tok": 2, "attention_dropout": 0.0,
-}  # fmt: skip
-
-
-def build(name):
-    torch.manual_seed(0)
-    if name == "Qwen3Moe":
-        config = tf.Qwen3MoeConfig(
-            **SIZES, intermediate_size=32, moe_intermediate_size=12, head_dim=8, num_experts=4
-        )
-        model = tf.Qwen3MoeForCausalLM(config)
-    else:
-        model = tf.MixtralForCausalLM(
-            tf.MixtralConfig(**SIZES, intermediate_size=16, num_local_experts=3)
-        )
-    with torch.no_grad():  # so that the model's own choices are not close
-        for p in model.parameters():
-            p.normal_(0, 0.3)
-    return model.eval()
-
-
-def ids(batch, length, seed=0):
-    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def looped(module, name, gate, state):
@@ -114,9 +90,13 @@ def sites(moe):
 
 
 @pytest.mark.parametrize("granularity", ["token", "prefix"])
-@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
-def test_experts_beside_a_models_own(name, granularity, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "form"), [("Qwen3Moe", None), ("Mixtral", None), ("Qwen3Moe", "batched_mm")]
+)
+def test_experts_beside_a_models_own(name, form, granularity, tmp_path):
     model = build(name)
+    if form is not None:
+        model.set_experts_implementation(form)
     wanted = LoRAExperts(
         rank=2, alpha=6.0, sites=("q_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj")
     )
@@ -138,8 +118,6 @@ def test_experts_beside_a_models_own(name, granularity, tmp_path):
     weights = torch.randn(2, 6, 96)
     (moe(given, use_cache=False).logits * weights).sum().backward()
     (by_loops(model, moe, given, state, granularity) * weights).sum().backward()
-    from reference import assert_gradients_equal
-
     assert_gradients_equal(moe, state)
     moe.eval()
     before = moe(given).logits
@@ -154,31 +132,84 @@ def test_experts_beside_a_models_own(name, granularity, tmp_path):
         moe.export_peft(0, tmp_path / "peft")
 
 
-class Own(nn.Module):
-    """Experts of its own by one product with all weights, or with each row's weight."""
-
-    def __init__(self, form):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
-        self.weights, self.form = nn.Parameter(torch.randn(3, 6, 6)), form
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        flat = x.flatten(0, 1)
-        if self.form == "all":
-            made = torch.einsum("td,edh->teh", flat, self.weights).sum(1)
-        else:
-            chosen = self.weights[flat[:, :3].argmax(-1)]
-            made = torch.bmm(flat.unsqueeze(1), chosen).squeeze(1)
-        return x + made.view(x.shape)
+CHOSEN = {"each": 1, "two": 2, "repeated": 2}
 
 
-@pytest.mark.parametrize("form", ["all", "each"])
-def test_other_forms_are_rejected_with_the_reason(form):
+def own_by_loops(model, state, x, granularity):
+    """The same with experts, one row after the other."""
+
+    def product(weight, row, name, own, gate):
+        y = row @ weight[own]
+        for e in range(len(gate)):
+            a, b = (state[f"moe_rewrite.experts.{name}.{part}.{e}"] for part in "ab")
+            y = y + gate[e] * EXPERTS.scale * (b[..., own] @ (a[..., own] @ row))
+        return y
+
+    features = torch.tanh(model.layers[0](x)).detach()
+    made = gates(features, None, state, granularity, None).expand(*x.shape[:2], -1)
+    x = torch.tanh(model.layers[1](torch.tanh(model.layers[0](x))))
+    rows = []
+    for row, gate in zip(x.flatten(0, 1), made.flatten(0, 1), strict=True):
+        count = CHOSEN.get(model.form, 3)
+        own = row[:3].topk(count).indices if model.form in CHOSEN else range(3)
+        total = 0
+        for e in own:
+            given = row * 0.5 if model.form == "tiled" else row
+            hidden = product(model.up, given, "up", e, gate).tanh()
+            total = total + product(model.down, hidden, "down", e, gate)
+        rows.append(total)
+    return model.last(x + torch.stack(rows).view(x.shape))
+
+
+@pytest.mark.parametrize("granularity", ["token", "prefix"])
+@pytest.mark.parametrize("form", FORMS)
+def test_stacked_weights_in_every_form(form, granularity, tmp_path):
+    model = Own(form).eval()
+    wanted = LoRAExperts(rank=2, alpha=6.0, sites=("up", "down"))
+    moe = moe_rewrite.convert(
+        model, split="layers.1", router=TokenRouter(granularity=granularity), experts=wanted,
+        num_experts=2, example_inputs=torch.randn(2, 5, 6),
+    )  # fmt: skip
+    assert moe.report.equivalence.exact and sites(moe) == ["up", "down"]
+    randomize(moe, size=0.3)
+    state = copied(moe)
+    for shape in ((3, 4, 6), (1, 9, 6), (2, 1, 6)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
+        want, got = own_by_loops(model, state, x, granularity), moe(x)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+        assert (got - model(x)).abs().max() > 1e-2
+    moe.train()
+    weights = torch.randn(shape)
+    (moe(x) * weights).sum().backward()
+    (want * weights).sum().backward()
+    assert_gradients_equal(moe, state)
+    moe.eval()
+    before = moe(x)
+    moe.expand(1)
+    assert torch.equal(moe(x), before)
+    moe.save_pretrained(tmp_path)
+    again = moe_rewrite.load(tmp_path, model, example_inputs=x)
+    assert torch.equal(again(x), before)
+    with moe.disable_experts():
+        assert torch.equal(moe(x), model(x))
+
+
+def mixed_rows(m, x):
+    hidden = torch.einsum("td,edh->teh", x.flatten(0, 1).cumsum(0), m.up)
+    return torch.einsum("teh,ehd->td", hidden, m.down)
+
+
+def three(m, x):
+    flat = x.flatten(0, 1)
+    return torch.einsum("td,edh,ehf->tf", flat, m.up, m.down)
+
+
+@pytest.mark.parametrize("work", [mixed_rows, three])
+def test_other_forms_are_rejected_with_the_reason(work, monkeypatch):
+    monkeypatch.setitem(FORMS, "other", work)
     report = moe_rewrite.convert(
-        Own(form).eval(), split="layers.1", router=TokenRouter(), dry_run=True,
+        Own("other").eval(), split="layers.1", router=TokenRouter(), dry_run=True,
         example_inputs=torch.zeros(2, 5, 6),
     )  # fmt: skip
     reasons = [reason for _, reason in report.rejected]
-    assert any("with a weight of three dimensions (the model's own experts)" in r for r in reasons)
+    assert any("the model's own experts" in r for r in reasons)

@@ -96,9 +96,30 @@ def _conv3d(
     return _op().Conv(x, weight, bias, **options)
 
 
+def _grouped_product(rows: Any, weights: Any, ends: Any) -> Any:
+    """Rows (S, I) sorted into G groups that end at `ends`, each times its group's weight (G, I, O).
+    The file gathers a weight for each row."""
+    op = _op()
+    zero, one = (op.Constant(value_int=n) for n in (0, 1))
+    axis = op.Constant(value_ints=[1])
+    count = op.Squeeze(op.Shape(rows, start=0, end=1))
+    places = op.Unsqueeze(op.Range(zero, count, one), axis)
+    passed = op.LessOrEqual(op.Cast(ends, to=onnx.TensorProto.INT64), places)
+    group = op.ReduceSum(op.Cast(passed, to=onnx.TensorProto.INT64), axis, keepdims=0)
+    last = op.Sub(op.Squeeze(op.Shape(weights, start=0, end=1)), one)
+    own = op.Gather(weights, op.Min(group, last), axis=0)
+    return op.Squeeze(op.MatMul(op.Unsqueeze(rows, axis), own), axis)
+
+
 TRANSLATIONS: Any = {
     torch.ops.aten.conv3d.default: _conv3d,
     round: _round,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
+
+
+def translations() -> dict[Any, Any]:
+    """For PyTorch's operators, and those that transformers has added, if it is imported."""
+    added = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return TRANSLATIONS if added is None else {**TRANSLATIONS, added.default: _grouped_product}
