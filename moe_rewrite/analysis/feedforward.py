@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..ir.any_layout import allow_any_layout
 from ..ir.aten import value
 from ..ir.ops import alias_chain, argument, first, is_pointwise, mutated, op, op_name, set_argument
 from ..ir.program import Code, Program
@@ -171,6 +172,7 @@ class _Reader:
         for node in (*self.products, *extra):
             self._placeholder_first(self.copies[node])
         self.graph.output(out)
+        allow_any_layout(self.graph)
         return FeedForward(
             entry, down.node, nodes, tuple(weights), ups, last,
             Code(fx.GraphModule(torch.nn.Module(), self.graph)),

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..ir.any_layout import allow_any_layout
 from ..ir.aten import expression, value
 from ..ir.ops import alias_root, mutated, output_of
 from ..ir.program import Code, Program, routing_plan
@@ -25,6 +26,7 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     """codes: structural key -> code of a step; steps of the same structure share it."""
     assert program.cut is not None
     codes = {} if codes is None else codes
+    allow_any_layout(program.graph)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is view_plan]
@@ -142,7 +144,7 @@ def _step(
         copies[source] = graph.placeholder(source.name)
     for node in _attributes(nodes):
         copies[node] = graph.get_attr(str(node.target))
-        _forget_values(getattr(program.root, str(node.target)))
+        _forget_example(getattr(program.root, str(node.target)))
     for node in nodes:
         if node.op != "get_attr":
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -170,12 +172,15 @@ def _attributes(nodes: list[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s.op == "get_attr"))
 
 
-def _forget_values(attribute: Any) -> None:
-    """Drop the metadata of a sub-graph's nodes, which keeps everything that the trace saw."""
+def _forget_example(attribute: Any) -> None:
+    """Drop the metadata of a sub-graph's nodes, which keeps everything that the trace saw, and the
+    memory layout of the example."""
     modules = attribute.modules() if isinstance(attribute, nn.Module) else ()
     for graph_module in (m for m in modules if isinstance(m, fx.GraphModule)):
         for node in graph_module.graph.nodes:
             node.meta = {}
+        allow_any_layout(graph_module.graph)
+        graph_module.recompile()
 
 
 def _is_owned(program: Program, node: fx.Node) -> bool:

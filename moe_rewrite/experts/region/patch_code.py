@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...analysis.conv_region import Region
 from ...errors import ConversionError
+from ...ir.any_layout import allow_any_layout
 from ...ir.aten import value
 from ...ir.ops import argument, op, set_argument
 from ...ir.patch_grid import Table
@@ -58,6 +59,7 @@ def whole_code(program: Program, region: Region) -> Code:
 
 def code_of(graph: fx.Graph, made: fx.Node) -> Code:
     graph.output(made)
+    allow_any_layout(graph)
     return Code(fx.GraphModule(torch.nn.Module(), graph))
 
 
