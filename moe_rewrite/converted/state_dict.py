@@ -89,14 +89,15 @@ class StateDict(nn.Module):
                 self._absent |= {prefix + name for name in dense}
                 self._require_base(said)
             self._experts.become(of_experts)
+        saved = set()
         for key in [k for k in state if k.startswith(prefix + checkpoint.DENSE)]:
             name = key[len(prefix) :].removeprefix(checkpoint.DENSE)
             self._store.copy_on_write(name)
             state[prefix + name] = state.pop(key)
+            saved.add(prefix + name)
         for alias, name in self._store.aliases.items():
-            for one, other in ((alias, name), (name, alias)):
-                if prefix + one in state:  # formats without shared tensors leave tied names out
-                    state.setdefault(prefix + other, state[prefix + one])
+            if prefix + name in saved:  # own files hold a tied tensor once
+                state[prefix + alias] = state[prefix + name]
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _require_base(self, said: dict[str, Any]) -> None:

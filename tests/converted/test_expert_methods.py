@@ -134,6 +134,7 @@ def test_one_expert_is_merged_into_a_dense_model(kind):
     assert not torch.allclose(merged(X), moe.to_dense()(X))
 
 
+@pytest.mark.sweep
 def test_a_hugging_face_model_with_an_expert_merged_in():
     dense = architectures.build("GPT2")  # weights stored as (in, out)
     moe = moe_rewrite.convert(dense, split=1, verify=False)

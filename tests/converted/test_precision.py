@@ -58,7 +58,9 @@ def expert_dtypes(moe):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)]
+)
 def test_experts_of_a_16_bit_model_learn_in_small_steps(kind, dtype):
     moe, x = converted(kind, dtype)
     assert expert_dtypes(moe) == {torch.float32} and moe.dtype == dtype
@@ -82,7 +84,9 @@ def test_experts_of_a_16_bit_model_learn_in_small_steps(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "base", [pytest.param(torch.float32, marks=pytest.mark.sweep), torch.float16]
+)
 def test_autocast_and_a_gradient_scaler(kind, base):
     moe, x = converted(kind, base)
     moe.train()

@@ -1,5 +1,6 @@
 """What tools read off a converted model is the original's."""
 
+import copy
 import inspect
 from types import MethodType
 
@@ -53,11 +54,12 @@ def test_parts_are_those_of_the_original_over_its_tensors(pair):
     assert not hasattr(moe, "anything_else") and not hasattr(moe, "get_image_features")
 
 
-def test_generate_follows_what_is_set_in_generation_config():
-    moe = moe_rewrite.convert(llama(), split=1, verify=False)
+def test_generate_follows_what_is_set_in_generation_config(pair):
+    moe = copy.deepcopy(pair[1])
     ids = torch.ones(1, 3, dtype=torch.long)
     moe.generation_config.max_new_tokens = 2
     assert moe.generate(ids, eos_token_id=None).shape == (1, 5)
+    assert pair[1].generation_config.max_new_tokens is None
     moe.generation_config = type(moe.generation_config)(max_new_tokens=4)
     assert moe.generate(ids, eos_token_id=None).shape == (1, 7)
 

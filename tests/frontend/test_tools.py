@@ -13,12 +13,8 @@ import moe_rewrite
 from moe_rewrite import MoeRewriteError
 
 
-@pytest.fixture(scope="module")
-def fresh():
-    moe = moe_rewrite.convert(llama(), split=1, verify=False)
-    moe.train()
-    moe(**{k: v.unsqueeze(0).repeat(4, 1) for k, v in Texts(1)[0].items()})
-    return moe.eval()
+def tied():
+    return llama(tie_word_embeddings=True)
 
 
 @pytest.fixture
@@ -30,7 +26,7 @@ def test_pipelines_give_what_they_give_on_the_dense_model(moe):
     given = {"max_new_tokens": 4, "do_sample": False}
     texts = [
         pipeline("text-generation", model=m, tokenizer=tokenizer())("w3 w4 w5", **given)
-        for m in (llama(), moe)
+        for m in (tied(), moe)
     ]
     assert texts[0] == texts[1]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
@@ -68,8 +64,8 @@ def test_pictures_are_classified_by_a_pipeline():
 def test_the_dense_model_takes_it_as_an_assistant(moe):
     ids = torch.ones(1, 4, dtype=torch.long)
     given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    alone = llama().generate(ids, **given)
-    assert torch.equal(llama().generate(ids, assistant_model=moe, **given), alone)
+    alone = tied().generate(ids, **given)
+    assert torch.equal(tied().generate(ids, assistant_model=moe, **given), alone)
 
 
 def test_routing_is_logged_where_the_trainer_logs(moe, tmp_path):
@@ -86,7 +82,7 @@ def test_routing_is_logged_where_the_trainer_logs(moe, tmp_path):
     assert logged[0]["routing/entropy"] == pytest.approx(torch.tensor(2.0).log().item())
     assert logged[0]["routing/dropped"] == 0 and logged[2]["routing/share/expert0"] != 0.5
     with pytest.raises(MoeRewriteError, match="which was not converted"):
-        moe_rewrite.RoutingCallback(Trainer(llama(), arguments(tmp_path)))
+        moe_rewrite.RoutingCallback(Trainer(tied(), arguments(tmp_path)))
 
 
 def test_accelerate_trains_saves_and_loads(moe, tmp_path):
@@ -119,7 +115,7 @@ def test_trl_fine_tunes_on_packed_texts(moe, tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = datasets.Dataset.from_dict({"text": ["w3 w4 w5 w6", "w7 w8", "w9 w10 w11 w12"] * 4})
     found = []
-    for model in (llama(), moe):
+    for model in (tied(), moe):
         quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False}
         options = trl.SFTConfig(
             str(tmp_path), packing=True, max_length=16, max_steps=1, logging_steps=1,
