@@ -76,6 +76,8 @@ class StateDict(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._store.tie()
+        for site in self._experts.sites:
+            site.follow(fn)
         return self
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:

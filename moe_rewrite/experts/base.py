@@ -70,9 +70,14 @@ class ExpertParameters(nn.Module):
             return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
 
         super()._apply(keep_dtype, recurse)
-        self.computes = {p: fn(torch.empty(0, dtype=d)).dtype for p, d in self.computes.items()}
         self.forget()
         return self
+
+    def follow(self, fn: Any) -> None:
+        """Compute in the dtype that the dense tensors have after a move or cast of the model by
+        `fn`; one of the experts alone changes nothing in the graph."""
+        self.computes = {p: fn(torch.empty(0, dtype=d)).dtype for p, d in self.computes.items()}
+        self.forget()
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         """Add an expert and return its new parameters.

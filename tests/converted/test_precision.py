@@ -155,6 +155,9 @@ def test_a_model_that_is_cast_later_keeps_its_experts():
     moe.to(torch.bfloat16)
     assert all(torch.equal(moe.state_dict()[k], v) for k, v in before.items())
     assert moe(x.bfloat16()).dtype == torch.bfloat16 and moe.dtype == torch.bfloat16
+    for s in moe.expert_sites():
+        s.float()  # alone, which changes nothing
+    assert moe(x.bfloat16()).dtype == torch.bfloat16
     moe.to(torch.float64)
     assert expert_dtypes(moe) == {torch.float64} and moe(x.double()).dtype == torch.float64
 
