@@ -3,7 +3,7 @@
 from typing import Any
 
 from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
-from .convert import convert, inspect, load
+from .convert import convert, from_standard, inspect, load
 from .converted.model import MoEModel
 from .converted.verify import verify
 from .errors import MoeRewriteError
@@ -21,6 +21,7 @@ __all__ = [
     "TokenRouter",
     "convert",
     "export_onnx",
+    "from_standard",
     "inspect",
     "load",
     "verify",

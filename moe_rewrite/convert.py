@@ -23,6 +23,7 @@ from .errors import (
     ConversionError,
     InvariantError,
     MoeRewriteError,
+    require_package,
 )  # fmt: skip
 from .frontend.adapters import host_of, without_wrapper
 from .frontend.capture import program_of
@@ -161,6 +162,29 @@ def load(
     moe = _convert(model, recipe, example_inputs, verify)
     assert isinstance(moe, MoEModel)
     moe.restore(tensors, of_experts)
+    return moe
+
+
+def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool = True) -> MoEModel:
+    """Convert `model` to what a folder of a standard class holds, and load its weights: the inverse
+    of `MoEModel.save_standard`.
+
+    folder: a checkpoint of Mixtral, Qwen3-MoE, Qwen2-MoE, GLM-4-MoE or OLMoE without shared experts
+        (or with ones that add nothing), whose dense form `model` is.
+    model: a dense model of the sizes of the one that was converted; its weights are not used.
+    verify: compare the logits of both.
+
+    Raises CheckpointError for a folder of another form or model; otherwise as `convert`.
+    """
+    require_package("transformers", "hf", "from_standard")
+    from .converted import standard
+
+    _require_dense(model)
+    model = without_wrapper(model)
+    read, options = standard.recipe_of(folder)
+    moe = _convert(model, make_recipe(**options), None, verify)
+    assert isinstance(moe, MoEModel)
+    standard.restore(moe, read, folder, verify)
     return moe
 
 

@@ -67,6 +67,9 @@ def inspect_command(
 def convert(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
+    standard: Annotated[
+        Path | None, typer.Option(help="Folder for a checkpoint of a standard class (upcycling)")
+    ] = None,
     split: Split = "auto",
     mode: Annotated[str, typer.Option(help="Recipe: pmoe or upcycle")] = "pmoe",
     router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
@@ -136,6 +139,8 @@ def convert(
     if out is not None:
         done.save_pretrained(out)
         typer.echo(f"saved to {out}")
+    if standard is not None:
+        typer.echo(f"{done.save_standard(standard)} checkpoint saved to {standard}")
 
 
 @app.command()

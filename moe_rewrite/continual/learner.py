@@ -44,7 +44,7 @@ class Learner(Method):
         where every expert gets every row.
     cache: keeps features at the cut, so that they are computed once a sample.
 
-    Raises ConfigError for unknown `gates`.
+    Raises ConfigError for unknown `gates`, or a router a layer.
     """
 
     def __init__(
@@ -56,6 +56,11 @@ class Learner(Method):
         super().__init__(problem, training or Training())
         if gates not in ("own", "router", "auto"):
             raise ConfigError(f"gates={gates!r}: expected 'own', 'router' or 'auto'")
+        if moe.router.by_layer:
+            raise ConfigError(
+                "a learner trains one router, at the cut, and every layer of this model has one of "
+                "its own: convert with FFNExperts(router='cut')"
+            )
         self.model: MoEModel = moe.to(self.device)
         self.analytic = isinstance(moe.router, AnalyticGate)
         self.gates = ("own" if self.analytic else "router") if gates == "auto" else gates

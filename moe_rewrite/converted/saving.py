@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_package
 from ..frontend import hub
 from . import checkpoint
 from .expert_methods import ExpertMethods
@@ -69,6 +69,28 @@ class Saving(ExpertMethods):
         )
         if model_card:
             write_card(self, Path(folder))
+
+    def save_standard(
+        self, folder: str | os.PathLike, format: str = "auto", *, max_shard_size: int | str = "5GB",
+        tokenizer: Any = None, verify: bool = True,
+    ) -> str:  # fmt: skip
+        """Write an upcycled language model as a checkpoint of one of transformers' own classes, which
+        `AutoModelForCausalLM.from_pretrained` and other tools read without this package; returns
+        the format.
+
+        format: ``"mixtral"``, ``"qwen3_moe"``, ``"qwen2_moe"``, ``"glm4_moe"`` or ``"olmoe"``;
+            ``"auto"``: the first of these that holds the model.
+        max_shard_size: of a safetensors file, in bytes or as ``"5GB"``.
+        tokenizer: to write beside it; None: that of the folder that the dense model came from.
+        verify: read what was written and compare its logits before it is moved to the folder.
+
+        Nothing is written if anything is refused. Raises ConversionError with what the class lacks
+        and the nearest one that has it, or EquivalenceError.
+        """
+        require_package("transformers", "hf", "save_standard")
+        from . import standard
+
+        return standard.save(self, folder, format, max_shard_size, tokenizer, verify)  # type: ignore[arg-type]
 
     def push_to_hub(
         self, repo_id: str, *, save_only_added: bool | None = None, **options: Any

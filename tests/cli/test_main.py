@@ -234,3 +234,17 @@ def test_convert_upcycles(tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
     assert "3 copies of the feed-forward" in done.output
+
+
+def test_convert_writes_a_standard_checkpoint(tmp_path):
+    from standard import dense
+
+    dense("Llama").save_pretrained(tmp_path / "dense")
+    done = run(
+        "convert", str(tmp_path / "dense"), "--mode", "upcycle", "--split", "0",
+        "--num-experts", "3", "--standard", str(tmp_path / "moe"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    assert "mixtral checkpoint saved to" in done.output and (tmp_path / "moe/config.json").exists()
+    wrong = run("convert", str(tmp_path / "dense"), "--standard", str(tmp_path / "no")).exception
+    assert "no class has LoRAExperts" in str(wrong) and not (tmp_path / "no").exists()

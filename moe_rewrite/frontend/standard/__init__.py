@@ -1,0 +1,1 @@
+"""Checkpoints of transformers' own mixture-of-experts classes."""

@@ -1,0 +1,114 @@
+"""The tensors of a class from those of a converted model, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError
+from . import names
+from .formats import Wanted, head_dim, rope
+
+ROTATED = ("q_proj", "k_proj")
+
+
+@dataclass(frozen=True)
+class RegionTensors:
+    """An expert a place; views of what they are in a converted model. rows: of its router."""
+
+    gate: Sequence[torch.Tensor]
+    up: Sequence[torch.Tensor]
+    down: Sequence[torch.Tensor]
+    rows: Sequence[torch.Tensor]
+
+
+def interleaved(model: nn.Module) -> bool:
+    """Whether a model's rotary embedding turns neighbours of a head's features, not its halves: from
+    the function of its module."""
+    turn = getattr(sys.modules[type(model).__module__], "rotate_half", None)
+    return turn is not None and turn(torch.arange(4.0)).tolist() == [-1.0, 0.0, -3.0, 2.0]
+
+
+def class_state(
+    wanted: Wanted, model: nn.Module, regions: Mapping[str, RegionTensors]
+) -> dict[str, torch.Tensor]:
+    """The state dict of the class, in the dtypes of the dense model. regions: by name."""
+    turned = wanted.interleaved != interleaved(model)
+    state: dict[str, torch.Tensor] = {}
+    blocks = {region: names.block_of(model, region) for region in regions}
+    inside = {k for b in blocks.values() for k in (b.first, b.down, b.rows, *b.rest)}
+    like = next(t for t in wanted.dense.values() if t.is_floating_point())
+    there = model.state_dict()
+    for key in there:
+        if key not in inside:
+            (source,) = names.sources(key, wanted.dense)
+            tensor, half = wanted.dense[source].detach(), names.half_of(key, source)
+            tensor = tensor if half is None else tensor.chunk(2)[half]
+            state[key] = tensor[_order(wanted, len(tensor))] if turned and _turns(key) else tensor
+    for region, block in blocks.items():
+        of = regions[region]
+        first = [torch.cat([g, u]) for g, u in zip(of.gate, of.up, strict=True)]
+        for key, own in ((block.first, first), (block.down, of.down), (block.rows, of.rows)):
+            state[key] = torch.stack([t.detach().to(like.dtype) for t in own])
+        for key in block.rest:
+            kept = there[key].dtype if key.endswith("correction_bias") else like.dtype
+            state[key] = torch.zeros(there[key].shape, dtype=kept)
+    return {k: t.contiguous().clone() for k, t in state.items()}
+
+
+@torch.no_grad()
+def fill(
+    wanted: Wanted, model: nn.Module, state: Mapping[str, torch.Tensor],
+    regions: Mapping[str, RegionTensors],
+) -> None:  # fmt: skip
+    """The inverse of `class_state`: write a class's tensors into those of a converted model."""
+    turned = wanted.interleaved != interleaved(model)
+    blocks = {region: names.block_of(model, region) for region in regions}
+    inside = {k for b in blocks.values() for k in (b.first, b.down, b.rows, *b.rest)}
+    for block in blocks.values():
+        _require_zero(state, block.rest)
+    for key in model.state_dict():
+        if key not in inside:
+            (source,) = names.sources(key, wanted.dense)
+            into, half = wanted.dense[source].detach(), names.half_of(key, source)
+            into, tensor = into if half is None else into.chunk(2)[half], state[key]
+            if turned and _turns(key):
+                tensor = tensor[_order(wanted, len(tensor)).argsort()]
+            if not torch.equal(into, tensor.to(into)):  # shared with the original, if equal
+                into.copy_(tensor)
+    for region, block in blocks.items():
+        of = regions[region]
+        for e, first in enumerate(state[block.first]):
+            gate, up = first.chunk(2)
+            for into, tensor in (
+                (of.gate[e], gate), (of.up[e], up), (of.down[e], state[block.down][e]),
+                (of.rows[e], state[block.rows][e]),
+            ):  # fmt: skip
+                into.detach().copy_(tensor)
+
+
+def _require_zero(state: Mapping[str, torch.Tensor], keys: Sequence[str]) -> None:
+    """A shared expert adds nothing if its last product is zero."""
+    last = [k for k in keys if "down_proj" in k or k.endswith("correction_bias")]
+    for key in last:
+        if bool(state[key].any()):
+            raise CheckpointError(
+                f"{key} is not zero: a converted model has no shared expert and no bias for the "
+                "choice of experts; only folders in which both are zero are read"
+            )
+
+
+def _turns(key: str) -> bool:
+    return any(name in key.split(".") for name in ROTATED)
+
+
+def _order(wanted: Wanted, rows: int) -> torch.Tensor:
+    """The rows of a projection to queries or keys in the order in which halves are turned."""
+    width = head_dim(wanted.config)
+    turned = int(width * rope(wanted.config)["partial_rotary_factor"])
+    head = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, width)]
+    return torch.cat([torch.tensor(head) + width * h for h in range(rows // width)])
