@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..experts.base import SEPARATOR, ExpertParameters
 from ..ir.steps import Step
+from ..utils.sharded import gathered
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class BlockModule(nn.Module):
         stacks: dict[int, tuple[Any, ...]] = {}
         owned = []
         for ref in bound.slots:
-            if type(ref) is Slot:
-                owned.append(getattr(ref.module, ref.table)[ref.key])
+            if type(ref) is Slot:  # a tied weight may be sharded in another block
+                owned.append(gathered(getattr(ref.module, ref.table)[ref.key]))
             elif type(ref) is tuple:
                 site, part = ref
                 if id(site) not in stacks:

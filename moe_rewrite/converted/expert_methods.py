@@ -68,6 +68,7 @@ class ExpertMethods(nn.Module):
         classification head; while it is inactive they are minus infinity, or absent if no later
         columns are active. Raises ConfigError for a wrong value or where no expert can be added.
         """
+        self._store.require_whole("expand()")
         return self._experts.expand(n, name, classes)
 
     def activate(self, name: str | int) -> None:
@@ -80,12 +81,14 @@ class ExpertMethods(nn.Module):
 
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before that was added."""
+        self._store.require_whole("remove_last()")
         self._experts.remove_last()
 
     def remove(self, name: str | int) -> None:
         """Remove any expert; the others stay bitwise what they are, and compute what they do while it
         is off (an analytic router is solved again without it). Raises ConfigError for the only one.
         """
+        self._store.require_whole("remove()")
         self._experts.remove(name)
 
     def rename(self, name: str | int, new: str) -> None:

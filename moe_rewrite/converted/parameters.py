@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..frontend.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
 from ..utils.module_tree import Holder, node_at, put_tensor
+from ..utils.sharded import is_sharded, without_shards
 from .block_module import BlockModule, BlockRun, Bound, Slot
 
 
@@ -123,12 +125,35 @@ class ParameterStore:
         )
 
     def load_into(self, host: nn.Module) -> None:
-        """Make the host use these tensors as they are now (after a move or a cast)."""
+        """Make the host use these tensors as they are now (after a move or a cast); of those that
+        are sharded, empty ones of the whole size, since a capture reads no values."""
+        whole: dict[str, torch.Tensor] = {}
         for name, first in canonical_names(host).items():
             parent, _, leaf = name.rpartition(".")
             module = host.get_submodule(parent)
             table: Any = module._parameters if leaf in module._parameters else module._buffers
-            table[leaf] = self.slots[first].get()
+            if first not in whole:
+                whole[first] = without_shards(self.slots[first].get())
+            table[leaf] = whole[first]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds only parts of some tensors."""
+        return any(is_sharded(slot.get()) for slot in self.slots.values())
+
+    @property
+    def written_by_another(self) -> bool:
+        """Whether another process than this one writes files of a sharded model."""
+        return self.sharded and torch.distributed.get_rank() != 0
+
+    def require_whole(self, what: str) -> None:
+        """Raise ConfigError for a change that a sharded model would not take part in."""
+        if self.sharded:
+            raise ConfigError(
+                f"{what}: this model is sharded over processes, but new experts would not be, and "
+                "each process would train its own. Save it (save_pretrained, in all processes), "
+                "load it again, make the change, and shard it then"
+            )
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self.slots[name].get() for name in names}

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigError, require_package
 from ..frontend import hub
+from ..utils.sharded import gathered
 from . import checkpoint
 from .expert_methods import ExpertMethods
 from .expert_set import ExpertSet
@@ -38,6 +39,8 @@ class Saving(ExpertMethods):
         """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
         folder's previous save whole.
 
+        Of a model that is sharded over processes, all of them must call this; the first one writes.
+
         save_only_added: False writes the dense weights too; `moe_rewrite.load` then takes a model
             with any weights. None: as `moe.save_only_added` says.
         model_card: also write README.md with the report, unless there is one of another's.
@@ -53,8 +56,6 @@ class Saving(ExpertMethods):
                 f"save_pretrained {unknown[0]}={options[unknown[0]]!r}: no such option of a converted "
                 "model; it takes save_only_added"
             )
-        if is_main_process is False:
-            return
         only = self.save_only_added if save_only_added is None else save_only_added
         given, facts = state_dict or {}, self._facts()
         tensors = {
@@ -63,6 +64,8 @@ class Saving(ExpertMethods):
         }
         if not only:
             facts["whole"] = True
+        if is_main_process is False or self._store.written_by_another:
+            return
         trains = is_main_process is not None
         checkpoint.write(
             folder, tensors, facts, self.reference.state, marked(self._experts), trains
@@ -106,7 +109,8 @@ class Saving(ExpertMethods):
         """What a save holds: the added tensors, and dense ones that training may have changed (all
         of them if `whole`)."""
         dense = self._store.persistent_tensors() if whole else self._store.written_tensors()
-        return dict(added_tensors(self)) | {checkpoint.DENSE + n: t for n, t in dense.items()}
+        saved = dict(added_tensors(self)) | {checkpoint.DENSE + n: t for n, t in dense.items()}
+        return {name: gathered(tensor) for name, tensor in saved.items()}
 
     def _facts(self) -> dict[str, Any]:
         named = {"model": type(self.reference.original).__name__, "recipe": self.recipe.to_dict()}

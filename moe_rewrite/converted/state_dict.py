@@ -73,6 +73,26 @@ class StateDict(nn.Module):
     _experts: ExpertSet
     reference: Any
 
+    def _parts(self) -> dict[str, nn.Module]:
+        parts = {name: vars(self).get(name) for name in ("shallow", "deep", "router")}
+        store = vars(self).get("_store")
+        parts["unused"] = None if store is None else store.rest
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def children(self) -> Iterator[nn.Module]:
+        """The parts that run, which hold every tensor, instead of the tree of names: tools that go
+        from module to module (FSDP2) find a tensor in its block and nowhere else."""
+        yield from self._parts().values()
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The tree of names, then the blocks over its tensors."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for name, part in self._parts().items() if remove_duplicate else ():
+            yield from part.named_modules(memo, f"{prefix}{'.' * bool(prefix)}{ADDED}{name}")
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._store.tie()

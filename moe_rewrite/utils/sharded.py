@@ -1,0 +1,27 @@
+"""Tensors of which each process holds a part (DTensor, as FSDP2's `fully_shard` makes them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def without_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; in place of a sharded one, one of the whole size that holds no memory."""
+    if not is_sharded(tensor):
+        return tensor
+    size, stride = tensor.shape, tensor.stride()
+    empty = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
+    empty.untyped_storage().resize_(0)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def gathered(tensor: Any) -> Any:
+    """All of a sharded tensor, which every process must ask for; others as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
