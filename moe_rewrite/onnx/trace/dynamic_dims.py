@@ -65,6 +65,14 @@ def _at(functional: FunctionalModel, leaves: list[torch.Tensor]) -> dict[Any, sy
 def require_any_size(functional: FunctionalModel) -> None:
     """Raises CaptureError where the graph holds for some sizes only, bounds left out: a file has
     one graph."""
+    if not any(0 in dims for dims in functional.open):
+        batch = functional.example[0].shape[0]
+        raise CaptureError(
+            f"a file holds one graph, and in this one the batch is a constant ({batch} samples, as "
+            "traced): the model's code makes a Python number of it, by len(x) or int(x.shape[0]). "
+            "Write x.shape[0] or x.size(0), or run the converted model in PyTorch, which takes any "
+            "batch"
+        )
     conditions, draw = functional.graph.conditions, random.Random(0)
     for _ in range(64):
         batch, length, past = (draw.randint(2, 2 ** draw.randint(2, 7)) for _ in range(3))
