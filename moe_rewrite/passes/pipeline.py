@@ -33,13 +33,14 @@ def to_sites(recipe: Recipe) -> tuple[Pass, ...]:
     return (kind_of(recipe.experts).find(recipe),)
 
 
-def to_experts(recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
+def to_experts(recipe: Recipe, router: RouterSpec, head: str | None = None) -> tuple[Pass, ...]:
+    """head: see `WidenHead`."""
     kind = kind_of(recipe.experts)
     return (
         *((FreezeShallow(),) if recipe.freeze else ()),
         InsertRouter(),
         kind.insert(recipe, router),
-        WidenHead(),
+        WidenHead(head),
         *(kind.lower(recipe, router) if recipe.backend != "reference" else ()),
     )
 
@@ -82,6 +83,7 @@ class Compiler:
     decisions: settled at conversion, but for what only a training graph shows; see `compile`.
     notes: what the user should know, for the report.
     copy_blocks: blocks that are alike are traced once.
+    head: name of the head that the first graph has, "" without; None before it.
     """
 
     host: Host
@@ -91,6 +93,7 @@ class Compiler:
     notes: list[str] = field(default_factory=list)
     codes: dict[tuple, Code] = field(default_factory=dict, repr=False)  # shared by all graphs
     copy_blocks: bool = True
+    head: str | None = None
 
     def capture(
         self, arguments: dict[str, Any], mode: str, sizes: Sizes = "general",
@@ -120,8 +123,11 @@ class Compiler:
         return self.emitted(self.with_experts(to_sites(arguments, mode, sizes, open_ints)))
 
     def with_experts(self, program: Program) -> Program:
-        passes = to_experts(self.recipe, self.decisions.chosen)
-        return run(passes, program, self.decisions, self.timed)
+        passes = to_experts(self.recipe, self.decisions.chosen, self.head)
+        made = run(passes, program, self.decisions, self.timed)
+        if self.head is None:
+            self.head = made.head.name if made.head is not None else ""
+        return made
 
     def emitted(self, program: Program) -> tuple[Program, Emitted]:
         return program, self.timed("emit", emit, program, self.codes)

@@ -25,8 +25,12 @@ from .wiring import expert_input, plan_view
 
 @dataclass(frozen=True)
 class WidenHead(Pass):
-    """Exact while no expert has columns."""
+    """Exact while no expert has columns.
 
+    only: name of the head that may be widened; None: any.
+    """
+
+    only: str | None = None
     name = "widen head"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
@@ -37,6 +41,8 @@ class WidenHead(Pass):
         weight = argument(head, "weight")
         name, width = inputs[weight.name].name, int(value(weight).shape[1])
         site = HeadSite(f"{name.removesuffix('.weight')}.columns", name, width)
+        if self.only not in (None, site.name):
+            return program
         columns = expert_input(program, inputs, site.name, "columns")
         logits = next((u for u in head.users if u.target is add_lora_experts), head)
         gates = plan_view(program, ClassGates())

@@ -8,8 +8,10 @@ import networks
 import pytest
 import torch
 from pipelines import Routed
+from reference import randomize
 from torch import nn
 
+import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
 from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.ir.sites import HeadSite
@@ -156,3 +158,20 @@ def test_of_two_heads_the_one_of_the_main_output_is_widened():
     """The main output is the first of those that the longest computations lead to."""
     model = Net(lambda m, x: (m.heads[0](x), m.heads[1](x)), (3, 3)).eval()
     assert widened(model).head.weight == "heads.0.weight"
+
+
+@pytest.mark.parametrize("shapes", [((2, 5, W), (3, W)), ((3, W), (2, 5, W))])
+def test_only_the_head_of_the_first_graph_is_widened(shapes):
+    """A model converted on sequences has none, and may be called with rows; and the reverse."""
+    first, other = (torch.randn(shape) for shape in shapes)
+    model = Net(ENDS["plain"]).eval()
+    moe = moe_rewrite.convert(
+        model, split="layers.1", router=TokenRouter(), num_experts=2,
+        example_inputs=first,
+    )  # fmt: skip
+    with torch.no_grad():
+        for x in (first, other):
+            assert torch.equal(moe(x), model(x))
+    randomize(moe)
+    for x in (first, other):
+        assert moe(x).shape == model(x).shape and not torch.allclose(moe(x), model(x))
