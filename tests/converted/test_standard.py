@@ -78,7 +78,9 @@ def test_folders_are_read_without_this_package_and_come_back_bitwise(cases, tmp_
 def test_every_layer_dense_but_one(base, tmp_path):
     score = "sigmoid" if base == "GLM" else "softmax"
     experts = FFNExperts(num=2, score=score, sites=["layers.1.mlp"])
-    moe = moe_rewrite.convert(dense(base), mode="upcycle", split=1, experts=experts)
+    moe = moe_rewrite.convert(
+        dense(base, num_hidden_layers=3), mode="upcycle", split=1, experts=experts
+    )
     if base in ("GLM", "LlamaBias"):
         with pytest.raises(ConversionError, match="layers|o_proj"):
             moe.save_standard(tmp_path / "it")

@@ -36,6 +36,7 @@ class Followed:
         self.cut, self.moved, _ = cut
         self.router, self.experts, self.active = router, experts, active
         self.patched = router.policy == "patch"
+        self.by_layer = getattr(experts, "by_layer", False)
         self.frozen = all(not p.requires_grad for p in model.parameters())
         self.given = None  # gates of a router that the reference does not compute
         self.modules, self.weights = {}, {}
@@ -80,6 +81,8 @@ class Followed:
         self.lead = features.shape[:2] if features.ndim == 3 else features.shape[:1]
         if self.given is not None:
             self.gates = self.given
+        elif self.by_layer:
+            self.gates = None, 0.0  # each copy's module has its own
         elif self.patched:
             self.gates = Patches(features, self.state, self.router, self.sides), 0.0
         else:
@@ -145,7 +148,10 @@ class Followed:
         """The sum of the copies' outputs by their gates."""
         self.hit.add(name)
         of_map = not isinstance(module, Ffn)
-        gates, base = self.over(name, output, of_map), self.gates[1]
+        if self.by_layer and of_map:
+            raise NotFollowed("a layer's router over a map")
+        routes = self._of_layer if self.by_layer else self.over
+        gates, base = routes(name, args[0] if self.by_layer else output, of_map), self.gates[1]
         total = torch.zeros_like(output)
         if isinstance(base, torch.Tensor):
             total = laid_out(base, output, self.layouts[name], self.lead).to(output.dtype) * output
@@ -157,11 +163,33 @@ class Followed:
             total = total + gate.to(output.dtype) * own
         return total
 
+    def _of_layer(self, name, x, of_map):
+        """Gates that the region's own rows give its input."""
+        rows = torch.stack([self.state[f"{EXPERTS}{name}.rows.{e}"] for e in self.active])
+        rows = rows.to(self.model.get_submodule(self._path(name)).down.weight.dtype)
+        sigmoid = self.experts.score == "sigmoid"
+        x = x.float() if sigmoid and x.dtype != torch.float64 else x
+        logits = x @ rows.to(x.dtype).T
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        k = min(self.router.top_k or len(self.active), len(self.active))
+        best = logits.sort(-1, descending=True, stable=True).indices[..., :k]  # a row of zeros ties
+        chosen = torch.zeros_like(scores).scatter(-1, best, 1.0)
+        scores = scores * chosen
+        if self.router.gate == "selected":
+            return scores / scores.sum(-1, keepdim=True)
+        return scores
+
+    def _path(self, name):
+        return next(path for path, site in self.modules.items() if site == name)
+
     def _copies(self, name, path, expert):
         prefix, found = f"{EXPERTS}{name}.copies.{path}.", {}
+        own = dict(self.model.get_submodule(path).named_parameters())
         for key, tensor in self.state.items():
             if key.startswith(prefix) and key.endswith(f".{expert}"):
-                found[key.removeprefix(prefix).rpartition(".")[0]] = tensor
+                part = key.removeprefix(prefix).rpartition(".")[0]
+                found[part] = tensor.to(own[part].dtype) if part in own else tensor
         return found
 
     def _whole(self, parts):

@@ -97,7 +97,8 @@ def options(made):
         "experts": experts(draw, made, chosen),
     }
     if upcycle:
-        of["experts"] = draw.choice((None, FFNExperts(num=2)))
+        sigmoid = FFNExperts(num=3, router="layer", score="sigmoid")
+        of["experts"] = draw.choice((None, FFNExperts(num=2), sigmoid))
     of["split"] = split(draw, made, FFNExperts() if upcycle else of["experts"])
     wrong = draw.random() < 0.05
     return of | (draw.choice(WRONG) if wrong else {}), wrong
