@@ -173,7 +173,9 @@ class Followed:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
         k = min(self.router.top_k or len(self.active), len(self.active))
-        best = logits.sort(-1, descending=True, stable=True).indices[..., :k]  # a row of zeros ties
+        best = logits.sort(dim=-1, descending=True, stable=True).indices[
+            ..., :k
+        ]  # a row of zeros ties
         chosen = torch.zeros_like(scores).scatter(-1, best, 1.0)
         scores = scores * chosen
         if self.router.gate == "selected":
