@@ -64,10 +64,11 @@ class GraphCache:
             try:
                 with TRACING:  # another thread may have made it by now
                     graph = self._allowed(call) or self._prepared(call)
-            except CaptureError:
+            except (CaptureError, EquivalenceError):
                 if not call.ints:
                     raise
-                self._ints.keep_constant(call.ints)
+                self._ints.keep_constant(call.ints)  # code may ask whether it is an int
+                self._kept.pop(call.key, None)
                 return self.get(arguments, training, where)
         self._uses += 1
         graph.last_use = self._uses
@@ -107,6 +108,8 @@ class GraphCache:
             graph = self._compiled(call, ("ones", "own") if met else ("general", "ones", "own"))
         if not self._allow(graph, call):
             if graph.copied and self._compiler.copy_blocks:
+                if call.ints:  # more likely the ints, which are constants then
+                    raise EquivalenceError("the graph differs where ints are its inputs")
                 self._compiler.trace_all_blocks()
                 self._kept.pop(call.key)
                 return self._prepared(call)
@@ -168,7 +171,7 @@ class GraphCache:
         if self._check and graph.comparable and call.device != "meta" and not self._store.sharded:
             equal = self._equals_dense(graph, call.arguments, call.leaves)
         else:
-            equal = all(size == 2 for size in pattern)
+            equal = all(size == 2 for size in pattern) and not call.ints
         (graph.allowed if equal else graph.refused).add(pattern)
         return equal
 

@@ -172,3 +172,29 @@ def test_a_refused_call_says_why():
         assert moe(torch.zeros(2, 1, dtype=torch.long)).shape == (2, 1, 3)
     except MoeRewriteError as refused:
         assert "cannot be routed: last" in str(refused)
+
+
+class Kept(nn.Module):
+    """Asks for the type of its int, as transformers' models do with logits_to_keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x, keep=0):
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        return self.last(self.layers(x)[:, kept])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_int_whose_type_is_asked_for(verify, training):
+    model = Kept().train(training)
+    example = torch.randn(3, 7, 8)
+    moe = moe_rewrite.convert(model, split="layers.1", example_inputs=example, verify=verify)
+    with torch.no_grad():
+        for keep in (3, 4, 1, 5, 0, 2):
+            for length in (6, 9):
+                x = torch.randn(2, length, 8)
+                torch.testing.assert_close(moe(x, keep=keep), model(x, keep=keep))

@@ -68,7 +68,7 @@ def test_names_and_report_are_in_the_file(llama):
     assert "moe_rewrite.experts.model.layers.1.mlp.up_proj.a" in names
     assert [o.name for o in model.graph.output] == ["logits"]
     said = {p.key: json.loads(p.value) for p in model.metadata_props}
-    assert said["moe_rewrite.conversion"]["sites"] and said["moe_rewrite.recipe"]["split"] == 1
+    assert said["moe_rewrite.recipe"]["split"] == "model.layers.1"
     assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
     onnx.checker.check_model(model, full_check=True)
 
