@@ -88,8 +88,12 @@ class Layouts:
         layout = self._of_positions(rows)
         if layout is None:
             return f"its input ({sizes}) has rows that are not the plan's ({_sizes(self.lead)})"
-        reason = self._contradicts(rows) if isinstance(layout, Rows) else ""
-        return reason or layout
+        if not isinstance(layout, Rows):
+            return layout
+        equal = isinstance(self.lead[1], int) and same_sizes(self.lead[:1], self.lead[1:])
+        if equal and isinstance(along, Along) and along.dim == 0 and has_rows(rows, along, self.cut):
+            return Swapped(layout.ndim)  # as many samples as positions, with positions first
+        return self._contradicts(rows) or layout
 
     def _contradicts(self, rows: fx.Node) -> str:
         """Why the second dimension has no rows of the plan although its size is theirs. A symbolic
