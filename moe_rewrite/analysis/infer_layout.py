@@ -91,7 +91,12 @@ class Layouts:
         if not isinstance(layout, Rows):
             return layout
         equal = isinstance(self.lead[1], int) and same_sizes(self.lead[:1], self.lead[1:])
-        if equal and isinstance(along, Along) and along.dim == 0 and has_rows(rows, along, self.cut):
+        if (
+            equal
+            and isinstance(along, Along)
+            and along.dim == 0
+            and has_rows(rows, along, self.cut)
+        ):
             return Swapped(layout.ndim)  # as many samples as positions, with positions first
         return self._contradicts(rows) or layout
 
