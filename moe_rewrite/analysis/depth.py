@@ -64,7 +64,7 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     line = find_mainline(program)
     whole = _map(program, line, None)
     stacks = line.stacks()
-    if len(whole) < 2 and not stacks:
+    if len(whole) < 2 and not stacks and not _starts(whole, split):
         others = [_map(program, one, None) for one in without_side_values(line)]
         others += [_map(program, line, top) for top in line.tops()]
         return max([whole, *others], key=len)
@@ -80,6 +80,12 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
         return fed
     maps = [whole, *(replace(_map(program, line, s), must_name=True) for s in stacks)]
     return max(maps, key=len)
+
+
+def _starts(depth: DepthMap, split: object) -> bool:
+    """Whether a module of this name begins after a cut point."""
+    start = depth.starts.get(split) if isinstance(split, str) else None
+    return start is not None and any(at < start for at, _ in depth.points)
 
 
 def _separates(depth: DepthMap, name: str) -> bool:

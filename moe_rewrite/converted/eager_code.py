@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.ops import output_of
+
 aten, nn = torch.ops.aten, torch._C._nn
 
 BINDINGS: dict[Any, Callable] = {
@@ -48,7 +50,7 @@ def eager_function(module: fx.GraphModule) -> Callable[..., tuple]:
         if node.op == "call_function":
             lines.append(f"{writer.name(node)} = {writer.called(node)}")
         elif node.op == "output":
-            lines.append(f"return {writer.written(node.args[0])}")
+            lines.append(f"return {writer.written(output_of(module.graph))}")
         elif node.op not in ("placeholder", "get_attr"):
             raise NotImplementedError(f"a node that is a {node.op}")
         done = [s for s in node.all_input_nodes if last[s] is node and s.op != "get_attr"]
@@ -77,8 +79,9 @@ class _Writer:
 
     def called(self, node: fx.Node) -> str:
         target: Any = node.target
-        if target is operator.getitem and isinstance(node.args[1], int):
-            return f"{self.written(node.args[0])}[{node.args[1]}]"
+        if target is operator.getitem:
+            whole, part = node.args
+            return f"{self.written(whole)}[{self.written(part)}]"
         function = BINDINGS.get(target) or getattr(target, "_op", target)
         args = [self.written(a) for a in node.args]
         args += [f"{key}={self.written(value)}" for key, value in node.kwargs.items()]

@@ -162,7 +162,7 @@ def region_tensors(moe: Any) -> dict[str, RegionTensors]:
         owned = dict(zip(code.find_nodes(op="placeholder"), bound.step.owned, strict=False))
         for node in code.nodes:
             if isinstance(node.target, FeedForwardCall):
-                given: Any = node.args[3]
+                _, _, _, given, *_ = node.args
                 parts = [None if n is None else owned[n][1].rpartition(":") for n in given]
                 name = next(p[0] for p in parts if p is not None)
                 own = [None if p is None else p[2] for p in parts]

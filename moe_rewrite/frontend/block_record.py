@@ -185,23 +185,22 @@ class Record:
         """In torch.export's graph, put copies of the nodes where others stand in for them. Raises
         CaptureError if the graph has become another."""
         nodes = [n for n in graph.nodes if n.meta.get(MARK, (None,))[0] == self.number]
-        calls = [n for n in graph.nodes if n.target in (GIVEN, COPY) and n.args[1] == self.number]
+        calls = [n for n in graph.nodes if n.target in (GIVEN, COPY) and _number(n) == self.number]
         if len(calls) != self.stand_ins + 1:
             raise CaptureError("copies of a block are in a part of the graph of its own")
         first, *wholes = calls
-        sources: Any = first.args[0]
+        sources = _given(first)
         known = {*nodes, *sources}
         inputs = {s for n in nodes for s in n.all_input_nodes} - known
         if not all(is_size(s) or s.op == "placeholder" for s in inputs):
             raise CaptureError("a block that is to be copied has other inputs than in the trace")
         places = {n.meta.pop(MARK)[1]: n for n in nodes}
         for whole in wholes:
-            given: Any = whole.args[0]
-            at = dict(zip(sources, given, strict=True))
+            at = dict(zip(sources, _given(whole), strict=True))
             with graph.inserting_before(whole):
                 copies = self._copied(graph, nodes, at, list(whole.meta["nn_module_stack"].items()))
             for output in list(whole.users):
-                source = places.get(self._made[output.args[1]])  # type: ignore[index]
+                source = places.get(self._made[_number(output)])
                 if source is None:
                     raise CaptureError("an output of a block is used in its copies only")
                 output.replace_all_uses_with(copies[source])
@@ -220,6 +219,18 @@ class Record:
         if any(s is not None and s.proxy.node in free for s in slots):
             return True
         return any(u not in self._place and not is_size(u) for n in free for u in n.users)
+
+
+def _given(node: fx.Node) -> list[fx.Node]:
+    """The tensors that one of the record's own nodes takes."""
+    given: Any = node.args
+    return list(given[0])
+
+
+def _number(node: fx.Node) -> int:
+    """Of the record, or of the output that is taken."""
+    given: Any = node.args
+    return given[1]
 
 
 def _is_operator(node: fx.Node) -> bool:

@@ -66,8 +66,9 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
 
 
 def _layer_of(logits: fx.Node) -> str:
-    view: Any = logits.args[0]
-    return view.args[1].layer
+    (view, *_) = logits.args
+    _, read = view.args  # type: ignore[union-attr]
+    return read.layer  # type: ignore[union-attr]
 
 
 def _computed(graph: fx.Graph) -> frozenset[torch.dtype]:

@@ -226,7 +226,7 @@ def test_transformers_swin_whose_map_is_a_sequence_between_blocks(granularity):
     model = Logits(SwinForImageClassification(config)).eval()
     router = TokenRouter(granularity=granularity)
     split = "model.swin.encoder.layers.0.blocks.1"
-    moe = converted(model, image((24, 24)), router, split, LoRAExperts(rank=3, alpha=6.0))
+    moe = converted(model, image((24, 24)), router, split, LoRAExperts(rank=3, alpha=30.0))
     assert len(moe.report.sites) == (6 if granularity == "token" else 19)
 
     def gates_of(x, state):
@@ -250,4 +250,4 @@ def test_transformers_swin_whose_map_is_a_sequence_between_blocks(granularity):
         return of
 
     inputs = [image((24, 24), 3, 1), image((24, 24), 1, 2)]
-    assert_equal_forward_and_backward(model, moe, inputs, gates_of, 2.0)
+    assert_equal_forward_and_backward(model, moe, inputs, gates_of, 10.0)

@@ -94,7 +94,7 @@ SAMPLES = {
         MAP, X, *(PerChannel(t(4, seed=i).abs() + i) for i in range(1, 5)), True, 0.1, 1e-5, False
     ),
     "instance_norm": Sample(
-        MAP, X, *(t(4, seed=i).abs() + i for i in range(1, 5)), True, 0.1, 1e-5, False
+        MAP, X, *(PerChannel(t(4, seed=i).abs() + i) for i in range(1, 5)), True, 0.1, 1e-5, False
     ),
     "layer_norm": Sample(
         (2, 3, 4), X, [4], *(PerChannel(t(4, seed=i)) for i in (1, 2)), channels=(2, 2)
