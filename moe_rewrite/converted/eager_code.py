@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..errors import InvariantError
 from ..ir.ops import output_of
 
 aten, nn = torch.ops.aten, torch._C._nn
@@ -52,7 +53,7 @@ def eager_function(module: fx.GraphModule) -> Callable[..., tuple]:
         elif node.op == "output":
             lines.append(f"return {writer.written(output_of(module.graph))}")
         elif node.op not in ("placeholder", "get_attr"):
-            raise NotImplementedError(f"a node that is a {node.op}")
+            raise InvariantError(f"{node} in the code of a step: nothing runs a {node.op}")
         done = [s for s in node.all_input_nodes if last[s] is node and s.op != "get_attr"]
         if node.op == "call_function":
             done += [] if node.users else [node]

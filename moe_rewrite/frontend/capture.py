@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
@@ -30,7 +29,7 @@ from .host import Host
 from .idle_moves import idle_moves
 from .replay import redirected
 from .structural_copy import canonical_names, structural_copy
-from .trace_memory import forget_inputs, tracing
+from .trace_memory import forget_inputs, lazy_modules, tracing
 from .whole_modules import Kind, name_calls, run_whole, traced_whole
 
 TRACING = threading.RLock()  # torch.export and its patches change state of the whole process
@@ -210,7 +209,7 @@ def _export(
     try:
         with (
             TRACING, torch.enable_grad(), traced.traced(), tracing(),
-            _use_lazy_graph_module(True), recorded_assignments() as assigned,
+            lazy_modules(), recorded_assignments() as assigned,
             idle_moves(), run_whole(traced.module, whole),
         ):  # fmt: skip
             exported = torch.export.export(
@@ -220,7 +219,7 @@ def _export(
             if replay is not None:
                 replay.expand(exported.graph)
     except Exception:
-        if replay is None or not replay.copied:
+        if replay is None or not (replay.copied or replay.own_error):
             raise
         return _export(host, example, static, mode, sizes, copy_blocks=False)
     forget_inputs(exported)

@@ -9,7 +9,8 @@ data-dependent sizes, sub-graphs) is traced in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -22,10 +23,19 @@ from .block_call import BlockCall
 from .block_record import Record
 from .repeated_blocks import noticing, numbers_of, repeated_blocks, varying_numbers
 
+# what copying uses of PyTorch that is not its public interface; in a version without, blocks are traced
+NEEDED = (
+    "get_proxy_mode",
+    "get_proxy_slot",
+    "set_proxy_slot",
+    "snapshot_fake",
+    "track_tensor_tree",
+)
+
 
 class Replay:
     """Records of one trace, by form of the block, the numbers that it looked at, and form of the
-    call. copied: how many calls of blocks were copied."""
+    call. copied: how many calls of blocks were copied. own_error: one was raised by copying."""
 
     def __init__(self, blocks: dict[nn.Module, tuple]) -> None:
         alike: dict[tuple, list[nn.Module]] = {}
@@ -37,6 +47,7 @@ class Replay:
         self._copied: list[Record] = []
         self._graph: fx.Graph | None = None
         self.copied = 0
+        self.own_error = False
 
     def call(
         self, block: nn.Module, form: tuple, forward: Callable, args: tuple, kwargs: dict
@@ -45,7 +56,7 @@ class Replay:
         if mode is None or self._graph not in (None, mode.tracer.graph):
             return forward(*args, **kwargs)  # in the sub-graph of a higher-order operator
         self._graph = mode.tracer.graph
-        with torch._C.DisableTorchFunction():  # the trace's mode would see every size that is read
+        with self._copying():
             numbers, varying = numbers_of(block), self._varying[form]
             call = BlockCall(block, mode.tracer, args, kwargs, numbers, varying)
             records = self._records.setdefault(self._key(form, call), [])
@@ -60,6 +71,16 @@ class Replay:
             return self._recorded(form, call, forward)
         return forward(*args, **kwargs)
 
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Around what is not the model's code; the trace's mode would see every size that is read."""
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        except Exception:
+            self.own_error = True
+            raise
+
     def _key(self, form: tuple, call: BlockCall) -> tuple:
         looked = tuple((name, call.numbers[name]) for name in sorted(self._looked[form]))
         return form, looked, call.form()
@@ -68,7 +89,7 @@ class Replay:
         before = next(iter(reversed(call.tracer.graph.nodes)))
         with noticing(call.block, self._varying[form], self._looked[form]), call.watched_caches():
             output = forward(*call.args, **call.kwargs)
-        with torch._C.DisableTorchFunction():
+        with self._copying():
             return self._kept(form, call, before, output)
 
     def _kept(self, form: tuple, call: BlockCall, before: fx.Node, output: Any) -> Any:
@@ -103,7 +124,8 @@ class Replay:
 def redirected(model: nn.Module) -> Replay:
     """Let the next trace of this model copy the nodes of blocks that are alike. model: a working
     copy, which is changed."""
-    blocks = repeated_blocks(model)
+    known = all(hasattr(proxy_tensor, name) for name in NEEDED)
+    blocks = repeated_blocks(model) if known else {}
     replay = Replay(blocks)
     for block, form in blocks.items():
         _redirect(block, form, replay)

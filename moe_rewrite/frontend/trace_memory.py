@@ -13,7 +13,7 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -108,6 +108,16 @@ def _with(config: Any, name: str, value: bool) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, had)
+
+
+def lazy_modules() -> AbstractContextManager[None]:
+    """In this context, graph modules write their Python code when it is called, which is never in a
+    trace; nothing if this version has no such option."""
+    try:
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module
+    except ImportError:
+        return nullcontext()
+    return _use_lazy_graph_module(True)
 
 
 def forget_inputs(exported: Any) -> None:

@@ -7,12 +7,14 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ..errors import InputError
+
 
 class Holder(nn.Module):
     """A node of a tree of names: `tree.model.embed.weight` is a tensor. It computes nothing."""
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
+        raise InputError(
             "this module of a converted model only holds tensors under the original's names: call "
             "the whole model, or to_dense() for the original's modules"
         )

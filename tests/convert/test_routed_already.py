@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conversions import assert_grows_and_loads
 from own_experts import FORMS, Own, build, ids
 from reference import assert_gradients_equal, copied, gates, randomize
 from torch import nn
@@ -184,12 +185,7 @@ def test_stacked_weights_in_every_form(form, granularity, tmp_path):
     (want * weights).sum().backward()
     assert_gradients_equal(moe, state)
     moe.eval()
-    before = moe(x)
-    moe.expand(1)
-    assert torch.equal(moe(x), before)
-    moe.save_pretrained(tmp_path)
-    again = moe_rewrite.load(tmp_path, model, example_inputs=x)
-    assert torch.equal(again(x), before)
+    assert_grows_and_loads(moe, model, x, tmp_path)
     with moe.disable_experts():
         assert torch.equal(moe(x), model(x))
 

@@ -3,34 +3,19 @@
 import architectures
 import pytest
 import torch
+from networks import Residual
 from reference import added, randomize
 from torch import nn
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, MoeRewriteError, RegionExperts, TokenRouter
 
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-            for _ in range(3)
-        )
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
 def converted(experts=None, router="auto", names=("a", "b", "c")):
     moe = moe_rewrite.convert(
-        Net().eval(), split=1, example_inputs=X, verify=False, experts=experts, router=router
+        Residual().eval(), split=1, example_inputs=X, verify=False, experts=experts, router=router
     )
     moe.rename(0, names[0])
     for name in names[1:]:
@@ -128,7 +113,7 @@ def test_one_expert_is_merged_into_a_dense_model(kind):
     merged = moe.merge_expert("b", X)
     with moe.use_expert("b"):
         torch.testing.assert_close(merged(X), call(moe), rtol=1e-5, atol=1e-5)
-    assert type(merged) is Net and all(p.requires_grad for p in merged.parameters())
+    assert type(merged) is Residual and all(p.requires_grad for p in merged.parameters())
     shared = {p.data_ptr() for p in moe.parameters()}
     assert not shared & {p.data_ptr() for p in merged.parameters()}
     assert not torch.allclose(merged(X), moe.to_dense()(X))
@@ -147,7 +132,7 @@ def test_a_hugging_face_model_with_an_expert_merged_in():
 
 
 def test_what_no_dense_weight_can_do_is_not_merged():
-    normed = Net().eval()
+    normed = Residual().eval()
     nn.utils.parametrizations.weight_norm(normed.layers[2][1])
     moe = moe_rewrite.convert(normed, split=1, example_inputs=X, verify=False)
     randomize(moe)

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from networks import Residual
 from torch import nn
 
 import moe_rewrite
@@ -13,21 +14,6 @@ from moe_rewrite.converted import checkpoint
 
 KINDS = {"lora": LoRAExperts(4), "ffn": FFNExperts(), "region": RegionExperts(halo=False)}
 pytestmark = pytest.mark.filterwarnings("ignore:the experts take")
-
-
-class Blocks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-            for _ in range(3)
-        )
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
 
 
 class Maps(nn.Module):
@@ -47,7 +33,7 @@ class Maps(nn.Module):
 
 def converted(kind, dtype=torch.float32, experts=None, **options):
     """(converted model of this dtype with two experts, an input)."""
-    model, shape = (Maps(), (4, 4, 8, 8)) if kind == "region" else (Blocks(), (2, 5, 8))
+    model, shape = (Maps(), (4, 4, 8, 8)) if kind == "region" else (Residual(), (2, 5, 8))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     given = {"example_inputs": x, "experts": experts or KINDS[kind], "num_experts": 2}
     return moe_rewrite.convert(model.to(dtype).eval(), split=1, **given, **options), x

@@ -6,7 +6,17 @@ import architectures
 import pytest
 import torch
 import torch.nn.functional as F
-from feedforwards import BODIES, Functional, Gated, Mixed, Net, Plain, convert, inputs
+from feedforwards import (
+    BODIES,
+    Functional,
+    Gated,
+    Net,
+    Plain,
+    convert,
+    gated_sum,
+    inputs,
+    with_layers,
+)  # fmt: skip
 from reference import added, randomize
 from sweeps import some
 from torch import nn
@@ -28,18 +38,16 @@ def expert_weights(state, layer, expert):
 
 def routed(model, x, gates, state, base):
     """The definition: every expert on every row, times its gate."""
-    x = model.embed(x)
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer, Mixed):
-            x = x + layer(x)
-            continue
+
+    def mixed(i, layer, x):
         outs = [layer(x)] if base else []
         outs += [
             functional_call(layer, expert_weights(state, i, e), (x,))
             for e in range(gates.shape[-1] - base)
         ]
-        x = x + sum(g.unsqueeze(-1) * y for g, y in zip(gates.unbind(-1), outs, strict=True))
-    return model.head(x)
+        return gated_sum(gates, outs)
+
+    return with_layers(model, x, mixed)
 
 
 @pytest.mark.parametrize(

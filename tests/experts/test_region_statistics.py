@@ -4,9 +4,10 @@ import cnns
 import pytest
 import reference_patches as plain
 import torch
+from conversions import assert_grows_and_loads
 from reference import added, assert_gradients_equal, copied
 from reference_patches import Squeeze
-from stages import Stage, image, randomize_copies
+from stages import Stage, image, isolated_stage, randomize_copies
 from torch import nn
 
 import moe_rewrite
@@ -138,15 +139,8 @@ def test_statistics_over_isolated_patches(kind):
     model = built(kind, 16)
     moe = converted(model, 16, PatchRouter(4, 5, init=1.0), halo=False, num_experts=2)
     randomize_copies(moe)
-    state = copied(moe)
-    x = image(3, 16, seed=4)
-    with torch.no_grad():
-        features = torch.relu(model.trunk(x))
-    size = model.stage(features).shape[2:]
-    y = plain.isolated(
-        model.stage, features, state, "stage.", moe.router.spec, features, size, statistics=True
-    )
-    assert_as(moe, model.head(y.mean((2, 3))), moe(x), state)
+    state, x = copied(moe), image(3, 16, seed=4)
+    assert_as(moe, isolated_stage(model, moe, state, x, statistics=True), moe(x), state)
     with torch.no_grad(), moe.disable_experts():
         assert torch.equal(moe(x), model(x))
 
@@ -164,13 +158,7 @@ def test_experts_grow_and_are_saved(tmp_path):
     moe = converted(model, 16, PatchRouter(2, 2, init=1.0), num_experts=2)
     randomize_copies(moe)
     x = image(3, 16)
-    with torch.no_grad():
-        before = moe(x)
-        moe.expand(1)
-        assert torch.equal(moe(x), before)
-        moe.save_pretrained(tmp_path)
-        again = moe_rewrite.load(tmp_path, model, example_inputs=x)
-        assert torch.equal(again(x), before)
+    assert_grows_and_loads(moe, model, x, tmp_path)
     moe.train()
     optimizer = torch.optim.Adam(moe.trainable_parameters(), lr=0.01)
     losses = []

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import added, assert_gradients_equal, copied
-from stages import STAGES, Stage, image, randomize_copies
+from stages import STAGES, Stage, image, isolated_stage, randomize_copies
 from sweeps import some
 from torch import nn
 
@@ -178,13 +178,8 @@ def test_isolated_patches_are_images_of_their_own(kind):
         num_experts=2, example_inputs=image(2, 16),
     )  # fmt: skip
     randomize_copies(moe)
-    state = copied(moe)
-    x = image(3, 16, seed=4)
-    with torch.no_grad():
-        features = torch.relu(model.trunk(x))
-    size = model.stage(features).shape[2:]
-    y = plain.isolated(model.stage, features, state, "stage.", moe.router.spec, features, size)
-    want, got = model.head(y.mean((2, 3))), moe(x)
+    state, x = copied(moe), image(3, 16, seed=4)
+    want, got = isolated_stage(model, moe, state, x), moe(x)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
     got.square().sum().backward()
     want.square().sum().backward()

@@ -225,3 +225,25 @@ def test_more_blocks_are_no_more_traced_operations(monkeypatch):
         traced.clear()
         assert captured(Stack(depth=depth), True).copied == depth - 2
         assert traced == [0, 1]
+
+
+def test_an_error_of_copying_itself_means_a_full_trace(monkeypatch):
+    def broken(*given, **named):
+        raise TypeError("another version's signature")
+
+    model, x = Stack().eval(), torch.randn(2, 7, WIDTH)
+    monkeypatch.setattr(Record, "of", broken)
+    assert captured(model, True).copied == 0
+    moe = moe_rewrite.convert(model, example_inputs=torch.randn(3, 5, WIDTH), verify=False)
+    torch.testing.assert_close(moe(x), model(x), rtol=0, atol=0)
+
+
+def test_a_version_without_what_copying_needs_traces_every_block(monkeypatch):
+    monkeypatch.delattr("torch.fx.experimental.proxy_tensor.snapshot_fake")
+    from moe_rewrite.frontend.repeated_blocks import repeated_blocks
+    from moe_rewrite.frontend.replay import redirected
+
+    model = Stack()
+    assert len(repeated_blocks(model)) == DEPTH
+    redirected(model)
+    assert all(type(block) is Block for block in model.blocks)

@@ -97,6 +97,19 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def with_layers(model, x, mixed):
+    """A Net's output. mixed: what experts make of (index, layer, input), in place of each layer that
+    can hold some."""
+    x = model.embed(x)
+    for i, layer in enumerate(model.layers):
+        x = x + (layer(x) if isinstance(layer, Mixed) else mixed(i, layer, x))
+    return model.head(x)
+
+
+def gated_sum(gates, outs):
+    return sum(g.unsqueeze(-1) * y for g, y in zip(gates.unbind(-1), outs, strict=True))
+
+
 def inputs(batch, length, seed=1):
     return torch.randn(batch, length, 5, generator=torch.Generator().manual_seed(seed))
 

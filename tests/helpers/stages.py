@@ -1,5 +1,6 @@
 """Networks with one convolutional stage of every kind of operation."""
 
+import reference_patches as plain
 import torch
 from reference import added
 from torch import nn
@@ -90,3 +91,12 @@ STAGES = {
     "in place": lambda: Stage(nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, 1, 1), nn.Hardswish(inplace=True)),
     "dropout": lambda: Stage(nn.Dropout2d(0.2), nn.Conv2d(6, 6, 3, 1, 1), nn.Softmax(1)),
 }  # fmt: skip
+
+
+def isolated_stage(model, moe, state, x, **options):
+    """The definition: the network's output with its stage run on isolated patches."""
+    with torch.no_grad():
+        features = torch.relu(model.trunk(x))
+    size, spec = model.stage(features).shape[2:], moe.router.spec
+    y = plain.isolated(model.stage, features, state, "stage.", spec, features, size, **options)
+    return model.head(y.mean((2, 3)))

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from feedforwards import Fused, Gated, Mixed, Net, Plain, Swapped, convert, inputs
+from feedforwards import (
+    Fused,
+    Gated,
+    Net,
+    Plain,
+    Swapped,
+    convert,
+    gated_sum,
+    inputs,
+    with_layers,
+)  # fmt: skip
 from reference import added, randomize
 from torch.func import functional_call
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
@@ -58,11 +68,8 @@ def test_gates_are_those_of_transformers_classes(name, top_k):
 
 def definition(model, x, state, experts, top_k):
     """Every expert on every row, times the gate that the layer's rows give its input."""
-    x = model.embed(x)
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer, Mixed):
-            x = x + layer(x)
-            continue
+
+    def mixed(i, layer, x):
         site = f"moe_rewrite.experts.layers.{i}."
         own = [
             {k: state[f"{site}copies.layers.{i}.{k}.{e}"] for k, _ in layer.named_parameters()}
@@ -72,8 +79,9 @@ def definition(model, x, state, experts, top_k):
         low = (x @ rows.T).topk(top_k).values[..., -1:]
         gates = (x @ rows.T).masked_fill(x @ rows.T < low, float("-inf")).softmax(-1)
         outs = [functional_call(layer, of, (x,)) for of in own]
-        x = x + sum(g.unsqueeze(-1) * y for g, y in zip(gates.unbind(-1), outs, strict=True))
-    return model.head(x)
+        return gated_sum(gates, outs)
+
+    return with_layers(model, x, mixed)
 
 
 def test_outputs_and_gradients_are_the_definitions():

@@ -225,16 +225,21 @@ class Run:
         self.moe.load_state_dict(state, strict=False)
 
     def trains(self):
+        self._in_training(
+            "training", lambda: wrong_training(self.model, self.moe, self.made.example)
+        )
+
+    def _in_training(self, what, find):
+        """find: says what is wrong, or "". A refusal is noted."""
+        error = ""
         try:
-            error = wrong_training(self.model, self.moe, self.made.example)
+            error = find()
         except NotFollowed as reason:
-            self.notes.append(f"training not followed: {reason}")
-            error = ""
+            self.notes.append(f"{what} not followed: {reason}")
         except MoeRewriteError as refused:
             if isinstance(refused, (EquivalenceError, InvariantError)):
                 raise
-            self.notes.append(f"training refused: {type(refused).__name__}: {str(refused)[:300]}")
-            error = ""
+            self.notes.append(f"{what} refused: {type(refused).__name__}: {str(refused)[:300]}")
         finally:
             self.moe.eval()
         if error:
@@ -263,17 +268,7 @@ class Run:
         self.notes.append("experts followed")
 
     def steps(self):
-        try:
-            error = wrong_step(self.moe, self.made.example)
-        except MoeRewriteError as refused:
-            if isinstance(refused, (EquivalenceError, InvariantError)):
-                raise
-            self.notes.append(f"step refused: {type(refused).__name__}: {str(refused)[:300]}")
-            error = ""
-        finally:
-            self.moe.eval()
-        if error:
-            raise Wrong(error)
+        self._in_training("step", lambda: wrong_step(self.moe, self.made.example))
 
     def saves(self):
         with tempfile.TemporaryDirectory() as folder:
