@@ -1,13 +1,18 @@
 """Rewrite dense PyTorch models into mixture-of-experts models, by graph passes."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, from_standard, inspect, load
-from .converted.model import MoEModel
-from .converted.verify import verify
 from .errors import MoeRewriteError
-from .onnx import export_onnx
+
+if TYPE_CHECKING:
+    from . import onnx as onnx
+    from .converted.model import MoEModel
+    from .converted.verify import verify
+    from .frontend.trainer_callback import RoutingCallback
+    from .onnx import export_onnx
 
 __version__ = "0.1.0"
 
@@ -18,6 +23,7 @@ __all__ = [
     "MoeRewriteError",
     "PatchRouter",
     "RegionExperts",
+    "RoutingCallback",
     "TokenRouter",
     "convert",
     "export_onnx",
@@ -27,10 +33,25 @@ __all__ = [
     "verify",
 ]
 
+# Imported when first asked for: they import torch, and the callback imports transformers.
+_LATER = {
+    "MoEModel": "converted.model",
+    "RoutingCallback": "frontend.trainer_callback",
+    "export_onnx": "onnx",
+    "verify": "converted.verify",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "RoutingCallback":  # imports transformers
-        from .frontend.trainer_callback import RoutingCallback
+    if name in _LATER:
+        value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    elif name == "onnx":
+        value = import_module(".onnx", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return RoutingCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "onnx"})

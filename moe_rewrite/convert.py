@@ -1,43 +1,21 @@
-"""convert(): what it does is the list of passes in `passes.pipeline`, on an evaluation graph.
-
-capture -> inline regions -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
-lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow;
-training graphs are captured when the model is first trained.
+"""convert() and its kin: the package's interface. The work is `converted.build`'s, imported when
+first called, so that `import moe_rewrite` and the command line's help cost nothing.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .config import RouterSpec
-from .converted import checkpoint
-from .converted.model import MoEModel
-from .converted.report import Report
-from .converted.verify import verify_conversion
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    ConversionError,
-    InvariantError,
-    MoeRewriteError,
-    require_package,
-)  # fmt: skip
-from .frontend.adapters import host_of, without_wrapper
-from .frontend.capture import program_of
-from .frontend.hooks import require_no_hooks
-from .frontend.hub import local_folder
-from .frontend.structural_copy import structural_copy
-from .ir.depth_map import DepthMap
-from .passes.base import Decisions
-from .passes.clean import Clean
-from .passes.decide import plan_conversion
-from .passes.inline_regions import InlineRegions
-from .passes.pipeline import Timer, run
-from .passes.recipe import Experts, Recipe, make_recipe, require_trainable
-from .passes.split import FindDepth
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .converted.model import MoEModel
+    from .converted.report import Report
+    from .ir.depth_map import DepthMap
+    from .passes.recipe import Experts
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
@@ -49,11 +27,9 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
     Raises InputError where inputs cannot be inferred, CaptureError where the model cannot be
     captured, SplitError where no output depends on both an input and a parameter.
     """
-    _require_dense(model)
-    program = program_of(without_wrapper(model), example_inputs)
-    depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
-    assert depth is not None
-    return depth
+    from .converted import build
+
+    return build.inspect(model, example_inputs)
 
 
 def convert(
@@ -96,45 +72,12 @@ def convert(
     wrong option, InputError, CaptureError, SplitError, ConversionError where no site can hold
     experts, or EquivalenceError; nothing is left half done.
     """
+    from .converted import build
+    from .passes.recipe import make_recipe, require_trainable
+
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     require_trainable(recipe.router)
-    return _convert(model, recipe, example_inputs, verify, dry_run)
-
-
-def _convert(
-    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
-) -> MoEModel | Report:
-    _require_dense(model)
-    model = without_wrapper(model)
-    try:
-        return _converted(model, recipe, example_inputs, verify, dry_run)
-    except (MoeRewriteError, MemoryError):
-        raise
-    except Exception as error:
-        raise InvariantError(
-            f"{type(model).__name__} could not be converted, for a reason that was not foreseen "
-            f"({type(error).__name__}: {error}). This is a bug: please report it with this traceback"
-        ) from error
-
-
-def _converted(
-    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool
-) -> MoEModel | Report:
-    host, timed = host_of(structural_copy(model)), Timer()
-    require_no_hooks(model)
-    arguments = host.arguments(example_inputs)
-    compiler, program = plan_conversion(host, recipe, arguments, timed)
-    report = Report.of(program, compiler)
-    report.warn_of_costs()
-    if dry_run:
-        return report
-    program, emitted = compiler.emitted(program)
-    kind = host.model_class(MoEModel)
-    moe: MoEModel = kind(model, compiler, program, emitted, report, checked=verify)
-    moe.adopt(arguments, program, emitted)
-    if verify:
-        report.equivalence = timed("verify", verify_conversion, moe, arguments)
-    return moe
+    return build.convert(model, recipe, example_inputs, verify, dry_run)
 
 
 def load(
@@ -149,20 +92,9 @@ def load(
     The folder is checked before the model is converted. Raises CheckpointError for a missing,
     truncated or changed file, an unknown version, or another base model; otherwise as `convert`.
     """
-    _require_dense(model)
-    model = without_wrapper(model)
-    folder = local_folder(folder)
-    facts, tensors = checkpoint.read(folder)
-    checkpoint.require_base(facts, model)
-    try:
-        recipe = Recipe.from_dict(facts["recipe"])
-    except (TypeError, KeyError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
-    of_experts = checkpoint.Facts.of(folder, facts, recipe.num_experts)
-    moe = _convert(model, recipe, example_inputs, verify)
-    assert isinstance(moe, MoEModel)
-    moe.restore(tensors, of_experts)
-    return moe
+    from .converted import build
+
+    return build.load(folder, model, example_inputs, verify)
 
 
 def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool = True) -> MoEModel:
@@ -176,23 +108,6 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool = Tr
 
     Raises CheckpointError for a folder of another form or model; otherwise as `convert`.
     """
-    require_package("transformers", "hf", "from_standard")
-    from .converted import standard
+    from .converted import build
 
-    _require_dense(model)
-    model = without_wrapper(model)
-    read, options = standard.recipe_of(folder)
-    moe = _convert(model, make_recipe(**options), None, verify)
-    assert isinstance(moe, MoEModel)
-    standard.restore(moe, read, folder, verify)
-    return moe
-
-
-def _require_dense(model: object) -> None:
-    if isinstance(model, MoEModel):
-        raise ConversionError(
-            "this model is converted already: call expand() for more experts, or convert "
-            "model.to_dense() anew"
-        )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
+    return build.from_standard(folder, model, verify)

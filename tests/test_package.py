@@ -26,11 +26,29 @@ def run(code, cwd=ROOT, **env):
     return done.stdout.strip()
 
 
-def test_import_is_light():
+def test_help_needs_no_torch():
+    for command in ([], ["convert"], ["learn"], ["demo"]):
+        code = (
+            f"import sys; from moe_rewrite.cli.main import app; app({[*command, '--help']}, "
+            "standalone_mode=False); print('torch' in sys.modules)"
+        )
+        assert run(code).splitlines()[-1] == "False"
+
+
+def test_names_that_come_later_are_there():
+    code = (
+        "import moe_rewrite; assert {*moe_rewrite.__all__, 'onnx'} <= {*dir(moe_rewrite)}; "
+        "print([getattr(moe_rewrite, name).__name__ for name in moe_rewrite.__all__] == "
+        "moe_rewrite.__all__, callable(moe_rewrite.convert), moe_rewrite.onnx.__name__)"
+    )
+    assert run(code) == "True True moe_rewrite.onnx"
+
+
+def test_use_is_light():
     """Against PyTorch's own import in the same process, so that no machine's speed decides."""
     code = (
         "import sys, time; t = time.process_time(); import torch; u = time.process_time(); "
-        "import moe_rewrite; print((time.process_time() - u) / (u - t), 'triton' in sys.modules, "
+        "import moe_rewrite; moe_rewrite.MoEModel; print((time.process_time() - u) / (u - t), 'triton' in sys.modules, "
         "'transformers' in sys.modules, torch.cuda.is_initialized())"
     )
     share, *loaded = run(code).split()

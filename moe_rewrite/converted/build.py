@@ -1,0 +1,129 @@
+"""From a dense model to a MoEModel: the list of passes in `passes.pipeline`, on an evaluation graph.
+
+capture -> inline regions -> clean -> depth -> split | sites | freeze -> route -> insert experts -> widen head ->
+lower -> emit -> verify. At the bars `passes.decide` takes the decisions that later graphs follow;
+training graphs are captured when the model is first trained.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    InvariantError,
+    MoeRewriteError,
+    require_package,
+)  # fmt: skip
+from ..frontend.adapters import host_of, without_wrapper
+from ..frontend.capture import program_of
+from ..frontend.hooks import require_no_hooks
+from ..frontend.hub import local_folder
+from ..frontend.structural_copy import structural_copy
+from ..ir.depth_map import DepthMap
+from ..passes.base import Decisions
+from ..passes.clean import Clean
+from ..passes.decide import plan_conversion
+from ..passes.inline_regions import InlineRegions
+from ..passes.pipeline import Timer, run
+from ..passes.recipe import Recipe, make_recipe
+from ..passes.split import FindDepth
+from . import checkpoint
+from .model import MoEModel
+from .report import Report
+from .verify import verify_conversion
+
+
+def inspect(model: nn.Module, example_inputs: Any) -> DepthMap:
+    """As `moe_rewrite.inspect`."""
+    _require_dense(model)
+    program = program_of(without_wrapper(model), example_inputs)
+    depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
+    assert depth is not None
+    return depth
+
+
+def convert(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
+) -> MoEModel | Report:
+    """As `moe_rewrite.convert`, by a recipe."""
+    _require_dense(model)
+    model = without_wrapper(model)
+    try:
+        return _converted(model, recipe, example_inputs, verify, dry_run)
+    except (MoeRewriteError, MemoryError):
+        raise
+    except Exception as error:
+        raise InvariantError(
+            f"{type(model).__name__} could not be converted, for a reason that was not foreseen "
+            f"({type(error).__name__}: {error}). This is a bug: please report it with this traceback"
+        ) from error
+
+
+def _converted(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool
+) -> MoEModel | Report:
+    host, timed = host_of(structural_copy(model)), Timer()
+    require_no_hooks(model)
+    arguments = host.arguments(example_inputs)
+    compiler, program = plan_conversion(host, recipe, arguments, timed)
+    report = Report.of(program, compiler)
+    report.warn_of_costs()
+    if dry_run:
+        return report
+    program, emitted = compiler.emitted(program)
+    kind = host.model_class(MoEModel)
+    moe: MoEModel = kind(model, compiler, program, emitted, report, checked=verify)
+    moe.adopt(arguments, program, emitted)
+    if verify:
+        report.equivalence = timed("verify", verify_conversion, moe, arguments)
+    return moe
+
+
+def load(
+    folder: str | os.PathLike, model: nn.Module, example_inputs: Any, verify: bool
+) -> MoEModel:
+    """As `moe_rewrite.load`."""
+    _require_dense(model)
+    model = without_wrapper(model)
+    folder = local_folder(folder)
+    facts, tensors = checkpoint.read(folder)
+    checkpoint.require_base(facts, model)
+    try:
+        recipe = Recipe.from_dict(facts["recipe"])
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
+    of_experts = checkpoint.Facts.of(folder, facts, recipe.num_experts)
+    moe = convert(model, recipe, example_inputs, verify)
+    assert isinstance(moe, MoEModel)
+    moe.restore(tensors, of_experts)
+    return moe
+
+
+def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> MoEModel:
+    """As `moe_rewrite.from_standard`."""
+    require_package("transformers", "hf", "from_standard")
+    from . import standard
+
+    _require_dense(model)
+    model = without_wrapper(model)
+    read, options = standard.recipe_of(folder)
+    moe = convert(model, make_recipe(**options), None, verify)
+    assert isinstance(moe, MoEModel)
+    standard.restore(moe, read, folder, verify)
+    return moe
+
+
+def _require_dense(model: object) -> None:
+    if isinstance(model, MoEModel):
+        raise ConversionError(
+            "this model is converted already: call expand() for more experts, or convert "
+            "model.to_dense() anew"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
