@@ -274,10 +274,13 @@ class _Reader:
                 raise _Foreign  # other nodes read the tensor that it writes to
 
     def _unviewed(self, node: fx.Node) -> fx.Node:
-        """The rows before they were merged into one dimension; each product may merge them."""
+        """The rows before they were merged into one dimension; each product may merge them. A view
+        that takes rows apart belongs to what comes before."""
         while op(node).view and self.channels == -1:
             given = first(node)
             if not same_sizes(value(node).shape[-1:], value(given).shape[-1:]):
+                break
+            if value(given).ndim < value(node).ndim:
                 break
             node = given
         return node

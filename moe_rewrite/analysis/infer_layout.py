@@ -102,13 +102,14 @@ class Layouts:
 
     def _contradicts(self, rows: fx.Node) -> str:
         """Why the second dimension has no rows of the plan although its size is theirs. A symbolic
-        size is no coincidence; a number may be one."""
+        size is no coincidence; a number may be one. Rows that are shifted (a token shift by padding)
+        have the gates of where they come to lie, at fixed sizes as at symbolic ones."""
         along = self.rows.get(rows)
         if along is None or not isinstance(self.lead[1], int):
             return ""
         if isinstance(along, str):
             return along
-        if along.dim != 1 or not has_rows(rows, along, self.cut):
+        if along.dim != 1:
             return f"its input ({_sizes(value(rows).shape)}) does not have the plan's rows second"
         return ""
 

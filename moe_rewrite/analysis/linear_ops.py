@@ -18,6 +18,7 @@ from ..ir.ops import argument, first, op, op_name, takes
 from ..ir.program import Program
 from .convolutions import is_transposed, options_of
 from .grouped_products import Sorted, is_grouped, sorted_rows, stacked_weight
+from .map_layout import moved_order
 from .stacked_products import Stacked, find_stacked
 from .static_values import Static
 
@@ -120,11 +121,7 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
 
 def _swaps(node: fx.Node) -> bool:
     """Whether a transpose node really swaps the two dimensions."""
-    if takes(node, "dims"):
-        return [d % 2 for d in argument(node, "dims")] == [1, 0]
-    if takes(node, "dim0"):
-        return argument(node, "dim0") % 2 != argument(node, "dim1") % 2
-    return True
+    return moved_order(node) == [1, 0]
 
 
 def _grouped(static: Static, node: fx.Node) -> Product | str:

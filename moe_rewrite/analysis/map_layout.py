@@ -36,16 +36,27 @@ def is_channels_last(node: fx.Node) -> bool:
 def moved_order(node: fx.Node) -> list[int]:
     """The order of the dimensions of a node that permutes them."""
     ndim = value(node).ndim
-    order = list(range(ndim))
     if takes(node, "dims"):
         return [d % ndim for d in argument(node, "dims")]
-    a, b = (
-        (argument(node, name) % ndim for name in ("dim0", "dim1"))
-        if takes(node, "dim0")
-        else (ndim - 2, ndim - 1)
-    )
+    if takes(node, "destination"):
+        return _inserted(node, ndim)
+    swapped = (ndim - 2, ndim - 1)
+    for names in (("dim0", "dim1"), ("axis0", "axis1")):
+        if takes(node, names[0]):
+            swapped = argument(node, names[0]) % ndim, argument(node, names[1]) % ndim
+    a, b = swapped
+    order = list(range(ndim))
     order[a], order[b] = order[b], order[a]
     return order
+
+
+def _inserted(node: fx.Node, ndim: int) -> list[int]:
+    """Of movedim: these dimensions come to lie at those places, the others keep their order."""
+    source, to = (argument(node, name) for name in ("source", "destination"))
+    pairs = [(source, to)] if isinstance(source, int) else zip(source, to, strict=True)
+    placed = {place % ndim: dim % ndim for dim, place in pairs}
+    others = iter([d for d in range(ndim) if d not in placed.values()])
+    return [placed[d] if d in placed else next(others) for d in range(ndim)]
 
 
 def features_at(node: fx.Node, seen: set[fx.Node] | None = None) -> int | None:

@@ -22,8 +22,7 @@ def advice(error: Exception) -> tuple[str, str]:
     if any(word in reason for word in OF_VALUES):
         return reason, (
             "A forward whose sizes or Python control flow depends on tensor values cannot be "
-            "captured: use torch.where or a mask (a batch norm with momentum=None counts in "
-            "training: convert with batch_norm='frozen')"
+            "captured: use torch.where or a mask"
         )
     return reason, (
         "Check that these inputs run through the model; a forward whose Python control flow depends "

@@ -25,6 +25,7 @@ from .adapters import host_of
 from .advice import advice
 from .arguments import is_cache, is_channels_last, split_static
 from .assignments import recorded_assignments, require_no_state
+from .cumulative_norm import count_in_tensors
 from .host import Host
 from .idle_moves import idle_moves
 from .replay import redirected
@@ -204,6 +205,7 @@ def _export(
 ) -> Program:  # fmt: skip
     shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
     traced = host.working_copy()  # a trace may leave fake tensors in attributes
+    count_in_tensors(traced.module)
     _make_explicit(traced.module, example, static)
     replay = redirected(traced.module) if copy_blocks and not whole else None
     try:

@@ -122,8 +122,11 @@ OPS: dict[str, Op] = {
     **_all("view reshape flatten", Op(rows="merged", positions="all", view=True)),
     "_unsafe_view": Op(rows="kept", view=True),
     **_all("unsqueeze squeeze unflatten", Op(view=True)),
-    **_all("permute transpose", Op(positions="permute", channels=True, transposes=True)),
-    **_all("t numpy_T", Op(transposes=True)),
+    **_all(
+        "permute transpose movedim moveaxis swapaxes swapdims",
+        Op(positions="permute", channels=True, transposes=True),
+    ),
+    **_all("t numpy_T mT adjoint", Op(transposes=True)),
     # parts and wholes
     "slice": Op(positions="slice", channels=True, along="dim"),
     **_all("chunk split split_with_sizes", Op(positions="split", along="dim")),

@@ -13,6 +13,8 @@ from torch import fx
 
 from ..analysis.feedforward import FeedForward, find_feedforward
 from ..analysis.infer_layout import Layouts
+from ..analysis.linear_ops import Product, find_product, innermost_module
+from ..analysis.static_values import static_values
 from ..config import FFNExperts, RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..ir.aten import value
@@ -53,9 +55,12 @@ class FindFeedForwards(Pass):
                 uses.setdefault(_free_name(program, found, uses), []).append(found)
             else:
                 rejected.setdefault(*found)
+        outside = _products_outside(program, deep, uses)
         sites: dict[FeedForwardSite, list[Use]] = {}
         for number, (name, regions) in enumerate(uses.items()):
             reason = self.experts.refuses(name, len(uses) - 1 - number)
+            weights = {r.weights[p.weight] for r in regions for p in (*r.ups, r.down)}
+            reason = reason or next((outside[w] for w in outside if w in weights), None)
             laid = [None if self.experts.by_layer else _layout(layouts, r) for r in regions]
             reason = reason or next((x for x in laid if isinstance(x, str)), None)
             if reason is not None:
@@ -66,6 +71,21 @@ class FindFeedForwards(Pass):
                     (r, x) for r, x in zip(regions, laid, strict=True) if not isinstance(x, str)
                 ]
         return sites, rejected
+
+
+def _products_outside(
+    program: Program, deep: list[fx.Node], uses: dict[str, list[FeedForward]]
+) -> dict[fx.Node, str]:
+    """Weights of products that are in none of these regions, with a reason to leave regions that
+    hold them as they are: experts would replace them at one place and not at another."""
+    inside = {n for regions in uses.values() for r in regions for n in r.nodes}
+    static, found = static_values(program), {}
+    for node in deep:
+        product = None if node in inside or not uses else find_product(static, node)
+        if isinstance(product, Product):
+            at = innermost_module(node) or node.name
+            found[product.weight] = f"one of its weights is also used outside of it, at {at}"
+    return found
 
 
 def _free_name(program: Program, region: FeedForward, taken: dict[str, list[FeedForward]]) -> str:

@@ -153,6 +153,11 @@ class TokenGate(Router):
         base = read.new_zeros(*read.shape[:-1], 1) if self.spec.base else None
         if rows is None:
             return base if base is not None else read.new_zeros(*read.shape[:-1], 0)
+        if read.shape[-1] != rows.shape[1] - 1:
+            raise InputError(
+                f"the router reads {rows.shape[1] - 1} features, and the cut carries "
+                f"{read.shape[-1]} in this call: split the model at another place"
+            )
         # contiguous: with other strides, its sums depend on whether the rows require a gradient
         logits = nn.functional.linear(read.contiguous(), rows[:, :-1], rows[:, -1])
         return logits if base is None else torch.cat([base, logits], dim=-1)

@@ -180,3 +180,16 @@ def test_one_gate_a_sample_fits_every_value_of_a_map(router):
 
 def test_patches_of_a_sequence_are_its_rows():
     assert of_rows(lambda x, mark: mark(x), PATCH) == Rows(3)
+
+
+@pytest.mark.parametrize("router", [TOKEN, PATCH])
+def test_shifted_rows_have_the_gates_of_where_they_lie_at_fixed_sizes_too(router):
+    def shifted(x, mark):
+        return mark(F.pad(x, (0, 0, 1, -1)))
+
+    assert of_rows(shifted, router) == Rows(3)
+    tokens = Layer(nn.Linear(W, W), lambda x, _: x.flatten(2).transpose(1, 2))
+    program, deep, rows = marked(
+        Net(tokens, Layer(nn.Linear(W, W), shifted)), torch.zeros(2, W, 2, 3)
+    )
+    assert Layouts(program, deep, router).of_rows(rows, rows) == Rows(3)

@@ -40,6 +40,10 @@ ROWS = {
         F.conv2d(x[:, None], m.conv.weight[:, :1, :, None]).flatten(2).transpose(1, 2) * 2
     ),
     "linear after it": lambda m, x: m.linear(m.conv(x).mT),
+    "turned by mT": lambda m, x: m.conv(x).mT,
+    "moved": lambda m, x: m.conv(x).movedim(1, -1),
+    "moved among others": lambda m, x: m.conv(x).movedim((0, 2), (0, 1)),
+    "axes swapped": lambda m, x: m.conv(x).swapaxes(-1, 1) * 2,
 }
 
 

@@ -204,6 +204,47 @@ def test_a_region_that_runs_twice_is_one_site_and_each_call_reads_the_one_before
     torch.testing.assert_close(outputs(after, model, x, plan(3, 4)), dense, rtol=1e-4, atol=1e-5)
 
 
+class Within(nn.Module):
+    """A feed-forward after rows that are merged and taken apart, which runs once more as `last` has
+    it."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        self.ffn, self.last = feedforwards.Plain(), last
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        x = torch.tanh(self.layers[1](x.reshape(-1, D)).view(x.shape))
+        y = self.layers[1](x.reshape(-1, D)).view(x.shape)
+        return self.last(self.ffn, self.ffn(y))
+
+
+def test_rows_taken_apart_before_a_feed_forward_are_no_part_of_it():
+    model = Within(lambda ffn, y: ffn(y)).eval()
+    program = run(TO_CUT, program_of(model, torch.zeros(2, 6, D)), DECISIONS)
+    after = run((FindFeedForwards(FFNExperts()),), program, DECISIONS)
+    (uses,) = [u for site, u in after.found.sites.items() if site.name == "ffn"]
+    assert [layout for _, layout in uses] == [Rows(3), Rows(3)]
+    x = torch.randn(3, 4, D)
+    dense = outputs(program, model, x)
+    torch.testing.assert_close(
+        outputs(insert(after), model, x, plan(3, 4)), dense, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_weight_that_also_runs_outside_of_its_feed_forward_leaves_it_as_it_is():
+    """Experts would replace it at one place and not at the other."""
+    model = Within(lambda ffn, y: ffn.down(ffn.up(y))).eval()
+    program = run(TO_CUT, program_of(model, torch.zeros(2, 6, D)), DECISIONS)
+    found = run((FindFeedForwards(FFNExperts()),), program, DECISIONS).found
+    assert "ffn" not in {site.name for site in found.sites}
+    (reason,) = [r.reason for r in found.rejected if r.name == "ffn"]
+    assert reason == "one of its weights is also used outside of it, at ffn.up"
+
+
 def test_in_training_a_dropout_between_the_products_stays_with_them():
     after = insert(find(Plain, mode="train"))
     (call,) = [n.target for n in after.graph.nodes if isinstance(n.target, FeedForwardCall)]

@@ -29,11 +29,15 @@ class Followed:
     model: a copy of the dense one. state: the added tensors by public name. sites: name of a site ->
     name of its weight, or the names of its parts if it is a copy. cut: see `where_cut`.
     router, experts: the configurations. active: numbers of the experts. sides: of the patch tokens.
+    swapped: positions come first at the cut.
     """
 
-    def __init__(self, model, state, sites, cut, router, experts, active, sides=None):
+    def __init__(
+        self, model, state, sites, cut, router, experts, active, sides=None, swapped=False
+    ):
         self.model, self.state, self.sides = model, state, sides
         self.cut, self.moved, _ = cut
+        self.swapped = swapped
         self.router, self.experts, self.active = router, experts, active
         self.patched = router.policy == "patch"
         self.by_layer = getattr(experts, "by_layer", False)
@@ -78,6 +82,7 @@ class Followed:
         features = MOVED[self.moved](features).clone()
         if not self.patched or self.frozen:
             features = features.detach()
+        features = features.transpose(0, 1) if self.swapped else features
         self.lead = features.shape[:2] if features.ndim == 3 else features.shape[:1]
         if self.given is not None:
             self.gates = self.given

@@ -70,6 +70,24 @@ def where_cut(model, arguments, features):
     return best[1:]
 
 
+def positions_first(model, arguments, number):
+    """Whether the value at the cut is (positions, batch, ...): as it is in a batch three times as
+    large, with which sizes of odd and of even batches stay so."""
+    thrice = {
+        k: torch.cat([v, v, v]) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+    }
+    batch, found = thrice["x"].shape[0], []
+
+    def seen(at, func, args, kwargs, output):
+        if at == number and isinstance(output, torch.Tensor) and output.ndim == 3:
+            found.append(output.shape[0] != batch and output.shape[1] == batch)
+        return output
+
+    with torch.no_grad(), Counted(seen):
+        model(**thrice)
+    return any(found)
+
+
 def token_gates(features, mask, state, spec, active):
     """(gates of the active experts (..., E), gate of the frozen model (..., 1) or 0)."""
     x = features.float()
