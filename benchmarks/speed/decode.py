@@ -1,10 +1,15 @@
-"""A generated token on the converted graph against the dense model in Hugging Face eager."""
+"""A generated token on the converted graph against the dense model in Hugging Face eager, and how
+much of it goes to finding the graph whose conditions the call meets."""
 
-# python -m benchmarks.speed.decode [--quick]: batch 1, greedy, one expert, 2 threads; medians of
-# rounds in which both models generate the same text.
+# python -m benchmarks.speed.decode [--quick] [--checks]: batch 1, greedy, one expert, 2 threads;
+# medians of rounds in which both models generate the same text. --checks: only what finding the
+# graph and checking its conditions takes, with no dense model beside it; nothing is saved.
 
 from __future__ import annotations
 
+import sys
+import time
+import timeit
 from functools import partial
 from typing import Any
 
@@ -26,16 +31,52 @@ def stories() -> torch.nn.Module | None:
     return AutoModelForCausalLM.from_pretrained(folder).eval() if folder.exists() else None
 
 
+def gpt2() -> torch.nn.Module:
+    """Of the small GPT-2's sizes, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval()
+
+
+def generated(model: Any, tokens: int) -> torch.Tensor:
+    ids = torch.arange(3, 19).unsqueeze(0)
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+        max_new_tokens=tokens, min_new_tokens=tokens,
+    )  # fmt: skip
+
+
+def checks(moe: Any, token_ms: float, calls: int = 1000) -> dict[str, Any]:
+    """Microseconds of the last token's call that go to finding its graph (`find_us`: signature and
+    conditions) and to the conditions alone (`conditions_us`); `share`: of the token."""
+    seen: list[dict[str, Any]] = []
+    find = moe.graph_for
+    moe.graph_for = lambda arguments: seen.append(arguments) or find(arguments)
+    try:
+        generated(moe, 2)
+    finally:
+        del moe.graph_for
+    arguments = seen[-1]
+    graph, leaves = find(arguments)
+
+    def microseconds(work: Any) -> float:
+        return (
+            1e6 * min(timeit.repeat(work, timer=time.thread_time, number=calls, repeat=5)) / calls
+        )
+
+    found = microseconds(lambda: find(arguments))
+    checked = microseconds(lambda: graph.conditions.pattern(leaves))
+    of = {"leaves": len(leaves), "find_us": found, "conditions_us": checked}
+    return of | {"share": found / (1000 * token_ms)}
+
+
 def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a token."""
     texts: dict[str, torch.Tensor] = {}
 
     def generate(name: str, model: Any) -> None:
-        ids = torch.arange(3, 19).unsqueeze(0)
-        texts[name] = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            max_new_tokens=tokens, min_new_tokens=tokens,
-        )  # fmt: skip
+        texts[name] = generated(model, tokens)
 
     models = {"dense": model, "moe": moe_rewrite.convert(model)}
     runs = {name: partial(generate, name, m) for name, m in models.items()}
@@ -46,25 +87,50 @@ def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
         "dense_ms": middle["dense"] / tokens, "moe_ms": middle["moe"] / tokens,
         "ratio": times.ratio("moe", to="dense"),
         "quartiles_ms": {name: [q / tokens for q in of] for name, of in quartiles.items()},
+        "checks": checks(models["moe"], middle["moe"] / tokens),
     }  # fmt: skip
 
 
+def compare_checks(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
+    """In one thread's time on the processor, which other processes do not change much."""
+    torch.set_num_threads(1)
+    moe = moe_rewrite.convert(model)
+    generated(moe, tokens)  # captures, and warms up
+    seconds = timeit.repeat(
+        lambda: generated(moe, tokens), timer=time.thread_time, number=1, repeat=rounds
+    )
+    token_ms = 1000 * min(seconds) / tokens
+    return {"moe_ms": token_ms, "checks": checks(moe, token_ms)}
+
+
 def main() -> None:
+    only_checks = "--checks" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--checks"]
     quick = is_quick(__doc__)
     torch.set_num_threads(2)
     tokens, rounds = (16, 3) if quick else (100, 9)
     models = {
         "Llama, 8 layers, width 512": llama(8, 512, vocabulary=32000),
         "stories260K": stories(),
+        "GPT-2 small": gpt2(),
     }
-    figures = {n: compare(m, tokens, rounds) for n, m in models.items() if m is not None}
-    if not quick:
+    measure = compare_checks if only_checks else compare
+    figures = {n: measure(m, tokens, rounds) for n, m in models.items() if m is not None}
+    if not (quick or only_checks):
         save("decode", figures)
-    rows = [
-        (n, f"{f['dense_ms']:.2f} ms", f"{f['moe_ms']:.2f} ms", f"{f['ratio']:.3f}")
-        for n, f in figures.items()
-    ]
-    finish("decode", ["model", "dense", "converted", "ratio"], rows, **figures)
+    columns = ["find graph", "conditions alone", "share of the token"]
+    rows = [(n, *_times(f), *_shares(f["checks"])) for n, f in figures.items()]
+    names = ["converted"] if only_checks else ["dense", "converted", "ratio"]
+    finish("decode", ["model", *names, *columns], rows, **figures)
+
+
+def _times(of: dict[str, Any]) -> tuple[str, ...]:
+    own = f"{of['moe_ms']:.2f} ms"
+    return (f"{of['dense_ms']:.2f} ms", own, f"{of['ratio']:.3f}") if "ratio" in of else (own,)
+
+
+def _shares(of: dict[str, Any]) -> tuple[str, ...]:
+    return f"{of['find_us']:.1f} us", f"{of['conditions_us']:.1f} us", f"{of['share']:.2%}"
 
 
 if __name__ == "__main__":

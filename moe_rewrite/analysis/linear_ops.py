@@ -1,7 +1,7 @@
 """Products of activations with a weight, in every form that they have in a graph.
 
-These are nn.Linear, addmm with the weight stored as (in, out), matmul with a bare or transposed
-parameter, a tied weight, and convolutions, transposed ones too. A weight may also be computed from parameters and
+These are nn.Linear, addmm with the weight stored as (in, out), matmul or einsum with a bare or
+transposed parameter, a tied weight, and convolutions, transposed ones too. A weight may also be computed from parameters and
 buffers (normed, standardised, dequantised).
 """
 
@@ -19,7 +19,7 @@ from ..ir.program import Program
 from .convolutions import is_transposed, options_of
 from .grouped_products import Sorted, is_grouped, sorted_rows, stacked_weight
 from .map_layout import moved_order
-from .stacked_products import Stacked, find_stacked
+from .stacked_products import Stacked, einsum_letters, find_stacked
 from .static_values import Static
 
 OF_INPUTS = "the weight is computed from the call's inputs"
@@ -95,6 +95,8 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
         if any(stacked_weight(static, s) for s in node.all_input_nodes):
             return f"{node.target} with a weight of three dimensions (the model's own experts)"
     if kind == "other":
+        if op_name(node) == "einsum" and (product := _einsum(static, node)) is not None:
+            return product
         if any(map(weight, node.all_input_nodes)):
             return f"{node.target} with a parameter is not a plain linear map"
         return None
@@ -117,6 +119,21 @@ def find_product(static: Static, node: fx.Node) -> Product | str | None:
     if isinstance(factor, fx.Node) and op(factor).transposes and weight(first(factor)):
         return Product(node, rows, first(factor), transposed=not _swaps(factor))
     return Product(node, rows, factor, transposed=True) if weight(factor) else None
+
+
+def _einsum(static: Static, node: fx.Node) -> Product | None:
+    """An einsum that multiplies the last dimension of rows with a weight, in any notation."""
+    letters = einsum_letters(node)
+    if letters is None or len(letters) != 3 or node in static:
+        return None
+    (left, a), (right, b), made = letters
+    for rows, given, factor, taken in ((left, a, right, b), (right, b, left, a)):
+        if rows in static or not is_weight(static, factor) or len(taken) != 2:
+            continue
+        for inside, outside in (taken, taken[::-1]):
+            if given[-1:] == inside and outside not in given and made == given[:-1] + outside:
+                return Product(node, rows, factor, transposed=taken[0] == inside)
+    return None
 
 
 def _swaps(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ an outside; where matrices are chosen by an index, its dimensions take the place
 from __future__ import annotations
 
 import operator
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from .map_layout import moved_order
 from .static_values import Static
 
 BMM = "zmi,zio->zmo"
+RANK = "R"  # the letter that experts' rank has, and no product
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,35 @@ def find_stacked(static: Static, node: fx.Node) -> Stacked | str | None:
     return f"{node.target}: both of its operands are weights"
 
 
+def einsum_letters(node: fx.Node) -> list[Any] | None:
+    """((operand, its letters), ..., letters of the result) of an einsum; None if an operand has a
+    letter twice. Dimensions under an ellipsis get letters of their own."""
+    equation, operands = argument(node, "equation").replace(" ", ""), argument(node, "tensors")
+    before, arrow, made = equation.partition("->")
+    parts = before.split(",")
+    spare = "".join(c for c in string.ascii_uppercase if c not in equation + RANK)
+    hidden = [
+        value(n).ndim - len(p.replace("...", "")) for n, p in zip(operands, parts, strict=True)
+    ]
+    most = max((h for h, p in zip(hidden, parts, strict=True) if "..." in p), default=0)
+    if RANK in equation or most > len(spare):
+        return None
+    parts = [p.replace("...", spare[most - h : most]) for h, p in zip(hidden, parts, strict=True)]
+    if not arrow:  # letters that occur once, in the order of the alphabet
+        once = [c for c in sorted(before.replace(".", "")) if before.count(c) == 1]
+        made = "..." + "".join(c for c in once if c != ",")
+    made = made.replace("...", spare[:most])
+    if any(len(set(p)) < len(p) for p in parts):
+        return None
+    return [*zip(operands, parts, strict=True), made]
+
+
 def _letters(node: fx.Node) -> list[Any] | None:
     """((operand, its letters), (operand, its letters), letters of the result)."""
     name = op_name(node)
     if name == "einsum":
-        equation, operands = argument(node, "equation"), argument(node, "tensors")
-        before, arrow, made = equation.replace(" ", "").partition("->")
-        parts = before.split(",")
-        plain = arrow and not {".", "R"} & {*equation} and len(parts) == 2 == len(operands)
-        plain = plain and all(len(set(p)) == len(p) for p in parts)
-        return [*zip(operands, parts, strict=True), made] if plain else None
+        found = einsum_letters(node)
+        return found if found is not None and len(found) == 3 else None
     pair = list(node.args[:2])
     if name not in ("bmm", "matmul") or any(value(n).ndim != 3 for n in pair):
         return None

@@ -80,6 +80,7 @@ class FindLoRASites(Pass):
             name = _site_name(weight, uses[0])
             if name in named:  # a module that applies several weights of other modules
                 name = weight.removesuffix(".weight")
+            name = _free_name(name, named)
             named.add(name)
             if ADAPTER & set(name.split(".")):
                 rejected[name] = "a factor of the base model's own LoRA adapter"
@@ -175,6 +176,15 @@ def _site_name(weight: str, use: Product) -> str:
     alone = use.weight.op != "placeholder" and at != innermost_module(use.rows)
     name = owner if (inside and not alone) or not module_paths(use.node) else at
     return name.removesuffix(".base_layer")  # PEFT's wrapper of the module that users know
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """With a number if a product with the same weight, otherwise computed, has the name already."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}.{number}"
+    return free
 
 
 def _key(program: Program, static: Static, use: Product) -> Key:

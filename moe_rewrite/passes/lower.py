@@ -21,6 +21,7 @@ from ..config import RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.lora.call import LoRACall
 from ..ir.aten import value
+from ..ir.ops import op
 from ..ir.program import Program
 from ..ir.sites import FeedForwardSite, LoRASite
 from ..kernels import cost_model
@@ -94,7 +95,8 @@ class LowerLoRA(Pass):
         given: Any = node.args
         out, rows, scales, *factors = given
         product = find_product(static, out)
-        if not isinstance(product, Product) or product.rows is not rows:
+        own = op(out).product == "other"  # an einsum, which may add in another order
+        if not isinstance(product, Product) or product.rows is not rows or own:
             return "stacked, beside a product in a form of its own"
         if set(out.users) != {node}:
             return "stacked, beside a product that others read"

@@ -54,6 +54,20 @@ LINEAR = {  # what computes x times a weight -> the weight, stored (in, out), bi
     "mm": (lambda m, x: x.reshape(-1, IN).mm(m.w), "w", True, None),
     "mm with t": (lambda m, x: torch.mm(x.reshape(-1, IN), m.v.t()), "v", False, None),
     "addmm": (lambda m, x: torch.addmm(m.bias, x.reshape(-1, IN), m.w), "w", True, "bias"),
+    "einsum": (lambda m, x: torch.einsum("bsd,dh->bsh", x, m.w), "w", True, None),
+    "einsum with the weight first": (
+        lambda m, x: torch.einsum("hd, bsd -> bsh", m.v, x),
+        "v",
+        False,
+        None,
+    ),
+    "einsum with an ellipsis": (
+        lambda m, x: torch.einsum("...d,hd->...h", x, m.v),
+        "v",
+        False,
+        None,
+    ),
+    "einsum without a result": (lambda m, x: torch.einsum("abc,cd", x, m.w), "w", True, None),
     "addmm with t": (lambda m, x: m.bias.addmm(x.flatten(0, 1), m.v.t()), "v", False, "bias"),
 }
 
@@ -64,7 +78,11 @@ def test_every_form_of_a_linear_map(case):
     program, (found,) = products(work)
     assert program.inputs[found.weight.name].name == weight and found.transposed == transposed
     assert (program.inputs[found.bias.name].name if found.bias is not None else None) == bias
-    assert value(found.rows).shape[-1] == IN and found.rows in found.node.args and not found.options
+    assert (
+        value(found.rows).shape[-1] == IN
+        and found.rows in found.node.all_input_nodes
+        and not found.options
+    )
 
 
 @pytest.mark.parametrize("case", LINEAR)
@@ -111,7 +129,12 @@ OTHERS = {  # what is not a linear map -> the reason; None if it is no product a
     "beta": (
         lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.w, beta=0), "addmm with alpha or beta",
     ),
-    "einsum": (lambda m, x: torch.einsum("bsd,dh->bsh", x, m.w), "is not a plain linear map"),
+    "an einsum over positions": (
+        lambda m, x: torch.einsum("bsd,dh->bhs", x, m.w), "is not a plain linear map",
+    ),
+    "an einsum of three": (
+        lambda m, x: torch.einsum("bsd,dh,h->bsh", x, m.w, m.w[0]), "is not a plain linear map",
+    ),
     "convolution of one sample": (lambda m, x: m.line(x[0].T), "without a batch dimension"),
 }  # fmt: skip
 

@@ -97,6 +97,8 @@ class Followed:
         if func is torch.Tensor.t and id(args[0]) in self.weights:
             self.weights[id(output)] = self.weights[id(args[0])]
             self.alive.append(output)  # its id must stay its own
+        if func is torch.functional.einsum:  # of rows and a weight, with the equation first
+            args = args[1:]
         of_site = func in PRODUCTS + CONVOLUTIONS + TRANSPOSED and len(args) > 1
         if self.gates is None or not of_site:
             return output
@@ -113,6 +115,9 @@ class Followed:
             if convolved:
                 delta = low_rank(func, args, a, b)
                 gate = gates[:, i : i + 1]
+            elif a.ndim == 3:  # one matrix for each of the weight's
+                delta = torch.einsum("...d,rdk,erk->...ke", args[0], a, b)
+                gate = gates[..., i : i + 1]
             else:
                 delta = F.linear(F.linear(args[0], a), b)
                 gate = gates[..., i : i + 1]

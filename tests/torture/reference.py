@@ -12,7 +12,9 @@ from tests.helpers.reference_patches import choose, rows_of, spans
 
 LOW = (torch.float16, torch.bfloat16)
 EXPERTS = "moe_rewrite.experts."
-PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+PRODUCTS = (
+    F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.functional.einsum,
+)  # fmt: skip
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 

@@ -34,7 +34,7 @@ def functional(draw, d):
         return Block(
             lambda m, x: F.linear(x, m.a) + torch.tanh(x @ m.b), a=bare(d, d), b=bare(d, d)
         )
-    return Block(lambda m, x: torch.einsum("...d,de->...e", x, m.a), {"a": "other"}, a=bare(d, d))
+    return Block(lambda m, x: torch.einsum("...d,de->...e", x, m.a), a=bare(d, d))
 
 
 @kind("tokens", "vector")
@@ -167,8 +167,7 @@ def dense_mixture(draw, d):
 @kind("tokens", "vector")
 def weights_of_three_dims(draw, d):
     return Block(
-        lambda m, x: torch.einsum("...d,kde->...ke", x, m.a).mean(-2), {"a": "other"},
-        a=bare(2, d, d),
+        lambda m, x: torch.einsum("...d,kde->...ke", x, m.a).mean(-2), a=bare(2, d, d),
     )  # fmt: skip
 
 

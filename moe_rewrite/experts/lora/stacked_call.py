@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-RANK = "R"  # the letter that no such product has
+from ...analysis.stacked_products import RANK
 
 
 @dataclass(frozen=True)
