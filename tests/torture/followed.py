@@ -77,7 +77,8 @@ class Followed:
             raise NotFollowed(f"never ran as a module or product: {sorted(missing)}")
         return out
 
-    @torch.enable_grad()  # the cut may be inside a function that runs without
+    @torch.enable_grad()  # the cut may be inside a function that runs without, or under autocast
+    @torch.autocast("cpu", enabled=False)
     def _gate(self, features, mask):
         features = MOVED[self.moved](features).clone()
         if not self.patched or self.frozen:
