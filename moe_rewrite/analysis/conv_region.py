@@ -18,6 +18,8 @@ from .sample_values import free_of_sizes
 from .spatial import propagate
 from .statistics import HOW, is_norm
 
+OTHERS = "Name another region with RegionExperts(region=...), or convert with experts=LoRAExperts()"
+
 
 @dataclass(frozen=True)
 class Region:
@@ -150,7 +152,9 @@ def _region(
     between = reach(entry, lambda n: n.users) & reach(exit_, lambda n: n.all_input_nodes)
     between.discard(entry)
     if value(entry).ndim != 4:
-        raise ConversionError(f"region {name!r} starts at {entry.name}, which is no feature map")
+        raise ConversionError(
+            f"region {name!r} starts at {entry.name}, which is no feature map. {OTHERS}"
+        )
     _require_unwritten(program, name, between, entry, exit_)
     ordered = sorted(between, key=order.__getitem__)
     places = propagate(ordered, entry, statistics)
@@ -158,10 +162,12 @@ def _region(
     if lost:
         taken = lost[0] not in _lost(ordered, propagate(ordered, entry, statistics=True))
         raise ConversionError(
-            f"region {name!r}: {lost[0]}, which a region cannot hold{'. ' + HOW if taken else ''}"
+            f"region {name!r}: {lost[0]}, which a region cannot hold. {HOW if taken else OTHERS}"
         )
     if places[exit_] != NCHW:
-        raise ConversionError(f"region {name!r} ends at {exit_.name}, whose dimensions were moved")
+        raise ConversionError(
+            f"region {name!r} ends at {exit_.name}, whose dimensions were moved. {OTHERS}"
+        )
     for node in between - {exit_}:
         outside = [u for u in node.users if u not in between]
         if outside:
@@ -199,7 +205,10 @@ def _weights_side(
                 )
             continue
         if node.op != "call_function":
-            raise ConversionError(f"region {name!r} reads {node.name} ({node.op})")
+            raise ConversionError(
+                f"region {name!r} reads a weight that {node.name} computes under torch.no_grad() or "
+                f"autocast (such as spectral norm in training), of which experts have no copies. {OTHERS}"
+            )
         found.add(node)
         stack.extend(node.all_input_nodes)
     return found
