@@ -14,6 +14,10 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, InputError
 from .hooks import hooks_of_users
 
+# attributes of every module, and values in them, that a search for further tensors can leave out
+_OF_MODULES = {*vars(nn.Module())}
+_PLAIN = {bool, int, float, str, type(None)}
+
 
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the model whose tensors are new objects over the same storage.
@@ -65,8 +69,9 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        leaves = pytree.tree_leaves(vars(module))
-        yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES and type(value) not in _PLAIN:
+                yield from (t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
