@@ -18,7 +18,7 @@ from ..ir.ops import op
 from ..ir.program import Program
 from .flops import Sizes, hint, numel
 from .mainline import Mainline, find_mainline
-from .side_values import without_side_values
+from .side_values import without_jumps, without_side_values
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,12 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     if len(whole) < 2 and not stacks and not _starts(whole, split):
         others = [_map(program, one, None) for one in without_side_values(line)]
         others += [_map(program, line, top) for top in line.tops()]
-        return max([whole, *others], key=len)
+        found = max([whole, *others], key=len)
+        return (
+            found
+            if len(found) > 1
+            else max(found, _map(program, without_jumps(line), None), key=len)
+        )
     if isinstance(split, str) and split != "auto":
         named = [s for s in stacks if split == s or split.startswith(s + ".")]
         if not named or _separates(whole, split):

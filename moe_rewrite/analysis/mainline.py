@@ -125,10 +125,12 @@ def find_mainline(program: Program) -> Mainline:
     edges: dict[fx.Node, list[fx.Node]] = {}
     through: dict[fx.Node, list[fx.Node]] = {}  # indices and masks that are made of features
     writers: dict[fx.Node, fx.Node] = {}  # storage -> the mainline node that wrote to it last
-    for at, node in enumerate(program.graph.nodes):
+    order = {node: at for at, node in enumerate(program.graph.nodes)}
+    for node, at in order.items():
         kind = program.inputs[node.name].kind if node.op == "placeholder" else ""
         sources = [n for n in node.all_input_nodes if _carries_value(n)]
-        sources += [writers[r] for r in map(alias_root, sources) if r in writers]
+        wrote = [(s, writers.get(alias_root(s), s)) for s in sources]
+        sources += [w for s, w in wrote if order[w] > order[s]]  # else the source has read it
         by_shape = op(node).sizes_only
         user[node] = kind in ("user", "cache") or (not by_shape and any(user[s] for s in sources))
         parameter[node] = kind == "weight" or (not by_shape and any(parameter[s] for s in sources))

@@ -37,3 +37,32 @@ def test_blocks_are_found_beside_what_all_of_them_read(kind):
     moe = moe_rewrite.convert(model, split=2, example_inputs=ids)
     assert moe.report.equivalence.equal
     assert moe_rewrite.verify(model, moe, torch.randint(20, (3, 8))).equal
+
+
+class Jumping(nn.Module):
+    """Every block reads the first features, the last a value that the first made; the features are
+    written in part."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.table = nn.Embedding(20, WIDTH), nn.Embedding(20, WIDTH)
+        self.layers = nn.ModuleList(Mlp() for _ in range(4))
+
+    def forward(self, ids):
+        x = first = self.embed(ids)
+        side = self.table(ids)
+        for i, layer in enumerate(self.layers):
+            x = 0.5 * x + 0.5 * first
+            made = layer(x)
+            x = x + made + (side if i in (0, 3) else 0.0)
+            x[..., : WIDTH // 2] += made[..., : WIDTH // 2].tanh()
+        return x
+
+
+def test_blocks_are_found_beside_values_that_jump_over_them():
+    model, ids = Jumping().eval(), torch.randint(20, (2, 5))
+    depth = moe_rewrite.inspect(model, ids)
+    assert [b.name for b in depth.blocks] == [f"layers.{i}" for i in range(4)]
+    moe = moe_rewrite.convert(model, split=2, example_inputs=ids)
+    assert moe.report.equivalence.equal
+    assert moe_rewrite.verify(model, moe, torch.randint(20, (3, 8))).equal
