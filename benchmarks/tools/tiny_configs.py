@@ -64,7 +64,8 @@ OWN: dict[str, dict[str, Any]] = {
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "DeepseekV2Config": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
     "EfficientNetConfig": {
-        "drop_connect_rate": 0.0, "width_coefficient": 0.05, "depth_coefficient": 0.25, "hidden_dim": 64
+        "drop_connect_rate": 0.0, "width_coefficient": 0.05, "depth_coefficient": 0.25, "hidden_dim": 64,
+        "image_size": 64,
     },
     "EsmConfig": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 32},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
@@ -90,6 +91,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "ReformerModelWithLMHead": {"is_decoder": True},
     "SwinConfig": {"image_size": 64, "window_size": 2},
+    "TextNetConfig": {"image_size": (64, 64)},
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,

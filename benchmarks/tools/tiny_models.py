@@ -70,4 +70,7 @@ def _build(kind: type, left_out: tuple[str, ...], instead: dict[str, Any]) -> nn
     for p in model.parameters():  # values that vanish would hide what is computed
         if p.is_floating_point() and p.ndim > 1:
             nn.init.normal_(p, std=(p.numel() / p.shape[0]) ** -0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.ones_(module.weight)
     return model.eval()
