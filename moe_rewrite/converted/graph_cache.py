@@ -190,7 +190,8 @@ class GraphCache:
 
 
 def _conditions(program: Program) -> Conditions:
-    return conditions_of(program.leaves("user", "cache", "int"), program.relations)
+    leaves = program.leaves("user", "cache", "int")
+    return conditions_of(leaves, program.relations, program.values)
 
 
 def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:

@@ -70,7 +70,7 @@ class Report:
             router=_router(recipe.experts, decisions.router),
             sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
             rejected=[(r.name, r.reason) for r in decisions.rejected],
-            conditions=conditions_of(program.leaves(), program.relations).texts,
+            conditions=conditions_of(program.leaves(), program.relations, program.values).texts,
             numerics=list(program.numerics),
             seconds=compiler.timed.seconds,
             notes=compiler.notes,

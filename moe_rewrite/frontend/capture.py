@@ -26,12 +26,15 @@ from .advice import advice
 from .arguments import is_cache, is_channels_last, split_static
 from .assignments import recorded_assignments, require_no_state
 from .cumulative_norm import count_in_tensors
+from .detached_data import detached_data
 from .host import Host
 from .idle_moves import idle_moves
 from .replay import redirected
+from .size_quotients import known_quotients
 from .structural_copy import canonical_names, structural_copy
 from .trace_memory import forget_inputs, lazy_modules, tracing
-from .whole_modules import Kind, name_calls, run_whole, traced_whole
+from .value_branches import ValueBranches
+from .whole_modules import Kind, name_calls, on_values, run_whole, traced_whole
 
 TRACING = threading.RLock()  # torch.export and its patches change state of the whole process
 # How sizes of the example are chosen: "general" serves most calls; with "ones", sizes of 0 and 1
@@ -94,30 +97,37 @@ def example_like(traced: dict[str, Any], sizes: Sizes = "general") -> dict[str, 
     return example
 
 
-def _dynamic_shapes(name: str, given: Any, sizes: Sizes, cached: bool = False) -> Any:
-    """The `dynamic_shapes` of torch.export for one argument."""
+def _dynamic_shapes(
+    name: str, given: Any, sizes: Sizes, lengths: bool, cached: bool = False
+) -> Any:
+    """The `dynamic_shapes` of torch.export for one argument. lengths: dimensions besides the batch
+    are open too."""
     if isinstance(given, torch.Tensor):
         dims = dynamic_dims(name, given, cached)
+        dims = dims if lengths else dims[:1]
         if sizes != "general":
             dims = tuple(d for d in dims if given.shape[d] > 1)
         return dict.fromkeys(dims, torch.export.Dim.AUTO)
     if isinstance(given, int):
         return torch.export.Dim.AUTO
     if isinstance(given, dict):
-        return {k: _dynamic_shapes(name, v, sizes, cached) for k, v in given.items()}
+        return {k: _dynamic_shapes(name, v, sizes, lengths, cached) for k, v in given.items()}
     if type(given) in (list, tuple):
-        return type(given)(_dynamic_shapes(name, v, sizes, cached) for v in given)
+        return type(given)(_dynamic_shapes(name, v, sizes, lengths, cached) for v in given)
     children, _ = pytree.SUPPORTED_NODES[type(given)].flatten_fn(given)
-    return [_dynamic_shapes(name, v, sizes, is_cache(given)) for v in children]
+    return [_dynamic_shapes(name, v, sizes, lengths, is_cache(given)) for v in children]
 
 
-def _make_explicit(host: nn.Module, example: dict[str, Any], static: dict[str, Any]) -> None:
+def _make_explicit(
+    host: nn.Module, example: dict[str, Any], static: dict[str, Any], branches: ValueBranches
+) -> None:
     """Give forward exactly the traced arguments as its signature, the rest as constants."""
     original: Callable = host.forward
     names = list(example)
     alike = {name: _equal_sizes(given) for name, given in example.items() if is_cache(given)}
 
     def forward(**kwargs: Any) -> Any:
+        branches.start(kwargs)
         for name, sizes in alike.items():
             leaves = pytree.tree_leaves(kwargs[name])
             if any(leaves[a].shape[dim] != leaves[b].shape[dim] for a, b, dim in sizes):
@@ -167,12 +177,17 @@ def capture(
     traced, static = split_static(arguments, open_ints)
     if not traced:
         raise InputError("no tensor among the arguments: pass the model's inputs as tensors")
-    attempts = [example_like(traced, sizes)] + ([traced] if sizes != "own" else [])
+    example = example_like(traced, sizes)
+    attempts = [(example, True)] + ([(traced, True)] if sizes != "own" else [])
     first: Exception | None = None
-    for example in attempts:
+    for tried, lengths in (*attempts, (example, False)):
+        # numbers that follow from lengths alone are known where these are constants
+        if lengths == bool(first and on_values(first)):
+            continue
         try:
             return traced_whole(
-                partial(_export, host, example, static, mode, sizes, copy_blocks), host.module
+                partial(_export, host, traced, tried, static, mode, sizes, lengths, copy_blocks),
+                host.module,
             )
         except Exception as error:  # torch.export raises many kinds; all mean "not captured"
             first = first or error
@@ -200,19 +215,22 @@ def _place(host: nn.Module, error: Exception) -> str:
 
 
 def _export(
-    host: Host, example: dict[str, Any], static: dict[str, Any], mode: str, sizes: Sizes,
-    copy_blocks: bool, whole: frozenset[Kind] = frozenset(),
+    host: Host, given: dict[str, Any], example: dict[str, Any], static: dict[str, Any], mode: str,
+    sizes: Sizes, lengths: bool, copy_blocks: bool, whole: frozenset[Kind] = frozenset(),
 ) -> Program:  # fmt: skip
-    shapes = {n: _dynamic_shapes(n, v, sizes) for n, v in example.items()}
+    """given: the call's own tensors, whose values decide where code branches on them."""
+    shapes = {n: _dynamic_shapes(n, v, sizes, lengths) for n, v in example.items()}
     traced = host.working_copy()  # a trace may leave fake tensors in attributes
     count_in_tensors(traced.module)
-    _make_explicit(traced.module, example, static)
+    branches = ValueBranches.of(given, traced.module)
+    _make_explicit(traced.module, example, static, branches)
     replay = redirected(traced.module) if copy_blocks and not whole else None
     try:
         with (
             TRACING, torch.enable_grad(), traced.traced(), tracing(),
             lazy_modules(), recorded_assignments() as assigned,
-            idle_moves(), run_whole(traced.module, whole),
+            idle_moves(), known_quotients(), detached_data(), run_whole(traced.module, whole),
+            branches.answering(),
         ):  # fmt: skip
             exported = torch.export.export(
                 traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
@@ -220,19 +238,20 @@ def _export(
             name_calls(exported.graph)
             if replay is not None:
                 replay.expand(exported.graph)
-    except Exception:
-        if replay is None or not (replay.copied or replay.own_error):
+    except Exception as error:
+        if replay is None or on_values(error) or not (replay.copied or replay.own_error):
             raise
-        return _export(host, example, static, mode, sizes, copy_blocks=False)
+        return _export(host, given, example, static, mode, sizes, lengths, copy_blocks=False)
     forget_inputs(exported)
     require_no_state(exported, assigned)
     copied = replay.copied if replay is not None else 0
-    return _to_program(traced, exported, mode, example, copied)
+    return _to_program(traced, exported, mode, example, copied, branches)
 
 
 def _to_program(
-    host: Host, exported: Any, mode: str, example: dict[str, Any], copied: int
-) -> Program:
+    host: Host, exported: Any, mode: str, example: dict[str, Any], copied: int,
+    branches: ValueBranches,
+) -> Program:  # fmt: skip
     kinds = {"PARAMETER": "weight", "BUFFER": "buffer", "USER_INPUT": "user"}
     names = canonical_names(host.module)
     caches = tuple(f"{name}_" for name, given in example.items() if is_cache(given))
@@ -272,7 +291,8 @@ def _to_program(
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         mode=mode,
-        relations=relations_of(exported),
+        relations=relations_of(exported, tuple(branches.relations)),
+        values=tuple(branches.values.values()),
         model=host.name,
         copied=copied,
         # where the graph has an explicit mask, eager attention may choose another kernel

@@ -26,6 +26,7 @@ from ..errors import CaptureError, InputError
 from .structural_copy import working_copy
 
 Kind = tuple[str, str]  # module and qualified name of a class: a trace may run subclasses of it
+SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
 TENSOR = object()  # stands for a tensor among the arguments of a call
 _calls: list[WholeCall] = []  # of the trace that is under way; there is one at a time
 _library = torch.library.Library("moe_rewrite", "FRAGMENT")
@@ -189,7 +190,7 @@ def _redirect(module: nn.Module) -> None:
         if detect_fake_mode() is None:
             return kind.forward(self, *args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+        if any(isinstance(leaf, SYMBOLIC) for leaf in leaves):
             raise CaptureError(f"{kind.__name__} branches on values and takes sizes")
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -213,17 +214,19 @@ def name_calls(graph: fx.Graph) -> None:
 def traced_whole(trace: Callable[[frozenset[Kind]], Any], model: nn.Module) -> Any:
     """What `trace` gives for the fewest classes that have to run whole."""
     kinds: frozenset[Kind] = frozenset()
+    before: Exception | None = None  # why classes run whole
     while True:
         try:
             return trace(kinds)
         except Exception as error:
             more = branching_kind(model, error)
-            if not _on_values(error) or more is None or more in kinds:
-                raise
+            if not on_values(error) or more is None or more in kinds:
+                raise error from error.__cause__ or before
             kinds |= {more}
+            before = error
 
 
-def _on_values(error: BaseException) -> bool:
+def on_values(error: BaseException) -> bool:
     """Whether a trace failed since it would have had to know a tensor's values."""
     from torch._subclasses import fake_tensor as fake
     from torch.fx.experimental import symbolic_shapes as shapes

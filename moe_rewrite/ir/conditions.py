@@ -2,7 +2,8 @@
 
 torch.export reads facts off its example: sizes that are constants of the graph, sizes that are equal
 or follow from others, branches taken (``length <= 16``, ``length % 4 == 1``). Each is a condition of
-the graph: a call that does not meet it needs another graph.
+the graph: a call that does not meet it needs another graph. So is a branch on a number that the
+model's code reads off the call's tensors (``if mask.any():``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from .aten import expression, value
+from .call_values import CallValue
 
 if TYPE_CHECKING:  # importing it takes longer than all the rest
     import sympy
@@ -32,12 +34,14 @@ class Conditions:
     open: sympy symbol -> the place that gives its value, for every size that may differ.
     sizes: (place, int or expression in these symbols) that the other sizes must equal.
     relations: sympy relations of the symbols that must hold.
+    values: numbers computed from the leaves, whose symbols are in relations too.
     """
 
     leaves: tuple[str, ...]
     open: tuple[tuple[sympy.Symbol, Place], ...]
     sizes: tuple[tuple[Place, Any], ...]
     relations: tuple[Any, ...]
+    values: tuple[CallValue, ...] = ()
 
     def pattern(self, leaves: list[Any]) -> Pattern | None:
         """None if a condition does not hold; else of every open size whether it is 0, 1 or more.
@@ -51,16 +55,19 @@ class Conditions:
     def _check(self) -> Callable[..., Pattern | None]:
         """Generated code, since it runs at every call."""
         names = {symbol: f"s{i}" for i, (symbol, _) in enumerate(self.open)}
+        names |= {of.symbol: f"v{i}" for i, of in enumerate(self.values)}
         given = [f"t{i}" for i in range(len(self.leaves))]
         lines = [f"{names[symbol]} = {_code(place)}" for symbol, place in self.open]
         wanted = [f"{_code(place)} == {_printed(size, names)}" for place, size in self.sizes]
-        wanted += [_printed(relation, names) for relation in self.relations]
-        if wanted:
-            lines.append(f"if not ({' and '.join(f'({w})' for w in wanted)}): return None")
+        wanted += [_printed(relation, names) for relation in self._of_sizes]
+        lines += _unless(wanted)
+        lines += [f"v{i} = value{i}(({', '.join(given)},))" for i in range(len(self.values))]
+        lines += _unless([_printed(relation, names) for relation in self._of_values])
         sizes = [names[symbol] for symbol, (_, dim) in self.open if dim >= 0]
         lines.append(f"return ({''.join(f'{n} if {n} < 2 else 2, ' for n in sizes)})")
         body = "\n    ".join(lines)
         scope: dict[str, Any] = {"math": __import__("math"), "torch": torch}
+        scope |= {f"value{i}": of.of for i, of in enumerate(self.values)}
         exec(f"def check({', '.join(given)}):\n    {body}", scope)
         return scope["check"]
 
@@ -73,10 +80,24 @@ class Conditions:
             wanted = size if isinstance(size, int) else size.xreplace(values)
             if (found := _size(leaves, place)) != wanted:
                 return f"{self._named(place)} is {found}: expected {self._words(size)}"
-        for relation in self.relations:
+        for relation in self._of_sizes:
+            if relation.xreplace(values) == sympy.false:
+                return f"{self._words(relation)} does not hold"
+        values |= {of.symbol: sympy.sympify(of.of(leaves)) for of in self.values}
+        for relation in self._of_values:
             if relation.xreplace(values) == sympy.false:
                 return f"{self._words(relation)} does not hold"
         return None
+
+    @cached_property
+    def _of_values(self) -> list[Any]:
+        """Relations of numbers that are computed, which costs more than to look at sizes."""
+        symbols = {of.symbol for of in self.values}
+        return [r for r in self.relations if r.free_symbols & symbols]
+
+    @cached_property
+    def _of_sizes(self) -> list[Any]:
+        return [r for r in self.relations if r not in self._of_values]
 
     @property
     def constant(self) -> set[Place]:
@@ -111,11 +132,21 @@ class Conditions:
         return self.leaves[leaf] if dim < 0 else f"{self.leaves[leaf]}.shape[{dim}]"
 
     def _words(self, expr: Any) -> str:
-        return _printed(expr, {symbol: self._named(place) for symbol, place in self.open})
+        names = {symbol: self._named(place) for symbol, place in self.open}
+        return _printed(expr, names | {of.symbol: of.words for of in self.values})
 
 
-def relations_of(exported: Any) -> tuple[Any, ...]:
-    """What torch.export states about the symbols of its result: ranges, and guards of branches."""
+def _unless(wanted: list[str]) -> list[str]:
+    """Code that returns None unless all of these hold."""
+    held = " and ".join(f"({w})" for w in wanted)
+    return [f"if not ({held}): return None"] if wanted else []
+
+
+def relations_of(exported: Any, of_values: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """What torch.export states about the symbols of its result: ranges, and guards of branches.
+
+    of_values: relations that hold besides, see `CallValue`.
+    """
     import sympy
 
     found: dict[Any, None] = {}
@@ -125,12 +156,14 @@ def relations_of(exported: Any) -> tuple[Any, ...]:
         if bounds.upper.is_finite and bounds.upper < 2**62:
             found[sympy.Le(symbol, int(bounds.upper))] = None
     for environment in _environments(exported.graph):
-        for guard in environment.guards:
-            found[_replaced(guard.expr, environment.replacements)] = None
+        for relation in (*(guard.expr for guard in environment.guards), *of_values):
+            found[_replaced(relation, environment.replacements)] = None
     return tuple(r for r in found if r not in (sympy.true, True))
 
 
-def conditions_of(leaves: list[fx.Node], relations: tuple[Any, ...]) -> Conditions:
+def conditions_of(
+    leaves: list[fx.Node], relations: tuple[Any, ...], values: tuple[CallValue, ...] = ()
+) -> Conditions:
     """leaves: placeholders of a call's inputs, whose fake values have the sizes of the trace."""
     opened: dict[Any, Place] = {}
     others: list[tuple[Place, Any]] = []
@@ -139,12 +172,14 @@ def conditions_of(leaves: list[fx.Node], relations: tuple[Any, ...]) -> Conditio
             opened[size] = place
         else:
             others.append((place, size))
-    known = set(opened)
+    known = {*opened, *(of.symbol for of in values)}
+    ranges = {r for of in values if of.is_bool for r in (of.symbol >= 0, of.symbol <= 1)}
     return Conditions(
         tuple(node.name for node in leaves),
         tuple(opened.items()),
         tuple((place, _fixed(size)) for place, size in others),
-        tuple(r for r in relations if r.free_symbols <= known),
+        tuple(r for r in relations if r.free_symbols <= known and r not in ranges),
+        values,
     )
 
 

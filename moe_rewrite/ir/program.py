@@ -16,6 +16,7 @@ from torch import fx
 
 from ..errors import InvariantError
 from .aten import reach, value
+from .call_values import CallValue
 from .depth_map import DepthMap
 from .ops import op_name, output_of
 from .sites import AnySite, Found, HeadSite
@@ -93,7 +94,9 @@ class Program:
     constants: values of the "constant" inputs.
     in_spec, out_spec: pytree specs of the call and of the output.
     mode: "eval" or "train".
-    relations: what capture states about the sizes of the inputs, see `ir.conditions`.
+    relations: what capture states about the sizes of the inputs, and about values that were branched
+        on, see `ir.conditions`.
+    values: what computes these.
     model: name of the class that was captured.
     copied: how many calls of blocks were not traced but copied from others, see `frontend.replay`.
     depth: its blocks, once FindDepth ran.
@@ -115,6 +118,7 @@ class Program:
     out_spec: Any
     mode: str
     relations: tuple[Any, ...] = ()
+    values: tuple[CallValue, ...] = ()
     model: str = ""
     copied: int = 0
     depth: DepthMap | None = None

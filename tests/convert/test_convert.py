@@ -99,14 +99,15 @@ def test_the_head_can_be_taken_in_under_its_own_name():
 
 
 class Branching(nn.Module):
-    """Control flow on values, which no capture follows."""
+    """Control flow on values made of weights, which no capture follows."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
     def forward(self, x):
-        return self.layers(x) if x.sum() > 0 else self.layers(-x)
+        y = self.layers(x)
+        return y if y.sum() > 0 else -y
 
 
 class Two(nn.Module):

@@ -103,7 +103,8 @@ class Whole(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            x = layer(x) if x.sum() > 0 else x
+            x = layer(x)
+            x = x if x.sum() > 0 else -x
         return x
 
 

@@ -63,8 +63,8 @@ def _at(functional: FunctionalModel, leaves: list[torch.Tensor]) -> dict[Any, sy
 
 
 def require_any_size(functional: FunctionalModel) -> None:
-    """Raises CaptureError where the graph holds for some sizes only, bounds left out: a file has
-    one graph."""
+    """Raises CaptureError where the graph holds for some sizes only, bounds left out, or for some
+    values: a file has one graph."""
     if not any(0 in dims for dims in functional.open):
         batch = functional.example[0].shape[0]
         raise CaptureError(
@@ -74,6 +74,12 @@ def require_any_size(functional: FunctionalModel) -> None:
             "batch"
         )
     conditions, draw = functional.graph.conditions, random.Random(0)
+    if conditions.values:
+        raise CaptureError(
+            "a file holds one graph, and the model's code branches on values of a call: "
+            f"{conditions.values[0].words}. Write the branch with tensor operations (torch.where), "
+            "or run the converted model in PyTorch"
+        )
     for _ in range(64):
         batch, length, past = (draw.randint(2, 2 ** draw.randint(2, 7)) for _ in range(3))
         leaves = zeros(functional, batch, length, past)
