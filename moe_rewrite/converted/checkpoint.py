@@ -49,6 +49,7 @@ class Facts:
     classes: columns that each added to a head; empty without a head.
     trained: whether each was trained; None in saves of versions that did not record it.
     frozen: names of those that are not trained although they are the newest.
+    told, solved: of an analytic router, see `AnalyticGate`; told None: those that have sums.
     """
 
     names: list[str]
@@ -56,6 +57,8 @@ class Facts:
     classes: list[int]
     trained: list[bool] | None
     frozen: list[str]
+    told: list[bool] | None = None
+    solved: bool = True
 
     @classmethod
     def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int | None) -> Facts:
@@ -63,11 +66,11 @@ class Facts:
         if experts is None:
             names = meta.get("names")
             experts = max(1, len(names)) if isinstance(names, list) else 1
-        kinds = {"names": str, "expansions": int, "classes": int, "trained": bool}
+        kinds = {"names": str, "expansions": int, "classes": int, "trained": bool, "told": bool}
         said = {name: meta.get(name) for name in kinds}
         counts = {"classes": (0, experts), "trained": (experts,)}
         for name, given in said.items():
-            if name == "trained" and given is None:
+            if name in ("trained", "told") and given is None:
                 continue
             right = isinstance(given, list) and all(type(x) is kinds[name] for x in given)
             if not right or len(given) not in counts.get(name, (experts,)):  # type: ignore[arg-type]
@@ -77,7 +80,7 @@ class Facts:
         frozen = meta.get("frozen", [])
         if not isinstance(frozen, list) or not set(map(str, frozen)) <= set(said["names"] or []):
             raise CheckpointError(f"{folder}: the names of frozen experts are malformed")
-        facts = cls(**said, frozen=frozen)  # type: ignore[arg-type]
+        facts = cls(**said, frozen=frozen, solved=meta.get("solved") is not False)  # type: ignore[arg-type]
         if len(set(facts.names)) != experts or not all(0 <= c < 10**6 for c in facts.classes):
             raise CheckpointError(
                 f"{folder}: the saved names of experts are malformed: {shown(facts.names)}"

@@ -72,6 +72,47 @@ class ExpertSet:
         for site in self.sites:
             site.set_trained(newest)
 
+    def learner(self, strict: bool) -> int | None:
+        """Index of the expert that gets every row in training with gate 1: the only one that is
+        trained, if the router is analytic. None: rows are routed in training as in evaluation.
+
+        strict: raise ConfigError where several are trained at once and nobody told the router whose
+        rows are whose.
+        """
+        if not self.router.by_sums:
+            return None
+        on = (self.router.active | self.router.pending).tolist()
+        each = zip(self.expansions, self.names, on, strict=True)
+        newest = [
+            e for e, (number, name, is_on) in enumerate(each)
+            if number == self.expansions[-1] and name not in self.frozen and is_on
+        ]  # fmt: skip
+        if len(newest) == 1:
+            return newest[0]
+        untold = [self.names[e] for e in newest if not self.router.told[e]]
+        if strict and untold:
+            raise ConfigError(
+                f"experts {', '.join(self.names[e] for e in newest)} are trained at once, so an "
+                f"analytic router cannot know whose rows these are, nor those of {untold[0]!r} "
+                "later: add experts one by one, expand(1) before each task; or call "
+                "moe.fit_router(name, batches) for each; or train within moe.use_expert(name); or "
+                "convert with TokenRouter(fit='gradient')"
+            )
+        return None
+
+    def require_known(self) -> None:
+        """Raises ConfigError if an expert that was trained and is on has no rows in the sums of an
+        analytic router, which would then route by chance."""
+        for e in self.router.unknown:
+            if self.trained[e] and self.router.active[e]:
+                name = self.names[e]
+                raise ConfigError(
+                    f"expert {name!r} was trained and is on, but the analytic router knows none of "
+                    "its rows, which it takes from training outside of use_expert(): call "
+                    f"moe.fit_router({name!r}, batches) with its samples, or "
+                    f"moe.deactivate({name!r})"
+                )
+
     def begin_training(self) -> None:
         """Before a forward in training mode: turn pending experts on, mark the newest trained."""
         self.router.activate_pending()
@@ -127,6 +168,10 @@ class ExpertSet:
         self.expansions, self.frozen = list(facts.expansions), set(facts.frozen)
         self.train_newest()
 
+    def after_loading(self, facts: Facts) -> None:
+        """Tensors were loaded, from a save with these facts."""
+        self.router.after_loading(facts.told, facts.solved)
+
     def facts(self) -> dict[str, Any]:
         """What a save says about the experts; see `checkpoint.Facts`."""
         return {
@@ -135,6 +180,7 @@ class ExpertSet:
             "expansions": self.expansions,
             "classes": [] if self.head is None else self.head.classes,
             "frozen": sorted(self.frozen),
+            **self.router.facts(),
         }
 
     def become(self, facts: Facts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,11 +29,12 @@ from .parameters import ParameterStore, device_and_dtype
 from .pickling import NotPickled
 from .plan_override import PlanOverride
 from .report import Report
+from .router_fit import RouterFit
 from .saving import Saving
-from .state_dict import StateDict, added, forgive_absent
+from .state_dict import StateDict, added, after_load_state_dict
 
 
-class MoEModel(NotPickled, StateDict, Saving):
+class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     """What `convert` returns: called with the original's arguments, it returns its outputs.
 
     Its modules have the original's names, and below `moe_rewrite` what conversion added; `shallow`,
@@ -75,7 +75,7 @@ class MoEModel(NotPickled, StateDict, Saving):
         self._experts.add([None] * recipe.num_experts, active=True)
         self._modules["moe_rewrite"] = added(self._experts, store.sites)
         self.__dict__.update(compiler.host.values_for(self, MoEModel))
-        self.register_load_state_dict_post_hook(forgive_absent)
+        self.register_load_state_dict_post_hook(after_load_state_dict)
         self.train(model.training)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
@@ -111,7 +111,9 @@ class MoEModel(NotPickled, StateDict, Saving):
         graph, leaves = self.graph_for(arguments)
         checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
         features = self._override.features
-        outputs, plan, after = graph.run(leaves, self._planner(cache), checkpointing, features)
+        outputs, plan, after = graph.run(
+            leaves, self._planner(cache, counts=True), checkpointing, features
+        )
         if graph.cache_at is not None:
             start, stop = graph.cache_at
             cache.fill(outputs[start:stop], after)
@@ -140,31 +142,6 @@ class MoEModel(NotPickled, StateDict, Saving):
         graph, leaves = self.graph_for(arguments)
         return graph.features(leaves)
 
-    def fit_router(self, expert: str | int | None, batches: Iterable[Any]) -> None:
-        """Add samples of an expert to an analytic router's statistics, and solve the router again.
-
-        expert: name or index; None for the frozen model, with samples of its original task.
-        batches: inputs in the form of `example_inputs` (tensor, tuple or dict).
-        Only sums are kept, over all calls and in any order. Raises ConfigError unless the router is
-        analytic (``TokenRouter(fit="analytic")``).
-        """
-        router, index = self.router, None if expert is None else self._experts.index(expert)
-        router.require_analytic()
-
-        def observe(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, None]:
-            with torch.autocast(features.device.type, enabled=False):
-                router.observe(features, mask, index)
-            return router.without_experts(features), None
-
-        with torch.no_grad():
-            for batch in batches:
-                arguments, _ = self.normalized((), self.host.arguments(batch))
-                graph, leaves = self.graph_for(arguments)
-                graph.plan(leaves, observe)
-        router.solve()
-        if index is not None:
-            self._experts.trained[index] = True
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(), with its arguments, on the converted graphs."""
         self._host_module()
@@ -174,30 +151,47 @@ class MoEModel(NotPickled, StateDict, Saving):
     def normalized(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """A call's arguments by name, and its key-value cache or None."""
         if self.training:
+            if self._override.planner is None:
+                self._experts.learner(torch.is_grad_enabled())  # a refusal changes nothing
             self._experts.begin_training()
+        return self.bound(args, kwargs, self.training)
+
+    def bound(
+        self, args: tuple, kwargs: dict[str, Any], training: bool
+    ) -> tuple[dict[str, Any], Any]:
+        """`normalized` of a call in a mode, without what a call does to the experts."""
         arguments = self.host.bind(args, kwargs)
-        arguments, keeps, cache = self.host.split_cache(arguments, self.training)
+        arguments, keeps, cache = self.host.split_cache(arguments, training)
         if not keeps:
             return arguments, None
         caches = self._graphs.cache_format(device_and_dtype(self))
         return arguments, caches.adopt(cache, arguments)
 
-    def graph_for(self, arguments: dict[str, Any]) -> tuple[BoundGraph, list[Any]]:
-        """The graph that serves these arguments, and the leaves that it takes."""
-        return self._graphs.get(arguments, self.training, device_and_dtype(self))
+    def graph_for(
+        self, arguments: dict[str, Any], training: bool | None = None
+    ) -> tuple[BoundGraph, list[Any]]:
+        """The graph that serves these arguments, and the leaves that it takes. training: None: as
+        the model is."""
+        mode = self.training if training is None else training
+        return self._graphs.get(arguments, mode, device_and_dtype(self))
 
-    def _planner(self, cache: Any) -> Planner:
+    def _planner(self, cache: Any, counts: bool = False) -> Planner:
+        """counts: the call is a forward, whose rows count for the expert that is trained."""
         if self._override.planner is not None:
             return self._override.planner
         state = None
-        if cache is not None and self.router.keeps_state:
+        keeps = cache is not None and self.router.keeps_state
+        if keeps:
             state = cache.router_state().load()
+        learning = self.learning_planner(state, counts, keeps) if self.training else None
+        if learning is None:
+            self._experts.require_known()
 
         def plan(features: torch.Tensor, mask: Any) -> tuple[RoutingPlan, Any]:
             if not autocasts(features.device.type):
-                return self.router(features, mask, state)
+                return learning(features, mask) if learning else self.router(features, mask, state)
             with torch.autocast(features.device.type, enabled=False):  # gates are made in float32
-                return self.router(features, mask, state)
+                return learning(features, mask) if learning else self.router(features, mask, state)
 
         return plan
 
@@ -254,6 +248,10 @@ class MoEModel(NotPickled, StateDict, Saving):
         return device_and_dtype(self)[1]
 
     def train(self, mode: bool = True) -> MoEModel:
+        """As in torch. Going to eval solves an analytic router from the rows of training; raises
+        InputError if their features were not finite."""
+        if not mode:
+            self.settle_router()
         super().train(mode)
         self.deep.train(mode)
         self.shallow.train(mode and not self._compiler.recipe.freeze)

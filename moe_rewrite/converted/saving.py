@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Saving(ExpertMethods):
 
     reference: Any
     save_only_added = True
+    after_loading: Callable[[checkpoint.Facts], None]
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, save_only_added: bool | None = None,
@@ -124,6 +126,7 @@ class Saving(ExpertMethods):
         self._store.copy_on_write(*checkpoint.dense_names(tensors))
         checkpoint.fill(self.saved_tensors(), tensors)
         experts.take_over(facts)
+        self.after_loading(facts)
 
 
 def marked(experts: ExpertSet) -> Any:

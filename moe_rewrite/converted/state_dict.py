@@ -103,7 +103,7 @@ class StateDict(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
         """Have the experts that the state dict has, before the modules below are loaded."""
         dense = [*self._store.slots, *self._store.aliases]
-        self._absent = {prefix + FACTS}
+        self._absent, self._loaded = {prefix + FACTS}, None
         if (facts := state.get(prefix + FACTS)) is not None:
             said = of_tensor(facts)
             of_experts = checkpoint.Facts.of("this state dict", said, None)
@@ -111,6 +111,7 @@ class StateDict(nn.Module):
                 self._absent |= {prefix + name for name in dense}
                 self._require_base(said)
             self._experts.become(of_experts)
+            self._loaded = of_experts
         saved = set()
         for key in [k for k in state if k.startswith(prefix + checkpoint.DENSE)]:
             name = key[len(prefix) :].removeprefix(checkpoint.DENSE)
@@ -157,8 +158,11 @@ class Children:
         self.__dict__.update(modules)
 
 
-def forgive_absent(model: Any, incompatible: Any) -> None:
-    """After loading: a file with only what was added lacks the frozen tensors, and older state
-    dicts do not say which experts they hold."""
+def after_load_state_dict(model: Any, incompatible: Any) -> None:
+    """A file with only what was added lacks the frozen tensors, and older state dicts do not say
+    which experts they hold."""
     absent: set[str] = getattr(model, "_absent", set())
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in absent]
+    if getattr(model, "_loaded", None) is not None:
+        model.after_loading(model._loaded)
+        model._loaded = None

@@ -90,7 +90,7 @@ class ExpertParameters(nn.Module):
         """Set which experts are trained; the others are frozen, and their gradients dropped."""
         for of_part in self.parameter_lists():
             for p, on in zip(of_part, trained, strict=True):
-                p.requires_grad_(on)
+                p.requires_grad_(on and p.numel() > 0)  # DDP waits for every gradient
                 if not on:
                     p.grad = None
 

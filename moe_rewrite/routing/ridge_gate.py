@@ -9,11 +9,17 @@ Shapes: D width of the features, M random features.
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import nn
 
 from ..config import TokenRouter
+from ..errors import InputError
+from ..utils.sharded import fill_whole
+from .class_sums import ClassSums, over_processes, products_of, with_one
 from .packed_rows import RowMask
+from .plan import PrefixState, RoutingPlan
 from .router import Router
 from .token_gate import TokenGate, counted_rows
 
@@ -24,10 +30,14 @@ class AnalyticGate(TokenGate):
     rows[e]: (M + 1,) fp32, solved and never trained.
     frozen: (M + 1,) fp32, the frozen model's row.
     lift: (D, M) fixed random projection.
-    moments[c]: (M + 1, M + 1) float64, the sum of f f^T over the samples of class c, where f is the
-        random features with a 1 appended. Class 0 is the frozen model, class e + 1 expert e.
+    moments[c]: sums over the rows of class c, see `ClassSums`. Class 0 is the frozen model, class
+        e + 1 expert e.
+    told[e]: the sums of expert e were given (`MoEModel.fit_router`); training adds nothing to them.
+    solved: the rows are those of the sums.
+    unknown: experts without sums, as of the last time that the rows were solved or loaded.
     """
 
+    by_sums = True
     frozen: torch.Tensor
     lift: torch.Tensor
 
@@ -37,45 +47,111 @@ class AnalyticGate(TokenGate):
         lift = torch.randn(width, spec.projection, generator=draw) / width**0.5
         self.register_buffer("lift", lift.to(device))
         self.register_buffer("frozen", torch.zeros(self.size, device=device))
-        self.moments = nn.ParameterList([self._no_moments()])
+        self.moments = ClassSums(self.size)
+        self.moments.append(device)
+        self.told: list[bool] = []
+        self.solved = True
+        self.unknown: tuple[int, ...] = ()
 
     def require_analytic(self) -> None:
         pass
 
-    def _no_moments(self) -> nn.Parameter:
-        zeros = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
-        return nn.Parameter(zeros, requires_grad=False)
-
     def add(self, count: int, active: bool) -> list[nn.Parameter]:
         """Add rows; no parameters are returned, since rows are solved and not trained."""
+        self.settle()
         for row in super().add(count, active):
             row.requires_grad_(False)
-            self.moments.append(self._no_moments())
+            self.moments.append(self.device)
+            self.told.append(False)
+        self._look_for_unknown()
         return []
 
     def remove_last(self) -> None:
         super().remove_last()
-        self.moments = self.moments[:-1]
-        self.solve()
+        self._forget(len(self.told) - 1)
 
     def remove(self, index: int) -> None:
         """The other rows are solved again, as if this expert had never been added."""
         super().remove(index)
-        self.moments = nn.ParameterList(m for c, m in enumerate(self.moments) if c != index + 1)
+        self._forget(index)
+
+    def _forget(self, index: int) -> None:
+        self.moments.drop(index + 1)
+        del self.told[index]
+        self.solve()
+
+    # -- sums -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def products(self, features: torch.Tensor, mask: RowMask) -> torch.Tensor:
+        """(M + 1, M + 1) float64: the sum of f f^T over the rows that the gate would read here.
+        Masked rows are left out."""
+        read, _, _ = self._read(features, mask, None)
+        return self._products(features, mask, read)
+
+    def _products(self, features: torch.Tensor, mask: RowMask, read: torch.Tensor) -> torch.Tensor:
+        rows = read.reshape(-1, read.shape[-1])
+        if mask is not None and read.ndim == 3 and read.shape[1] == features.shape[1]:
+            return products_of(rows, counted_rows(mask, read).reshape(-1))
+        return products_of(rows, None)
+
+    def tell(self, expert: int | None, products: torch.Tensor) -> None:
+        """Add to the sums of an expert, or (None) of the frozen model. What training had added to
+        those of an expert is dropped the first time. The rows are solved."""
+        if not products.is_meta and not bool(products.isfinite().all()):
+            raise InputError(
+                "the features at the cut of these samples hold infinities or NaN, from which no "
+                "router can be solved: pass samples on which the model computes finite values"
+            )
+        if expert is not None and not self.told[expert]:
+            self.moments[expert + 1].zero_()
+            self.told[expert] = True
+        self.moments.add(0 if expert is None else expert + 1, products)
         self.solve()
 
     @torch.no_grad()
-    def observe(self, features: torch.Tensor, mask: RowMask, expert: int | None) -> None:
-        """Add these features' rows to the statistics of an expert, or (None) of the frozen model.
+    def learn(
+        self, expert: int, features: torch.Tensor, mask: RowMask, state: PrefixState | None,
+        counts: bool, keeps: bool,
+    ) -> tuple[RoutingPlan, PrefixState | None]:  # fmt: skip
+        """The plan of training, in which this expert gets every row with gate 1, and the state after
+        these rows.
 
-        Masked rows are left out. Nothing else changes until `solve`.
+        counts: add the rows to the expert's sums, those of all processes.
+        keeps: the state is asked for.
         """
-        read, _, _ = self._read(features, mask, None)
-        rows = read.reshape(-1, read.shape[-1])
-        if mask is not None and read.ndim == 3 and read.shape[1] == features.shape[1]:
-            rows = rows[counted_rows(mask, read).reshape(-1)]
-        f = _with_one(rows).double()
-        self.moments[0 if expert is None else expert + 1] += f.T @ f
+        after = None
+        if counts or keeps:
+            read, after, _ = self._read(features, mask, state)
+            if counts:
+                products = over_processes(self._products(features, mask, read))
+                self.moments.add(expert + 1, products)
+                self.solved = False
+        return self.fixed_gates(features, {expert: 1.0}), after
+
+    @property
+    def forgets_base(self) -> bool:
+        """Whether the frozen model has an output, and the router knows none of its rows."""
+        return self.spec.base and not self.frozen.is_meta and not self.moments.counts()[0] > 0
+
+    def facts(self) -> dict[str, Any]:
+        return {"told": list(self.told), "solved": self.solved}
+
+    def settle(self) -> None:
+        if not self.solved:
+            self.solve()
+
+    def after_loading(self, told: list[bool] | None, solved: bool) -> None:
+        self.solved = solved
+        if not self.frozen.is_meta:
+            counts = self.moments.counts()[1:]
+            self.told = [c > 0 for c in counts] if told is None else list(told)
+        self._look_for_unknown()
+
+    def _look_for_unknown(self) -> None:
+        if not self.frozen.is_meta:
+            counts = self.moments.counts()
+            self.unknown = tuple(e for e, c in enumerate(counts[1:]) if not c > 0)
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -84,15 +160,31 @@ class AnalyticGate(TokenGate):
         G is the sum over classes of their mean f f^T, c a class's mean f, r is `ridge` times the
         mean diagonal of G. A class without samples gets a row of zeros.
         """
-        means = [m / m[-1, -1] if m[-1, -1] > 0 else m for m in self.moments]
-        if not any(m[-1, -1] > 0 for m in means) or means[0].is_meta:
+        self.solved = True
+        if self.frozen.is_meta:
             return
+        counts = self.moments.counts()
+        self.unknown = tuple(e for e, c in enumerate(counts[1:]) if not c > 0)
+        if not any(counts):
+            return
+        means = [m / c if c > 0 else m for m, c in zip(self.moments, counts, strict=True)]
         total = torch.stack(means).sum(0)
+        if not bool(total.isfinite().all()):
+            self._refuse_infinities()
         total.diagonal().add_(self.spec.ridge * total.diagonal().mean())
         solved = torch.linalg.solve(total, torch.stack([m[:, -1] for m in means], 1))
         self.frozen.copy_(solved[:, 0])
         for row, column in zip(self.rows, solved[:, 1:].T, strict=True):
-            row.copy_(column)
+            fill_whole(row, column)
+
+    def _refuse_infinities(self) -> NoReturn:
+        self.solved = False
+        odd = [c - 1 for c, m in enumerate(self.moments) if not bool(m.isfinite().all())]
+        raise InputError(
+            f"the sums of expert {odd[0]}'s rows hold infinities or NaN: so did the features at the "
+            f"cut in training. moe.fit_router({odd[0]}, batches) replaces them by those of its "
+            "samples; moe.remove(name) removes the expert"
+        )
 
     def _lifted(self, x: torch.Tensor) -> torch.Tensor:
         """Random features of each position: averaging comes later, since their mean holds more
@@ -111,8 +203,4 @@ class AnalyticGate(TokenGate):
             solved.append(rows)
         if not solved:
             return read.new_zeros(*read.shape[:-1], 0)
-        return self.spec.sharpness * (_with_one(read) @ torch.cat(solved).T)
-
-
-def _with_one(f: torch.Tensor) -> torch.Tensor:
-    return torch.cat([f, f.new_ones(*f.shape[:-1], 1)], dim=-1)
+        return self.spec.sharpness * (with_one(read) @ torch.cat(solved).T)

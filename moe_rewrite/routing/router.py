@@ -51,6 +51,9 @@ class Router(nn.Module):
     by_row = False  # rows choose their experts
     by_layer = False  # every layer has a router of its own, this one only says which experts are on
     biased = False  # each row of parameters ends in a bias
+    by_sums = False  # solved from sums over rows
+    told: list[bool]  # if so: of each expert, whether its sums were given
+    unknown: tuple[int, ...] = ()  # experts of whose rows an analytic router knows nothing
     mixes_rows = False  # a row's gates depend on other rows of its sample
     keeps_state = False  # a row's gates depend on the rows before it, through a state
 
@@ -180,14 +183,21 @@ class Router(nn.Module):
     def require_analytic(self) -> None:
         """Raises ConfigError unless the router is solved in closed form."""
         raise ConfigError(
-            "fit_router: this router is trained; convert with router=TokenRouter(fit='analytic') "
+            "fit_router, remember: this router is trained; convert with router=TokenRouter(fit='analytic') "
             "to solve it in closed form"
         )
 
-    def observe(self, features: torch.Tensor, mask: RowMask, expert: int | None) -> None:
-        """Add these features' rows to the statistics of an expert, or (None) the frozen model."""
-        raise NotImplementedError
+    def facts(self) -> dict[str, Any]:
+        """What a save says beside tensors; see `checkpoint.Facts`."""
+        return {}
+
+    def settle(self) -> None:
+        """Solve an analytic router, if its sums have changed since."""
+
+    def after_loading(self, told: list[bool] | None, solved: bool) -> None:
+        """Tensors were loaded. told, solved: see `AnalyticGate`; told None: a save of a version that
+        took no sums in training."""
 
     def solve(self) -> None:
-        """Solve the router from the statistics of what was observed."""
-        raise NotImplementedError
+        """Solve an analytic router from its sums."""
+        self.require_analytic()

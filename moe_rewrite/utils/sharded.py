@@ -25,3 +25,15 @@ def without_shards(tensor: torch.Tensor) -> torch.Tensor:
 def gathered(tensor: Any) -> Any:
     """All of a sharded tensor, which every process must ask for; others as they are."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def fill_whole(tensor: Any, values: torch.Tensor) -> None:
+    """Write a whole tensor's values, which every process has, into one that may be sharded."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(
+            values.to(tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None
+        )
+    tensor.copy_(values)

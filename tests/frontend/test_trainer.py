@@ -131,3 +131,26 @@ def test_bf16_and_gradient_checkpointing(fresh, tmp_path):
         assert moe.is_gradient_checkpointing == (name == "checkpointed")
     assert runs["checkpointed"] == runs["plain"] != runs["bf16"]
     assert runs["bf16"] == pytest.approx(runs["plain"], rel=1e-2)
+
+
+def test_an_analytic_router_needs_no_calls_of_its_own(tmp_path):
+    """Accumulation, evaluation in between, epochs, checkpointing, and a stop within an epoch."""
+    router = moe_rewrite.TokenRouter(fit="analytic", granularity="prefix", projection=16)
+    moe, data = moe_rewrite.convert(llama(), split=1, router=router, verify=False), Texts(8)
+    moe.remember([{"input_ids": Texts(8, seed=5).ids}])
+    told, again = copy.deepcopy(moe), copy.deepcopy(moe)
+
+    def train(moe, **more):
+        options = arguments(
+            tmp_path, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            eval_strategy="steps", eval_steps=1, save_steps=3, activation_checkpointing=True, **more,
+        )  # fmt: skip
+        return Trainer(moe, options, train_dataset=data, eval_dataset=Texts(4, seed=9))
+
+    train(moe).train()
+    told.fit_router(0, [{"input_ids": data.ids}])
+    moe.eval()
+    for row, want in zip(moe.router.rows, told.router.rows, strict=True):
+        torch.testing.assert_close(row, want, rtol=0, atol=1e-6)
+    train(again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(again.eval(), moe)
