@@ -28,8 +28,9 @@ class TokenRouter:
     normalize: divide the features by their root mean square first, so that the scale of the
         logits does not depend on the depth of the cut.
     fit: ``"gradient"``: trained with the experts. ``"analytic"``: solved in closed form from the
-        samples passed to `MoEModel.fit_router`, by ridge regression on random features (RanPAC,
-        arXiv 2307.02251, section 4); the frozen model's output is then fitted like the experts'.
+        rows that each expert is trained on, by ridge regression on random features (RanPAC, arXiv
+        2307.02251, section 4). In training the newest expert gets every row with gate 1. The frozen
+        model's output is fitted to the rows that `MoEModel.remember` gives.
     projection: number of random features of an analytic gate.
     ridge: regularisation of an analytic gate, as a share of the Gram matrix's mean diagonal.
     sharpness: an analytic gate's scores, near 1 for the right expert and near 0 for the others,

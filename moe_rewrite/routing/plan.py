@@ -86,7 +86,10 @@ class RoutingPlan:
 
     def _token_logits(self) -> torch.Tensor:
         if self.logits is None:
-            raise InputError("this plan holds no logits: losses are of a TokenRouter's plans")
+            raise InputError(
+                "this plan holds no logits, whose losses train a TokenRouter(fit='gradient'): those "
+                "of patches, of fixed gates, and of training with fit='analytic' have none"
+            )
         return self.logits
 
     def _counted(self, mask: torch.Tensor | None) -> torch.Tensor:
