@@ -276,27 +276,30 @@ def test_digits_are_learnt_in_a_plain_loop_without_forgetting():
         nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 6)
     )
     digits_loop(dense, dense.parameters(), x[:cut][y[:cut] < 6], y[:cut][y[:cut] < 6])
-    router = TokenRouter(fit="analytic", projection=512)
-    moe = moe_rewrite.convert(dense.eval(), split=1, router=router, example_inputs=x[:2])
+    router = TokenRouter(fit="analytic", projection=256)
+    options = {"router": router, "example_inputs": x[:2], "verify": False}
+    moe = moe_rewrite.convert(dense.eval(), split=1, **options)
     moe.remember([x[:cut][y[:cut] < 6]])
-    seen, shares = y < 6, []
+    shares, alone = [], []
     for first in (6, 8):
         new = (y == first) | (y == first + 1)
         moe.expand(classes=2)
         moe.train()
         digits_loop(moe, moe.trainable_parameters(), x[:cut][new[:cut]], y[:cut][new[:cut]])
         moe.eval()
-        seen |= new
         with torch.no_grad():
             right = (moe(x[cut:]).argmax(1) == y[cut:]).float()
+            with moe.use_expert(1):
+                alone.append(moe(x[cut:])[:, :8])
         shares.append([right[(y[cut:] // 2) == pair].mean().item() for pair in range(5)])
-    print(shares)
-    assert min(shares[-1]) > 0.8
+    assert torch.equal(*alone)  # nothing of what the first expert knows is lost
+    (*_, before, _), (*known, after, new) = shares
+    assert after > before - 0.02 and new > 0.8 and min(known) > 0.8, shares
 
 
 def digits_loop(model, parameters, x, y):
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    for _ in range(15):
+    for _ in range(5):
         for part in torch.randperm(len(x)).split(32):
             nn.functional.cross_entropy(model(x[part]), y[part]).backward()
             optimizer.step()
