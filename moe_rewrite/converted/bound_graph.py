@@ -14,6 +14,7 @@ from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
 from .block_module import BlockModule, Bound
 from .flat_code import FlatCode
+from .regional import RegionalCode, compiles, outside
 
 
 @dataclass
@@ -34,6 +35,7 @@ class BoundGraph:
     copied: how many calls of blocks were copied from others in its capture.
     after_cut: the steps to run where the features at the cut are given; built on first use.
     flat: the steps as generated code; built on first use.
+    regional: the same for torch.compile, for each case (`_case`).
     """
 
     names: tuple[str, ...]
@@ -51,6 +53,7 @@ class BoundGraph:
     copied: int = 0
     after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
     flat: FlatCode | None = None
+    regional: dict[tuple, RegionalCode] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:
         """The copy runs the same code on the copied model's blocks."""
@@ -60,7 +63,7 @@ class BoundGraph:
         )
         return replace(
             self, steps=steps, allowed=set(self.allowed), refused=set(self.refused),
-            after_cut=None, flat=None,
+            after_cut=None, flat=None, regional={},
         )  # fmt: skip
 
     def features(self, leaves: list[Any]) -> torch.Tensor:
@@ -99,6 +102,13 @@ class BoundGraph:
         checkpoint: recompute deep blocks in the backward pass.
         features: those at the cut, where they are known: steps that only compute them are skipped.
         """
+        if compiles():
+            return self._run_compiled(leaves, planner, checkpoint, features)
+        return self._run(leaves, planner, checkpoint, features)
+
+    def _run(
+        self, leaves: list[Any], planner: Planner, checkpoint: bool, features: torch.Tensor | None
+    ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:
         if features is None and not checkpoint and self._flat_code().applies():
             return self._run_flat(leaves, planner)
         values = self._values(leaves)
@@ -127,14 +137,55 @@ class BoundGraph:
         flat = self._flat_code()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             given = list(flat.shallow(list(leaves), ()))
+        plan, after = self._route(flat, given, leaves, planner)
+        return (*self._finished(flat.deep(given, plan.active), plan), after)
+
+    def _run_compiled(
+        self, leaves: list[Any], planner: Planner, checkpoint: bool, features: torch.Tensor | None
+    ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:
+        """As `run`, with each step compiled; blocks that do more than their step (hooks, sharding),
+        and those after given features, run as without torch.compile."""
+        regional = outside(self._regional_code, leaves, checkpoint, features)
+        if regional is None:
+            return outside(self._run, leaves, planner, checkpoint, features)
+        owned = outside(regional.owned, False, ())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            given = list(regional.shallow(list(leaves), owned))
+        plan, after, owned = outside(self._route_compiled, regional, given, leaves, planner)
+        return (*outside(self._finished, regional.deep(given, owned), plan), after)
+
+    def _route(
+        self, flat: FlatCode, given: list[Any], leaves: list[Any], planner: Planner
+    ) -> tuple[RoutingPlan, PrefixState | None]:
+        """The plan; `given`, the values that the shallow half carries over, gets the views of it."""
         values = dict(zip(flat.carried, given, strict=True))
         values[MASK] = self._mask(leaves)
         plan, after = self._plan(values, planner)
-        del values
         given += [view.of(plan) for _, view in self.emitted.views]
-        made = iter(flat.deep(given, plan.active))
-        outputs = [next(made) if isinstance(o, str) else o.value for o in self.emitted.outputs]
-        return outputs, self._complete(plan, list(made)), after
+        return plan, after
+
+    def _route_compiled(self, regional: RegionalCode, *given: Any) -> tuple[Any, Any, list[Any]]:
+        plan, after = self._route(regional, *given)
+        return plan, after, regional.owned(True, plan.active)
+
+    def _finished(self, made: Any, plan: RoutingPlan) -> tuple[list[Any], RoutingPlan]:
+        """The outputs, and the plan with the logits of the layers."""
+        rest = iter(made)
+        outputs = [next(rest) if isinstance(o, str) else o.value for o in self.emitted.outputs]
+        return outputs, self._complete(plan, list(rest))
+
+    def _regional_code(
+        self, leaves: list[Any], checkpoint: bool, features: torch.Tensor | None
+    ) -> RegionalCode | None:
+        """None where blocks do more than their steps, or the features are given."""
+        if features is not None or not self._flat_code().applies():
+            return None
+        case = self.mode, self.conditions.pattern(leaves), torch.is_grad_enabled(), checkpoint
+        if case not in self.regional:
+            self.regional[case] = RegionalCode(
+                self.steps, self.emitted, self.conditions.leaves, case, checkpoint
+            )
+        return self.regional[case]
 
     def _complete(self, plan: Any, logits: list[Any]) -> Any:
         """The plan with the logits of the layers that have routers of their own."""
@@ -186,6 +237,7 @@ class BoundGraph:
         return planner(values[self.emitted.cut], mask)
 
 
+COMPILED_AROUND = (BoundGraph.run, BoundGraph._run_compiled)
 MASK = "mask of the rows"  # with spaces, so that no value of a graph has this name
 
 

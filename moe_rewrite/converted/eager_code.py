@@ -2,7 +2,7 @@
 
 Operators are called through PyTorch's own bindings (`torch.mul`) where one takes the same arguments:
 that takes a microsecond less than calling the overload (`torch.ops.aten.mul.Tensor`), of which a
-decoded token has hundreds. For eager calls only: torch.compile and exports read the graph.
+decoded token has hundreds. For torch.compile there is a form of its own; exports read the graph.
 """
 
 from __future__ import annotations
@@ -43,7 +43,16 @@ BINDINGS: dict[Any, Callable] = {
 
 def eager_function(module: fx.GraphModule) -> Callable[..., tuple]:
     """A function with the arguments and outputs of the module's forward."""
-    writer = _Writer(module)
+    return _written(_Writer(module))
+
+
+def traced_function(module: fx.GraphModule) -> Callable[..., tuple]:
+    """The same for torch.compile, each time with a code object of its own."""
+    return _written(_Writer(module, traced=True))
+
+
+def _written(writer: _Writer) -> Callable[..., tuple]:
+    module = writer.module
     nodes = list(module.graph.nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     lines = []
@@ -65,10 +74,11 @@ def eager_function(module: fx.GraphModule) -> Callable[..., tuple]:
 
 
 class _Writer:
-    """Expressions of nodes and constants. space: what they refer to by name."""
+    """Expressions of nodes and constants. space: what they refer to by name. traced: call operators
+    as torch.compile knows them."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, traced: bool = False) -> None:
+        self.module, self._traced = module, traced
         self.space: dict[str, Any] = {}
         self._names: dict[fx.Node, str] = {}
         self._known: dict[int, str] = {}
@@ -83,7 +93,9 @@ class _Writer:
         if target is operator.getitem:
             whole, part = node.args
             return f"{self.written(whole)}[{self.written(part)}]"
-        function = BINDINGS.get(target) or getattr(target, "_op", target)
+        function = BINDINGS.get(target)
+        if function is None:
+            function = target if self._traced else getattr(target, "_op", target)
         args = [self.written(a) for a in node.args]
         args += [f"{key}={self.written(value)}" for key, value in node.kwargs.items()]
         return f"{self._constant(function)}({', '.join(args)})"

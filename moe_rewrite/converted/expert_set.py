@@ -81,7 +81,7 @@ class ExpertSet:
         """
         if not self.router.by_sums:
             return None
-        on = (self.router.active | self.router.pending).tolist()
+        on = self.router.on_in_training()
         each = zip(self.expansions, self.names, on, strict=True)
         newest = [
             e for e, (number, name, is_on) in enumerate(each)

@@ -48,25 +48,47 @@ class FlatCode:
         self.deep = self._function(deep, (*self.carried, *self.views), self.outputs)
 
     def _function(self, steps: Steps, takes: Sequence[str], gives: Sequence[str]) -> Callable:
+        prepare: list[list[str]] = []
+        owned: list[list[str]] = []
+        for _, bound in steps:
+            prepare.append([])
+            owned.append([self._owned(ref, prepare[-1]) for ref in bound.slots])
+        return self._compiled(
+            "run(given, active)", self._lines(steps, owned, takes, gives, prepare)
+        )
+
+    def _lines(
+        self, steps: Steps, owned: list[list[str]], takes: Sequence[str], gives: Sequence[str],
+        prepare: list[list[str]] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The body of a function. owned: each step's expressions of the tensors that it owns.
+        prepare: lines that come before each step."""
         lines = [f"{self._tuple(takes)} = given"] if takes else []
         lines.append("given.clear()")  # so that a value is freed after its last use
         kept = set(gives)
-        for _, bound in steps:
-            owned = [self._owned(ref, lines) for ref in bound.slots]
+        for i, (_, bound) in enumerate(steps):
+            lines += prepare[i] if prepare else []
             values = [self._name(n) for n in bound.step.takes]
-            called = f"c{self._position(self._codes, _eager(bound.step.code))}"
-            call = f"{called}({', '.join([*owned, *values])})"
+            called = f"c{self._position(self._codes, self._called(bound))}"
+            call = f"{called}({', '.join([*owned[i], *values])})"
             lines.append(f"{self._tuple(bound.step.gives)} = {call}" if bound.step.gives else call)
             dropped = [self._name(n) for n in bound.step.drops if n not in kept]
             lines += [f"del {', '.join(dropped)}"] if dropped else []
-        body = "\n    ".join([*lines, f"return {self._tuple(gives)}"])
-        code = f"def run(given, active):\n    {body}\n"
+        return [*lines, f"return {self._tuple(gives)}"]
+
+    def _called(self, bound: Bound) -> Callable:
+        """What runs a step."""
+        return _eager(bound.step.code)
+
+    def _compiled(self, head: str, lines: list[str]) -> Callable:
+        body = "\n    ".join(lines)
+        code = f"def {head}:\n    {body}\n"
         space: dict[str, Any] = {f"c{i}": c for i, c in enumerate(self._codes)}
         space |= {f"t{i}": t for i, t in enumerate(self._tables)}
         space |= {f"k{i}": k for i, k in enumerate(self._constants)}
         space |= {f"s{i}": s for i, s in enumerate(self._sites)}
         exec(compile(code, "<steps of a converted model>", "exec"), space)  # noqa: S102
-        return space["run"]
+        return space[head.partition("(")[0]]
 
     def _owned(self, ref: Any, lines: list[str]) -> str:
         """The expression of a tensor that code takes first; see `Bound.slots`."""

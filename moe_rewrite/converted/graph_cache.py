@@ -21,6 +21,7 @@ from ..ir.program import Program
 from ..ir.steps import Emitted
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
+from ..utils.sharded import is_traced
 from .bound_graph import BoundGraph
 from .call import Call
 from .call_facts import ChangingInts, ConfigStates
@@ -60,6 +61,8 @@ class GraphCache:
         """
         call = self._call(arguments, "train" if training else "eval", where)
         graph = self._allowed(call)
+        if graph is None and any(map(is_traced, call.leaves)):
+            raise InputError(_not_in_a_trace(f"graph for {sorted(arguments)} in {call.mode} mode"))
         if graph is None:
             try:
                 with TRACING:  # another thread may have made it by now
@@ -85,6 +88,8 @@ class GraphCache:
         """The CacheFormat for a device and dtype."""
         kept, made = self._caches
         if kept != where:
+            if torch.compiler.is_exporting():
+                raise InputError(_not_in_a_trace("key-value cache"))
             with TRACING:
                 self._store.load_into(self._compiler.host.module)
                 made = self._compiler.host.cache_format()
@@ -189,6 +194,13 @@ class GraphCache:
         return compare(dense, ours, mask, emitted.numerics, emitted.computed).equal
 
 
+def _not_in_a_trace(what: str) -> str:
+    return (
+        f"torch.export traces a converted model that has no {what} yet, and none can be made within a "
+        "trace: call the model once on such inputs (sizes of the same kind: 0, 1 or more), then export"
+    )
+
+
 def _conditions(program: Program) -> Conditions:
     leaves = program.leaves("user", "cache", "int")
     return conditions_of(leaves, program.relations, program.values)
@@ -201,7 +213,7 @@ def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:
     def walk(spec: Any, start: int) -> Any:
         if spec.is_leaf():
             return spec
-        if getattr(spec.type, "__name__", "") == "DynamicCache":
+        if getattr(spec.type, "__name__", "") in ("DynamicCache", "TracedCache"):
             at.append((start, start + spec.num_leaves))
             return pytree.treespec_leaf()
         children = []

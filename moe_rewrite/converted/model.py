@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,17 +21,27 @@ from ..routing.router import Router
 from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
 from .block_module import BlockRun
-from .bound_graph import BoundGraph
+from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
 from .expert_set import ExpertSet
 from .graph_cache import GraphCache
 from .parameters import ParameterStore, device_and_dtype
 from .pickling import NotPickled
 from .plan_override import PlanOverride
+from .regional import compiles, outside, skipped
 from .report import Report
 from .router_fit import RouterFit
 from .saving import Saving
 from .state_dict import StateDict, added, after_load_state_dict
+
+
+class Begun(NamedTuple):
+    """A call whose graph is to run. given: the arguments of `BoundGraph.run`."""
+
+    arguments: dict[str, Any]
+    cache: Any
+    graph: BoundGraph
+    given: tuple[Any, ...]
 
 
 class MoEModel(NotPickled, StateDict, Saving, RouterFit):
@@ -76,6 +86,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self._modules["moe_rewrite"] = added(self._experts, store.sites)
         self.__dict__.update(compiler.host.values_for(self, MoEModel))
         self.register_load_state_dict_post_hook(after_load_state_dict)
+        skipped(type(self).forward, MoEModel.with_plan, *COMPILED_AROUND)
         self.train(model.training)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:
@@ -107,13 +118,24 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     def with_plan(self, *args: Any, **kwargs: Any) -> tuple[Any, RoutingPlan]:
         """(outputs, RoutingPlan) of a call, for routing losses: ``outputs.loss + 0.01 *
         plan.load_balance_loss() + 0.001 * plan.z_loss()``."""
+        if compiles():  # then only steps are compiled
+            begun = outside(self._begun, args, kwargs)
+            return outside(self._ended, begun, *begun.graph.run(*begun.given))
+        begun = self._begun(args, kwargs)
+        return self._ended(begun, *begun.graph.run(*begun.given))
+
+    def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Begun:
+        """A call up to where its graph runs."""
         arguments, cache = self.normalized(args, kwargs)
         graph, leaves = self.graph_for(arguments)
         checkpointing = self._checkpointing and self.training and torch.is_grad_enabled()
-        features = self._override.features
-        outputs, plan, after = graph.run(
-            leaves, self._planner(cache, counts=True), checkpointing, features
-        )
+        given = leaves, self._planner(cache, counts=True), checkpointing, self._override.features
+        return Begun(arguments, cache, graph, given)
+
+    def _ended(
+        self, begun: Begun, outputs: list[Any], plan: RoutingPlan, after: Any
+    ) -> tuple[Any, RoutingPlan]:
+        arguments, cache, graph, _ = begun
         if graph.cache_at is not None:
             start, stop = graph.cache_at
             cache.fill(outputs[start:stop], after)
@@ -122,6 +144,16 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
             for watcher in self.watchers:
                 watcher.add(plan, arguments.get(graph.emitted.mask or ""))
         return pytree.tree_unflatten(outputs, graph.out_spec), plan
+
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
+        """Compile each block by torch.compile, as transformers' regional compilation does; alike
+        ones once. The first call of a kind takes longer; other lengths and experts that come or go
+        compile nothing more. options: torch.compile's, such as ``backend`` and ``mode``.
+
+        ``torch.compile(moe)`` does the same in a module of its own, with torch.compile's
+        ``dynamic``. Blocks with hooks or sharded parameters run uncompiled.
+        """
+        super().compile(dynamic=dynamic, **options)
 
     def route(self, *args: Any, **kwargs: Any) -> RoutingPlan:
         """The RoutingPlan for these inputs; its gates are differentiable where grad is enabled.
@@ -146,7 +178,10 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         """transformers' generate(), with its arguments, on the converted graphs."""
         self._host_module()
         with torch.no_grad():
-            return self.host.generate(self, *args, **kwargs)
+            return self.host.generate(self, self._cache_format, *args, **kwargs)
+
+    def _cache_format(self) -> Any:
+        return self._graphs.cache_format(device_and_dtype(self))
 
     def normalized(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """A call's arguments by name, and its key-value cache or None."""
@@ -164,8 +199,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         arguments, keeps, cache = self.host.split_cache(arguments, training)
         if not keeps:
             return arguments, None
-        caches = self._graphs.cache_format(device_and_dtype(self))
-        return arguments, caches.adopt(cache, arguments)
+        return arguments, self._cache_format().adopt(cache, arguments)
 
     def graph_for(
         self, arguments: dict[str, Any], training: bool | None = None

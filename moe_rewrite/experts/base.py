@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.sharded import is_traced
 
 SEPARATOR = "/"  # replaces dots in state-dict names, which torch allows in no module name
 
@@ -49,7 +50,7 @@ class ExpertParameters(nn.Module):
         dtype = self.computes.get(part, tensor.dtype)
         if tensor.dtype == dtype:
             return tensor
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if is_traced(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
             return tensor.to(dtype)
         key = (tensor, tensor._version, tensor.data_ptr(), dtype)
         kept = self._cast.get((part, expert))

@@ -71,6 +71,11 @@ def leaves_of(given: Any) -> list[Any]:
     return pytree.tree_leaves(given)
 
 
+def is_fixed(cache: Any) -> bool:
+    """Whether a key-value cache has a fixed size; see `static_cache`."""
+    return type(cache).__name__ == "TracedCache"
+
+
 def is_cache(given: Any) -> bool:
     """Whether an argument is a key-value cache: an instance of another class than a tensor or plain
     container, which holds tensors (batch, heads, length, width)."""

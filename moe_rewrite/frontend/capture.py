@@ -23,7 +23,7 @@ from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from .adapters import host_of
 from .advice import advice
-from .arguments import is_cache, is_channels_last, split_static
+from .arguments import is_cache, is_channels_last, is_fixed, split_static
 from .assignments import recorded_assignments, require_no_state
 from .cumulative_norm import count_in_tensors
 from .detached_data import detached_data
@@ -92,9 +92,20 @@ def example_like(traced: dict[str, Any], sizes: Sizes = "general") -> dict[str, 
         main: Any = example.get("input_ids", example.get("inputs_embeds"))
         (name,) = caches
         past = pytree.tree_leaves(example[name])[0].shape[2]
+        length = past + main.shape[1]
+        if is_fixed(example[name]):  # its mask covers what is filled
+            length = main.shape[1] + 2
+            example[name] = pytree.tree_map(partial(_roomy, longest=length + 5), example[name])
         mask = example["attention_mask"]
-        example["attention_mask"] = mask.new_zeros(mask.shape[0], past + main.shape[1])
+        example["attention_mask"] = mask.new_zeros(mask.shape[0], length)
     return example
+
+
+def _roomy(tensor: torch.Tensor, longest: int) -> torch.Tensor:
+    """Zeros like a tensor of a fixed cache, of a size that no other dimension has."""
+    if tensor.ndim != 4:
+        return tensor
+    return tensor.new_zeros(*tensor.shape[:2], longest, tensor.shape[3])
 
 
 def _dynamic_shapes(

@@ -114,6 +114,9 @@ class Host:
         """The CacheFormat of the model's graphs; runs the module once."""
         raise InputError(f"{self.name} keeps no key-value cache")
 
-    def generate(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's generate(), with `call` instead of its forward."""
+    def generate(
+        self, call: Callable[..., Any], caches: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model's generate(), with `call` instead of its forward. caches: gives the CacheFormat
+        of the model's graphs."""
         raise InputError(f"{self.name} has no generate()")

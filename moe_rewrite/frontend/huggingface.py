@@ -9,11 +9,12 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.decorators import skip
 from transformers.exporters.exporter_dynamo import (
     register_cache_pytrees_for_model,
     reset_model_state,
@@ -134,7 +135,9 @@ class HuggingFaceHost(Host):
     def cache_format(self) -> CacheFormat:
         return CacheFormat(self.working_copy().module.eval())
 
-    def generate(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, call: Callable[..., Any], caches: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' generate()."""
         if self.config.is_encoder_decoder and self.module.can_generate():
             if kwargs.get("use_cache"):
@@ -157,9 +160,24 @@ class HuggingFaceHost(Host):
                 kwargs["encoder_outputs"] = encoded.to_tuple()
             return call(*args, **kwargs)
 
+        skip(forward)  # generate() compiles it; `call` is compiled block by block
         forward.__signature__ = inspect.signature(self.module.forward)  # type: ignore[attr-defined]
         caller.forward = forward
+        caller._prepare_static_cache = partial(_static_cache, caches)
         return caller.generate(*args, **kwargs)
+
+
+def _static_cache(
+    caches: Callable[[], CacheFormat], cache_implementation: str, batch_size: int,
+    max_cache_len: int, **_: Any,
+) -> Any:  # fmt: skip
+    """Instead of generate()'s own."""
+    if "offloaded" in cache_implementation:
+        raise InputError(
+            f"cache_implementation={cache_implementation!r} offloads its layers one by one, which a "
+            "graph that takes all of them at once would not do: choose 'static'"
+        )
+    return caches().new_static(batch_size, max_cache_len)
 
 
 @cache

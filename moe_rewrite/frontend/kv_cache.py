@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 
 from ..errors import CaptureError, InputError
 from ..routing.plan import PrefixState
+from .static_cache import FixedCache, TracedCache, fixed_cache
 
 KEPT = 64  # positions of a call that assisted decoding may take back
 CACHE = "past_key_values"  # the argument and output that hold a key-value cache
@@ -66,6 +67,11 @@ class CacheFormat:
         self._empty(cache, batch)
         return cache
 
+    def new_static(self, batch: int, longest: int) -> FixedCache:
+        """An empty cache for a batch and this number of positions."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return fixed_cache(self.shapes, batch, longest, like)
+
     def _empty(self, cache: Any, batch: int) -> None:
         cache.layers = []
         for heads, key_width, value_width in self.shapes:
@@ -88,7 +94,9 @@ class CacheFormat:
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
             raise InputError("pass input_ids or inputs_embeds")
-        adopted = CallCache(self._adopted(cache, main.shape[0]))
+        adopted = CallCache(self._adopted(cache, main.shape[0]), main.shape[1])
+        if isinstance(adopted.cache, FixedCache):
+            adopted.cache.require_room(*main.shape[:2])
         arguments[CACHE] = adopted.bare()
         return adopted
 
@@ -100,6 +108,8 @@ class CacheFormat:
                 f"{CACHE}={type(cache).__name__}: expected a transformers DynamicCache"
             )
         layers = kv_layers(cache)
+        if isinstance(cache, FixedCache) and len(layers) == len(self.shapes):
+            return cache
         plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
         if plain and len(layers) == len(self.shapes):
             return cache
@@ -115,8 +125,9 @@ class CacheFormat:
             )
         if type(cache) is not DynamicCache:
             raise InputError(
-                f"{CACHE}={type(cache).__name__}: only a DynamicCache can be used; leave "
-                "cache_implementation at its default"
+                f"{CACHE}={type(cache).__name__}: a graph takes keys and values as plain tensors, "
+                "those of a DynamicCache or of the cache that generate() makes for "
+                "cache_implementation='static'; use one of these"
             )
         self._empty(cache, batch)
         return cache
@@ -127,13 +138,18 @@ def kv_layers(cache: Any) -> list[Any]:
 
 
 class CallCache:
-    """The key-value cache that a call takes and returns. cache: the caller's object."""
+    """The key-value cache that a call takes and returns.
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
+    cache: the caller's object. positions: of the call.
+    """
+
+    def __init__(self, cache: Any, positions: int) -> None:
+        self.cache, self.positions = cache, positions
 
     def bare(self) -> Any:
         """A cache with the same layers but without the router's state, as graphs take it."""
+        if isinstance(self.cache, FixedCache):
+            return TracedCache(kv_layers(self.cache))
         bare = DynamicCache()
         bare.layers = kv_layers(self.cache)
         return bare
@@ -143,7 +159,7 @@ class CallCache:
         for layer in self.cache.layers:
             if isinstance(layer, RouterState):
                 return layer
-        if kv_layers(self.cache)[0].get_seq_length() > 0:
+        if self.cache.get_seq_length() > 0:
             raise InputError(
                 "this cache was filled without the router's state: start from an empty one"
             )
@@ -153,8 +169,14 @@ class CallCache:
 
     def fill(self, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
         """Store a call's results: keys and values layer by layer, and the router's state."""
+        fixed = isinstance(self.cache, FixedCache)
+        if fixed:  # its keys and values are written already
+            self.cache.advance(self.positions)
         if after is not None:
-            self.router_state().store(after, leaves[0].shape[2])
+            length = self.cache.length if fixed else leaves[0].shape[2]
+            self.router_state().store(after, length)
+        if fixed:
+            return
         for i, layer in enumerate(kv_layers(self.cache)):
             layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]
 

@@ -47,6 +47,8 @@ class RowGates:
         The dispatch is made for the first site and kept for the others; it carries no gradient.
         """
         gates_TE = self.gates.expand(*lead, -1).reshape(-1, self.gates.shape[-1])
+        if torch.compiler.is_compiling():  # nothing outlives compiled code
+            return gates_TE, _dispatch(gates_TE.detach(), self.top_k)
         if lead not in self._made:
             self._made[lead] = _dispatch(gates_TE.detach(), self.top_k)
         return gates_TE, self._made[lead]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.own_thread import apart
 from .packed_rows import RowMask
 from .plan import RoutingPlan
 
@@ -26,6 +27,23 @@ class GivenRows:
     active: tuple[int, ...]
     rows: torch.Tensor | None
     open: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """indices: of the experts that are on by these flags, when the tensor had this version."""
+
+    flags: torch.Tensor
+    version: int
+    indices: tuple[int, ...]
+
+
+def _indices(flags: torch.Tensor) -> tuple[int, ...]:
+    return tuple(flags.nonzero().flatten().tolist())
+
+
+def _either(active: torch.Tensor, pending: torch.Tensor) -> list[bool]:
+    return (active | pending).tolist()
 
 
 def without(before: nn.ParameterList, index: int) -> nn.ParameterList:
@@ -63,6 +81,8 @@ class Router(nn.Module):
         self.rows = nn.ParameterList()
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("pending", torch.zeros(0, dtype=torch.bool))
+        self._flags = self.active, self.pending
+        self._known: _Known | None = None  # see `active_indices`
         self.before = nn.ParameterList()
         self.device = device
 
@@ -121,16 +141,41 @@ class Router(nn.Module):
         self.active[index], self.pending[index] = on, False
 
     def activate_pending(self) -> None:
-        if bool(self.pending.any()):
-            self.active |= self.pending
-            self.pending.zero_()
+        if torch.compiler.is_exporting():  # a trace in training mode changes the flags themselves
+            apart(self._activate_pending)
+        else:
+            self._activate_pending()
+
+    def on_in_training(self) -> list[bool]:
+        """Of each expert, whether it is on in a forward in training mode."""
+        flags = self._flags
+        return apart(_either, *flags) if torch.compiler.is_exporting() else _either(*flags)
+
+    def _activate_pending(self) -> None:
+        active, pending = self._flags
+        if bool(pending.any()):
+            active |= pending
+            pending.zero_()
 
     def stacked(self, active: tuple[int, ...]) -> torch.Tensor:
         """(len(active), size): the rows of these experts."""
         return torch.stack([self.rows[e] for e in active])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("active", "pending"):  # torch.export exchanges the buffers, but not these
+            self.__dict__["_flags"] = self.active, self.pending
+
     def active_indices(self) -> tuple[int, ...]:
-        return tuple(self.active.nonzero().flatten().tolist())
+        """Indices of the experts that are on, read again only when the flags have changed; a trace
+        takes them for constants."""
+        flags, known = self._flags[0], self._known
+        version = -1 if flags.is_inference() else flags._version
+        if known is None or known.flags is not flags or known.version != version or version < 0:
+            exporting = torch.compiler.is_exporting()
+            indices = apart(_indices, flags) if exporting else _indices(flags)
+            self._known = known = _Known(flags, version, indices)
+        return known.indices
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model but keep the dtype; flags stay on the CPU, as Python reads them."""

@@ -1,4 +1,5 @@
-"""Tensors of which each process holds a part (DTensor, as FSDP2's `fully_shard` makes them)."""
+"""Tensors that do not hold all their values: those of which each process has a part (DTensor, as
+FSDP2's `fully_shard` makes them), and those of a trace by torch.export."""
 
 from __future__ import annotations
 
@@ -10,6 +11,11 @@ from torch import nn
 
 def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether a trace put it in place of a tensor with values."""
+    return hasattr(tensor, "fake_mode")
 
 
 def without_shards(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import moe_rewrite
 from moe_rewrite import MoeRewriteError, TokenRouter
@@ -64,8 +65,58 @@ def test_a_state_goes_back_position_by_position(lengths):
         state.crop(-KEPT - 2)
 
 
+def test_a_static_cache_says_the_same_with_one_graph_for_all_lengths(moe):
+    torch.manual_seed(0)
+    ids = torch.randint(3, 97, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for length, options in ((4, {}), (6, {"num_beams": 2}), (5, {"max_cache_len": 40})):
+        given = {"attention_mask": mask, "max_new_tokens": length, "pad_token_id": 0}
+        static = {"cache_implementation": "static", **options}
+        said = moe.generate(ids, **given, **static, do_sample=False)
+        options.pop("max_cache_len", None)
+        assert torch.equal(said, moe.generate(ids, **given, **options, do_sample=False))
+        with moe.disable_experts():
+            said = moe.generate(ids, **given, **static, do_sample=False)
+        assert torch.equal(said, moe.to_dense().generate(ids, **given, **options, do_sample=False))
+    graphs = [g for kept in moe._graphs._kept.values() for g in kept]
+    fixed = [g for g in graphs if g.emitted.steps and "past_key_values_8" in g.conditions.leaves]
+    assert len(fixed) == 1
+
+
+@pytest.mark.sweep
+def test_windows_of_attention_are_kept_in_a_static_cache():
+    model = architectures.build("Mistral")
+    made = moe_rewrite.convert(model, split=1)
+    ids = torch.randint(3, 97, (1, 9))
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "pad_token_id": 0}
+    want = model.generate(ids, **given, do_sample=False)
+    got = made.generate(ids, **given, do_sample=False, cache_implementation="static")
+    assert torch.equal(got, want)
+
+
+def test_a_static_cache_that_is_full_refuses_more(moe):
+    cache = moe._cache_format().new_static(2, 6)
+    ids = torch.randint(3, 97, (2, 4))
+    with torch.no_grad():
+        first = moe(input_ids=ids, past_key_values=cache)
+        assert first.past_key_values is cache
+        assert cache.get_seq_length() == 4
+        with pytest.raises(MoeRewriteError, match="3 more positions after 4.* room for 6"):
+            moe(input_ids=ids[:, :3], past_key_values=cache)
+        with pytest.raises(MoeRewriteError, match="a batch of 1 with a static cache for 2"):
+            moe(input_ids=ids[:1, :1], past_key_values=cache)
+        cache.reset()
+        again = moe(input_ids=ids, past_key_values=cache)
+    assert torch.equal(again.logits, first.logits)
+
+
 def test_caches_that_graphs_cannot_use_are_named(moe):
-    with pytest.raises(MoeRewriteError, match="StaticCache: only a DynamicCache"):
-        generated(moe, 0, cache_implementation="static")
+    ids = torch.randint(3, 97, (1, 4))
+    theirs = StaticCache(moe.config, max_cache_len=8)
+    with pytest.raises(MoeRewriteError, match="StaticCache: a graph takes keys and values"):
+        moe(input_ids=ids, past_key_values=theirs)
     with pytest.raises(MoeRewriteError, match="offloads its layers"):
         generated(moe, 0, cache_implementation="offloaded")
+    with pytest.raises(MoeRewriteError, match="offloads its layers"):
+        generated(moe, 0, cache_implementation="offloaded_static")

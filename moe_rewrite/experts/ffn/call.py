@@ -109,7 +109,8 @@ class FeedForwardCall:
         gates_TE, dispatch = gates.over(lead)
         device = x_TD.device.type
         fused = self.form is not None and (device == "cpu" or runs_on(x_TD))
-        of_kind = self._fused if fused and not autocasts(device) else self._looped
+        apart = self._weighted if torch.compiler.is_compiling() else self._looped
+        of_kind = self._fused if fused and not autocasts(device) else apart
         return of_kind(x_TD, gates_TE, dispatch, weights)
 
     def _looped(
@@ -128,6 +129,19 @@ class FeedForwardCall:
                 y_TD = y_TD.index_add(0, mine, self.body(x_TD[mine], own) * gates)
         return y_TD
 
+    def _weighted(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
+        weights: list[Weights],
+    ) -> torch.Tensor:  # fmt: skip
+        """As `_looped`, with every expert on all rows: compiled code does not read which rows an
+        expert has."""
+        y_TD = torch.zeros_like(x_TD, dtype=self.body(x_TD[:0], weights[0]).dtype)
+        for e, own in enumerate(weights):
+            gates = gates_TE[:, e].unsqueeze(1)
+            made = self.body(x_TD, own) * gates.to(y_TD.dtype)
+            y_TD = y_TD + torch.where(gates == 0, 0, made)  # a row of another may overflow here
+        return y_TD
+
     def _fused(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, dispatch: Dispatch,
         weights: list[Weights],
@@ -143,7 +157,8 @@ class FeedForwardCall:
     def _way(self, x_TD: torch.Tensor, dispatch: Dispatch, up: list[torch.Tensor]) -> Execution:
         if self.requested is not None:
             return self.requested
-        if x_TD.device.type != "cpu":  # the host does not know which pairs are dropped
+        # on a GPU and in compiled code the host does not know which pairs are dropped
+        if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
             return "grouped"
         assert self.form is not None
         rows, width = x_TD.shape

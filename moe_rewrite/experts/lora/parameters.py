@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...ir.sites import LoRASite
+from ...utils.sharded import is_traced
 from ..base import ExpertParameters
 
 
@@ -121,9 +122,11 @@ class LoRAParameters(ExpertParameters):
     def _kept(
         self, a: list[torch.Tensor], b: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self.computes["a"]
+        if is_traced(a[0]):
+            return torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype)
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
             with torch.no_grad():
-                dtype = self.computes["a"]
                 self._stack = key, (torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype))
         return self._stack[1]

@@ -55,7 +55,8 @@ def lora_linear_unchecked(
     """`lora_linear` for a graph, whose tensors are known to fit: for one token, the checks would
     take noticeable time."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if (compiling and torch.compiler.is_exporting()) or autocasts(x.device.type):
+    plain = compiling and (torch.compiler.is_exporting() or not grad)  # what a compiler fuses
+    if plain or autocasts(x.device.type):
         return reference.lora_linear(x, weight, bias, scales, a, b)
     if not grad and not compiling:  # skip the dispatch too
         return product(x, weight, bias, scales, a, b)
