@@ -56,7 +56,7 @@ class Followed:
         self.names = set(sites)
 
     def __call__(self, arguments):
-        self.gates, self.inside = None, False
+        self.gates, self.inside, self.deep = None, False, {}
         mask = arguments.get("attention_mask")
 
         def seen(number, func, args, kwargs, output):
@@ -70,8 +70,10 @@ class Followed:
         with ExitStack() as hooks, Counted(seen):
             for path, name in self.modules.items():
                 module = self.model.get_submodule(path)
-                hook = module.register_forward_hook(self._hook(path, name))
-                hooks.callback(hook.remove)
+                before = module.register_forward_pre_hook(self._starts(path))
+                after = module.register_forward_hook(self._hook(path, name))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
             out = self.model(**arguments)
         if missing := self.names - self.hit:
             raise NotFollowed(f"never ran as a module or product: {sorted(missing)}")
@@ -139,9 +141,16 @@ class Followed:
         assert gates.ndim == 2, "a convolution over positions has experts by position"
         return gates.reshape(*gates.shape, *(1 for _ in output.shape[2:]))
 
+    def _starts(self, path):
+        def hook(module, args):
+            if not self.inside:
+                self.deep[path] = self.gates is not None  # not so if the cut is its own output
+
+        return hook
+
     def _hook(self, path, name):
         def hook(module, args, output):
-            if self.gates is None or self.inside:
+            if self.inside or not self.deep[path]:
                 return output
             if isinstance(module, nn.Linear):
                 return self.beside(name, F.linear, args, output)
