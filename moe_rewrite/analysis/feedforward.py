@@ -100,11 +100,17 @@ def find_feedforward(program: Program, nodes: list[fx.Node]) -> Iterator[FeedFor
         except _Unfit as error:
             yield innermost_module(node), str(error)
             continue
-        if found is not None and taken.isdisjoint(found.nodes):
+        if found is not None and any(map(program.quantized, found.weights)):
+            yield found.name(program), QUANTIZED
+        elif found is not None and taken.isdisjoint(found.nodes):
             taken.update(found.nodes)
             yield found
 
 
+QUANTIZED = (
+    "its weights are quantised, so that copies of them could not be trained: LoRAExperts stand "
+    "beside them"
+)
 COMPUTED = "its weight is no parameter but computed, so an expert could not have a copy of it"
 
 

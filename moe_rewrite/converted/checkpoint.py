@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..utils.atomic_files import link_file, replace_file
 from ..utils.one_writer import one_writer
+from ..utils.quantized import inner_tensors, is_quantized, scheme
 from ..utils.read_files import parse_tensors, read_bytes, read_json, require_finite, shown
 from ..utils.seal import SEAL, require_seal, sealed
 from ..utils.tensor_bytes import tensor_bytes
@@ -187,7 +188,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Name -> shape and content hash of every tensor of a state dict.
+    """Name -> shape and content hash of every tensor of a state dict, and how it is quantised.
 
     On the meta device, which has no content, the shape alone.
     """
@@ -196,6 +197,9 @@ def fingerprint(state: dict[str, torch.Tensor]) -> dict[str, str]:
 
 def _describe(tensor: torch.Tensor) -> str:
     shape = "x".join(map(str, tensor.shape))
+    if is_quantized(tensor):
+        held = {name: _describe(inner) for name, inner in inner_tensors(tensor).items()}
+        return f"{shape}:{base_key(held)[:32]} as {scheme(tensor)}"
     if tensor.is_meta:
         return shape
     return f"{shape}:{hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:32]}"

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, EquivalenceError
 from ..ir.equivalence import evaluating
+from ..utils.quantized import is_quantized
 from .dense_reference import fresh
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; of others:
@@ -28,7 +29,12 @@ def merge_expert(moe: Any, expert: int, example_inputs: Any) -> nn.Module:
     own |= dict(merged.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)
+            if is_quantized(own[name]):
+                owner, _, leaf = name.rpartition(".")
+                own[name] = nn.Parameter(tensor, requires_grad=False)
+                setattr(merged.get_submodule(owner), leaf, own[name])
+            else:
+                own[name].copy_(tensor)
     with torch.no_grad(), evaluating(merged):
         theirs = pytree.tree_leaves(merged(**{k: fresh(v) for k, v in arguments.items()}))
     _require_equal(ours, theirs, moe.names[expert])
@@ -42,7 +48,7 @@ def _merged_weights(moe: Any, expert: int) -> dict[str, torch.Tensor]:
     tied = {*moe._store.aliases.values()}
     weights: dict[str, torch.Tensor] = {}
     for site in moe.expert_sites():
-        dense = moe._store.tensors(site.site.weights)
+        dense = moe._store.dequantized(site.site.weights)
         for name, tensor in site.merged(expert, dense, scale).items():
             if name in tied or name in weights:
                 raise ConfigError(

@@ -81,7 +81,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self.reference = DenseReference(model, compiler, store)
         self._graphs = GraphCache(compiler, store, self.reference, checked, self._override.dense)
         fixed = kind_of(recipe.experts).fixed(recipe)
-        self._experts = ExpertSet(router, store.sites.values(), store.tensors, fixed)
+        self._experts = ExpertSet(router, store.sites.values(), store.like, fixed)
         self._experts.add([None] * recipe.num_experts, active=True)
         self._modules["moe_rewrite"] = added(self._experts, store.sites)
         self.__dict__.update(compiler.host.values_for(self, MoEModel))

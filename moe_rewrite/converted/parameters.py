@@ -13,6 +13,7 @@ from ..experts.base import ExpertParameters
 from ..frontend.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
 from ..utils.module_tree import Holder, node_at, put_tensor
+from ..utils.quantized import dequantized, is_quantized, stand_ins
 from ..utils.sharded import is_sharded, without_shards
 from .block_module import BlockModule, BlockRun, Bound, Slot
 
@@ -155,8 +156,28 @@ class ParameterStore:
                 "load it again, make the change, and shard it then"
             )
 
+    def require_plain(self, what: str) -> None:
+        """Raise ConfigError if a dense tensor is quantised."""
+        quantized = [name for name, slot in self.slots.items() if is_quantized(slot.get())]
+        if quantized:
+            raise ConfigError(
+                f"{what}: {quantized[0]} and {len(quantized) - 1} more weights are quantised, which "
+                "files of this package do not hold: save what was added (the default), and the base "
+                "by the library that quantised it"
+            )
+
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self.slots[name].get() for name in names}
+
+    def like(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The same, quantised ones as plain tensors without values: what new experts are made like,
+        which copy no quantised weight."""
+        plain = stand_ins(slot.get() for slot in self.slots.values())
+        return {name: plain.get(id(t), t) for name, t in self.tensors(names).items()}
+
+    def dequantized(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The same, quantised ones as plain tensors with the values that they stand for."""
+        return dequantized(self.tensors(names), (slot.get() for slot in self.slots.values()))
 
     def copy_on_write(self, *names: str) -> None:
         """Give these tensors their own storage before they are written to, since the original must
@@ -172,6 +193,11 @@ class ParameterStore:
         """Make every dense weight that a graph uses trainable, except what experts replace."""
         replaced = {w for s in self.sites.values() for w in s.replaced}
         left = replaced.union(self.unused)
+        if quantized := [n for n in self.slots.keys() - left if is_quantized(self.slots[n].get())]:
+            raise ConfigError(
+                f"freeze=False: {min(quantized)} and {len(quantized) - 1} more weights are quantised, "
+                "which cannot be trained: leave the base frozen, or convert one that is not quantised"
+            )
         for name, slot in self.slots.items():
             runs = slot.table == "_parameters" and name not in left
             if runs and slot.get().is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class Report:
         kind = kind_of(recipe.experts)
         macs = [kind.macs(site, recipe, decisions.chosen) for site in program.sites]
         ends = [getattr(site, "ends", "") for site in program.sites]
+        compiler.notes += _of_quantized(program)
         compiler.notes += [f"the region ends where it does since {r}" for r in ends if r]
         return Report(
             model=program.model,
@@ -119,6 +121,13 @@ class Report:
         if self.lowered:
             parts.append(table(["sites", "how they are computed"], self._how()))
         return "\n".join(parts)
+
+
+def _of_quantized(program: Program) -> list[str]:
+    schemes = [i.scheme.partition("(")[0] for i in program.inputs.values() if i.scheme]
+    counts = ", ".join(f"{count} {kind}" for kind, count in Counter(schemes).items())
+    said = "frozen; experts are added to the products that their library computes"
+    return [f"quantised weights ({counts}): {said}"] if schemes else []
 
 
 def _router(experts: Any, router: Any) -> str:

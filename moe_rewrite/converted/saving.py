@@ -50,7 +50,8 @@ class Saving(ExpertMethods):
             name, from which they resume. state_dict: gathered tensors to write instead of one's own.
         options: those of transformers that say how dense weights are written are ignored.
 
-        Raises ConfigError for an unknown option.
+        Raises ConfigError for an unknown option, and for quantised dense weights that are to be
+        written.
         """
         unknown = sorted(set(options).difference(IGNORED))
         if unknown:
@@ -59,6 +60,8 @@ class Saving(ExpertMethods):
                 "model; it takes save_only_added"
             )
         only = self.save_only_added if save_only_added is None else save_only_added
+        if not only:
+            self._store.require_plain("save_only_added=False")
         given, facts = state_dict or {}, self._facts()
         tensors = {
             name: given.get(name.removeprefix(checkpoint.DENSE), tensor)

@@ -13,7 +13,8 @@ from ..errors import CaptureError, EquivalenceError, MoeRewriteError
 from ..frontend.adapters import host_of, without_wrapper
 from ..frontend.arguments import split_static
 from ..frontend.example_inputs import random_arguments
-from ..frontend.structural_copy import working_copy
+from ..frontend.packed_weight import holds_packed
+from ..frontend.structural_copy import structural_copy, working_copy
 from ..ir.equivalence import EquivalenceReport, compare, evaluating
 from .dense_reference import clone, fresh
 
@@ -30,6 +31,8 @@ def verify(model: nn.Module, moe: MoEModel, inputs: Any) -> EquivalenceReport:
     structure and buffers runs. Raises InputError for inputs that the model does not take.
     """
     model = without_wrapper(model)
+    if holds_packed(model):  # modules that write to their weights in a call
+        model = structural_copy(model)
     arguments = host_of(model).arguments(inputs)
     written = moe.reference.written_names
     tensors = (*model.named_parameters(), *model.named_buffers())

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, InputError
 from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
+from ..utils.quantized import is_quantized, scheme
 from .adapters import host_of
 from .advice import advice
 from .arguments import is_cache, is_channels_last, is_fixed, split_static
@@ -31,7 +32,7 @@ from .host import Host
 from .idle_moves import idle_moves
 from .replay import redirected
 from .size_quotients import known_quotients
-from .structural_copy import canonical_names, structural_copy
+from .structural_copy import canonical_names, named_tensors, structural_copy
 from .trace_memory import forget_inputs, lazy_modules, tracing
 from .value_branches import ValueBranches
 from .whole_modules import Kind, name_calls, on_values, run_whole, traced_whole
@@ -231,7 +232,7 @@ def _export(
 ) -> Program:  # fmt: skip
     """given: the call's own tensors, whose values decide where code branches on them."""
     shapes = {n: _dynamic_shapes(n, v, sizes, lengths) for n, v in example.items()}
-    traced = host.working_copy()  # a trace may leave fake tensors in attributes
+    traced = host.copy_to_trace()  # a trace may leave fake tensors in attributes
     count_in_tensors(traced.module)
     branches = ValueBranches.of(given, traced.module)
     _make_explicit(traced.module, example, static, branches)
@@ -256,12 +257,14 @@ def _export(
     forget_inputs(exported)
     require_no_state(exported, assigned)
     copied = replay.copied if replay is not None else 0
-    return _to_program(traced, exported, mode, example, copied, branches)
+    weights = named_tensors(host.module)
+    schemes = {name: scheme(tensor) for name, tensor in weights if is_quantized(tensor)}
+    return _to_program(traced, exported, mode, example, copied, branches, schemes)
 
 
 def _to_program(
     host: Host, exported: Any, mode: str, example: dict[str, Any], copied: int,
-    branches: ValueBranches,
+    branches: ValueBranches, schemes: dict[str, str],
 ) -> Program:  # fmt: skip
     kinds = {"PARAMETER": "weight", "BUFFER": "buffer", "USER_INPUT": "user"}
     names = canonical_names(host.module)
@@ -287,7 +290,7 @@ def _to_program(
             graph.erase_node(node)
             continue
         owner[name] = node
-        inputs[node.name] = Input(kind, name)
+        inputs[node.name] = Input(kind, name, schemes.get(name, ""))
     mutations = [s for s in exported.graph_signature.output_specs if s.kind.name != "USER_OUTPUT"]
     if mutations:
         raise CaptureError(f"the graph writes outputs other than its own: {mutations}")

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..utils.quantized import stand_ins
 from .arguments import bind
 from .example_inputs import infer_inputs
 from .model_class import class_like, values_before_class
 from .own_gradients import whole_functions
-from .structural_copy import working_copy
+from .structural_copy import named_tensors, working_copy
 
 
 class Host:
@@ -31,6 +32,11 @@ class Host:
     def working_copy(self, own: Mapping[int, torch.Tensor] | None = None) -> Self:
         """A host to trace or run and to throw away; see `structural_copy.working_copy`."""
         return type(self)(working_copy(self.module, own))
+
+    def copy_to_trace(self) -> Self:
+        """A working copy to run on fake tensors, which sees the matrices that quantised weights
+        stand for."""
+        return self.working_copy(stand_ins(t for _, t in named_tensors(self.module)))
 
     @property
     def config(self) -> Any:
@@ -50,7 +56,7 @@ class Host:
 
     def example_inputs(self) -> dict[str, Any]:
         """Arguments to capture the model with. Raises InputError where none can be inferred."""
-        return infer_inputs(self.module)
+        return infer_inputs(self.copy_to_trace().module)
 
     def arguments(self, example: Any) -> dict[str, Any]:
         """A user's `example_inputs` (tensor, tuple or dict; None: inferred) as arguments by name.

@@ -54,6 +54,11 @@ class Pretrained(PreTrainedModel):
         """The model without its head, for losses that compute the logits themselves (TRL)."""
         return Backbone(self) if self.host.module.base_model is not self.host.module else self
 
+    @property
+    def is_quantized(self) -> bool:  # type: ignore[override]
+        """What is trained is not, whatever the base is; trainers ask for adapters otherwise."""
+        return False
+
     # -- nothing to do ---------------------------------------------------------------------------
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from .hooks import hooks_of_users
+from .packed_weight import packed_modules
 
 # attributes of every module, and values in them, that a search for further tensors can leave out
 _OF_MODULES = {*vars(nn.Module())}
@@ -36,6 +37,10 @@ def structural_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = b.detach()
+    for module, linear, weight in packed_modules(model):
+        bias = linear.bias
+        linear.bias = None if bias is None else memo[id(bias)]
+        memo[id(module)], memo[id(module.weight)] = linear, weight
     for t in _tensors(model):
         if not t.is_leaf:  # a weight that a hook computes anew in every call
             memo[id(t)] = t.detach()
@@ -74,11 +79,13 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield from (t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Every state-dict name, tied ones included, to the first name of the same tensor."""
     first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            names[name] = first.setdefault(id(tensor), name)
-    return names
+    return {name: first.setdefault(id(t), name) for name, t in named_tensors(model)}

@@ -32,10 +32,12 @@ class Input:
         arguments), ``"cache"`` (one of its key-value cache), ``"int"`` (an argument that is an
         int and changes from call to call) or ``"expert"``.
     name: the state-dict name, the argument's path, or the site and part of an expert.
+    scheme: how a quantised weight is stored; the graph shows the matrix that it stands for.
     """
 
     kind: str
     name: str
+    scheme: str = ""
 
 
 class Code:
@@ -148,6 +150,10 @@ class Program:
             if self.cut is not None and node.name == self.cut.node:
                 lines.append(f"-- deep from {self.cut.label} --")
         return "\n    ".join(lines)
+
+    def quantized(self, node: fx.Node) -> bool:
+        """Whether it is the placeholder of a quantised weight."""
+        return node.op == "placeholder" and bool(self.inputs[node.name].scheme)
 
     def names(self, *kinds: str) -> set[str]:
         return {i.name for i in self.inputs.values() if i.kind in kinds}

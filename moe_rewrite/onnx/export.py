@@ -17,6 +17,7 @@ import torch
 
 from ..errors import EquivalenceError
 from ..passes.kinds import kind_of
+from ..utils.quantized import is_quantized
 from .file.dtypes import KINDS
 from .file.metadata import FORMAT
 from .file.protobuf import large
@@ -146,7 +147,7 @@ def _report(
     graph = skeleton.model.graph
     given = [i for i in graph.input if i.name not in functional.tensors]
     return OnnxReport(
-        path=target.name, files={}, opset=opset, dtype=str(moe.dtype).removeprefix("torch.") + f", experts int{bits}" * bool(bits),
+        path=target.name, files={}, opset=opset, dtype=_dtype(moe, bits),
         lowering=_words(moe, skeleton.chosen), inputs={i.name: _dims(i) for i in given},
         outputs={o.name: _dims(o) for o in graph.output},
         experts=[moe.names[e] for e in functional.active],
@@ -155,6 +156,14 @@ def _report(
         operators=dict(Counter(_operator(n) for n in graph.node).most_common()),
         cpu_only=without_kernel(skeleton.model, skeleton.weights),
     )  # fmt: skip
+
+
+def _dtype(moe: MoEModel, bits: int | None) -> str:
+    """Text for the report: how weights are stored in the file."""
+    said = [str(moe.dtype).removeprefix("torch.")]
+    said += [f"experts int{bits}"] if bits else []
+    said += ["base dequantised"] if any(map(is_quantized, moe.parameters())) else []
+    return ", ".join(said)
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:

@@ -20,6 +20,7 @@ from ..ir.steps import Emitted, Step, _Constant
 from ..ir.structural_key import structural_key
 from ..routing.layer_plan import layer_logits
 from ..routing.plan_views import view_plan
+from .quantized_products import call_functions
 
 
 def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
@@ -27,6 +28,7 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     assert program.cut is not None
     codes = {} if codes is None else codes
     allow_any_layout(program.graph)
+    call_functions(program)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is view_plan]

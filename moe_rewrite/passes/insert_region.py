@@ -63,6 +63,12 @@ class FindRegion(Pass):
                 "earlier"
             )
         weights = weights_of(program, region)
+        if quantized := [program.inputs[w.name].name for w in weights if program.quantized(w)]:
+            raise ConversionError(
+                f"region {region.name!r}: {quantized[0]} is quantised, so that copies of it could not "
+                "be trained: convert with LoRAExperts, which stand beside it, or convert a model "
+                "that is not quantised"
+            )
         parts, sizes = _parts(program, region, self.experts, self.num_experts, weights)
         if all(part.kind != "weight" for part in parts):
             ends = f": it ends where it does since {region.ends}" if region.ends else ""

@@ -98,6 +98,8 @@ class LowerLoRA(Pass):
         own = op(out).product == "other"  # an einsum, which may add in another order
         if not isinstance(product, Product) or product.rows is not rows or own:
             return "stacked, beside a product in a form of its own"
+        if program.quantized(product.weight):
+            return "stacked, beside a product with a quantised weight"
         if set(out.users) != {node}:
             return "stacked, beside a product that others read"
         graph, few = program.graph, self.choice.few

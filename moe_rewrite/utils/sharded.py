@@ -20,10 +20,14 @@ def is_traced(tensor: Any) -> bool:
 
 def without_shards(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor; in place of a sharded one, one of the whole size that holds no memory."""
-    if not is_sharded(tensor):
-        return tensor
+    return hollow(tensor) if is_sharded(tensor) else tensor
+
+
+def hollow(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A plain tensor of the same size, strides and device that holds no memory; a parameter for a
+    parameter. dtype: None: the same."""
     size, stride = tensor.shape, tensor.stride()
-    empty = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
+    empty = torch.empty_strided(size, stride, dtype=dtype or tensor.dtype, device=tensor.device)
     empty.untyped_storage().resize_(0)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 

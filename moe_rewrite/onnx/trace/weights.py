@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ...converted.bound_graph import BoundGraph
 from ...converted.state_dict import ADDED
+from ...utils.quantized import dequantized
 
 if TYPE_CHECKING:
     from ...converted.model import MoEModel
@@ -36,6 +37,7 @@ def tensors_of(
         for (kind, name), slot in zip(bound.step.owned, bound.slots, strict=True):
             if kind in ("weight", "buffer"):
                 tensors[name] = slot.get().detach()
+    tensors = dequantized(tensors, tensors.values())
     experts: dict[str, Any] = {}
     for site in moe.expert_sites():
         base = f"{ADDED}experts.{site.site.name}."
