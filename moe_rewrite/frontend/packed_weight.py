@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ConversionError
+from ..errors import ConfigError, ConversionError
 
 aten = torch.ops.aten
 LIBRARY = "bitsandbytes"
@@ -26,7 +26,8 @@ class PackedWeight(torch.Tensor):
     """A matrix (out, in) that stands for the packed values `data` and their scales.
 
     Its product with rows, `F.linear`, is the library's own; any other operation reads the matrix
-    dequantised. facts: what is no tensor: its `shape`, its `dtype`, and more.
+    dequantised. Kinds define `dequantize()` and `product(x, bias)`, x W^T + bias of x (rows, in), in
+    the dtype of x. facts: what is no tensor: its `shape`, its `dtype`, and more.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -60,12 +61,17 @@ class PackedWeight(torch.Tensor):
         inner = {name: fn(getattr(self, name)) for name in self.__tensor_flatten__()[0]}
         return type(self)(inner, self.facts | facts)
 
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
-        raise NotImplementedError
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + bias, x: (rows, in), in the dtype of x."""
-        raise NotImplementedError
+    def take(self, other: Any) -> PackedWeight:
+        """Copy the values of another that is stored in the same way."""
+        if type(other) is not type(self) or other.facts != self.facts:
+            said = getattr(other, "facts", other.dtype)
+            raise ConfigError(
+                f"a weight stored as {said} cannot be copied into one stored as {self.facts}: "
+                "quantise both models in the same way"
+            )
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).copy_(getattr(other, name))
+        return self
 
     @classmethod
     def __torch_function__(
@@ -81,13 +87,18 @@ class PackedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        own, *_ = args
         if func in (aten.detach.default, aten.alias.default):
-            return args[0].map(func)
+            return own.map(func)
         if func is aten.clone.default:
-            return args[0].map(torch.clone)
+            return own.map(torch.clone)
         if func is aten._to_copy.default:
-            own, device = args[0], kwargs.get("device")
-            return own.map(lambda t: t.to(device), dtype=kwargs.get("dtype") or own.dtype)
+            device, dtype = kwargs.get("device"), kwargs.get("dtype") or own.dtype
+            return own.map(lambda t: t.to(device), dtype=dtype)
+        if func is aten.copy_.default and isinstance(own, PackedWeight):
+            return own.take(*args[1:2])
+        if func._schema.is_mutable:
+            raise ConfigError(f"{func} writes to a weight of {LIBRARY}, which is frozen")
         plain = pytree.tree_map_only(PackedWeight, lambda t: t.dequantize(), (args, kwargs))
         return func(*plain[0], **plain[1])
 

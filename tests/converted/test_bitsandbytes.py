@@ -10,7 +10,7 @@ from quantized import Mixer, rows, with_bitsandbytes
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts
-from moe_rewrite.errors import CheckpointError, ConversionError
+from moe_rewrite.errors import CheckpointError, ConfigError, ConversionError
 from moe_rewrite.utils.quantized import is_quantized, stored_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:bitsandbytes")
@@ -74,6 +74,15 @@ def test_gradients_and_merged_experts_are_those_of_the_dequantised_weights(bits)
     rounding = 1e-5 if bits == 4 else 0.1  # rows are quantised too
     for mine, other in zip(*made, strict=True):
         torch.testing.assert_close(mine, other, rtol=rounding, atol=rounding)
+    half = copy.deepcopy(moe).to(torch.bfloat16)
+    torch.testing.assert_close(half(rows().bfloat16()).float(), moe(rows()), rtol=0.1, atol=0.1)
+    again = converted(with_bitsandbytes(bits), verify=False)
+    again.load_state_dict(moe.state_dict())
+    assert torch.equal(again(rows()), moe(rows()))
+    with pytest.raises(RuntimeError, match="cannot be copied into one stored as"):
+        again.load_state_dict(converted(Mixer(), verify=False).state_dict())
+    with pytest.raises(ConfigError, match="frozen"):
+        moe.state_dict()["layers.1.1.weight"].mul_(2)
     weight = moe.state_dict()["layers.1.1.weight"]
     assert stored_bytes(weight) < weight.numel() * {4: 0.7, 8: 1.1}[bits]
     if bits == 4:
