@@ -82,7 +82,6 @@ def with_peft(scheme: str, layers: int, width: int) -> Any:
 
 def cell(scheme: str, by: str, quick: bool) -> dict[str, float]:
     """MB of weights, kept for the backward pass, and at the peak of a step."""
-    torch.set_num_threads(2)
     layers, width = (2, 128) if quick else (8, 512)
     model = (with_experts if by == "ours" else with_peft)(scheme, layers, width).train()
     ids = torch.randint(0, 1024, (4, 16 if quick else 128))
@@ -125,7 +124,7 @@ def main() -> None:
     if quick:
         found = {(s, "ours"): cell(s, "ours", True) for s in SCHEMES[:2]}
     else:
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(4) as pool:
             made = pool.map(lambda pair: in_fresh_process(cell, *pair, False), cells)
             found = dict(zip(cells, made, strict=True))
     figures = {"cells": [{"base": s, "by": by, **of} for (s, by), of in found.items()]}
