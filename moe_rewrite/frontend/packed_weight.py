@@ -87,7 +87,7 @@ class PackedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own, *_ = args
+        own, *others = args
         if func in (aten.detach.default, aten.alias.default):
             return own.map(func)
         if func is aten.clone.default:
@@ -96,7 +96,7 @@ class PackedWeight(torch.Tensor):
             device, dtype = kwargs.get("device"), kwargs.get("dtype") or own.dtype
             return own.map(lambda t: t.to(device), dtype=dtype)
         if func is aten.copy_.default and isinstance(own, PackedWeight):
-            return own.take(*args[1:2])
+            return own.take(others.pop(0))
         if func._schema.is_mutable:
             raise ConfigError(f"{func} writes to a weight of {LIBRARY}, which is frozen")
         plain = pytree.tree_map_only(PackedWeight, lambda t: t.dequantize(), (args, kwargs))
