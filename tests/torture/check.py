@@ -268,7 +268,7 @@ class Run:
         self.notes.append("experts followed")
 
     def steps(self):
-        self._in_training("step", lambda: wrong_step(self.moe, self.made.example))
+        self._in_training("step", lambda: wrong_step(self.model, self.moe, self.made.example))
 
     def saves(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -66,8 +66,19 @@ def wrong_training(model, moe, arguments):
     return f"in training mode: {error}" if error else ""
 
 
-def wrong_step(moe, arguments):
+def require_gradients(dense, arguments, error):
+    """Raise NotFollowed if the dense model's backward raises the same, as after a write to a buffer
+    that a use before it saved."""
+    try:
+        loss_of(dense(**cloned(arguments))).backward()
+    except RuntimeError as its:
+        if str(its).partition(":")[0] == str(error).partition(":")[0]:
+            raise NotFollowed(f"the dense model has no gradients: {its}") from None
+
+
+def wrong_step(model, moe, arguments):
     """What an optimiser's step changed that it should not; empty if nothing."""
+    dense = synced(model, moe).train().requires_grad_()
     moe.train()
     trained = {id(p) for p in moe.trainable_parameters()}
     before = {k: v.detach().clone() for k, v in moe.state_dict().items()}
@@ -75,7 +86,11 @@ def wrong_step(moe, arguments):
     loss = loss_of(moe(**cloned(arguments)))
     if loss is None:
         return ""
-    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        require_gradients(dense, arguments, error)
+        raise
     grads = [p.grad for p in moe.trainable_parameters() if p.grad is not None]
     moved = any(bool((g.abs() > 1e-3).any()) for g in grads)
     optimizer.step()
