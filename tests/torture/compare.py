@@ -43,7 +43,8 @@ def differing(want, ours, tolerance, exact=False, floats_only=False):
             return f"output {i} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}"
         if not (a.is_floating_point() or a.is_complex()) and floats_only:
             continue
-        if error := far(a.detach(), b.detach(), tolerance, exact):
+        eps = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
+        if error := far(a.detach(), b.detach(), max(tolerance, eps), exact):
             return f"output {i} {error}"
     return ""
 

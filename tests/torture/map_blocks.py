@@ -154,7 +154,7 @@ def odd_map(draw, d):
         "no gradient": lambda m, x: m.conv(x) * x.detach().abs().mean((2, 3), keepdim=True),
         "twice": lambda m, x: m.conv(torch.tanh(m.conv(x))),
         "global": lambda m, x: m.conv(x) - x.mean(),
-        "data": lambda m, x: m.conv(x) if x.mean() > 0 else x,
+        "data": lambda m, x: m.conv(x) if x.abs().mean() > 0.5 else x,
         "flipped": lambda m, x: m.conv(x.flip(3)).transpose(2, 3).transpose(2, 3),
     }  # fmt: skip
     name = draw.choice(sorted(ways))
