@@ -19,6 +19,7 @@ class Decisions:
     split: where graphs are cut: the user's `split` first, then a block index or module name.
     router: the router, with no option left at None that depends on the model.
     shallow: dotted names of the modules that run only before the cut.
+    weights: names of those that are read before the cut, and of those that are read after it.
     sites: names of the sites that hold experts; None until that is decided.
     rejected: the other sites, with reasons.
     containers_eval: modules that contain the cut are in eval mode in training graphs too.
@@ -30,6 +31,7 @@ class Decisions:
     split: int | float | str
     router: RouterSpec | None = None
     shallow: frozenset[str] = frozenset()
+    weights: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
     sites: frozenset[str] | None = None
     rejected: tuple[Rejection, ...] = ()
     containers_eval: bool = False

@@ -21,6 +21,7 @@ from .base import Decisions
 from .kinds import kind_of
 from .pipeline import TO_CUT, Compiler, Timer, run, shallow_of, to_sites
 from .recipe import UPCYCLE, Recipe
+from .split import weights_by_side
 
 NOT_ONE = "  nothing after the split has the form that these experts replace"
 
@@ -53,7 +54,8 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
             f"with, for example split={depth.blocks[-1].name!r}.\n{depth}"
         )
     split = cut.label if named or _is_named(depth, cut.label, asked) else cut.index
-    return program, Decisions(split, shallow=shallow_of(program, compiler.host))
+    shallow, weights = shallow_of(program, compiler.host), weights_by_side(program)
+    return program, Decisions(split, shallow=shallow, weights=weights)
 
 
 def _is_named(depth: DepthMap, label: str, asked: int | float | str) -> bool:

@@ -23,7 +23,7 @@ from .insert_router import InsertRouter
 from .kinds import kind_of
 from .modes import modules_in_mode
 from .recipe import Recipe
-from .split import FindDepth, Split, shallow_modules
+from .split import FindDepth, Split, shallow_modules, weights_by_side
 from .widen_head import WidenHead
 
 TO_CUT: tuple[Pass, ...] = (InlineRegions(), Clean(), FindDepth(), Split())
@@ -134,7 +134,20 @@ class Compiler:
 
     def _to_sites(self, *call: Any) -> Program:
         captured = self.capture(*call)
-        return run((*TO_CUT, *to_sites(self.recipe)), captured, self.decisions, self.timed)
+        program = run((*TO_CUT, *to_sites(self.recipe)), captured, self.decisions, self.timed)
+        self._require_cut(program)
+        return program
+
+    def _require_cut(self, program: Program) -> None:
+        """Raises ConversionError if a graph is cut elsewhere than the first one was."""
+        now, then = weights_by_side(program), self.decisions.weights
+        known = frozenset.union(*now) & frozenset.union(*then)
+        if moved := sorted(known & ((now[0] ^ then[0]) | (now[1] ^ then[1]))):
+            raise ConversionError(
+                f"{program.model} cannot be cut at {self.decisions.split!r} in {program.mode} mode as "
+                f"it was at conversion: {moved[0]} is read on another side of the cut. Split at a "
+                "block that runs once, or convert with batch_norm='frozen'"
+            )
 
     def _first_to_train(self, *call: Any) -> Program:
         """Modules before the cut that only a training graph shows (dropout) are frozen as well, and

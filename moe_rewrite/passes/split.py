@@ -121,3 +121,14 @@ def shallow_modules(program: Program) -> set[str]:
         {path for node in part for path, _ in module_paths(node)} for part in segments(program)
     )
     return before - after
+
+
+def weights_by_side(program: Program) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the weights that are read before the cut, and of those that are read after it."""
+    found: tuple[set[str], set[str]] = (set(), set())
+    for names, nodes in zip(found, map(set, segments(program)), strict=True):
+        for node in program.graph.find_nodes(op="placeholder"):
+            given = program.inputs[node.name]
+            if given.kind == "weight" and not nodes.isdisjoint(node.users):
+                names.add(given.name)
+    return frozenset(found[0]), frozenset(found[1])
