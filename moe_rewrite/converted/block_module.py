@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigError
 from ..experts.base import SEPARATOR, ExpertParameters
 from ..ir.steps import Step
-from ..utils.sharded import gathered
+from ..utils.sharded import gathered_to_run, in_process_group
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,24 @@ class Bound:
     """A step bound to the tensors that its code takes first.
 
     slots: for each of them a Slot, a constant, or (the site's module, index of its part).
+    dtypes: of the tensors in Slots when the graph was captured; None for the others.
     """
 
     step: Step
     slots: tuple[Any, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+
+    def require_dtypes(self, tensors: list[Any]) -> None:
+        """Raise ConfigError if an engine casts weights: operations that keep to a wider dtype
+        (norms, softmax) are in the graph only if it was captured in the narrower one."""
+        for tensor, dtype in zip(tensors, self.dtypes, strict=True):
+            if dtype is not None and tensor.dtype != dtype:
+                raise ConfigError(
+                    f"weights that were captured in {dtype} are run in {tensor.dtype} by an engine "
+                    "(MixedPrecisionPolicy(param_dtype=...), accelerate's mixed_precision with "
+                    "FSDP2): leave that out, and cast the dense model before convert(), "
+                    "model.to(torch.bfloat16); its experts and router stay in float32"
+                )
 
 
 class BlockModule(nn.Module):
@@ -68,8 +83,8 @@ class BlockModule(nn.Module):
         stacks: dict[int, tuple[Any, ...]] = {}
         owned = []
         for ref in bound.slots:
-            if type(ref) is Slot:  # a tied weight may be sharded in another block
-                owned.append(gathered(getattr(ref.module, ref.table)[ref.key]))
+            if type(ref) is Slot:
+                owned.append(getattr(ref.module, ref.table)[ref.key])
             elif type(ref) is tuple:
                 site, part = ref
                 if id(site) not in stacks:
@@ -77,6 +92,9 @@ class BlockModule(nn.Module):
                 owned.append(stacks[id(site)][part])
             else:
                 owned.append(ref)
+        if in_process_group():  # tied to a tensor of another block, or sharded elsewhere
+            owned = pytree.tree_map(gathered_to_run, owned)
+            bound.require_dtypes(owned)
         arguments = [*owned, *values]
         if self._recomputing:
             for i in bound.step.writes:  # a second run must not count a batch twice
@@ -102,6 +120,18 @@ class BlockModule(nn.Module):
             yield
         finally:
             self._recomputing = False
+
+
+LAYERS: dict[str, type[BlockModule]] = {}
+
+
+def block_class(layer: nn.Module | None) -> type[BlockModule]:
+    """The class of the block that runs a layer of the original: it has the layer's name, by which
+    tools that shard, compile or checkpoint layer by layer find what to wrap."""
+    if layer is None or not layer._modules:
+        return BlockModule
+    name = type(layer).__name__
+    return LAYERS.setdefault(name, type(name, (BlockModule,), {"__module__": __name__}))
 
 
 class BlockRun(nn.Module):

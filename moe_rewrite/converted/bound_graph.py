@@ -58,7 +58,7 @@ class BoundGraph:
     def __deepcopy__(self, memo: dict) -> BoundGraph:
         """The copy runs the same code on the copied model's blocks."""
         steps = tuple(
-            (copy.deepcopy(block, memo), Bound(bound.step, copy.deepcopy(bound.slots, memo)))
+            (copy.deepcopy(block, memo), replace(bound, slots=copy.deepcopy(bound.slots, memo)))
             for block, bound in self.steps
         )
         return replace(

@@ -66,9 +66,9 @@ class ExpertMethods(nn.Module):
         training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
         ``name.0``, ``name.1``, ... classes: columns that the (last) new expert appends to the
         classification head; while it is inactive they are minus infinity, or absent if no later
-        columns are active. Raises ConfigError for a wrong value or where no expert can be added.
+        columns are active. Called in all processes that train the model. Raises ConfigError for a
+        wrong value or where no expert can be added.
         """
-        self._store.require_whole("expand()")
         return self._experts.expand(n, name, classes)
 
     def activate(self, name: str | int) -> None:
@@ -107,6 +107,7 @@ class ExpertMethods(nn.Module):
         example_inputs: as for `convert`. Raises ConfigError for experts that one dense weight
         cannot do (of regions, beside computed or tied weights, with columns of a head).
         """
+        self._store.require_whole("merge_expert()")
         return merge_expert(self, self._experts.index(name), example_inputs)
 
     def expert_index(self, name: str | int) -> int:
@@ -167,6 +168,7 @@ class ExpertMethods(nn.Module):
     def add_expert(self, from_peft: str | os.PathLike, name: str | None = None) -> None:
         """Add an expert with the weights of a LoRA adapter in PEFT's format, inactive until
         `activate`. Raises CheckpointError, with nothing changed, if the adapter does not fit."""
+        self._store.require_whole("add_expert()")
         sites = peft.lora_sites(self._experts.sites)
         read = peft.read_adapter(sites, self.recipe.experts, from_peft)
         self.expand(1, name=name)
@@ -176,6 +178,7 @@ class ExpertMethods(nn.Module):
     def export_peft(self, name: str | int, folder: str | os.PathLike) -> None:
         """Write one LoRA expert, at gate 1, as an adapter in PEFT's format, without columns that it
         added to a head. Raises ConfigError for experts of another kind."""
+        self._store.require_whole("export_peft()")
         sites = peft.lora_sites(self._experts.sites)
         base = getattr(self._compiler.host.config, "_name_or_path", None) or None
         peft.write_adapter(sites, self.recipe.experts, self.expert_index(name), base, folder)

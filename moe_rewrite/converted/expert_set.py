@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from ..experts.base import ExpertParameters
 from ..experts.head import HeadColumns
 from ..routing.router import Router
 from .checkpoint import Facts
-
-Dense = Callable[[Iterable[str]], dict[str, torch.Tensor]]  # frozen tensors by state-dict name
+from .parameters import ParameterStore
 
 
 class ExpertSet:
@@ -27,11 +26,12 @@ class ExpertSet:
     """
 
     def __init__(
-        self, router: Router, sites: Iterable[ExpertParameters], dense: Dense, fixed: str = ""
-    ) -> None:
+        self, router: Router, sites: Iterable[ExpertParameters], store: ParameterStore,
+        fixed: str = "",
+    ) -> None:  # fmt: skip
         """fixed: why experts cannot be added; empty where they can."""
         self.router, self.sites = router, list(sites)
-        self._dense, self._fixed = dense, fixed
+        self._store, self._fixed = store, fixed
         self.names: list[str] = []
         self.trained: list[bool] = []
         self.expansions: list[int] = []
@@ -50,7 +50,7 @@ class ExpertSet:
     ) -> list[nn.Parameter]:
         new = self.router.add(len(names), active)
         for site in self.sites:
-            dense = self._dense(site.site.weights)
+            dense = self._store.like(site.site.weights)
             for _ in names:
                 new += site.add(dense)
         number = self.expansions[-1] + 1 if self.expansions else 0
@@ -60,8 +60,14 @@ class ExpertSet:
             self.expansions.append(number)
         if classes is not None and self.head is not None:
             new += self.head.widen(len(self) - 1, classes)
+        new = self._store.divided((self.router, *self.sites), new)
         self.train_newest()
         return new
+
+    def forget(self) -> None:
+        """Drop cached stacks and casts of every site."""
+        for site in self.sites:
+            site.forget()
 
     def train_newest(self) -> None:
         """Make the experts of the last expansion trainable and freeze the older ones."""
@@ -189,11 +195,14 @@ class ExpertSet:
         change = len(facts.names) - len(self)
         if change and self._fixed:
             raise ConfigError(f"{len(facts.names)} experts are to be loaded: {self._fixed}")
+        if change < 0:
+            self._store.require_whole(f"loading {len(facts.names)} experts into {len(self)}")
         for _ in range(-change):
             self.remove_last()
         if change > 0:
             self.add([None] * change, active=False)
         if self.head is not None and self.head.classes != facts.classes:
+            self._store.require_whole(f"loading columns of a head, {facts.classes}")
             self.head.widen_all(facts.classes)
         self.take_over(facts)
 

@@ -13,7 +13,8 @@ from torch.nn.modules import module as torch_module
 
 from ..ir.program import Code
 from ..ir.steps import Emitted
-from .block_module import BlockModule, Bound, Slot
+from ..utils.sharded import in_process_group, is_sharded
+from .block_module import LAYERS, BlockModule, Bound, Slot
 from .eager_code import eager_function
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks",
@@ -118,10 +119,16 @@ class FlatCode:
         return len(of) - 1 if found is None else found
 
     def applies(self) -> bool:
-        """Whether every block is a plain module that only runs its step."""
+        """Whether every block is a plain module that only runs its step, on whole tensors."""
         if any(getattr(torch_module, name, None) for name in GLOBAL_HOOKS):
             return False
+        if in_process_group() and self._sharded():
+            return False
         return not torch.compiler.is_compiling() and all(map(_is_plain, self.blocks))
+
+    def _sharded(self) -> bool:
+        """Of the dense tensors: what sites give is whole."""
+        return any(is_sharded(tensor) for table in self._tables for tensor in table.values())
 
 
 def _eager(code: Code) -> Callable:
@@ -133,6 +140,9 @@ def _eager(code: Code) -> Callable:
 
 def _is_plain(block: nn.Module) -> bool:
     own = vars(block)
-    if type(block) is not BlockModule or "forward" in own or own.get("_compiled_call_impl"):
+    kind = type(block)
+    if kind is not BlockModule and LAYERS.get(kind.__name__) is not kind:
+        return False
+    if "forward" in own or own.get("_compiled_call_impl"):
         return False
     return not any(own[name] for name in OWN_HOOKS)

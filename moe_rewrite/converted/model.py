@@ -20,6 +20,7 @@ from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
+from ..utils.sharded import in_process_group, require_known_to_ddp
 from .block_module import BlockRun
 from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
@@ -27,6 +28,7 @@ from .expert_set import ExpertSet
 from .graph_cache import GraphCache
 from .parameters import ParameterStore, device_and_dtype
 from .pickling import NotPickled
+from .pipeline_stages import DeepStage, ShallowStage, stages_of
 from .plan_override import PlanOverride
 from .regional import compiles, outside, skipped
 from .report import Report
@@ -81,7 +83,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self.reference = DenseReference(model, compiler, store)
         self._graphs = GraphCache(compiler, store, self.reference, checked, self._override.dense)
         fixed = kind_of(recipe.experts).fixed(recipe)
-        self._experts = ExpertSet(router, store.sites.values(), store.like, fixed)
+        self._experts = ExpertSet(router, store.sites.values(), store, fixed)
         self._experts.add([None] * recipe.num_experts, active=True)
         self._modules["moe_rewrite"] = added(self._experts, store.sites)
         self.__dict__.update(compiler.host.values_for(self, MoEModel))
@@ -140,6 +142,8 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
             start, stop = graph.cache_at
             cache.fill(outputs[start:stop], after)
             outputs = [*outputs[:start], cache.cache, *outputs[stop:]]
+        if in_process_group() and self._store.sharded:
+            self._experts.forget()  # whole stacks and casts of experts
         if self.watchers and self.training:
             for watcher in self.watchers:
                 watcher.add(plan, arguments.get(graph.emitted.mask or ""))
@@ -186,6 +190,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     def normalized(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """A call's arguments by name, and its key-value cache or None."""
         if self.training:
+            require_known_to_ddp(p for p in self.parameters() if p.requires_grad)
             if self._override.planner is None:
                 self._experts.learner(torch.is_grad_enabled())  # a refusal changes nothing
             self._experts.begin_training()
@@ -208,6 +213,13 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         the model is."""
         mode = self.training if training is None else training
         return self._graphs.get(arguments, mode, device_and_dtype(self))
+
+    def pipeline_stages(self, output: str | None = None) -> tuple[ShallowStage, DeepStage]:
+        """The frozen and the deep half as two stages of torch.distributed.pipelining, over this
+        model's tensors: the first takes a call's arguments, the second the first one's result and
+        the arguments by name. output: which of the model's outputs the second returns; None: the
+        first. Raises ConfigError if the shallow half is trained."""
+        return stages_of(self, output)
 
     def _planner(self, cache: Any, counts: bool = False) -> Planner:
         """counts: the call is a forward, whose rows count for the expert that is trained."""

@@ -12,10 +12,17 @@ from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..frontend.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
-from ..utils.module_tree import Holder, node_at, put_tensor
+from ..utils.module_tree import Holder, node_at, put_tensor, vars_of
 from ..utils.quantized import dequantized, is_quantized, stand_ins
-from ..utils.sharded import is_sharded, without_shards
-from .block_module import BlockModule, BlockRun, Bound, Slot
+from ..utils.sharded import (
+    Sharding,
+    gathered,
+    in_process_group,
+    is_engine,
+    is_sharded,
+    without_shards,
+)
+from .block_module import BlockModule, BlockRun, Bound, Slot, block_class
 
 
 class ParameterStore:
@@ -50,10 +57,11 @@ class ParameterStore:
         self._fill_tree(host, names)
         self._held: set[int] = set()  # ids of modules of the tree that a block holds
         self._of_root: list[tuple[nn.Module, Slot]] = []  # (Holder in a block, slot of the root)
+        layers = dict(host.named_modules())
         halves: dict[bool, list[BlockModule]] = {False: [], True: []}
         placed: set[str] = set()
         for step in emitted.steps:
-            block = BlockModule(step.block)
+            block = block_class(layers.get(step.block))(step.block)
             halves[step.deep].append(block)
             for kind, name in step.owned:
                 if kind in ("weight", "buffer"):
@@ -86,6 +94,9 @@ class ParameterStore:
             return
         placed.add(name)
         slot = self.slots[name]
+        for tied, first in self._tied:  # both places in one block, for engines that shard it
+            if first == name and len(vars_of(tied.module)) == 1 and tied.module is not self.root:
+                block.weights.append(tied.module)
         if slot.module is self.root:  # a tensor beside the model's modules: alone, in a Holder
             holder = Holder()
             put_tensor(holder, slot.key, slot.get(), name in self._persistent)
@@ -120,10 +131,12 @@ class ParameterStore:
                 return (self.sites[site], self.sites[site].parts.index(part))
             return emitted.constants[name] if kind == "constant" else self.slots[name]
 
-        return tuple(
-            (blocks.get((s.block, s.deep), self.rest), Bound(s, tuple(place(*o) for o in s.owned)))
-            for s in emitted.steps
-        )
+        def bound(step: Step) -> Bound:
+            slots = tuple(place(*o) for o in step.owned)
+            dtypes = (ref.get().dtype if isinstance(ref, Slot) else None for ref in slots)
+            return Bound(step, slots, tuple(dtypes))
+
+        return tuple((blocks.get((s.block, s.deep), self.rest), bound(s)) for s in emitted.steps)
 
     def load_into(self, host: nn.Module) -> None:
         """Make the host use these tensors as they are now (after a move or a cast); of those that
@@ -139,8 +152,21 @@ class ParameterStore:
 
     @property
     def sharded(self) -> bool:
-        """Whether this process holds only parts of some tensors."""
-        return any(is_sharded(slot.get()) for slot in self.slots.values())
+        """Whether this process holds only parts of some tensors, now or between calls."""
+        if not in_process_group():
+            return False
+        tensors = (slot.get() for slot in self.slots.values())
+        parts = (self.root, *self.shallow, *self.deep)
+        return any(map(is_sharded, tensors)) or any(map(is_engine, parts))
+
+    def divided(self, modules: Iterable[nn.Module], new: list[nn.Parameter]) -> list[nn.Parameter]:
+        """New parameters of these modules, sharded as the model is; in all processes alike."""
+        if not self.sharded:
+            return new
+        for module in filter(is_engine, self.root.modules()):
+            module.reshard()  # type: ignore[operator]
+        sharding = Sharding.of(slot.get() for slot in self.slots.values())
+        return new if sharding is None else sharding.divide(modules, new)
 
     @property
     def written_by_another(self) -> bool:
@@ -148,12 +174,12 @@ class ParameterStore:
         return self.sharded and torch.distributed.get_rank() != 0
 
     def require_whole(self, what: str) -> None:
-        """Raise ConfigError for a change that a sharded model would not take part in."""
+        """Raise ConfigError for a change that cannot be made while a model is sharded."""
         if self.sharded:
             raise ConfigError(
-                f"{what}: this model is sharded over processes, but new experts would not be, and "
-                "each process would train its own. Save it (save_pretrained, in all processes), "
-                "load it again, make the change, and shard it then"
+                f"{what}: this model is sharded over processes by an engine that holds its tensors. "
+                "Save it (save_pretrained, in all processes), load it again, and call this before it "
+                "is sharded"
             )
 
     def require_plain(self, what: str) -> None:
@@ -167,7 +193,8 @@ class ParameterStore:
             )
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.slots[name].get() for name in names}
+        """Whole ones, in a sharded model."""
+        return {name: gathered(self.slots[name].get()) for name in names}
 
     def like(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The same, quantised ones as plain tensors without values: what new experts are made like,

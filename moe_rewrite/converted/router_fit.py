@@ -140,8 +140,11 @@ class RouterFit(ExpertMethods):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """For DistributedDataParallel, which would send them before every forward: sums are those of
-        all processes already."""
-        return [f"{ADDED}router.{n}" for n, _ in self.router.named_buffers() if "moments." in n]
+        all processes already; which experts are on is alike in all, and on the CPU, of which the
+        backends of GPUs send nothing."""
+        names = [name for name, _ in self.router.named_buffers()]
+        kept = [n for n in names if "moments." in n or n in ("active", "pending")]
+        return [f"{ADDED}router.{name}" for name in kept]
 
     def settle_router(self) -> None:
         """Solve an analytic router from what training added to its sums."""

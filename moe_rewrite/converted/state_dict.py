@@ -48,8 +48,16 @@ def added(experts: ExpertSet, sites: dict[str, ExpertParameters]) -> Added:
 
 
 def to_tensor(facts: dict[str, Any]) -> torch.Tensor:
-    """As bytes in a tensor, since safetensors files hold nothing else."""
-    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    """As bytes in a tensor, since safetensors files hold nothing else; as many for the same experts
+    whatever was trained since, since torch.distributed.checkpoint loads into tensors of one size."""
+    longest: dict[str, Any] = {"frozen": facts["names"]}
+    for name, value in facts.items():
+        if isinstance(value, list) and set(map(type, value)) == {bool}:
+            longest[name] = [False] * len(value)
+        elif isinstance(value, bool):
+            longest[name] = False
+    text = json.dumps(facts).encode().ljust(len(json.dumps(facts | longest).encode()))
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def of_tensor(state: torch.Tensor) -> dict[str, Any]:

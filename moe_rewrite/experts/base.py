@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..utils.sharded import is_traced
+from ..utils.sharded import gathered, gathered_to_run, is_traced
 
 SEPARATOR = "/"  # replaces dots in state-dict names, which torch allows in no module name
 
@@ -49,13 +49,13 @@ class ExpertParameters(nn.Module):
         gradient is kept until it changes."""
         dtype = self.computes.get(part, tensor.dtype)
         if tensor.dtype == dtype:
-            return tensor
+            return gathered_to_run(tensor)
         if is_traced(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
-            return tensor.to(dtype)
+            return gathered_to_run(tensor).to(dtype)
         key = (tensor, tensor._version, tensor.data_ptr(), dtype)
         kept = self._cast.get((part, expert))
         if kept is None or kept[0][0] is not tensor or kept[0][1:] != key[1:]:
-            kept = self._cast[part, expert] = key, tensor.detach().to(dtype)
+            kept = self._cast[part, expert] = key, gathered(tensor.detach()).to(dtype)
         return kept[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -117,7 +117,8 @@ class ExpertParameters(nn.Module):
         raise ConfigError(f"{self.site.name}: experts of this kind cannot be merged")
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
-        """The graph's input for each part, for these active experts."""
+        """The graph's input for each part, for these active experts: whole tensors, whatever the
+        parameters are (`in_graph` gathers them)."""
         raise NotImplementedError
 
     def expert_dim(self, part: str) -> tuple[int, int] | None:

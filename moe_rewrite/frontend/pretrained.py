@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..errors import ConversionError
 from .kv_cache import CACHE
 from .model_class import class_like
+from .structural_copy import working_copy
 
 
 class Pretrained(PreTrainedModel):
@@ -26,11 +27,12 @@ class Pretrained(PreTrainedModel):
     # -- answered by the copy of the original ----------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        """The original's module, over this model's tensors."""
-        return self._host_module().get_input_embeddings()
+        """A copy of the original's module, over this model's tensors: what a tool does to it (hooks,
+        sharding) does not reach the module from which graphs are captured."""
+        return _apart(self._host_module().get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self._host_module().get_output_embeddings()
+        return _apart(self._host_module().get_output_embeddings())
 
     def can_generate(self) -> bool:  # type: ignore[override]
         return self.host.is_causal_lm
@@ -97,6 +99,10 @@ class Pretrained(PreTrainedModel):
         raise ConversionError(
             "a converted model is read by moe_rewrite.load(folder, model), with the dense model"
         )
+
+
+def _apart(module: Any) -> Any:
+    return None if module is None else working_copy(module)
 
 
 class Backbone:

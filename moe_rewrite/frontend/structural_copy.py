@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from ..utils.sharded import is_sharded
 from .hooks import hooks_of_users
 from .packed_weight import packed_modules
 
@@ -31,6 +32,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
             raise InputError(
                 f"{name} of {type(model).__name__} has no shape yet: run the model once on its "
                 "inputs, so that its lazy layers are initialised"
+            )
+        if is_sharded(tensor):
+            raise InputError(
+                f"{name} of {type(model).__name__} is sharded over processes, and a capture needs "
+                "whole tensors. Convert the model before it is sharded or parallelised, then shard "
+                "the converted model (docs/training.md)"
             )
     memo: dict[int, Any] = {}
     for p in model.parameters():

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..utils.own_thread import apart
+from ..utils.sharded import gathered, gathered_to_run
 from .packed_rows import RowMask
 from .plan import RoutingPlan
 
@@ -100,8 +101,9 @@ class Router(nn.Module):
         """Add `count` rows, with records of the router before each; returns the new parameters."""
         new = []
         for _ in range(count):
+            self.active, self.pending = self.active.cpu(), self.pending.cpu()  # FSDP moves buffers
             flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
-            rows = [r.detach() for r in self.rows]
+            rows = [gathered(r.detach()) for r in self.rows]
             older = torch.stack(rows) if rows else torch.zeros(0, self.size, device=self.device)
             record = torch.cat([older, flags], 1)
             self.before.append(nn.Parameter(record, requires_grad=False))
@@ -159,7 +161,7 @@ class Router(nn.Module):
 
     def stacked(self, active: tuple[int, ...]) -> torch.Tensor:
         """(len(active), size): the rows of these experts."""
-        return torch.stack([self.rows[e] for e in active])
+        return torch.stack([gathered_to_run(self.rows[e]) for e in active])
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -1,45 +1,138 @@
-"""A model that FSDP2 shards over processes trains as one process does, and is saved whole."""
+"""A model that is divided over processes trains as one process does, and is saved whole."""
 
+import copy
+import functools
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import sharded_training as sharded
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import moe_rewrite
+from moe_rewrite.errors import ConfigError
+
+pytest.importorskip("accelerate")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
+@functools.cache
+def made(tied):
+    return sharded.warmed(sharded.converted(tied))
+
+
+def run(what, world, folder):
+    """Do this in several processes; returns their exit codes and the ends of what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = str(Path(sharded.__file__))
-    command = [sys.executable, script]
+    command = [sys.executable, str(Path(sharded.__file__))]
     processes = [
-        subprocess.Popen([*command, str(rank), str(port), str(folder)], stderr=subprocess.PIPE)
-        for rank in range(2)
+        subprocess.Popen(
+            [*command, *map(str, (rank, world, port, folder, what))], stderr=subprocess.PIPE
+        )
+        for rank in range(world)
     ]
-    errors = [p.communicate(timeout=300)[1].decode()[-2000:] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
-    return torch.load(folder / "found.pt"), folder
+    errors = [p.communicate(timeout=600)[1].decode()[-2000:] for p in processes]
+    return [p.returncode for p in processes], errors
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_losses_and_the_save_are_those_of_one_process(found, tied, warm):
-    values, folder = found
-    moe = sharded.converted(tied)
-    losses = sharded.train(moe, [sharded.IDS[:2], sharded.IDS[2:]])
-    torch.testing.assert_close(values[tied, warm], losses, rtol=0, atol=1e-5)
-    loaded = moe_rewrite.load(folder / f"{tied}-{warm}", sharded.build(tied))
-    for (name, a), (_, b) in zip(loaded.named_parameters(), moe.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=name)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.sweep)])
+def found(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    codes, errors = run("cases", request.param, folder)
+    assert not any(codes), errors
+    return torch.load(folder / "found.pt"), folder, request.param
 
 
-def test_a_sharded_model_is_not_given_experts_that_are_not(found):
-    assert "shard it then" in found[0]["expand"]
+@functools.cache
+def one_process(tied, world, steps, expand_at):
+    moe = copy.deepcopy(made(tied))
+    return *sharded.train(moe, sharded.IDS.chunk(world), steps, expand_at), moe
+
+
+def expected(name, world):
+    tied, _, _, steps, expand_at = sharded.CASES[name]
+    return one_process(tied, world, steps, expand_at)
+
+
+def assert_same(model, moe):
+    for (of, a), (_, b) in zip(model.named_parameters(), moe.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=of)
+
+
+@pytest.mark.parametrize("name", sharded.CASES)
+def test_losses_gradients_and_the_save_are_those_of_one_process(found, name):
+    values, folder, world = found
+    if name not in values:
+        pytest.skip("four processes do it")
+    losses, gradients, moe = expected(name, world)
+    torch.testing.assert_close(values[name][0], losses, rtol=0, atol=1e-5)
+    assert values[name][1].keys() == gradients.keys()
+    for of, gradient in gradients.items():
+        torch.testing.assert_close(values[name][1][of], gradient, rtol=0, atol=1e-5, msg=of)
+    assert_same(moe_rewrite.load(folder / name, sharded.build(sharded.CASES[name][0])), moe)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_is_loaded_by_fewer_processes(found):
+    _, folder, world = found
+    moe = expected("by block", world)[-1]
+    alone = copy.deepcopy(made(False))
+    for _ in range(2):
+        alone.expand()
+    sharded.checkpoint("load", alone, folder)
+    assert_same(alone, moe)
+    if world > 2:
+        assert run("load", 2, folder)[0] == [0, 0]
+        assert_same(moe_rewrite.load(folder / "loaded by 2", sharded.build(False)), moe)
+
+
+def test_what_a_sharded_model_cannot_do_is_refused(found):
+    assert "before it is sharded" in found[0]["remove"]
+    assert "Convert the model before it is sharded" in found[0]["convert"]
+    assert "wrap the model again" in found[0]["ddp expand"]
+
+
+def test_an_engine_that_casts_weights_is_refused(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh, moe = dist.init_device_mesh("cpu", (1,)), copy.deepcopy(made(False))
+        sharded.by_block(moe, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with pytest.raises(
+            ConfigError, match="captured in torch.float32 are run in torch.bfloat16"
+        ):
+            moe(input_ids=sharded.IDS, labels=sharded.IDS)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_halves_are_stages_of_a_pipeline(found):
+    losses, gradients, _ = one_process(False, 2, 3, ())
+    if found[2] == 2:
+        piped = torch.load(found[1] / "piped.pt")
+        torch.testing.assert_close(piped[0], losses, rtol=0, atol=1e-5)
+        torch.testing.assert_close(piped[1], gradients, rtol=0, atol=1e-5)
+
+
+@pytest.mark.sweep
+def test_a_killed_process_ends_the_others_and_the_run_resumes(tmp_path):
+    start = time.monotonic()
+    codes, errors = run("killed", 2, tmp_path)
+    assert codes[1] == -9 and codes[0] not in (0, -9) and time.monotonic() - start < 240, errors
+    assert torch.load(tmp_path / "step.pt")["steps"] == 2
+    assert run("resumed", 2, tmp_path)[0] == [0, 0]
+    losses, _, moe = one_process(False, 2, 5, ())
+    saved = torch.load(tmp_path / "step.pt")
+    assert saved["steps"] == 5 and abs(saved["loss"] - losses[-1]) < 1e-5
+    assert_same(moe_rewrite.load(tmp_path / "run", sharded.build(False)), moe)
+
+
+def test_bytes_are_those_that_the_documentation_says(found):
+    counted, says = found[0]["bytes"]
+    assert counted == says

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...ir.sites import LoRASite
-from ...utils.sharded import is_traced
+from ...utils.sharded import gathered, is_sharded, is_traced, without_shards
 from ..base import ExpertParameters
 
 
@@ -98,11 +98,11 @@ class LoRAParameters(ExpertParameters):
         if len(active) == 1:  # by the table: a ParameterList takes a microsecond an element
             name = str(active[0])
             one: Any = self.a._parameters[name], self.b._parameters[name]
-            if one[0].dtype == self.computes["a"]:
+            if one[0].dtype == self.computes["a"] and not is_sharded(one[0]):
                 return one
             return self.in_graph("a", active[0], one[0]), self.in_graph("b", active[0], one[1])
         if not active:
-            like, dtype = self.a[0], self.computes["a"]
+            like, dtype = without_shards(self.a[0]), self.computes["a"]
             return like[:0].to(dtype), self._no_b(like, 0, dtype)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
@@ -128,5 +128,8 @@ class LoRAParameters(ExpertParameters):
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
             with torch.no_grad():
-                self._stack = key, (torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype))
+                whole_a, whole_b = ([gathered(p) for p in of] for of in (a, b))
+                self._stack = (
+                    key, (torch.cat(whole_a).to(dtype), torch.cat(whole_b, dim=1).to(dtype))
+                )  # fmt: skip
         return self._stack[1]
