@@ -198,3 +198,28 @@ def test_an_int_whose_type_is_asked_for(verify, training):
             for length in (6, 9):
                 x = torch.randn(2, length, 8)
                 torch.testing.assert_close(moe(x, keep=keep), model(x, keep=keep))
+
+
+class Again(nn.Module):
+    """A block that runs twice, whose norm writes statistics in training: the second run waits for
+    them, so that graph has no cut point between the two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.block = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        return self.head(self.block(self.block(self.stem(x))))
+
+
+def test_a_graph_is_never_cut_elsewhere_than_the_first():
+    model, x = Again(), torch.randn(4, 3, 6, 6)
+    options = {"split": 2, "experts": LoRAExperts(sites=("head",)), "example_inputs": x}
+    moe = moe_rewrite.convert(model, **options, batch_norm="update").train()
+    with pytest.raises(moe_rewrite.MoeRewriteError, match="on another side of the cut"):
+        moe(x)
+    moe = moe_rewrite.convert(model, **options).train()
+    moe(x).sum().backward()
+    torch.testing.assert_close(moe.eval()(x), model.eval()(x))
