@@ -259,6 +259,14 @@ def _cat(node: fx.Node, places: Known) -> SpatialDims:
     return found.pop()
 
 
+def _require_own_statistics(node: fx.Node) -> None:
+    if op_name(node) == "batch_norm" and argument(node, "running_mean") is None:
+        raise NotLocal(
+            f"{node.name} (batch_norm) normalizes by the statistics of the whole batch in evaluation "
+            "too: keep running ones (track_running_stats=True)"
+        )
+
+
 RULES: dict[str, Callable[[fx.Node, Known], SpatialDims]] = {
     "convolution": _conv, "map": _nchw, "pool": _nchw, "pad": _pad, "slice": _slice,
     "permute": _permuted, "features": _over_last, "softmax": _over_channels, "split": _split,
@@ -267,6 +275,7 @@ RULES: dict[str, Callable[[fx.Node, Known], SpatialDims]] = {
 # what must hold besides if a position may depend on its window only
 APART: dict[str, Callable[[fx.Node], None]] = {
     "convolution": _require_plain_conv, "pool": _require_plain_pool, "pad": _require_constant_pad,
+    "map": _require_own_statistics,
 }  # fmt: skip
 
 

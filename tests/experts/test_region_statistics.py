@@ -219,3 +219,6 @@ def test_sizes_of_the_batch_and_running_statistics_are_refused():
     model = Stage(conv(), tracked).eval()
     with pytest.raises(MoeRewriteError, match="running statistics"):
         converted(model, 16, PatchRouter(2, 2))
+    model = Stage(conv(), nn.BatchNorm2d(6, track_running_stats=False)).eval()
+    with pytest.raises(MoeRewriteError, match="statistics of the whole batch"):
+        converted(model, 16, PatchRouter(2, 2))

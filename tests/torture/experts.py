@@ -195,7 +195,10 @@ def wrong_gradients(pairs, tolerance, rounded=None):
             allowed = 0.5 * want + 1e-2 * max(1.0, largest) + 10 * moved
             error = "is another" if ours > allowed else ""
         else:
-            allowed = max(10 * tolerance, 2e-3) + 30 * moved.abs().max().item() / scale
+            allowed = (
+                max(10 * tolerance, 2e-3)
+                + 30 * (moved.abs().max().item() if moved.numel() else 0.0) / scale
+            )
             error = far(want / scale, ours / scale, allowed)
         if error:
             return f"gradient of {name} {error} (scaled by {scale:.1e})"
