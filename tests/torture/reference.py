@@ -177,7 +177,13 @@ def laid_out(gates, y, layout, lead):
     """(B, S, E) or (B, E) gates, shaped to broadcast over rows y (..., D)."""
     if layout == "other":
         raise NotFollowed("rows of a form that the reference does not know")
-    if layout in ("flat", "flat swapped", "swapped"):
+    if layout in ("flat", "flat swapped", "swapped") and len(lead) == 1:  # gates of a map's samples
+        rows = y.shape[0] // lead[0]
+        if layout == "swapped":
+            gates = gates[None]
+        else:
+            gates = gates.repeat(rows, 1) if layout != "flat" else gates.repeat_interleave(rows, 0)
+    elif layout in ("flat", "flat swapped", "swapped"):
         full = gates.expand(*lead, -1)
         full = full.transpose(0, 1) if "swapped" in layout else full
         gates = full.flatten(0, 1) if "flat" in layout else full
