@@ -19,15 +19,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from ..ir.aten import expression, value
 from ..ir.call_values import CallValue
 from ..ir.ops import alias_root, is_random, mutated
 from ..ir.structural_key import structural_key
-
-REFUSED = (symbolic_shapes.GuardOnDataDependentSymNode,)
 
 
 @dataclass
@@ -71,13 +69,15 @@ class ValueBranches:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """In this context, a trace asks here where its own knowledge of sizes has no answer."""
+        from torch.fx.experimental import symbolic_shapes  # takes longer than all else here
+
         original = symbolic_shapes.ShapeEnv.evaluate_expr
 
         @wraps(original)
         def evaluate(shapes: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return original(shapes, asked, *args, **kwargs)
-            except REFUSED:
+            except symbolic_shapes.GuardOnDataDependentSymNode:
                 if (answer := self._answer(asked)) is None:
                     raise
                 return answer

@@ -38,6 +38,9 @@ class _Known:
     version: int
     indices: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a router reads its own flags, whose versions start anew."""
+
 
 def _indices(flags: torch.Tensor) -> tuple[int, ...]:
     return tuple(flags.nonzero().flatten().tolist())
