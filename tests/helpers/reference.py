@@ -166,6 +166,6 @@ def assert_gradients_equal(moe, state):
     grads = {n: p.grad for n, p in state.items() if p.grad is not None and own[n].requires_grad}
     largest = max(g.abs().max().item() for g in grads.values())
     for name, grad in grads.items():
-        atol = 2e-3 * grad.abs().max().item() + 1e-6 * largest
+        atol = 1e-3 * grad.abs().max().item() + 1e-6 * largest
         torch.testing.assert_close(own[name].grad, grad, rtol=1e-3, atol=atol)
     assert sum(bool(g.abs().sum() > 0) for g in grads.values()) > 2
