@@ -9,11 +9,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..analysis.causality import is_causal
+from ..analysis.depth import depth_map
 from ..config import RouterSpec
-from ..errors import ConversionError
+from ..errors import ConversionError, SplitError
 from ..frontend.host import Host
 from ..ir.aten import value
-from ..ir.depth_map import DepthMap
 from ..ir.ops import output_of
 from ..ir.program import Program
 from ..routing.select import resolve_router
@@ -53,15 +53,20 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
             f"{depth.model} has several mainlines: name the module that the deep segment starts "
             f"with, for example split={depth.blocks[-1].name!r}.\n{depth}"
         )
-    split = cut.label if named or _is_named(depth, cut.label, asked) else cut.index
+    split = cut.label if named or _is_named(program) else cut.index
     shallow, weights = shallow_of(program, compiler.host), weights_by_side(program)
     return program, Decisions(split, shallow=shallow, weights=weights)
 
 
-def _is_named(depth: DepthMap, label: str, asked: int | float | str) -> bool:
+def _is_named(program: Program) -> bool:
     """Whether the name of the first deep block says where the cut is. An index would count other
     blocks in a graph whose mainline is another (a decoder's, with labels instead of its ids)."""
-    return label in depth.starts and depth.resolve(label)[1] == depth.resolve(asked)[1]
+    depth, cut = program.depth, program.cut
+    assert depth is not None and cut is not None
+    try:
+        return depth_map(program, cut.label).resolve(cut.label) == depth.resolve(cut.index)
+    except SplitError:
+        return False
 
 
 def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> RouterSpec:

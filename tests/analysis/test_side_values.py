@@ -59,6 +59,29 @@ class Jumping(nn.Module):
         return x
 
 
+class JumpingLater(Jumping):
+    """There is a cut point before the first value that jumps."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, ids):
+        x = first = self.embed(ids) + self.table(ids)
+        for layer in self.layers:
+            x = x + layer(0.5 * x + 0.5 * first)
+        return self.head(x)
+
+
+def test_later_graphs_are_cut_where_the_first_was():
+    model, ids = JumpingLater().eval(), torch.randint(20, (2, 5))
+    moe = moe_rewrite.convert(model, split=2, example_inputs=ids)
+    before = moe.features(ids)
+    moe.train()(ids).square().sum().backward()
+    moe.activate(0)
+    torch.testing.assert_close(moe.features(ids), before)
+
+
 def test_blocks_are_found_beside_values_that_jump_over_them():
     model, ids = Jumping().eval(), torch.randint(20, (2, 5))
     depth = moe_rewrite.inspect(model, ids)
