@@ -79,8 +79,9 @@ class WindowRows:
         numbers = torch.arange(lead.numel()).view(lead)
         while len(node.users) == 1:
             (user,) = node.users
-            others = (self.known.get(s) for s in user.all_input_nodes if s is not node)
-            whole = next((w for w in others if w is not None), None)
+            others = [self.known.get(s) for s in user.all_input_nodes if s is not node]
+            # a factor for each sample (stochastic depth) tells nothing
+            whole = next((w for w in others if w and w.table.shape == numbers.shape), None)
             if whole is not None and is_pointwise(user):
                 return _inverse(whole, numbers, lead)
             found = self.step(user, node, numbers)
@@ -145,9 +146,7 @@ def _moved(node: fx.Node, table: torch.Tensor, last: int) -> torch.Tensor | None
     return None
 
 
-def _inverse(whole: Windows, numbers: torch.Tensor, lead: torch.Size) -> Windows | None:
-    if whole.table.shape != numbers.shape:
-        return None
+def _inverse(whole: Windows, numbers: torch.Tensor, lead: torch.Size) -> Windows:
     table = torch.full((lead.numel(),), -1)
     kept = numbers.flatten() >= 0
     table[numbers.flatten()[kept]] = whole.table.flatten()[kept]

@@ -56,7 +56,10 @@ def followed(work):
     positions = torch.arange(24).view(1, *SIDES)
 
     def start(node):
-        return Windows(SIDES, positions) if node is entry else None
+        if node is entry:
+            return Windows(SIDES, positions)
+        of_sample = getattr(value(node), "shape", ())[1:3] == (1, 1)  # a map of one position
+        return Windows((1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)) if of_sample else None
 
     rows = WindowRows(list(program.graph.nodes), start, value(entry).shape[0])
     return rows, made
@@ -80,13 +83,14 @@ def test_rows_that_are_not_followed(case):
     assert made not in rows.known
 
 
-def test_rows_are_told_by_where_they_are_added():
-    """Of a value whose own rows are not followed."""
+@pytest.mark.parametrize("factor", [lambda x: 0.5, lambda x: x.mean((1, 2, 3), keepdim=True)])
+def test_rows_are_told_by_where_they_are_added(factor):
+    """Of a value whose own rows are not followed; stochastic depth has a factor for each sample."""
 
     def work(x):
         y = windows(x.roll(1, 1)).cumsum(1)
         y = (y * 2.0).view(-1, 2, 3, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, *SIDES, 4)
-        return x + y.roll(-1, 1)
+        return x + y.roll(-1, 1) * factor(x)
 
     rows, _ = followed(work)
     (made,) = [n for n in rows.nodes if "cumsum" in n.name]
