@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -164,7 +165,8 @@ def _outputs(moe: Any, given: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = str(error).replace(f"{sys.prefix}/", "")  # no paths of this machine
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else ""
 
 
