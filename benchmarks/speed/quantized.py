@@ -19,7 +19,7 @@ import moe_rewrite
 from moe_rewrite.utils.quantized import is_quantized, stored_bytes
 
 from ..tools.fresh_process import answer, in_fresh_process
-from ..tools.memory import peak_of
+from ..tools.memory import kept_for_backward, peak_of
 from ..tools.models import llama, training_step
 from ..tools.report import finish, is_quick, save
 from .cpu_lora import LINEARS
@@ -100,20 +100,10 @@ def cell(scheme: str, by: str, quick: bool) -> dict[str, float]:
 
 
 def kept(loss: Callable[[], torch.Tensor], model: nn.Module) -> float:
-    """MB that autograd keeps of a forward pass, each storage once, parameters left out."""
-    known = {t.untyped_storage().data_ptr() for t in model.parameters() if type(t) is nn.Parameter}
-    found: dict[int, int] = {}
-
-    def look(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if not is_quantized(tensor) and storage.nbytes() and storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        value = loss()
-    del value
-    return sum(found.values()) / 1e6
+    own = {t.untyped_storage().data_ptr() for t in model.parameters() if type(t) is nn.Parameter}
+    return kept_for_backward(
+        loss, lambda t: is_quantized(t) or t.untyped_storage().data_ptr() in {0, *own}
+    )
 
 
 def main() -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, MoEModel, TokenRouter
 
+from ..tools.memory import kept_for_backward
 from ..tools.models import llama
 from ..tools.plots import subplots
 from ..tools.report import finish, is_quick, save
@@ -41,22 +41,6 @@ def model(kind: str, size: dict[str, int]) -> MoEModel:
     return moe
 
 
-def kept_mb(run: Callable[[], torch.Tensor], weights: set[int]) -> float:
-    """MB (1e6 bytes) of distinct storages that autograd keeps, weights left out."""
-    found: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = run()
-    del loss
-    return sum(found.values()) / 1e6
-
-
 def measure(moe: MoEModel, size: dict[str, int], rounds: int) -> dict[str, float]:
     ids = torch.randint(0, 1024, (4, size["tokens"] // 4))
 
@@ -70,7 +54,7 @@ def measure(moe: MoEModel, size: dict[str, int], rounds: int) -> dict[str, float
     experts = [p for site in moe.expert_sites() for part in site.parameter_lists() for p in part]
     own = {p.untyped_storage().data_ptr() for p in moe.parameters()}
     return {
-        "step_ms": alone(step, rounds, clock=processor), "kept_mb": kept_mb(forward, own),
+        "step_ms": alone(step, rounds, clock=processor), "kept_mb": kept_for_backward(forward, lambda t: t.untyped_storage().data_ptr() in own),
         "experts_mb": sum(p.numel() * p.element_size() for p in experts) / 1e6,
     }  # fmt: skip
 

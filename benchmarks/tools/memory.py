@@ -1,10 +1,12 @@
-"""Memory of this process in MB (1e6 bytes), read from Linux's /proc."""
+"""Memory in MB (1e6 bytes): of this process, read from Linux's /proc, and of a forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def memory_now() -> float:
@@ -26,6 +28,23 @@ def peak_of(run: Callable[[], Any]) -> tuple[Any, float]:
     before = memory_now()
     given = run()
     return given, peak_memory() - before
+
+
+def kept_for_backward(run: Callable[[], Any], parameter: Callable[[torch.Tensor], bool]) -> float:
+    """MB of distinct storages that autograd keeps of a forward pass. parameter: says of a tensor
+    that it is one, which is left out."""
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not parameter(tensor):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        given = run()
+    del given
+    return sum(found.values()) / 1e6
 
 
 def _field(name: str) -> float:

@@ -15,6 +15,9 @@ from torch.fx.experimental import proxy_tensor
 @contextmanager
 def detached_data() -> Iterator[None]:
     """In this context, ``tensor.data`` of a traced tensor is ``tensor.detach()``, of the same memory."""
+    if not hasattr(proxy_tensor, "get_proxy_mode"):  # not PyTorch's public interface
+        yield
+        return
     original: Any = torch._C.TensorBase.data
 
     def read(self: torch.Tensor) -> torch.Tensor:

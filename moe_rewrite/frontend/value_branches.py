@@ -27,6 +27,13 @@ from ..ir.call_values import CallValue
 from ..ir.ops import alias_root, is_random, mutated
 from ..ir.structural_key import structural_key
 
+# what this uses of PyTorch that is not its public interface; in a version without, such a branch is
+# an error of the trace
+KNOWN = all(
+    hasattr(proxy_tensor, name)
+    for name in ("get_proxy_mode", "get_proxy_slot", "disable_proxy_modes_tracing")
+)
+
 
 @dataclass
 class ValueBranches:
@@ -55,7 +62,7 @@ class ValueBranches:
 
     def start(self, arguments: Mapping[str, Any]) -> None:
         """The forward of a trace begins. arguments: as it is given them, fake."""
-        mode = proxy_tensor.get_proxy_mode()
+        mode = proxy_tensor.get_proxy_mode() if KNOWN else None
         if mode is None:
             return
         self._tracer = mode.tracer
@@ -71,7 +78,10 @@ class ValueBranches:
         """In this context, a trace asks here where its own knowledge of sizes has no answer."""
         from torch.fx.experimental import symbolic_shapes  # takes longer than all else here
 
-        original = symbolic_shapes.ShapeEnv.evaluate_expr
+        original = getattr(symbolic_shapes.ShapeEnv, "evaluate_expr", None)
+        if original is None:
+            yield
+            return
 
         @wraps(original)
         def evaluate(shapes: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite.errors import CaptureError
+from moe_rewrite.frontend import value_branches
 
 IDS = torch.arange(15).view(3, 5)
 
@@ -64,6 +65,12 @@ def test_each_branch_has_a_graph(kind):
 def test_a_branch_on_features_is_refused():
     with pytest.raises(CaptureError, match=r"x\.mean\(\) > 0"):
         converted("features")
+
+
+def test_where_pytorch_lacks_what_is_used_it_is_an_error_of_the_trace(monkeypatch):
+    monkeypatch.setattr(value_branches, "KNOWN", False)
+    with pytest.raises(CaptureError, match=r"ids\.max\(\)"):
+        converted("number")
 
 
 def test_values_of_meta_tensors_are_unknown():

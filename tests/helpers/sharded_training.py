@@ -155,7 +155,7 @@ def cases(rank, world, folder, flat):
 
     hybrid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("copy", "shard"))
     part, found = IDS.chunk(world)[rank], {}
-    for tied in MODES if world > 2 else (False, "upcycled"):
+    for tied in MODES:
         made = converted(tied)
         warm = warmed(made)
         for name in (n for n, case in CASES.items() if case[0] == tied):
