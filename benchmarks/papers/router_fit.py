@@ -49,11 +49,11 @@ class Stream:
     remember: Callable[[Any], None]
 
 
-def text(quick: bool) -> Stream:
+def text(quick: bool, **given: int) -> Stream:
     from moe_rewrite.continual.tasks import Task, read_stream
 
     dense, problem = trace.pretrained()
-    sizes = TEXT | ({"tasks": 2, "items": 16, "tested": 8, "stories": 16} if quick else {})
+    sizes = TEXT | ({"tasks": 2, "items": 16, "tested": 8, "stories": 16} if quick else given)
     stream = read_stream([split_digits.data() / "TRACE"])[: sizes["tasks"]]
     tasks = [
         Task(t.name, t.train[: sizes["items"]], t.test[: sizes["tested"]], epochs=1) for t in stream
@@ -66,7 +66,7 @@ def text(quick: bool) -> Stream:
     )  # fmt: skip
 
 
-def digits(quick: bool) -> Stream:
+def digits(quick: bool, **given: int) -> Stream:
     from moe_rewrite.continual.images import ImageProblem
     from moe_rewrite.continual.training import Training, adamw, fit
     from moe_rewrite.demo.digits import DigitNet, _tasks
@@ -83,11 +83,12 @@ def digits(quick: bool) -> Stream:
     return _images_stream(dense.eval(), problem, stream, known, 2)
 
 
-def images(quick: bool) -> Stream:
+def images(quick: bool, **given: int) -> Stream:
     from moe_rewrite.continual.images import ImageProblem, items_of, split_classes
     from moe_rewrite.continual.tasks import Task
 
-    sizes = IMAGES | ({"tasks": 2, "train": 32, "tested": 60, "base_tested": 20} if quick else {})
+    small = {"tasks": 2, "train": 32, "tested": 60, "base_tested": 20}
+    sizes = IMAGES | (small if quick else given)
     train, tested = sizes["train"], sizes["tested"]
     drawn = split_digits.drawn("mnist", (12 * train, tested), 0, "test")
     stream = split_classes(*drawn, per_task=2, first_column=10, name="digits", limit=train)
@@ -105,7 +106,7 @@ def _images_stream(dense: Any, problem: Any, tasks: Any, known: Any, split: Any)
     return Stream(dense, problem, tasks, known, "accuracy", split, "sequence", remember)
 
 
-STREAMS = {"text": text, "digits": digits, "images": images}
+STREAMS: dict[str, Callable[..., Stream]] = {"text": text, "digits": digits, "images": images}
 
 
 # -- loops, which know nothing of routers ---------------------------------------------------------
@@ -144,19 +145,23 @@ def by_trainer(moe: Any, problem: Any, items: Sequence[Any], epochs: int, lr: fl
 LOOPS = {"plain": plain, "Trainer": by_trainer}
 
 
-def job(stream: Stream, router: str, loop: str, epochs: int, lr: float) -> dict[str, Any]:
-    torch.manual_seed(0)
-    token = TokenRouter(granularity=stream.granularity, fit="gradient")  # type: ignore[arg-type]
+def converted(stream: Stream, router: str, seed: int) -> Any:
+    torch.manual_seed(seed)
     asked = {
         "analytic": TokenRouter(granularity=stream.granularity, fit="analytic"),  # type: ignore[arg-type]
-        "gradient": token, "patch": PatchRouter(),
+        "gradient": TokenRouter(granularity=stream.granularity, fit="gradient"),  # type: ignore[arg-type]
+        "patch": PatchRouter(),
     }[router]  # fmt: skip
     problem = stream.problem
     example = problem.inputs(problem.batch(stream.tasks[0].train[:2]))
-    moe: Any = convert(
+    return convert(
         stream.dense, split=stream.split, router=asked, experts=LoRAExperts(8),
         example_inputs=example,
     )  # fmt: skip
+
+
+def job(stream: Stream, router: str, loop: str, epochs: int, lr: float) -> dict[str, Any]:
+    problem, moe = stream.problem, converted(stream, router, 0)
     before = problem.score(moe.eval(), stream.base, stream.score, CPU)
     if router == "analytic":
         stream.remember(moe)
