@@ -88,9 +88,9 @@ class Layouts:
         layout = self._of_positions(rows)
         if layout is None:
             return f"its input ({sizes}) has rows that are not the plan's ({_sizes(self.lead)})"
-        if not isinstance(layout, Rows):
+        if not isinstance(layout, (Rows, Samples)):
             return layout
-        equal = isinstance(self.lead[1], int) and same_sizes(self.lead[:1], self.lead[1:])
+        equal = same_sizes(self.lead[:1], self.lead[1:]) and isinstance(self.lead[0], int)
         if (
             equal
             and isinstance(along, Along)
@@ -98,7 +98,7 @@ class Layouts:
             and has_rows(rows, along, self.cut)
         ):
             return Swapped(layout.ndim)  # as many samples as positions, with positions first
-        return self._contradicts(rows) or layout
+        return layout if isinstance(layout, Samples) else self._contradicts(rows) or layout
 
     def _contradicts(self, rows: fx.Node) -> str:
         """Why the second dimension has no rows of the plan although its size is theirs. A symbolic

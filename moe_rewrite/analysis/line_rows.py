@@ -35,10 +35,11 @@ class Lost(Exception):
 LineRows = dict[fx.Node, Along | str]
 
 
-def line_rows(nodes: Iterable[fx.Node], cut: fx.Node) -> LineRows:
-    """For values that are followed: the dimension along the rows of `cut` (B, S, D), or why its
-    positions are not the rows. Values made by other operations are left out."""
-    found: LineRows = {cut: Along(1)}
+def line_rows(nodes: Iterable[fx.Node], cut: fx.Node, dim: int = 1) -> LineRows:
+    """For values that are followed: the dimension along the rows of `cut` (B, S, D), or along
+    another dimension of it, or why its positions are not the rows. Values made by other operations
+    are left out."""
+    found: LineRows = {cut: Along(dim)}
     for node in nodes:
         sources = [n for n in node.all_input_nodes if n in found]
         if not sources or node.op != "call_function":

@@ -14,6 +14,7 @@ from torch import fx
 from ..ir.aten import expression, reach, value
 from ..ir.ops import first, is_pointwise, op
 from ..ir.program import Program, lead_of
+from .line_rows import Along, line_rows
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -33,6 +34,25 @@ def source_of_rows(program: Program, node: fx.Node) -> str | None:
         if known and same_sizes(value(leaf).shape[:2], lead):
             return leaf.name
     return None
+
+
+def is_positions_first(program: Program, node: fx.Node) -> bool:
+    """Whether the samples, which are first in the user's inputs, are second in a value (S, B, D).
+    Numbers may coincide: where the sizes are some, the samples are followed from the inputs on."""
+    if value(node).ndim != 3:
+        return False
+    length, batch = map(expression, value(node).shape[:2])
+    upstream = reach(node, lambda n: n.all_input_nodes)
+    leaves = [n for n in program.leaves() if n in upstream and value(n).ndim > 1]
+    pairs = {tuple(map(expression, value(n).shape[:2])) for n in leaves}
+    firsts = {first for first, _ in pairs}
+    if isinstance(batch, int):
+        nodes = [n for n in program.graph.nodes if n in upstream]
+        laid = [line_rows(nodes, leaf, dim=0).get(node) for leaf in leaves]
+        return any(isinstance(at, Along) and at.dim == 1 for at in laid)
+    if (length, batch) in pairs or batch not in firsts:
+        return False
+    return (batch, length) in pairs or length not in firsts
 
 
 def mask_of_rows(program: Program, source: str | None) -> str | None:

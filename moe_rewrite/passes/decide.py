@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..analysis.causality import is_causal
+from ..analysis.causality import has_positions_first, is_causal
 from ..analysis.depth import depth_map
 from ..config import RouterSpec
-from ..errors import ConversionError, SplitError
+from ..errors import ConfigError, ConversionError, SplitError
 from ..frontend.host import Host
 from ..ir.aten import value
 from ..ir.ops import output_of
@@ -75,6 +75,15 @@ def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Rec
         assert recipe.router is not None
         return recipe.router
     features = value(program.node(program.cut.node))
+    by_row = getattr(recipe.router, "granularity", None) == "token"
+    rows = features.ndim == 3 and not program.cut.line
+    if rows and not by_row and has_positions_first(program, host, arguments):
+        raise ConfigError(
+            f"the features at the cut, {tuple(map(str, features.shape))}, have positions in their first dimension "
+            "(as those of nn.LSTM and nn.TransformerEncoder with batch_first=False), and routers "
+            "average over the second: convert a module that takes (batch, positions, ...) and "
+            "transposes, or use TokenRouter(granularity='token')"
+        )
     causal = features.ndim == 3 and _causal(program, host, arguments, recipe)
     default = UPCYCLE if recipe.mode == "upcycle" else None
     line = program.cut.line

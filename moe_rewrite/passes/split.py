@@ -11,7 +11,7 @@ from torch import fx
 from ..analysis.attention_tables import attention_tables, made_of
 from ..analysis.depth import depth_map
 from ..analysis.map_layout import is_channels_last, is_line_map
-from ..analysis.row_dims import mask_of_rows, source_of_rows
+from ..analysis.row_dims import is_positions_first, mask_of_rows, source_of_rows
 from ..analysis.streams import order_of_streams
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
@@ -51,6 +51,8 @@ class Split(Pass):
         elif is_channels_last(node):
             last = value(node).ndim - 1
             node = _moved(node, [0, last, *range(1, last)])
+        elif is_positions_first(program, node):
+            node = _moved(node, [1, 0, 2])
         sequence = value(node).ndim == 3 and not line
         rows = None if line else source_of_rows(program, node)
         token_map = find_token_map(program, node) if sequence else None

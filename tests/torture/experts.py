@@ -7,7 +7,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .compare import cloned, differing, far, leaves, lowest
 from .followed import Followed
-from .reference import NotFollowed, positions_first, where_cut
+from .reference import NotFollowed, where_cut
 
 
 def randomize(moe, seed):
@@ -75,7 +75,6 @@ def followed(model, moe, arguments, state):
     run = Followed(
         dense, state, sites_of(moe), cut, recipe.router, recipe.experts, active,
         getattr(moe.router, "sides", None),
-        positions_first(synced(model, moe), cloned(arguments), cut[0]),
     )  # fmt: skip
     if recipe.router.policy != "patch" and recipe.router.fit == "analytic":
         base = plan.base.detach() if plan.base is not None else 0.0

@@ -1,6 +1,7 @@
 """One run of the dense model in which experts are added or put in the place of modules."""
 
 from contextlib import ExitStack
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +30,11 @@ class Followed:
     model: a copy of the dense one. state: the added tensors by public name. sites: name of a site ->
     name of its weight, or the names of its parts if it is a copy. cut: see `where_cut`.
     router, experts: the configurations. active: numbers of the experts. sides: of the patch tokens.
-    swapped: positions come first at the cut.
     """
 
-    def __init__(
-        self, model, state, sites, cut, router, experts, active, sides=None, swapped=False
-    ):
+    def __init__(self, model, state, sites, cut, router, experts, active, sides=None):
         self.model, self.state, self.sides = model, state, sides
         self.cut, self.moved, _ = cut
-        self.swapped = swapped
         self.router, self.experts, self.active = router, experts, active
         self.patched = router.policy == "patch"
         self.by_layer = getattr(experts, "by_layer", False)
@@ -85,7 +82,6 @@ class Followed:
         features = MOVED[self.moved](features).clone()
         if not self.patched or self.frozen:
             features = features.detach()
-        features = features.transpose(0, 1) if self.swapped else features
         self.lead = features.shape[:2] if features.ndim == 3 else features.shape[:1]
         if self.given is not None:
             self.gates = self.given
@@ -250,10 +246,11 @@ def patch_gates(gates, output, convolved, layout):
         raise NotFollowed("rows of a form that the reference does not know")
     if convolved:
         return gates.over_map(*output.shape[2:])
-    if output.ndim == 3:
-        if gates.sides is None:
-            raise NotFollowed("rows of a map")
-        return gates.over_tokens()
+    if output.ndim == 3 and gates.sides is None:
+        raise NotFollowed("rows of a map")
+    if gates.sides is not None and output.shape[1] == gates.prefix.shape[1] + prod(gates.sides):
+        over = gates.over_tokens()  # whose products may have a dimension more, of weights
+        return over.reshape(*over.shape[:2], *(1 for _ in output.shape[3:]), over.shape[2])
     return gates.over_map(*output.shape[1:3]).permute(0, 2, 3, 1)
 
 

@@ -40,6 +40,7 @@ MOVED = {  # where routers read features: last in a sequence, second in a map
     "as it is": lambda x: x,
     "a line": lambda x: x.transpose(-1, -2),
     "channels last": lambda x: x.movedim(-1, 1),
+    "positions first": lambda x: x.transpose(0, 1),
 }
 
 
@@ -70,24 +71,6 @@ def where_cut(model, arguments, features):
     if best[0] > allowed:
         raise NotFollowed("the cut is inside an operation")
     return best[1:]
-
-
-def positions_first(model, arguments, number):
-    """Whether the value at the cut is (positions, batch, ...): as it is in a batch three times as
-    large, with which sizes of odd and of even batches stay so."""
-    thrice = {
-        k: torch.cat([v, v, v]) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
-    }
-    batch, found = thrice["x"].shape[0], []
-
-    def seen(at, func, args, kwargs, output):
-        if at == number and isinstance(output, torch.Tensor) and output.ndim == 3:
-            found.append(output.shape[0] != batch and output.shape[1] == batch)
-        return output
-
-    with torch.no_grad(), Counted(seen):
-        model(**thrice)
-    return any(found)
 
 
 def token_gates(features, mask, state, spec, active):
