@@ -20,7 +20,7 @@ from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
-from ..utils.sharded import in_process_group, require_known_to_ddp
+from ..utils.sharded import in_process_group, require_known_to_ddp, require_not_parted
 from .block_module import BlockRun
 from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
@@ -200,6 +200,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self, args: tuple, kwargs: dict[str, Any], training: bool
     ) -> tuple[dict[str, Any], Any]:
         """`normalized` of a call in a mode, without what a call does to the experts."""
+        require_not_parted(next(self.parameters()))
         arguments = self.host.bind(args, kwargs)
         arguments, keeps, cache = self.host.split_cache(arguments, training)
         if not keeps:

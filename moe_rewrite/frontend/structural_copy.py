@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from ..utils.sharded import is_sharded
+from ..utils.sharded import is_engine, is_parted_by_zero, is_sharded
 from .hooks import hooks_of_users
 from .packed_weight import packed_modules
 
@@ -33,12 +33,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
                 f"{name} of {type(model).__name__} has no shape yet: run the model once on its "
                 "inputs, so that its lazy layers are initialised"
             )
-        if is_sharded(tensor):
-            raise InputError(
-                f"{name} of {type(model).__name__} is sharded over processes, and a capture needs "
-                "whole tensors. Convert the model before it is sharded or parallelised, then shard "
-                "the converted model (docs/training.md)"
-            )
+        if is_sharded(tensor) or is_parted_by_zero(tensor):
+            _refuse_divided(name, model)
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
@@ -57,6 +53,22 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for _, _, hooks, key in list(hooks_of_users(copied)):
         del hooks[key]
     return copied
+
+
+def _refuse_divided(name: str, model: nn.Module) -> NoReturn:
+    by_zero = any(map(is_parted_by_zero, model.parameters()))
+    if by_zero or any(is_engine(module) for module in model.modules()):
+        raise InputError(
+            f"{name} of {type(model).__name__} is sharded over processes, and a capture needs "
+            "whole tensors. Convert the model before it is sharded, then shard the converted model "
+            "(docs/training.md)"
+        )
+    raise InputError(
+        f"{name} of {type(model).__name__} is divided by a tensor parallel plan (tp_plan, tp_size, "
+        "parallelize_module), and a capture needs whole tensors. Load the model without a plan in "
+        "every process, convert it, then divide the converted model by FSDP2: fully_shard for each "
+        "block of moe.shallow and moe.deep, then for moe (docs/training.md)"
+    )
 
 
 def working_copy(model: nn.Module, own: Mapping[int, torch.Tensor] | None = None) -> nn.Module:

@@ -17,6 +17,11 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_parted_by_zero(tensor: Any) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 made an empty tensor of it, filled where a module runs."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_traced(tensor: Any) -> bool:
     """Whether a trace put it in place of a tensor with values."""
     return hasattr(tensor, "fake_mode")
@@ -111,6 +116,16 @@ class Sharding:
         for table in [m._parameters for module in modules for m in module.modules()]:
             table.update({k: made[id(p)] for k, p in table.items() if id(p) in made})
         return [made[id(p)] for p in new]
+
+
+def require_not_parted(parameter: nn.Parameter) -> None:
+    """Raises ConfigError where ZeRO stage 3 has taken a converted model's weights."""
+    if is_parted_by_zero(parameter):
+        raise ConfigError(
+            "DeepSpeed's ZeRO stage 3 fills weights where modules of the original run, and a "
+            "converted model runs blocks instead: use stage 1 or 2, or FSDP2, fully_shard for each "
+            "block of moe.shallow and moe.deep, then for moe (docs/training.md)"
+        )
 
 
 def require_known_to_ddp(trained: Iterable[nn.Parameter]) -> None:

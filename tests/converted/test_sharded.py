@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import moe_rewrite
-from moe_rewrite.errors import ConfigError
+from moe_rewrite.errors import ConfigError, InputError
 
 pytest.importorskip("accelerate")
 
@@ -102,6 +102,7 @@ def test_a_distributed_checkpoint_is_loaded_by_fewer_processes(found):
 def test_what_a_sharded_model_cannot_do_is_refused(found):
     assert "before it is sharded" in found[0]["remove"]
     assert "Convert the model before it is sharded" in found[0]["convert"]
+    assert "divided by a tensor parallel plan" in found[0]["tensor parallel"]
     assert "wrap the model again" in found[0]["ddp expand"]
 
 
@@ -117,6 +118,17 @@ def test_an_engine_that_casts_weights_is_refused(tmp_path):
             moe(input_ids=sharded.IDS, labels=sharded.IDS)
     finally:
         dist.destroy_process_group()
+
+
+def test_zero_stage_3_is_refused():
+    """DeepSpeed is not installed: its mark is put on a weight, as it does."""
+    moe, dense = copy.deepcopy(made(False)), sharded.build(False)
+    for model in (moe, dense):
+        next(model.parameters()).ds_id = 0
+    with pytest.raises(ConfigError, match="use stage 1 or 2, or FSDP2"):
+        moe(input_ids=sharded.IDS)
+    with pytest.raises(InputError, match="Convert the model before it is sharded"):
+        moe_rewrite.convert(dense)
 
 
 def test_the_halves_are_stages_of_a_pipeline(ran):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import moe_rewrite
-from moe_rewrite import MoeRewriteError
+from moe_rewrite import MoeRewriteError, TokenRouter
 
 IDS = torch.randint(0, 97, (4, 12), generator=torch.Generator().manual_seed(9))
 MODES = {False: "pmoe", True: "pmoe", "upcycled": "upcycle"}
@@ -35,7 +35,8 @@ def build(tied):
 
 def converted(tied):
     """tied: False, True, or "upcycled": tied, every weight trained, and experts that get no rows."""
-    moe = moe_rewrite.convert(build(tied), MODES[tied], split=1)
+    router = "auto" if tied == "upcycled" else TokenRouter(granularity="prefix")  # trained, divided
+    moe = moe_rewrite.convert(build(tied), MODES[tied], split=1, router=router)
     if tied != "upcycled":
         moe.expand(1)
     move(moe, 4)
@@ -172,10 +173,24 @@ def cases(rank, world, folder, flat):
                 found["convert"] = message(moe_rewrite.convert, torch.nn.ModuleList(moe.deep))
         if tied is False:
             found["bytes"] = counted(copy.deepcopy(warm), flat, part)
+    found["tensor parallel"] = message(moe_rewrite.convert, tensor_parallel(rank, world, folder))
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     if world == 2:
         piped(rank, folder, flat)
+
+
+def tensor_parallel(rank, world, folder):
+    """A model that transformers divided by its class's plan as it was loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    if rank == 0:
+        build(False).save_pretrained(f"{folder}/dense")
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(
+        f"{folder}/dense", distributed_config=DistributedConfig(tp_size=world)
+    )
 
 
 def counted(moe, mesh, part):
@@ -197,7 +212,36 @@ def counted(moe, mesh, part):
     weights = sum(padded(p, n) for p in moe.parameters())
     deep = sum(blocks[b] for b in [moe.shallow[-1], *moe.deep])
     says = {"held": weights // n, "gathered": weights + deep, "reduced": trained}
-    return {"held": held, "gathered": sent[gather], "reduced": sent[reduce] * n}, says
+    found = {"held": held, "gathered": sent[gather], "reduced": sent[reduce] * n}
+    moe.expand()
+    return found | held_in_training(moe, part), says | said_of_training(moe, n)
+
+
+def held_in_training(moe, part):
+    """Bytes that a process holds after a step: weights, gradients, the optimizer's states."""
+    optimizer = torch.optim.AdamW(moe.trainable_parameters())
+    optimizer.zero_grad()
+    moe(input_ids=part, labels=part).loss.backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    each = {
+        "weights": weights_of(moe), "states": states,
+        "gradients": [p.grad for p in moe.trainable_parameters()],
+    }  # fmt: skip
+    return {name: sum(t.to_local().nbytes for t in tensors) for name, tensors in each.items()}
+
+
+def weights_of(moe):
+    """All but the router's records, which stay whole."""
+    return [p for name, p in moe.named_parameters() if ".before." not in name]
+
+
+def said_of_training(moe, n):
+    weights, trained = (
+        sum(padded(p, n) for p in tensors) // n
+        for tensors in (weights_of(moe), moe.trainable_parameters())
+    )
+    return {"weights": weights, "states": 2 * trained, "gradients": trained}
 
 
 def padded(parameter, n):
@@ -292,7 +336,8 @@ def work(rank, world, port, folder, what):
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     wait = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=wait)
     globals()[what](rank, world, folder, init_device_mesh("cpu", (world,), mesh_dim_names=("s",)))
