@@ -143,6 +143,15 @@ class Program:
         kinds = kinds or ("user", "cache")
         return [n for n in placeholders if self.inputs[n.name].kind in kinds]
 
+    def copy(self) -> Program:
+        """The same program over a graph of its own, for a pass to edit; nodes keep their names."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].name = node.name  # which a copy changes where Python knows the name, too
+        return replace(self, graph=graph)
+
     def __str__(self) -> str:
         lines = [f"{self.model or 'a program'} ({self.mode}):"]
         for node in self.graph.nodes:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..analysis.causality import has_positions_first, is_causal
 from ..analysis.depth import depth_map
-from ..config import RouterSpec
+from ..config import PatchRouter, RouterSpec
 from ..errors import ConfigError, ConversionError, SplitError
 from ..frontend.host import Host
 from ..ir.aten import value
@@ -35,7 +35,7 @@ def plan_conversion(
     """
     compiler = Compiler(host, recipe, Decisions(recipe.split), timed)
     program, decisions = _cut(compiler, arguments)
-    decisions = replace(decisions, router=_router(program, host, arguments, recipe))
+    decisions = replace(decisions, router=choose_router(program, host, arguments, recipe))
     program = run(to_sites(recipe), program, decisions, timed)
     compiler.decisions = _with_sites(decisions, program, recipe)
     return compiler, compiler.with_experts(program)
@@ -69,7 +69,11 @@ def _is_named(program: Program) -> bool:
         return False
 
 
-def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> RouterSpec:
+def choose_router(
+    program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe
+) -> RouterSpec:
+    """The recipe's router, or the one that fits what the cut of this program carries. Raises
+    ConfigError for one that cannot work there."""
     assert program.cut is not None
     if getattr(recipe.experts, "by_layer", False):  # it reads no features at the cut
         assert recipe.router is not None
@@ -84,7 +88,8 @@ def _router(program: Program, host: Host, arguments: dict[str, Any], recipe: Rec
             "average over the second: convert a module that takes (batch, positions, ...) and "
             "transposes, or use TokenRouter(granularity='token')"
         )
-    causal = features.ndim == 3 and _causal(program, host, arguments, recipe)
+    ordered = features.ndim == 3 and not isinstance(recipe.router, PatchRouter)
+    causal = ordered and _causal(program, host, arguments, recipe)
     default = UPCYCLE if recipe.mode == "upcycle" else None
     line = program.cut.line
     return resolve_router(

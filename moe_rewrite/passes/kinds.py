@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
@@ -35,11 +36,13 @@ class ExpertKind(ABC):
     """The interface of a kind of experts.
 
     spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
+    title: the name of the kind, for people.
     elsewhere: text, what to try where nothing after the split can hold such experts.
     onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
     spec: type
+    title = "experts"
     elsewhere = ""
     onnx: tuple[str, str] | None = ("dense", "every expert on every row")
 
@@ -72,6 +75,11 @@ class ExpertKind(ABC):
     def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
         """Multiply-adds of one sample, if experts replace a region; else None."""
         return None
+
+    def notes(self, sites: Iterable[Any]) -> tuple[str, ...]:
+        """For the report: what the user should know about these sites."""
+        ends = [getattr(site, "ends", "") for site in sites]
+        return tuple(f"The region ends where it does since {reason}." for reason in ends if reason)
 
     def fixed(self, recipe: Recipe) -> str:
         """Why no expert can be added later; empty if they can."""
@@ -122,6 +130,7 @@ def _choice(recipe: Recipe, router: RouterSpec) -> Choice:
 
 class _LoRA(ExpertKind):
     spec = LoRAExperts
+    title = "LoRA experts"
     elsewhere = (
         "choose other sites (LoRAExperts(sites='all+head') takes the head in), or another router "
         "granularity"
@@ -146,6 +155,7 @@ class _LoRA(ExpertKind):
 
 class _FeedForward(ExpertKind):
     spec = FFNExperts
+    title = "feed-forward experts"
     elsewhere = (
         "or convert with mode='pmoe' and experts=LoRAExperts(), which stand beside any linear map"
     )
@@ -177,6 +187,7 @@ class _FeedForward(ExpertKind):
 
 class _Region(ExpertKind):
     spec = RegionExperts
+    title = "region experts"
     onnx = ("sparse", "TopK, Gather and Scatter, groups of fixed size")
 
     def find(self, recipe: Recipe) -> Pass:

@@ -5,4 +5,9 @@ import pytest
 
 def some(names, few):
     """All names as cases of a test; those not in `few` are marked as a sweep."""
-    return [name if name in few else pytest.param(name, marks=pytest.mark.sweep) for name in names]
+    return [name if name in few else _in_sweep(name) for name in names]
+
+
+def _in_sweep(case):
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.sweep)
