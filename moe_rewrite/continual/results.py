@@ -27,6 +27,7 @@ class Result:
     total: all parameters.
     keeps_data: the method stores samples of older tasks.
     router_use: [j]: mean gates on task j, the frozen model's first; None without a router.
+    router_history: [i]: `router_use` after learning task i; empty without a router.
     other: kind -> other scores after the last task: of every task, then of the base task.
     """
 
@@ -40,6 +41,7 @@ class Result:
     total: int = 0
     keeps_data: bool = False
     router_use: list[list[float]] | None = None
+    router_history: list[list[list[float]]] = field(default_factory=list)
     other: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property

@@ -97,6 +97,7 @@ def _run(
         if isinstance(method, Learner):
             everything = list(tasks) if base_task is None else [*tasks, base_task]
             result.router_use = router_use(method, everything)
+            result.router_history.append(result.router_use)
         if kept is not None:
             kept.write(number + 1, method, result)
     return result

@@ -47,12 +47,7 @@ class RunFolder:
             if states := sorted(self.folder.glob("after-*")):
                 raise CheckpointError(f"{file}: missing, beside {states[0].name}: {ANEW}")
             return 0, None
-        progress = _read_sealed(file)
-        try:
-            learnt, result = progress["learnt"], Result(**progress["result"])
-            identity, files = progress["identity"], progress["files"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: of another version ({error}): {ANEW}") from None
+        learnt, result, identity, files = _progress(file)
         if differs := differing(identity, self.identity):
             raise ConfigError(
                 f"{self.folder} holds another run, which differs in {', '.join(differs)}: use "
@@ -95,6 +90,22 @@ class RunFolder:
     def _write_progress(self, learnt: int, result: Result, files: dict[str, str]) -> None:
         facts = {"learnt": learnt, "result": result.to_dict(), "files": files}
         write_json(self.folder / PROGRESS, sealed(facts | {"identity": self.identity}))
+
+
+def read_result(folder: Path) -> tuple[int, Result]:
+    """The number of tasks learnt in a run's folder, and the scores so far. Raises CheckpointError."""
+    learnt, result, _, _ = _progress(folder / PROGRESS)
+    return learnt, result
+
+
+def _progress(file: Path) -> tuple[int, Result, dict[str, Any], dict[str, str]]:
+    """(tasks learnt, scores, identity of the run, digests of its files)."""
+    progress = _read_sealed(file)
+    try:
+        learnt, result = progress["learnt"], Result(**progress["result"])
+        return learnt, result, progress["identity"], progress["files"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: of another version ({error}): {ANEW}") from None
 
 
 def _read_sealed(file: Path) -> dict[str, Any]:
