@@ -18,18 +18,26 @@ if TYPE_CHECKING:
     from .passes.recipe import Experts
 
 
-def inspect(model: nn.Module, example_inputs: Any = None) -> DepthMap:
+def inspect(
+    model: nn.Module,
+    example_inputs: Any = None,
+    html: str | os.PathLike | None = None,
+    split: int | float | str = "auto",
+) -> DepthMap:
     """The blocks of a model, where it can be cut, with parameters and FLOPs. Prints as a table.
 
     example_inputs: a tensor, tuple or dict of tensors with a batch dimension first; None infers
         them, for Hugging Face models and for modules whose first layer determines its input.
+    html: also write a page to this file, which needs no network: for each split at a block, what
+        lands on each side, what crosses the cut, and which sites take experts or why not.
+    split: the one that the page shows first, as `convert` takes it.
 
-    Raises InputError where inputs cannot be inferred, CaptureError where the model cannot be
+    Raises ConfigError where the page cannot be written, InputError where inputs cannot be inferred, CaptureError where the model cannot be
     captured, SplitError where no output depends on both an input and a parameter.
     """
     from .converted import build
 
-    return build.inspect(model, example_inputs)
+    return build.inspect(model, example_inputs, html, split)
 
 
 def convert(

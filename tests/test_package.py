@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from statistics import median
 
@@ -76,6 +77,15 @@ def test_every_file_is_linted():
     seen = {Path(name) for name in shown if name.endswith(".py")}
     for folder in ("moe_rewrite", "tests", "benchmarks"):
         assert set((ROOT / folder).rglob("*.py")) <= seen
+
+
+def test_files_that_are_no_code_are_installed():
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (patterns,) = facts["tool"]["setuptools"]["package-data"].values()
+    package = ROOT / "moe_rewrite"
+    installed = {file for pattern in patterns for file in package.glob(pattern)}
+    files = {f for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
+    assert {f for f in files if f.suffix != ".py"} == installed - {f for f in files if f.suffix == ".py"}  # fmt: skip
 
 
 def test_command_line():

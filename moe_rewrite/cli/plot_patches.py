@@ -11,6 +11,7 @@ from ..converted.model import MoEModel
 from ..errors import InputError, require_package
 from ..ir.patch_grid import bounds
 from ..utils.atomic_files import write_figure
+from ..utils.pictures import visible
 
 DIM = 0.25  # brightness of patches that an expert did not take
 
@@ -40,7 +41,7 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
         count, 1 + len(names), figsize=(1.8 * (1 + len(names)), 1.9 * count), squeeze=False
     )
     for i, row in enumerate(axes):
-        shown = _visible(images[i])
+        shown = visible(images[i])
         row[0].imshow(shown.numpy())
         for e, axis in enumerate(row[1:]):
             light = torch.full(shown.shape[:2], DIM)
@@ -62,17 +63,6 @@ def draw_patches(moe: MoEModel, images: torch.Tensor, path: str | os.PathLike) -
     target = Path(path)
     write_figure(target, figure)
     return target
-
-
-def _visible(image: torch.Tensor) -> torch.Tensor:
-    """The image as (H, W, 3), scaled to 0 .. 1."""
-    image = (
-        image.float().cpu()[:3]
-        if image.shape[0] >= 3
-        else image.float().cpu()[:1].expand(3, -1, -1)
-    )
-    low, high = image.amin(), image.amax()
-    return ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0)
 
 
 def _place(patch: int, grid: int, shape: torch.Size) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -35,13 +35,18 @@ from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
 from . import checkpoint
 from .model import MoEModel
+from .page.write import write_dense_page
 from .report import Report
 from .verify import verify_conversion
 
 
-def inspect(model: nn.Module, example_inputs: Any) -> DepthMap:
+def inspect(
+    model: nn.Module, example_inputs: Any, html: str | os.PathLike | None, split: int | float | str
+) -> DepthMap:
     """As `moe_rewrite.inspect`."""
     _require_dense(model)
+    if html is not None:
+        return write_dense_page(html, without_wrapper(model), example_inputs, split)
     program = program_of(without_wrapper(model), example_inputs)
     depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
     assert depth is not None

@@ -65,7 +65,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         nn.Module.__init__(self)
         assert program.cut is not None
         recipe = compiler.recipe
-        self._compiler, self.report = compiler, report
+        self._compiler, self._report = compiler, report
         store = ParameterStore(self, compiler.host.module, emitted, site_modules(program, recipe))
         if not recipe.freeze:
             store.unfreeze()
@@ -105,6 +105,11 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
             if name in values and not name.startswith("__"):
                 return values[name]
             raise
+
+    @property
+    def report(self) -> Report:
+        """What was converted, what was not and why."""
+        return self._report.of_model(self)
 
     @property
     def host(self) -> Host:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
 from ..ir.conditions import conditions_of
 from ..ir.sites import Macs
 from ..passes.kinds import kind_of
+from ..utils.html_tables import folded, html_table
 from ..utils.text_tables import table
 from ..utils.warn import warn
 
@@ -54,6 +59,7 @@ class Report:
     experts: str = ""
     lowered: list[tuple[str, str]] = field(default_factory=list)
     equivalence: EquivalenceReport | None = None
+    _model: weakref.ref | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(program: Program, compiler: Compiler) -> Report:
@@ -61,9 +67,8 @@ class Report:
         recipe, decisions = compiler.recipe, compiler.decisions
         kind = kind_of(recipe.experts)
         macs = [kind.macs(site, recipe, decisions.chosen) for site in program.sites]
-        ends = [getattr(site, "ends", "") for site in program.sites]
         compiler.notes += _of_quantized(program)
-        compiler.notes += [f"the region ends where it does since {r}" for r in ends if r]
+        compiler.notes += kind.notes(program.sites)
         return Report(
             model=program.model,
             mode=recipe.mode,
@@ -92,7 +97,7 @@ class Report:
         self.notes.append(note)
         warn(note)
 
-    def _how(self) -> list[tuple[str, str]]:
+    def _how(self) -> list[tuple[str, ...]]:
         """Rows of the table: sites that are computed in the same way share one."""
         same: dict[str, list[str]] = {}
         for name, how in self.lowered:
@@ -105,8 +110,9 @@ class Report:
     def _done(self) -> str:
         return self.experts if self.macs is None else f"{self.experts}: {self.macs}"
 
-    def __str__(self) -> str:
-        facts = [
+    def facts(self) -> list[tuple[str, ...]]:
+        """(name, text) of what holds for the whole conversion."""
+        return [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
             ("router", self.router),
             *(("condition", c) for c in self.conditions),
@@ -114,13 +120,60 @@ class Report:
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
             *(("note", n) for n in self.notes),
         ]  # fmt: skip
-        parts = [table(["conversion", ""], facts)]
-        rows = [(n, f"{i} -> {o}", self._done()) for n, i, o in self.sites]
+
+    def _tables(self) -> list[tuple[list[str], list[tuple[str, ...]]]]:
+        """(columns, rows) of each."""
+        rows: list[tuple[str, ...]] = [(n, f"{i} -> {o}", self._done()) for n, i, o in self.sites]
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
-        parts.append(table(["site", "size", "what was done"], rows))
-        if self.lowered:
-            parts.append(table(["sites", "how they are computed"], self._how()))
-        return "\n".join(parts)
+        how = [(["sites", "how they are computed"], self._how())] if self.lowered else []
+        first = (["conversion", ""], self.facts())
+        return [first, (["site", "size", "what was done"], rows), *how]
+
+    def __str__(self) -> str:
+        return "\n".join(table(columns, rows) for columns, rows in self._tables())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: tables without script, the long one folded."""
+        first, *others = (html_table(columns, rows) for columns, rows in self._tables())
+        title = f"{len(self.sites)} sites converted, {len(self.rejected)} not"
+        return first + folded(title, "".join(others))
+
+    def html(
+        self, path: str | os.PathLike, inputs: Any = None, tokens: Sequence[str] | None = None,
+        run: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a page to look at: one file that needs no network. It shows the blocks along the
+        depth and, for every split at a block, what lands on each side, what crosses the cut, and
+        which sites take experts or why not.
+
+        path: of the file, which is replaced atomically.
+        inputs: a tensor, tuple or dict of tensors with a batch dimension first; the page then shows
+            the routing of the first sample. It serves as an example call too where none can be
+            inferred.
+        tokens: texts of the rows of the first sample; None: their numbers.
+        run: the shares of experts over a run, from `continual.expert_shares`.
+
+        Raises ConfigError for a path that cannot be written, InputError for a report whose model
+        is gone (a dry run has none), inputs that the model does not take, or another number of
+        texts than of rows.
+        """
+        from .page.write import write_model_page
+
+        moe = self._model and self._model()
+        if moe is None:
+            raise InputError(
+                f"the page of {self.model}: the converted model of this report is gone, or it was a "
+                "dry run; use moe_rewrite.inspect(model, html=path), or moe.report.html(path)"
+            )
+        write_model_page(path, moe, self, inputs, tokens, run)
+
+    def of_model(self, moe: Any) -> Report:
+        """This report, which from now on knows its model, but does not keep it alive."""
+        self._model = weakref.ref(moe)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": None}
 
 
 def _of_quantized(program: Program) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import SplitError
+from ..utils.html_tables import bar, html_table
 from ..utils.text_tables import count, table
+
+COLUMNS = ["block", "name", "output", "parameters", "FLOPs", "share"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,28 @@ class DepthMap:
         return len(self.blocks)
 
     def __str__(self) -> str:
+        rows = [(*row, f"{100 * share:.1f}%") for *row, share in self._rows()]
+        return table(COLUMNS, rows, self._title())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, without script."""
+        rows = [(*row, bar(share)) for *row, share in self._rows()]
+        return html_table(COLUMNS, rows, self._title())
+
+    def _rows(self) -> list[tuple[str, str, str, str, str, float]]:
         total = sum(b.flops for b in self.parts) or 1
         indices = {id(b): str(i) for i, b in enumerate(self.blocks)}
-        rows = [
+        return [
             (indices.get(id(b), ""), b.name, " x ".join(b.shape), count(b.params), count(b.flops),
-             f"{100 * b.flops / total:.1f}%")
+             b.flops / total)
             for b in self.parts
         ]  # fmt: skip
+
+    def _title(self) -> str:
         title = f"{self.model}: {len(self)} block{'s' if len(self) != 1 else ''}"
         if self.stack:
             title += f" of {self.stack} (to split in another stack, name a module of it)"
-        title += "; FLOPs of one sample" + ", ".join(f" of {w} {n}" for w, n in self.lengths)
-        return table(["block", "name", "output", "parameters", "FLOPs", "share"], rows, title)
+        return title + "; FLOPs of one sample" + ", ".join(f" of {w} {n}" for w, n in self.lengths)
 
     @property
     def parts(self) -> tuple[Block, ...]:
