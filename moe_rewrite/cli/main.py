@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,6 +9,7 @@ import typer
 
 from ..errors import ConfigError, MoeRewriteError
 from . import continual
+from .inspect import inspect_command
 from .onnx import export
 
 app = typer.Typer(
@@ -26,41 +25,7 @@ Split = Annotated[
 ]
 
 
-@app.command("inspect")
-def inspect_command(
-    model: Model,
-    split: Annotated[
-        str | None, typer.Option(help="Also say where this split, as convert takes it, would cut")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the blocks to this file, as JSON")
-    ] = None,
-) -> None:
-    """Print the blocks of a model, with output shape, parameters and FLOPs.
-
-    Example: moe-rewrite inspect ./my-llama --split 0.5 --json blocks.json
-    """
-    import moe_rewrite
-
-    from .loading import load_model, parse_split
-
-    depth = moe_rewrite.inspect(load_model(model))
-    typer.echo(str(depth))
-    facts: dict[str, Any] = {
-        "model": depth.model,
-        "blocks": [asdict(block) for block in depth.blocks],
-    }
-    if split is not None:
-        index, node = depth.resolve(parse_split(split))
-        facts["split"] = {"asked": split, "first_deep_block": index, "cut": node}
-        typer.echo(
-            f"split {split}: blocks 0..{index - 1} are shallow"
-            if index > 0
-            else f"split {split}: every block is deep"
-        )
-    if json_file is not None:
-        json_file.write_text(json.dumps(facts, indent=1) + "\n")
-        typer.echo(f"written to {json_file}")
+app.command("inspect")(inspect_command)
 
 
 @app.command()
