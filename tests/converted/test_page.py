@@ -146,6 +146,7 @@ def test_a_report_without_its_model_says_what_to_do(tmp_path):
     assert read_page(tmp_path / "p.html").facts["converted"]["split"] == 2
 
 
+@pytest.mark.sweep
 def test_layers_with_routers_of_their_own_are_refused_a_sample(tmp_path):
     moe = moe_rewrite.convert(build("Llama", layers=2), mode="upcycle", split=1, num_experts=2)
     with pytest.raises(InputError, match="every layer of this model has a router of its own"):
