@@ -3,7 +3,7 @@ crosses, and which sites take experts. The model is captured once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,27 +122,32 @@ def _possible_split(
         return PossibleSplit(index, label, problem=_in_a_line(error))
     assert program.cut is not None
     at = index + (depth.stem is not None)
-    kinds = tuple(_sites(program, host, recipe, arguments) for recipe in recipes)
+    known: dict[Any, RouterSpec] = {}
+
+    def router(recipe: Recipe) -> RouterSpec:  # kinds share one: choosing it can run the model
+        asked = recipe.mode, recipe.router, getattr(recipe.experts, "by_layer", False)
+        if asked not in known:
+            known[asked] = choose_router(program, host, arguments, recipe)
+        return known[asked]
+
+    kinds = tuple(_sites(program, recipe, router) for recipe in recipes)
     sides = depth.parts[:at], depth.parts[at:]
     cut = program.cut
     return PossibleSplit(index, label, cut.node, *sides, _crossing(program), cut.token_map, kinds)
 
 
-def _sites(program: Program, host: Host, recipe: Recipe, arguments: dict[str, Any]) -> SitesOf:
+def _sites(program: Program, recipe: Recipe, choose: Callable[[Recipe], RouterSpec]) -> SitesOf:
     kind = kind_of(recipe.experts)
     try:
-        router = choose_router(program, host, arguments, recipe)
+        router = choose(recipe)
         found = run(to_sites(recipe), program, Decisions("auto", router)).found
     except MoeRewriteError as error:
         return SitesOf(kind.title, problem=_in_a_line(error))
     assert found is not None
     takes = tuple((s.name, s.in_features, s.out_features) for s in found.sites)
     rejected = tuple((r.name, r.reason) for r in found.rejected)
-    notes, problem = (
-        kind.notes(found.sites),
-        "" if takes else "nothing after the cut has their form",
-    )
-    return SitesOf(kind.title, router, takes, rejected, notes, problem)
+    problem = "" if takes else "nothing after the cut has their form"
+    return SitesOf(kind.title, router, takes, rejected, kind.notes(found.sites), problem)
 
 
 def _crossing(program: Program) -> tuple[Crossing, ...]:
