@@ -25,6 +25,7 @@ def test_a_page_beside_the_table(tmp_path):
     assert facts["start"] == 1 and facts["routing"] is facts["run"] is None
 
 
+@pytest.mark.sweep
 def test_an_image_by_saved_experts(tmp_path):
     pytest.importorskip("PIL")
     model = cnn().eval()
