@@ -7,8 +7,10 @@ import torch
 from accelerate import Accelerator
 
 import moe_rewrite
+from moe_rewrite import TokenRouter
 
-moe = moe_rewrite.convert(small_model.model(), split=1)
+router = TokenRouter(granularity="prefix", fit="gradient")  # one that a loss can train
+moe = moe_rewrite.convert(small_model.model(), split=1, router=router)
 accelerator = Accelerator(cpu=True)
 optimizer = torch.optim.AdamW(moe.trainable_parameters(), lr=1e-2)
 loader = torch.utils.data.DataLoader(small_model.texts(), batch_size=4)

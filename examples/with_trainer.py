@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 import moe_rewrite
 
 moe = moe_rewrite.convert(small_model.model(), split=1)
+moe.remember(texts=32, length=8)  # what it could do before, as texts that it writes itself
 folder = tempfile.mkdtemp()
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from .utils.checks import choose, is_int, is_number, named_dtype, require
 
 Granularity = Literal["token", "prefix", "sequence"]
+Fit = Literal["gradient", "analytic"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TokenRouter:
         logits does not depend on the depth of the cut.
     fit: ``"gradient"``: trained with the experts. ``"analytic"``: solved in closed form from the
         rows that each expert is trained on, by ridge regression on random features (RanPAC, arXiv
-        2307.02251, section 4). In training the newest expert gets every row with gate 1. The frozen
+        2307.02251, section 4), `convert`'s default where it works. In training the newest expert gets every row with gate 1. The frozen
         model's output is fitted to the rows that `MoEModel.remember` gives.
     projection: number of random features of an analytic gate.
     ridge: regularisation of an analytic gate, as a share of the Gram matrix's mean diagonal.
@@ -52,7 +53,7 @@ class TokenRouter:
     granularity: Granularity = "token"
     base: bool = True
     normalize: bool = True
-    fit: Literal["gradient", "analytic"] = "gradient"
+    fit: Fit = "gradient"
     projection: int = 1024
     ridge: float = 1e-3
     sharpness: float = 12.0

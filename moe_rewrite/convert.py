@@ -63,7 +63,9 @@ def convert(
         ``"auto"`` (half of the FLOPs). Blocks 0..split-1 are shallow, and frozen.
     router: ``"auto"``, ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter. ``"auto"`` routes
         patches of a feature map; in a sequence its gate reads the prefix if the model is causal,
-        else the whole sequence.
+        else the whole sequence. With LoRA experts, one to begin with, and a frozen base that gate
+        is solved in closed form (``fit="analytic"``): in training mode the newest expert gets every
+        row, ``eval()`` solves the router, and `MoEModel.remember` tells it what the model did before.
     experts: LoRAExperts, FFNExperts, or RegionExperts for patches; None: the mode's own.
     num_experts: experts to begin with; None means one, or eight in mode "upcycle".
     example_inputs: as for `inspect`.

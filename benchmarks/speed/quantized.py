@@ -67,7 +67,8 @@ def base(scheme: str, layers: int, width: int) -> nn.Module:
 
 def with_experts(scheme: str, layers: int, width: int) -> Any:
     model = base(scheme, layers, width)
-    return moe_rewrite.convert(model, split=layers // 2, num_experts=1, verify=False)
+    router = moe_rewrite.TokenRouter(granularity="prefix")
+    return moe_rewrite.convert(model, split=layers // 2, router=router, verify=False)
 
 
 def with_peft(scheme: str, layers: int, width: int) -> Any:

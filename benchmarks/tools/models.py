@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import moe_rewrite
-from moe_rewrite import MoEModel
+from moe_rewrite import MoEModel, TokenRouter
 
 
 def llama(
@@ -28,7 +28,8 @@ def llama(
 def llama_with_experts(layers: int, width: int, experts: int) -> MoEModel:
     """LoRA experts on the deep half that came one by one: the newest is trained, the older ones are
     frozen; none is zero."""
-    moe = moe_rewrite.convert(llama(layers, width), split=layers // 2)
+    router = TokenRouter(granularity="prefix")
+    moe = moe_rewrite.convert(llama(layers, width), split=layers // 2, router=router)
     assert isinstance(moe, MoEModel)
     for _ in range(experts - 1):
         moe.expand()

@@ -93,8 +93,9 @@ def choose_router(
     default = UPCYCLE if recipe.mode == "upcycle" else None
     line = program.cut.line
     return resolve_router(
-        recipe.router, features.shape, causal, default, program.cut.token_map, line
-    )
+        recipe.router, features.shape, causal, default, program.cut.token_map, line,
+        recipe.default_fit,
+    )  # fmt: skip
 
 
 def _causal(program: Program, host: Host, arguments: dict[str, Any], recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..config import (
     FFNExperts,
+    Fit,
     LoRAExperts,
     PatchRouter,
     RegionExperts,
@@ -32,6 +33,13 @@ class Recipe:
     batch_norm: Literal["frozen", "update"]
     freeze: bool
     backend: str = "auto"
+
+    @property
+    def default_fit(self) -> Fit:
+        """How a TokenRouter that nobody asked for is fitted: in closed form where it can be, since
+        that forgets least (docs/measurements/continual.md)."""
+        one_by_one = isinstance(self.experts, LoRAExperts) and self.num_experts == 1
+        return "analytic" if self.mode == "pmoe" and one_by_one and self.freeze else "gradient"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; routers and experts have their class as ``kind``."""

@@ -35,6 +35,7 @@ class AnalyticGate(TokenGate):
     told[e]: the sums of expert e were given (`MoEModel.fit_router`); training adds nothing to them.
     solved: the rows are those of the sums.
     unknown: experts without sums, as of the last time that the rows were solved or loaded.
+    knows_base: whether there are sums of the frozen model, likewise; without, it has no prior.
     """
 
     by_sums = True
@@ -52,6 +53,7 @@ class AnalyticGate(TokenGate):
         self.told: list[bool] = []
         self.solved = True
         self.unknown: tuple[int, ...] = ()
+        self.knows_base = False
 
     def require_analytic(self) -> None:
         pass
@@ -132,7 +134,7 @@ class AnalyticGate(TokenGate):
     @property
     def forgets_base(self) -> bool:
         """Whether the frozen model has an output, and the router knows none of its rows."""
-        return self.spec.base and not self.frozen.is_meta and not self.moments.counts()[0] > 0
+        return self.spec.base and not self.frozen.is_meta and not self.knows_base
 
     def facts(self) -> dict[str, Any]:
         return {"told": list(self.told), "solved": self.solved}
@@ -150,8 +152,9 @@ class AnalyticGate(TokenGate):
 
     def _look_for_unknown(self) -> None:
         if not self.frozen.is_meta:
-            counts = self.moments.counts()
-            self.unknown = tuple(e for e, c in enumerate(counts[1:]) if not c > 0)
+            known = [c > 0 for c in self.moments.counts()]
+            self.knows_base = known[0]
+            self.unknown = tuple(e for e, is_known in enumerate(known[1:]) if not is_known)
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -163,8 +166,8 @@ class AnalyticGate(TokenGate):
         self.solved = True
         if self.frozen.is_meta:
             return
+        self._look_for_unknown()
         counts = self.moments.counts()
-        self.unknown = tuple(e for e, c in enumerate(counts[1:]) if not c > 0)
         if not any(counts):
             return
         means = [m / c if c > 0 else m for m, c in zip(self.moments, counts, strict=True)]
@@ -192,7 +195,7 @@ class AnalyticGate(TokenGate):
         return (x @ self.lift).relu()
 
     def _with_prior(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        if not self.spec.base:
+        if not (self.spec.base and self.knows_base):
             return logits
         base = logits[..., :1] + self.spec.sharpness * self.spec.prior / seen
         return torch.cat([base, logits[..., 1:]], dim=-1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import PatchRouter, RouterSpec, TokenRouter
+from ..config import Fit, PatchRouter, RouterSpec, TokenRouter
 from ..errors import ConfigError
 from .layer_router import LayerRouter
 from .patch_gate import PatchGate
@@ -21,13 +21,14 @@ from .token_gate import TokenGate
 def resolve_router(
     spec: RouterSpec | None, features: Sequence[Any], causal: bool,
     default: TokenRouter | None = None, token_map: tuple[int, int] | None = None,
-    line: bool = False,
+    line: bool = False, fit: Fit = "gradient",
 ) -> RouterSpec:  # fmt: skip
     """The router for features of this shape.
 
     spec: the router asked for; None chooses: `default` (with one gate a sample for a feature map)
         if there is one, else by the shape of the features and by `causal`.
     line: the features are those of a map over a line.
+    fit: of a TokenRouter that is chosen by the shape.
 
     Raises ConfigError if the router asked for cannot work here.
     """
@@ -43,7 +44,7 @@ def resolve_router(
     if isinstance(spec, PatchRouter) or (spec is None and len(features) == 4):
         return _fit_patches(spec or PatchRouter(), features, token_map)
     if spec is None:
-        return TokenRouter(granularity="prefix" if causal and not mapped else "sequence")
+        return TokenRouter(granularity="prefix" if causal and not mapped else "sequence", fit=fit)
     if causal and spec.granularity == "sequence":
         raise ConfigError(
             "TokenRouter granularity='sequence': the model is causal, and a mean over the whole "

@@ -71,7 +71,7 @@ def test_an_analytic_router_is_solved_as_if_the_removed_expert_had_never_been():
 
 
 def test_names_and_frozen_experts_are_kept(tmp_path):
-    moe = converted()
+    moe = converted(router="token")
     moe.rename("c", "third")
     moe.freeze("third")
     assert not [n for n, p in moe.named_parameters() if p.requires_grad and ".experts." in n]

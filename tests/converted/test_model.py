@@ -21,8 +21,8 @@ def llama():
 
 @pytest.fixture
 def moe(llama):
-    """Two layers deep, one expert that does something."""
-    moe = fresh(llama, split=1)
+    """Two layers deep, one expert that does something, and a router that is trained."""
+    moe = fresh(llama, split=1, router=TokenRouter(granularity="prefix"))
     randomize(moe)
     return moe
 
@@ -179,7 +179,7 @@ def test_the_original_is_never_changed():
     modes = [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     before = copy.deepcopy(model.state_dict())
-    moe = moe_rewrite.convert(model, split=1)
+    moe = moe_rewrite.convert(model, split=1, router="token")
     assert moe.training  # as the model it came from
     randomize(moe)
     moe.expand(1)

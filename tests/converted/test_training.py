@@ -71,8 +71,9 @@ def normed():
 
 def convert_normed(model, batch_norm):
     return moe_rewrite.convert(
-        model, split="layers.1.norm", example_inputs=torch.randn(4, 5, 8), batch_norm=batch_norm
-    )
+        model, split="layers.1.norm", example_inputs=torch.randn(4, 5, 8), batch_norm=batch_norm,
+        router="token",
+    )  # fmt: skip
 
 
 def test_batch_statistics_stay_frozen_by_default(normed):

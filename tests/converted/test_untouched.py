@@ -36,7 +36,9 @@ def differing(a, b):
 
 
 def convert(name, model, **options):
-    return moe_rewrite.convert(model, split=2, example_inputs=given(name), **options)
+    """With a router that is trained, which writes no sums."""
+    options = {"router": "token", "example_inputs": given(name)} | options
+    return moe_rewrite.convert(model, split=2, **options)
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "update"])
@@ -95,7 +97,7 @@ def test_no_gradient_passes_a_no_grad_region_in_evaluation():
         return x * ahead
 
     dense = Chain(target)
-    moe = moe_rewrite.convert(dense, split=1, example_inputs=given(""), num_experts=1).eval()
+    moe = moe_rewrite.convert(dense, split=1, example_inputs=given(""), router="token").eval()
     for p in moe.trainable_parameters():
         nn.init.normal_(p, std=0.1)
     grads = []

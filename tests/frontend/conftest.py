@@ -3,7 +3,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """A converted Llama with tied embeddings, to copy; it has the graphs that a Trainer needs."""
+    """A converted Llama with tied embeddings and a router that is trained, to copy; it has the graphs
+    that a Trainer needs."""
     pytest.importorskip("accelerate")
     import torch
     from small_text import Texts, arguments, llama
@@ -12,7 +13,8 @@ def fresh(tmp_path_factory):
     import moe_rewrite
 
     torch.manual_seed(1)
-    moe = moe_rewrite.convert(llama(tie_word_embeddings=True), split=1, verify=False)
+    router = moe_rewrite.TokenRouter(granularity="prefix")
+    moe = moe_rewrite.convert(llama(tie_word_embeddings=True), split=1, router=router, verify=False)
     options = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no"}
     folder = tmp_path_factory.mktemp("fresh")
     trainer = Trainer(

@@ -102,7 +102,10 @@ def test_distributed_state_dicts_are_read_and_set(pair):
     assert not [n for n in trained if n.startswith("model.")]
     changed = {k: t + 1 if t.is_floating_point() else t for k, t in trained.items()}
     set_model_state_dict(moe, changed, options=StateDictOptions(strict=False))
-    assert torch.equal(moe.router.rows[0], trained["moe_rewrite.router.rows.0"])
+    sites = [n for n in trained if ".experts." in n]
+    assert sites and "moe_rewrite.router.rows.0" not in trained  # solved, not trained
+    now = moe.state_dict()
+    assert all(torch.equal(now[n], changed[n]) for n in sites)
 
 
 class Own(nn.Module):

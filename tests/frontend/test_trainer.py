@@ -14,7 +14,10 @@ import moe_rewrite
 
 def converted():
     set_seed(1)
-    return moe_rewrite.convert(llama(tie_word_embeddings=True), split=1, verify=False)
+    """With the options of `fresh`."""
+    router = moe_rewrite.TokenRouter(granularity="prefix")
+    dense = llama(tie_word_embeddings=True)
+    return moe_rewrite.convert(dense, split=1, router=router, verify=False)
 
 
 def same(one, other):

@@ -206,13 +206,12 @@ def counted(moe, mesh, part):
             patches.enter_context(mock.patch.object(dist, name, counting(name, sent)))
         train(moe, [part], 1)
     n = mesh.size()
-    held = sum(p.to_local().nbytes for p in moe.parameters())
     trained = sum(padded(p, n) for p in moe.trainable_parameters())
     blocks = {b: sum(padded(p, n) for p in b.parameters()) for b in [*moe.shallow, *moe.deep]}
     weights = sum(padded(p, n) for p in moe.parameters())
     deep = sum(blocks[b] for b in [moe.shallow[-1], *moe.deep])
-    says = {"held": weights // n, "gathered": weights + deep, "reduced": trained}
-    found = {"held": held, "gathered": sent[gather], "reduced": sent[reduce] * n}
+    says = {"gathered": weights + deep, "reduced": trained}
+    found = {"gathered": sent[gather], "reduced": sent[reduce] * n}
     moe.expand()
     return found | held_in_training(moe, part), says | said_of_training(moe, n)
 
