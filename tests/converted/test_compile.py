@@ -252,7 +252,20 @@ def test_rows_have_the_same_gradients_in_compiled_blocks(small, checkpointing):
     torch.testing.assert_close(got, want)
 
 
+def test_the_default_router_takes_its_sums_in_compiled_training():
+    """Once for a forward, and compiled without a break."""
+    made = fresh(mlp().eval(), split=2, example_inputs=ROWS).train()
+    x = torch.randn(6, 16)
+    made(x).sum().backward()
+    sums = made.router.moments[1].clone()
+    made.compile(backend="aot_eager")
+    made(x).sum().backward()
+    assert compiled_graphs() > 0
+    torch.testing.assert_close(made.router.moments[1], 2 * sums)
+
+
 @pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own modules
 def test_inductor_computes_the_same(moe):
     moe.compile()
     assert_same(moe, 7, rtol=1e-4, atol=1e-5)

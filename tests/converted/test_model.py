@@ -13,6 +13,8 @@ from torch import nn
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
 
+TRAINED = TokenRouter(granularity="prefix")
+
 
 @pytest.fixture(scope="module")
 def llama():
@@ -22,7 +24,7 @@ def llama():
 @pytest.fixture
 def moe(llama):
     """Two layers deep, one expert that does something, and a router that is trained."""
-    moe = fresh(llama, split=1, router=TokenRouter(granularity="prefix"))
+    moe = fresh(llama, split=1, router=TRAINED)
     randomize(moe)
     return moe
 
@@ -208,7 +210,7 @@ def test_storage_is_shared_and_tied_weights_have_one_owner():
 
 
 def test_state_dict_round_trip(llama, moe):
-    other = fresh(llama, split=1)
+    other = fresh(llama, split=1, router=TRAINED)
     state = moe.state_dict()
     assert other.load_state_dict(state, strict=True).missing_keys == []
     assert torch.equal(logits(other), logits(moe))
@@ -219,7 +221,8 @@ def test_state_dict_round_trip(llama, moe):
 
 
 def test_cast_equals_conversion_of_the_cast_model(llama, moe):
-    half = moe_rewrite.convert(copy.deepcopy(llama).to(torch.bfloat16), split=1, verify=False)
+    dense = copy.deepcopy(llama).to(torch.bfloat16)
+    half = moe_rewrite.convert(dense, split=1, router=TRAINED, verify=False)
     with torch.no_grad():
         for name, p in added(half).items():
             p.copy_(added(moe)[name])
