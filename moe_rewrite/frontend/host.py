@@ -18,7 +18,7 @@ from .arguments import bind
 from .example_inputs import infer_inputs
 from .model_class import class_like, values_before_class
 from .own_gradients import whole_functions
-from .structural_copy import named_tensors, working_copy
+from .structural_copy import named_tensors, tensors_of, working_copy
 
 
 class Host:
@@ -37,6 +37,15 @@ class Host:
         """A working copy to run on fake tensors, which sees the matrices that quantised weights
         stand for."""
         return self.working_copy(stand_ins(t for _, t in named_tensors(self.module)))
+
+    def copy_on_meta(self) -> Self:
+        """A working copy whose tensors have no values, to learn shapes from; quantised weights are
+        the matrices that they stand for."""
+        plain = stand_ins(t for _, t in named_tensors(self.module))
+        tensors = tensors_of(self.module)
+        return self.working_copy(
+            {id(t): torch.empty_like(plain.get(id(t), t), device="meta") for t in tensors}
+        )
 
     @property
     def config(self) -> Any:

@@ -133,7 +133,7 @@ class HuggingFaceHost(Host):
         return self.without_cache(arguments), False, None
 
     def cache_format(self) -> CacheFormat:
-        return CacheFormat(self.copy_to_trace().module.eval())
+        return CacheFormat(self)
 
     def generate(
         self, call: Callable[..., Any], caches: Callable[[], Any], *args: Any, **kwargs: Any

@@ -39,6 +39,20 @@ class _GroupedShapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _cache_of(host: Any) -> Any:
+    """The cache that a call returns. The call is on the meta device, or, where code computes on
+    another one too, on fake tensors, which takes several times as long."""
+    with torch.no_grad(), _GroupedShapes():
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+            return host.copy_on_meta().module.eval()(input_ids=ids, use_cache=True)[CACHE]
+        except (RuntimeError, ValueError):
+            model = host.copy_to_trace().module.eval()
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+                return model(input_ids=ids, use_cache=True)[CACHE]
+
+
 class CacheFormat:
     """Shapes of the layers of a model's key-value cache, and how to make, fill and read one.
 
@@ -47,20 +61,18 @@ class CacheFormat:
     """
 
     def __init__(self, host: Any) -> None:
-        """host: a working copy of the model; runs on fake tensors."""
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _GroupedShapes():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=host.device)
-            cache = host(input_ids=ids, use_cache=True)[CACHE]
+        """host: the Host of the model, which is run without values. Raises CaptureError."""
+        cache, self.device = _cache_of(host), host.module.device
         self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)
         for layer in cache.layers:
             if type(layer) not in PLAIN_LAYERS or not layer.is_initialized:
                 raise CaptureError(
-                    f"the cache of {type(host).__name__} has a {type(layer).__name__}, which "
+                    f"the cache of {host.name} has a {type(layer).__name__}, which "
                     "is not a plain key-value layer: generate with use_cache=False"
                 )
             keys, values = layer.keys, layer.values
             self.shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-            self.dtype, self.device = keys.dtype, keys.device
+            self.dtype = keys.dtype
 
     def new(self, batch: int) -> Any:
         cache = DynamicCache()

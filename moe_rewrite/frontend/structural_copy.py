@@ -44,7 +44,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         bias = linear.bias
         linear.bias = None if bias is None else memo[id(bias)]
         memo[id(module)], memo[id(module.weight)] = linear, weight
-    for t in _tensors(model):
+    for t in tensors_of(model):
         if not t.is_leaf:  # a weight that a hook computes anew in every call
             memo[id(t)] = t.detach()
     for _, _, hooks, key in hooks_of_users(model):
@@ -74,7 +74,7 @@ def _refuse_divided(name: str, model: nn.Module) -> NoReturn:
 def working_copy(model: nn.Module, own: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
     """A copy to trace or run, with the very same tensors: whatever that leaves in attributes of
     modules goes with the copy. own: by the id of a tensor, another in its place."""
-    memo: dict[int, Any] = {id(t): t for t in _tensors(model)}
+    memo: dict[int, Any] = {id(t): t for t in tensors_of(model)}
     return _copy(model, memo | dict(own or {}))
 
 
@@ -88,7 +88,7 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """Parameters, buffers, and tensors among other attributes."""
     yield from model.parameters()
     yield from model.buffers()

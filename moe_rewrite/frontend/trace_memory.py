@@ -19,7 +19,9 @@ from typing import Any
 
 FAKES = "fake_tensor_cache_enabled"  # with symbolic sizes, a key costs more than the result
 STACKS = "do_not_emit_stack_traces"  # the stack trace of each node, which nothing here reads
+NOTED = "_extract_tensor_metadata"  # once more what a node's value says, at the price of a proof
 OFTEN = (200, 5, 1)  # gc thresholds: garbage that stays for long keeps its memory pages in use
+RARELY = (50_000, 20, 100)  # a trace makes many objects that stay: going over them takes a fifth of it
 _low_memory: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 
@@ -49,16 +51,24 @@ def _frequent_collection() -> Iterator[None]:
         gc.freeze()
         gc.collect()  # resets the count of long-lived objects, by which Python delays the next
     _trim()
-    usual = gc.get_threshold()
-    gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user turned gc off
     try:
-        yield
+        with _collecting(OFTEN):
+            yield
     finally:
-        gc.set_threshold(*usual)
         gc.collect()
         if own:
             gc.unfreeze()
         _trim()
+
+
+@contextmanager
+def _collecting(thresholds: tuple[int, int, int]) -> Iterator[None]:
+    usual = gc.get_threshold()
+    gc.set_threshold(*(thresholds if usual[0] else usual))  # 0: the user turned gc off
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def release_memory() -> None:
@@ -74,13 +84,18 @@ def _trim() -> None:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """The context for torch.export and torch.onnx.export, which drops what they keep of a trace."""
+    """The context for torch.export and torch.onnx.export, which drops what they keep of a trace, and
+    has Python collect garbage more rarely."""
     import torch._dynamo.config as dynamo
     from torch.fx import config as fx
+    from torch.fx.experimental import proxy_tensor
 
-    frugal = _forgetting() if _low_memory.get() else nullcontext()
+    frugal = _forgetting() if _low_memory.get() else _collecting(RARELY)
     try:
-        with _with(fx, STACKS, True), _with(dynamo, FAKES, False), frugal:
+        with (
+            _with(fx, STACKS, True), _with(dynamo, FAKES, False),
+            _with(proxy_tensor, NOTED, lambda tensor: None), frugal,
+        ):  # fmt: skip
             yield
     except Exception as error:
         _forget_failed(error)
@@ -97,8 +112,8 @@ def _forgetting() -> Iterator[None]:
 
 
 @contextmanager
-def _with(config: Any, name: str, value: bool) -> Iterator[None]:
-    """Set an option of PyTorch for a while; nothing if this version has no such option."""
+def _with(config: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an option or a function of PyTorch for a while; nothing if this version has none such."""
     had = getattr(config, name, None)
     if had is None:
         yield
