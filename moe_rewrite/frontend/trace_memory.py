@@ -21,7 +21,11 @@ FAKES = "fake_tensor_cache_enabled"  # with symbolic sizes, a key costs more tha
 STACKS = "do_not_emit_stack_traces"  # the stack trace of each node, which nothing here reads
 NOTED = "_extract_tensor_metadata"  # once more what a node's value says, at the price of a proof
 OFTEN = (200, 5, 1)  # gc thresholds: garbage that stays for long keeps its memory pages in use
-RARELY = (50_000, 20, 100)  # a trace makes many objects that stay: going over them takes a fifth of it
+RARELY = (
+    50_000,
+    20,
+    100,
+)  # a trace makes many objects that stay: going over them takes a fifth of it
 _low_memory: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 
