@@ -35,6 +35,9 @@ def convert(
     standard: Annotated[
         Path | None, typer.Option(help="Folder for a checkpoint of a standard class (upcycling)")
     ] = None,
+    standalone: Annotated[
+        Path | None, typer.Option(help="Folder that transformers reads without this package")
+    ] = None,
     split: Split = "auto",
     mode: Annotated[str, typer.Option(help="Recipe: pmoe or upcycle")] = "pmoe",
     router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
@@ -106,6 +109,9 @@ def convert(
         typer.echo(f"saved to {out}")
     if standard is not None:
         typer.echo(f"{done.save_standard(standard)} checkpoint saved to {standard}")
+    if standalone is not None:
+        done.save_pretrained(standalone, standalone=True)
+        typer.echo(f"saved to {standalone}, to be read with trust_remote_code=True")
 
 
 @app.command()

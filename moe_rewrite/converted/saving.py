@@ -36,7 +36,8 @@ class Saving(ExpertMethods):
     def save_pretrained(
         self, folder: str | os.PathLike, *, save_only_added: bool | None = None,
         model_card: bool = True, state_dict: dict[str, torch.Tensor] | None = None,
-        is_main_process: bool | None = None, **options: Any,
+        is_main_process: bool | None = None, standalone: bool = False, tokenizer: Any = None,
+        verify: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         """Write what was added (experts, router, recipe) as safetensors and JSON. A crash leaves the
         folder's previous save whole.
@@ -48,10 +49,16 @@ class Saving(ExpertMethods):
         model_card: also write README.md with the report, unless there is one of another's.
         state_dict, is_main_process: passed by trainers, for which the tensors' file has a second
             name, from which they resume. state_dict: gathered tensors to write instead of one's own.
+        standalone: write a folder that transformers' auto classes read without this package, by
+            ``from_pretrained(folder, trust_remote_code=True)``: all weights, the configuration and
+            a modelling file. For LoRA experts with a TokenRouter; experts that are off are left
+            out. It takes tokenizer, verify and max_shard_size as `save_standard` does; nothing is
+            written if anything is refused.
         options: those of transformers that say how dense weights are written are ignored.
 
         Raises ConfigError for an unknown option, and for quantised dense weights that are to be
-        written.
+        written; if standalone, ConversionError for what the modelling file does not compute, or
+        EquivalenceError.
         """
         unknown = sorted(set(options).difference(IGNORED))
         if unknown:
@@ -59,6 +66,13 @@ class Saving(ExpertMethods):
                 f"save_pretrained {unknown[0]}={options[unknown[0]]!r}: no such option of a converted "
                 "model; it takes save_only_added"
             )
+        if standalone:
+            require_package("transformers", "hf", "save_pretrained(standalone=True)")
+            from . import standalone as written_alone
+
+            shards = options.get("max_shard_size", "5GB")
+            written_alone.save(self, folder, shards, tokenizer, verify)
+            return
         only = self.save_only_added if save_only_added is None else save_only_added
         if not only:
             self._store.require_plain("save_only_added=False")

@@ -6,6 +6,7 @@ Imports transformers, so it is imported only when it is asked for.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def save(
     chosen = _chosen(wanted, format)
     state = class_state(wanted, chosen.model, regions)
 
-    def check(written: nn.Module) -> None:
-        _require_same(moe, written, f"save_standard(format={chosen.format!r})")
+    def check(written: Path) -> None:
+        _require_same(moe, folders.read(written), f"save_standard(format={chosen.format!r})")
 
     base = moe.host.module
     folders.write(

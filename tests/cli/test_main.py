@@ -248,3 +248,16 @@ def test_convert_writes_a_standard_checkpoint(tmp_path):
     assert "mixtral checkpoint saved to" in done.output and (tmp_path / "moe/config.json").exists()
     wrong = run("convert", str(tmp_path / "dense"), "--standard", str(tmp_path / "no")).exception
     assert "no class has LoRAExperts" in str(wrong) and not (tmp_path / "no").exists()
+
+
+def test_convert_writes_a_folder_with_its_modelling_file(tmp_path):
+    from standard import dense
+
+    dense("Llama").save_pretrained(tmp_path / "dense")
+    result = run("convert", str(tmp_path / "dense"), "--standalone", str(tmp_path / "moe"))
+    assert "trust_remote_code=True" in result.output
+    assert (tmp_path / "moe" / "modeling_moe_rewrite.py").exists()
+    wrong = run(
+        "convert", str(tmp_path / "dense"), "--mode", "upcycle", "--standalone", str(tmp_path / "no")
+    ).exception  # fmt: skip
+    assert "save_standard" in str(wrong) and not (tmp_path / "no").exists()

@@ -22,13 +22,15 @@ from .formats import FORMATS
 
 def write(
     folder: str | os.PathLike, model: nn.Module, state: Mapping[str, torch.Tensor], base: nn.Module,
-    tokenizer: Any, max_shard_size: int | str, check: Callable[[nn.Module], None] | None,
+    tokenizer: Any, max_shard_size: int | str, check: Callable[[Path], None] | None,
+    more: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write `state` as a checkpoint of `model`, which may be on the meta device.
 
     base: the dense model, whose generation config and, if it is known, tokenizer are written too.
-    check: is given what was written, read again, before it is moved to `folder`; what it raises
+    check: is given the place of what was written before it is moved to `folder`; what it raises
         leaves the folder as it was.
+    more: texts of other files, by name.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -39,13 +41,15 @@ def write(
     with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=target.parent) as made:
         fresh = Path(made)
         options: Any = {"state_dict": dict(state), "max_shard_size": max_shard_size}
-        with _quiet():
+        with quiet():
             model.save_pretrained(fresh, **options)  # type: ignore[operator]
         known = tokenizer if tokenizer is not None else _tokenizer(base)
         if known is not None:
             known.save_pretrained(fresh)
+        for name, text in (more or {}).items():
+            (fresh / name).write_text(text)
         if check is not None:
-            check(read(fresh))
+            check(fresh)
         _move(fresh, target)
 
 
@@ -63,7 +67,7 @@ def _move(fresh: Path, target: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without progress bars and warnings."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -99,7 +103,7 @@ def read(folder: str | os.PathLike) -> nn.Module:
             f"{folder}: model_type {config.model_type!r}, expected one of {', '.join(FORMATS)}"
         )
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, output_loading_info=True
             )

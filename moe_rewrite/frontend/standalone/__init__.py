@@ -1,0 +1,1 @@
+"""Folders that transformers reads with a modelling file of their own, without this package."""
