@@ -119,27 +119,32 @@ def _refusal(moe: Any, spec: Any, experts: Any, dense: nn.Module) -> str:
 def _facts(moe: Any) -> dict[str, Any]:
     """What the modelling file reads of the configuration."""
     place, argument, layouts = observed(moe, WHAT)
-    dense, spec, router = moe._host_module(), moe.router.spec, moe.router
+    dense, router = moe._host_module(), moe.router
     prefix = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
     if not place.startswith(prefix):
         raise ConversionError(
             f"{WHAT}: the cut, at {place}, is not in the base model {prefix[:-1]}"
         )
-    analytic = isinstance(router, AnalyticGate)
-    gate = {
+    return {
+        "experts": [moe.names[e] for e in router.active_indices()],
+        "rank": moe.recipe.experts.rank, "scale": moe.recipe.experts.scale,
+        "place": place.removeprefix(prefix), "argument": argument,
+        "gate": gate_facts(router),
+        "whole": _whole(dense, place, prefix),
+        "width": len(router.lift) if isinstance(router, AnalyticGate) else router.size - 1,
+        "sites": {n.removeprefix(prefix): v for n, v in layouts.items() if n.startswith(prefix)},
+        "sites_of_head": {n: v for n, v in layouts.items() if not n.startswith(prefix)},
+    }  # fmt: skip
+
+
+def gate_facts(router: Any) -> dict[str, Any]:
+    """What the modelling file's Gate reads."""
+    spec, analytic = router.spec, isinstance(router, AnalyticGate)
+    return {
         "granularity": spec.granularity, "top_k": spec.top_k, "over_all": spec.gate == "all",
         "base": spec.base, "normalize": spec.normalize,
         "prior": spec.sharpness * spec.prior if analytic and spec.base else 0.0,
         "projection": spec.projection if analytic else 0,
-    }  # fmt: skip
-    return {
-        "experts": [moe.names[e] for e in router.active_indices()],
-        "rank": moe.recipe.experts.rank, "scale": moe.recipe.experts.scale,
-        "place": place.removeprefix(prefix), "argument": argument, "gate": gate,
-        "whole": _whole(dense, place, prefix),
-        "width": len(router.lift) if analytic else router.size - 1,
-        "sites": {n.removeprefix(prefix): v for n, v in layouts.items() if n.startswith(prefix)},
-        "sites_of_head": {n: v for n, v in layouts.items() if not n.startswith(prefix)},
     }  # fmt: skip
 
 
@@ -175,12 +180,12 @@ def _state(moe: Any, model: nn.Module) -> dict[str, torch.Tensor]:
         state[f"{name}.low_rank.down.weight"] = down.detach()
         state[f"{name}.low_rank.up.weight"] = up.detach()
     gate = next(n for n, _ in model.named_modules() if n.split(".")[-1] == "gate_of_experts")
-    for part, tensor in _gate(moe.router, active).items():
+    for part, tensor in gate_tensors(moe.router, active).items():
         state[f"{gate}.{part}"] = tensor.detach().clone().contiguous()
     return {k: t.contiguous() for k, t in state.items()}
 
 
-def _gate(router: Any, active: list[int]) -> dict[str, torch.Tensor]:
+def gate_tensors(router: Any, active: list[int]) -> dict[str, torch.Tensor]:
     """Of an analytic gate, the rows times its sharpness."""
     rows, more = router.stacked(tuple(active)), {}
     frozen = torch.zeros_like(rows[0])
