@@ -43,7 +43,7 @@ def save(
             config.moe_rewrite, config.auto_map = facts, classes.auto_map(dense)
             kind = getattr(module, f"Routed{type(dense).__name__}")
             with torch.device("meta"):
-                model = kind(config)
+                model = kind(config).to(moe.dtype)  # which the configuration then says
 
             def check(fresh: Path) -> None:
                 _require_same(moe, _read(kind, fresh))
