@@ -1,10 +1,13 @@
 """Models that route already: experts beside the weights of the model's own experts, against loops."""
 
+from itertools import product
+
 import pytest
 import torch
 from conversions import assert_grows_and_loads
 from own_experts import FORMS, Own, build, ids
 from reference import assert_gradients_equal, copied, gates, randomize
+from sweeps import some
 from torch import nn
 
 import moe_rewrite
@@ -139,7 +142,7 @@ CHOSEN = {"each": 1, "two": 2, "repeated": 2}
 def own_by_loops(model, state, x, granularity):
     """The same with experts, one row after the other."""
 
-    def product(weight, row, name, own, gate):
+    def beside(weight, row, name, own, gate):
         y = row @ weight[own]
         for e in range(len(gate)):
             a, b = (state[f"moe_rewrite.experts.{name}.{part}.{e}"] for part in "ab")
@@ -156,14 +159,17 @@ def own_by_loops(model, state, x, granularity):
         total = 0
         for e in own:
             given = row * 0.5 if model.form == "tiled" else row
-            hidden = product(model.up, given, "up", e, gate).tanh()
-            total = total + product(model.down, hidden, "down", e, gate)
+            hidden = beside(model.up, given, "up", e, gate).tanh()
+            total = total + beside(model.down, hidden, "down", e, gate)
         rows.append(total)
     return model.last(x + torch.stack(rows).view(x.shape))
 
 
-@pytest.mark.parametrize("granularity", ["token", "prefix"])
-@pytest.mark.parametrize("form", FORMS)
+FEW = [(form, "token") for form in FORMS] + [("tiled", "prefix")]
+CASES = some(list(product(FORMS, ("token", "prefix"))), FEW)
+
+
+@pytest.mark.parametrize(("form", "granularity"), CASES)
 def test_stacked_weights_in_every_form(form, granularity, tmp_path):
     model = Own(form).eval()
     wanted = LoRAExperts(rank=2, alpha=6.0, sites=("up", "down"))
