@@ -82,11 +82,12 @@ def choose_router(
     by_row = getattr(recipe.router, "granularity", None) == "token"
     rows = features.ndim == 3 and not program.cut.line
     if rows and not by_row and has_positions_first(program, host, arguments):
+        shape = tuple(map(str, features.shape))
         raise ConfigError(
-            f"the features at the cut, {tuple(map(str, features.shape))}, have positions in their first dimension "
-            "(as those of nn.LSTM and nn.TransformerEncoder with batch_first=False), and routers "
-            "average over the second: convert a module that takes (batch, positions, ...) and "
-            "transposes, or use TokenRouter(granularity='token')"
+            f"the features at the cut, {shape}, have positions in their first dimension (as those "
+            "of nn.LSTM and nn.TransformerEncoder with batch_first=False), and routers average over "
+            "the second: convert a module that takes (batch, positions, ...) and transposes, or use "
+            "TokenRouter(granularity='token')"
         )
     ordered = features.ndim == 3 and not isinstance(recipe.router, PatchRouter)
     causal = ordered and _causal(program, host, arguments, recipe)
