@@ -156,7 +156,8 @@ def _inverse(whole: Windows, numbers: torch.Tensor, lead: torch.Size) -> Windows
 def _at(size: Any, batch: Any, count: int) -> Any:
     """A size where the batch has this many samples; None if it depends on anything else."""
     if isinstance(batch, int):  # a constant of the trace: sizes are multiples of it
-        return size // batch * count if isinstance(size, int) and size % batch == 0 else None
+        fits = isinstance(size, int) and batch and size % batch == 0
+        return size // batch * count if fits else None
     made = size.subs(batch, count) if hasattr(size, "subs") else size
     try:
         return int(made)

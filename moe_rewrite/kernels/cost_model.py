@@ -67,7 +67,7 @@ def ffn(
 
 
 def _busy(T: int, E: int, k: float) -> float:
-    """Mean number of experts with at least one row, if rows choose at random."""
+    """Mean number of experts with at least one of T > 0 rows, if rows choose at random."""
     return E * (1 - (1 - min(k / E, 1)) ** T)
 
 

@@ -15,6 +15,7 @@ from ..analysis.row_dims import is_positions_first, mask_of_rows, source_of_rows
 from ..analysis.streams import order_of_streams
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
+from ..ir.ops import mutated
 from ..ir.program import Cut, Program
 from .base import Decisions, Pass
 
@@ -126,11 +127,13 @@ def shallow_modules(program: Program) -> set[str]:
 
 
 def weights_by_side(program: Program) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the weights that are read before the cut, and of those that are read after it."""
+    """Names of the weights that are read before the cut, and of those that are read after it. What
+    only writes to one (RWKV scales its weights first) does not count."""
     found: tuple[set[str], set[str]] = (set(), set())
     for names, nodes in zip(found, map(set, segments(program)), strict=True):
         for node in program.graph.find_nodes(op="placeholder"):
             given = program.inputs[node.name]
-            if given.kind == "weight" and not nodes.isdisjoint(node.users):
+            readers = {user for user in node.users if node not in mutated(user)}
+            if given.kind == "weight" and not nodes.isdisjoint(readers):
                 names.add(given.name)
     return frozenset(found[0]), frozenset(found[1])

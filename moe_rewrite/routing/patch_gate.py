@@ -144,7 +144,7 @@ class PatchGate(Router):
             patches = patches.unflatten(2, (x.shape[1], -1)) * inside.flatten(1, 2).unsqueeze(2)
             patches = patches.flatten(2)
         products = torch.einsum("end,ed->en", patches, rows)
-        return products.view(len(rows), len(x), -1).transpose(0, 1)
+        return products.view(len(rows), len(x), patch_ids.shape[2]).transpose(0, 1)
 
     def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
         """(B, 1, 1) factor of the scores: like scaling the features, but without copying them."""

@@ -26,7 +26,8 @@ class ScaledGates:
     scale: float
 
     def of(self, plan: RoutingPlan) -> torch.Tensor:
-        scales = (plan.weights * self.scale).repeat_interleave(self.rank, dim=-1).to(self.dtype)
+        scales = (plan.weights * self.scale).to(self.dtype)
+        scales = scales.unsqueeze(-1).expand(*scales.shape, self.rank).flatten(-2)
         return self.layout.broadcast(scales, plan.rows, plan.grid)
 
 

@@ -132,6 +132,9 @@ class TokenGate(Router):
                 mask.require_one_document(len(x), "a sequence gate")
             total = counted.sum(1, keepdim=True).clamp_min(1)
             return x.sum(1, keepdim=True) / total.unsqueeze(-1), None, None
+        if x.shape[1] == 0:
+            before = state or PrefixState(x.sum(1), counted.sum(1))
+            return x, before, counted.unsqueeze(-1)
         if isinstance(mask, PackedRows):
             return (*_means_in_documents(x, counted, mask.starts(len(x))),)
         sums, counts = x.cumsum(1), counted.cumsum(1)
@@ -188,7 +191,7 @@ def _expert_choice(logits: torch.Tensor, mask: RowMask, capacity: float) -> torc
     """
     gates = logits.softmax(-1)
     length, experts = gates.shape[1:]
-    taken = max(1, min(length, round(capacity * length / experts)))
+    taken = min(length, max(1, round(capacity * length / experts)))
     scores = gates.detach()
     if isinstance(mask, PackedRows):
         mask.require_one_document(len(scores), "expert choice")

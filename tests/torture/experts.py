@@ -192,15 +192,14 @@ def _open_inputs(moe, given):
 def wrong_gradients(pairs, tolerance, rounded=None):
     """rounded: gradients after a change of the weights by rounding."""
     largest = max(
-        (g.abs().max().item() for g, _ in pairs.values() if g is not None and g.numel()),
-        default=0.0,
+        (_largest(g) for g, _ in pairs.values() if g is not None and g.numel()), default=0.0
     )
     for name, (want, ours) in pairs.items():
         if want is None and ours is None:
             continue
         want = torch.zeros_like(ours) if want is None else want
         ours = torch.zeros_like(want) if ours is None else ours
-        scale = max(want.abs().max().item() if want.numel() else 0.0, 1e-2 * largest, 1e-3)
+        scale = max(_largest(want), 1e-2 * largest, 1e-3)
         moved = None if rounded is None else rounded[name]
         moved = torch.zeros_like(want) if moved is None else moved - want
         if tolerance > 1e-2:  # rounding moves single values over the kink of a ReLU, not most
@@ -210,11 +209,13 @@ def wrong_gradients(pairs, tolerance, rounded=None):
             allowed = 0.5 * want + 1e-2 * max(1.0, largest) + 10 * moved
             error = "is another" if ours > allowed else ""
         else:
-            allowed = (
-                max(10 * tolerance, 2e-3)
-                + 30 * (moved.abs().max().item() if moved.numel() else 0.0) / scale
-            )
+            allowed = max(10 * tolerance, 2e-3) + 30 * _largest(moved) / scale
             error = far(want / scale, ours / scale, allowed)
         if error:
             return f"gradient of {name} {error} (scaled by {scale:.1e})"
     return ""
+
+
+def _largest(tensor):
+    """The largest number in it; an empty batch may have written NaN to a buffer."""
+    return tensor.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if tensor.numel() else 0.0

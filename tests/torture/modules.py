@@ -18,6 +18,7 @@ STARTS = {  # kind of input -> (kind of value after the stem, how often)
 }  # fmt: skip
 BRIDGES = {"map": ("tokens", "vector"), "tokens": ("vector",), "line": ("tokens", "vector")}
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13)
+NONE = 0.08  # how often a call has no samples, or no positions
 
 
 class Stem(nn.Module):
@@ -114,6 +115,8 @@ class Made:
         draw = self.draw
         batch = draw.choice((1, 1, 2, 3, 4, 5)) if other else draw.choice((2, 3, 4))
         length = draw.choice(SIZES) if other else draw.choice((4, 6, 7))
+        if other and draw.random() < NONE:
+            batch, length = draw.choice(((0, length), (0, length), (batch, 0)))
         height, width = self.image
         if other and self.start == "image" and draw.random() < 0.3:
             height, width = height + draw.choice((0, 2, 4)), width + draw.choice((0, 4))
@@ -131,7 +134,7 @@ class Made:
         arguments = {"x": x.to(dtype) if x.is_floating_point() else x}
         if self.call == "mask":
             mask = torch.ones(batch, length, dtype=torch.long)
-            mask[0, length - length // 3 :] = 0
+            mask[:1, length - length // 3 :] = 0
             arguments["attention_mask"] = mask
         elif self.call == "extra":
             arguments["extra"] = torch.randn(batch)

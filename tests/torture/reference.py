@@ -82,7 +82,8 @@ def token_gates(features, mask, state, spec, active):
     if spec.normalize:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     if x.ndim == 3 and spec.granularity != "token":
-        counts = torch.ones(x.shape[:2]) if mask is None else mask.float()
+        of_rows = mask is not None and mask.shape == x.shape[:2]  # not where rows were taken out
+        counts = mask.float() if of_rows else torch.ones(x.shape[:2])
         kept = torch.where(counts[..., None] > 0, x, torch.zeros(()))
         if spec.granularity == "prefix":
             x = kept.cumsum(1) / counts.cumsum(1).clamp_min(1)[..., None]

@@ -161,9 +161,10 @@ class FeedForwardCall:
         if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
             return "grouped"
         assert self.form is not None
-        rows, width = x_TD.shape
-        taken, products = int(dispatch.plan.offsets[-1]) / max(rows, 1), 3 if self.form.gate else 2
-        hidden = up[0].shape[0]
+        (rows, width), pairs = x_TD.shape, int(dispatch.plan.offsets[-1])
+        if pairs == 0:
+            return "grouped"
+        taken, products, hidden = pairs / rows, 3 if self.form.gate else 2, up[0].shape[0]
         return cost_model.best(
             cost_model.ffn(cost_model.CPU, rows, width, hidden, len(up), taken, products)
         )

@@ -69,7 +69,7 @@ class LoRACall:
             return self.form
         if torch.compiler.is_compiling():  # costs are known of eager operations, call by call
             return "dense"
-        rows, rank = x.shape[:-1].numel(), scales.shape[-1] // experts
+        rows, rank = max(x.shape[:-1].numel(), 1), scales.shape[-1] // experts
         out, width = weight.shape
         return cost_model.best(
             cost_model.lora(cost_model.CPU, rows, width, out, experts, rank, gates.top_k)
