@@ -175,7 +175,7 @@ def laid_out(gates, y, layout, lead):
         gates = gates.squeeze(1)
     if gates.ndim == 3 and layout == "one before":  # which has no row at the cut
         gates = F.pad(gates, (0, 0, 1, 0))
-    if gates.ndim == 3 and layout == "every second":
+    if gates.ndim == 3 and layout == "every second" and gates.shape[1] > y.shape[1]:  # at the cut
         gates = gates[:, ::2]
     if layout == "sample" and gates.ndim == 3:
         raise AssertionError("rows that are not the plan's have experts")
