@@ -26,14 +26,16 @@ def inspect(
 ) -> DepthMap:
     """The blocks of a model, where it can be cut, with parameters and FLOPs. Prints as a table.
 
+    model: a dense model.
     example_inputs: a tensor, tuple or dict of tensors with a batch dimension first; None infers
         them, for Hugging Face models and for modules whose first layer determines its input.
     html: also write a page to this file, which needs no network: for each split at a block, what
         lands on each side, what crosses the cut, and which sites take experts or why not.
     split: the one that the page shows first, as `convert` takes it.
 
-    Raises ConfigError where the page cannot be written, InputError where inputs cannot be inferred, CaptureError where the model cannot be
-    captured, SplitError where no output depends on both an input and a parameter.
+    Raises ConfigError where the page cannot be written, InputError where inputs cannot be inferred,
+    CaptureError where the model cannot be captured, SplitError where no output depends on both an
+    input and a parameter.
     """
     from .converted import build
 
@@ -56,6 +58,7 @@ def convert(
 ) -> MoEModel | Report:
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
+    model: a dense model; its mode (training or evaluation) is the converted one's.
     mode: ``"pmoe"``: progressive experts and one router, at the cut (PMoE, arXiv 2407.21571);
         ``"upcycle"``: copies of each feed-forward region after the cut, and a router for each that
         takes two of them for a row (sparse upcycling, arXiv 2212.05055).

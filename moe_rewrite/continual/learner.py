@@ -89,6 +89,7 @@ class Learner(Method):
             ]
 
     def learn(self, tasks: Sequence[Task], number: int) -> None:
+        """Train an expert on tasks[number], and the router; the tasks before it have been learnt."""
         task = tasks[number]
         moe = self.model
         expert = self._new_expert(task)

@@ -55,6 +55,7 @@ class ExpertMethods(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """Number of experts, inactive ones included."""
         return len(self._experts)
 
     def expand(
@@ -63,11 +64,15 @@ class ExpertMethods(nn.Module):
         """Add n experts, freeze the older ones, and return the new parameters.
 
         They stay inactive, so no output changes, until `activate(name)` or the first forward in
-        training mode. Rows of the router stay trainable. name: of the expert; with n > 1,
-        ``name.0``, ``name.1``, ... classes: columns that the (last) new expert appends to the
-        classification head; while it is inactive they are minus infinity, or absent if no later
-        columns are active. Called in all processes that train the model. Raises ConfigError for a
-        wrong value or where no expert can be added.
+        training mode. Rows of the router stay trainable. Called in all processes that train the
+        model.
+
+        n: how many.
+        name: of the expert; with n > 1, ``name.0``, ``name.1``, ...
+        classes: columns that the (last) new expert appends to the classification head; while it is
+            inactive they are minus infinity, or absent if no later columns are active.
+
+        Raises ConfigError for a wrong value or where no expert can be added.
         """
         return self._experts.expand(n, name, classes)
 
@@ -104,8 +109,10 @@ class ExpertMethods(nn.Module):
         """A dense model of the original's class, with tensors of its own, that computes what this
         one does within `use_expert(name)`; the two are compared.
 
-        example_inputs: as for `convert`. Raises ConfigError for experts that one dense weight
-        cannot do (of regions, beside computed or tied weights, with columns of a head).
+        example_inputs: as for `convert`.
+
+        Raises ConfigError for experts that one dense weight cannot do (of regions, beside computed
+        or tied weights, with columns of a head).
         """
         self._store.require_whole("merge_expert()")
         return merge_expert(self, self._experts.index(name), example_inputs)

@@ -157,10 +157,12 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile each block by torch.compile, as transformers' regional compilation does; alike
         ones once. The first call of a kind takes longer; other lengths and experts that come or go
-        compile nothing more. options: torch.compile's, such as ``backend`` and ``mode``.
+        compile nothing more.
 
-        ``torch.compile(moe)`` does the same in a module of its own, with torch.compile's
-        ``dynamic``. Blocks with hooks or sharded parameters run uncompiled.
+        dynamic: as torch.compile's.
+        options: torch.compile's others, such as ``backend`` and ``mode``.
+
+        ``torch.compile(moe)`` does the same in a module of its own. Blocks with hooks or sharded parameters run uncompiled.
         """
         super().compile(dynamic=dynamic, **options)
 
@@ -223,8 +225,12 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     def pipeline_stages(self, output: str | None = None) -> tuple[ShallowStage, DeepStage]:
         """The frozen and the deep half as two stages of torch.distributed.pipelining, over this
         model's tensors: the first takes a call's arguments, the second the first one's result and
-        the arguments by name. output: which of the model's outputs the second returns; None: the
-        first. Raises ConfigError if the shallow half is trained."""
+        the arguments by name.
+
+        output: which of the model's outputs the second returns; None: the first.
+
+        Raises ConfigError if the shallow half is trained.
+        """
         return stages_of(self, output)
 
     def _planner(self, cache: Any, counts: bool = False) -> Planner:
@@ -254,9 +260,12 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         return self.reference.original
 
     def trainable_parameters(self) -> list[nn.Parameter]:
+        """What gets gradients, for an optimizer: the newest experts and a router trained by gradient
+        (with ``freeze=False`` the dense weights too)."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
+        """Print numbers and share of trained parameters, in PEFT's form."""
         trainable = sum(p.numel() for p in self.trainable_parameters())
         total = sum(p.numel() for p in self.parameters())
         print(
@@ -267,7 +276,10 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
     def gradient_checkpointing_enable(
         self, *args: Any, every_n_layers: int = 1, offload: bool = False, **kwargs: Any
     ) -> None:
-        """Recompute each deep block in the backward pass (non-reentrant, whatever is asked for)."""
+        """Recompute each deep block in the backward pass (non-reentrant, whatever is asked for).
+
+        every_n_layers, offload: transformers' options; others than the defaults raise ConfigError.
+        """
         if every_n_layers != 1 or offload:
             raise ConfigError(
                 f"every_n_layers={every_n_layers}, offload={offload}: every deep block of a converted "
@@ -276,6 +288,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self._checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
         self._checkpointing = False
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # transformers' name since 5.20
@@ -283,20 +296,24 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether deep blocks are recomputed in the backward pass."""
         return self._checkpointing
 
     is_activation_checkpointing = is_gradient_checkpointing
 
     @property
     def config(self) -> Any:
+        """The original's configuration, if it has one."""
         return self.host.config
 
     @property
     def device(self) -> torch.device:
+        """Of the dense weights."""
         return device_and_dtype(self)[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the dense weights; experts and router have their own."""
         return device_and_dtype(self)[1]
 
     def train(self, mode: bool = True) -> MoEModel:

@@ -42,6 +42,7 @@ class RouterFit(ExpertMethods):
 
         expert: name or index; None for the frozen model, with samples of its original task.
         batches: inputs in the form of `example_inputs` (tensor, tuple or dict).
+
         Only sums are kept, over all calls and in any order; if a batch fails, nothing is added.
         Raises ConfigError unless the router is analytic (``TokenRouter(fit="analytic")``), and
         InputError for features that are not finite.
@@ -86,6 +87,10 @@ class RouterFit(ExpertMethods):
 
         batches: inputs as for `fit_router`. None: texts that the frozen model writes itself, as
             many as `texts` with up to `length` tokens, sampled at temperature 1 under this seed.
+        texts: number of texts.
+        length: most tokens of a text.
+        seed: of the sampling.
+
         Calls add up. Raises ConfigError for wrong values, for a router that is trained, and for
         batches=None where the model is no language model.
         """

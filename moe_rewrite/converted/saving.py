@@ -118,8 +118,11 @@ class Saving(ExpertMethods):
         self, repo_id: str, *, save_only_added: bool | None = None, **options: Any
     ) -> str:
         """Save to a repository of the Hugging Face Hub, made if there is none; returns its address.
-        `moe_rewrite.load(repo_id, model)` reads it. options: private, token, commit_message,
-        revision, create_pr."""
+        `moe_rewrite.load(repo_id, model)` reads it.
+
+        save_only_added: as for `save_pretrained`.
+        options: private, token, commit_message, revision, create_pr.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, save_only_added=save_only_added)
             return hub.upload(folder, repo_id, **options)

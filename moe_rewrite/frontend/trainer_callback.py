@@ -12,9 +12,12 @@ from ..routing.statistics import RoutingStatistics
 
 class RoutingCallback(TrainerCallback):
     """Logs the share of each expert, the gates' entropy, dropped rows and the load of the training
-    steps since the last log, as ``routing/...`` (`RoutingStatistics.summary`)::
+    steps since the last log, as ``routing/...`` (`RoutingStatistics.summary`).
 
-        trainer.add_callback(moe_rewrite.RoutingCallback(trainer))
+    trainer: the Trainer that it is then added to:
+        ``trainer.add_callback(moe_rewrite.RoutingCallback(trainer))``.
+
+    Raises ConfigError if the trainer's model was not converted.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -62,7 +62,9 @@ class RoutingPlan:
         f_e is the share of the rows' choices that went to e, p_e its mean probability (Switch
         Transformer, arXiv 2101.03961, equation 4, here for any number of choices; sigmoid scores
         are divided by their sum, as in DeepSeek-V3, arXiv 2412.19437, equation 19).
+
         mask: (B, S), nonzero for rows that count; used if rows are (B, S).
+
         Raises InputError for a plan of patches.
         """
         logits, count = self._token_logits(), self._counted(mask)
@@ -74,7 +76,10 @@ class RoutingPlan:
 
     def z_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mean square of the logits' log-sum-exp, a penalty on large logits (ST-MoE, arXiv
-        2202.08906, equation 5). mask, errors: as for `load_balance_loss`."""
+        2202.08906, equation 5).
+
+        mask: as for `load_balance_loss`, and so are errors.
+        """
         logits, count = self._token_logits(), self._counted(mask)
         return (logits.logsumexp(-1, keepdim=True).square() * count).sum() / count.sum()
 

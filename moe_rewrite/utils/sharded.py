@@ -124,7 +124,7 @@ def require_not_parted(parameter: nn.Parameter) -> None:
         raise ConfigError(
             "DeepSpeed's ZeRO stage 3 fills weights where modules of the original run, and a "
             "converted model runs blocks instead: use stage 1 or 2, or FSDP2, fully_shard for each "
-            "block of moe.shallow and moe.deep, then for moe (docs/training.md)"
+            "block of moe.shallow and moe.deep, then for moe (docs/many_gpus.md)"
         )
 
 

@@ -194,7 +194,7 @@ def tensor_parallel(rank, world, folder):
 
 
 def counted(moe, mesh, part):
-    """Bytes that a process holds and receives in a step, and those that docs/training.md says."""
+    """Bytes that a process holds and receives in a step, and those that docs/many_gpus.md says."""
     by_block(moe, mesh)
     train(moe, [part], 1)
     new = hasattr(dist, "all_gather_single")  # other names before PyTorch 2.13

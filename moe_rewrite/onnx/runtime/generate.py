@@ -98,8 +98,13 @@ class Generator(OnnxModel):
     ) -> torch.Tensor:  # fmt: skip
         """(B, S + new) int64 ids: the prompts and the generated tokens.
 
-        input_ids, attention_mask: (B, S). After `eos_token_id`, a row continues with
-        `pad_token_id`. Generation ends when every row has ended, or after `max_new_tokens`.
+        input_ids: (B, S) int64.
+        max_new_tokens: generation ends after so many, or when every row has ended.
+        eos_token_id: after it a row continues with `pad_token_id`; None: no row ends.
+        pad_token_id: see there.
+        attention_mask: (B, S), 0 for padding on the left; None: none is padding.
+
+        Raises InputError for ids of another shape.
         """
         if input_ids.ndim != 2 or not input_ids.numel():
             raise InputError(
