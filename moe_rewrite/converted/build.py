@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import (
@@ -53,6 +54,7 @@ def inspect(
     return depth
 
 
+@torch.inference_mode(False)  # what is made here is trained elsewhere
 def convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
@@ -90,6 +92,7 @@ def _converted(
     return moe
 
 
+@torch.inference_mode(False)
 def load(
     folder: str | os.PathLike, model: nn.Module, example_inputs: Any, verify: bool
 ) -> MoEModel:
@@ -110,6 +113,7 @@ def load(
     return moe
 
 
+@torch.inference_mode(False)
 def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> MoEModel:
     """As `moe_rewrite.from_standard`."""
     require_package("transformers", "hf", "from_standard")

@@ -58,6 +58,7 @@ class ExpertMethods(nn.Module):
         """Number of experts, inactive ones included."""
         return len(self._experts)
 
+    @torch.inference_mode(False)
     def expand(
         self, n: int = 1, name: str | None = None, classes: int | None = None
     ) -> list[nn.Parameter]:

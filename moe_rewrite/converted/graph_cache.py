@@ -127,6 +127,7 @@ class GraphCache:
                 )
         return graph
 
+    @torch.inference_mode(False)  # its constants serve training too
     def _compiled(self, call: Call, tries: tuple[Sizes, ...]) -> BoundGraph:
         """A new graph whose conditions the call meets. Raises InputError or CaptureError."""
         tried = [g.conditions for g in self._kept.get(call.key, ())]

@@ -33,6 +33,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
                 f"{name} of {type(model).__name__} has no shape yet: run the model once on its "
                 "inputs, so that its lazy layers are initialised"
             )
+        if tensor.is_inference():
+            raise InputError(
+                f"{name} of {type(model).__name__} was made in torch.inference_mode(), and PyTorch "
+                "computes no gradients beside such tensors: make or load the model outside of it "
+                "(torch.no_grad() does no harm)"
+            )
         if is_sharded(tensor) or is_parted_by_zero(tensor):
             _refuse_divided(name, model)
     memo: dict[int, Any] = {}
