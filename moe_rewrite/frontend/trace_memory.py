@@ -55,24 +55,16 @@ def _frequent_collection() -> Iterator[None]:
         gc.freeze()
         gc.collect()  # resets the count of long-lived objects, by which Python delays the next
     _trim()
-    try:
-        with _collecting(OFTEN):
-            yield
-    finally:
-        gc.collect()
-        if own:
-            gc.unfreeze()
-        _trim()
-
-
-@contextmanager
-def _collecting(thresholds: tuple[int, int, int]) -> Iterator[None]:
     usual = gc.get_threshold()
-    gc.set_threshold(*(thresholds if usual[0] else usual))  # 0: the user turned gc off
+    gc.set_threshold(*(OFTEN if usual[0] else usual))  # 0: the user turned gc off
     try:
         yield
     finally:
         gc.set_threshold(*usual)
+        gc.collect()
+        if own:
+            gc.unfreeze()
+        _trim()
 
 
 def release_memory() -> None:
@@ -88,13 +80,12 @@ def _trim() -> None:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """The context for torch.export and torch.onnx.export, which drops what they keep of a trace, and
-    has Python collect garbage more rarely."""
+    """The context for torch.export and torch.onnx.export, which drops what they keep of a trace."""
     import torch._dynamo.config as dynamo
     from torch.fx import config as fx
     from torch.fx.experimental import proxy_tensor
 
-    frugal = _forgetting() if _low_memory.get() else _collecting(RARELY)
+    frugal = _forgetting() if _low_memory.get() else nullcontext()
     try:
         with (
             _with(fx, STACKS, True), _with(dynamo, FAKES, False),
