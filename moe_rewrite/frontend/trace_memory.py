@@ -11,6 +11,7 @@ import ctypes
 import gc
 import inspect
 import linecache
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -21,11 +22,6 @@ FAKES = "fake_tensor_cache_enabled"  # with symbolic sizes, a key costs more tha
 STACKS = "do_not_emit_stack_traces"  # the stack trace of each node, which nothing here reads
 NOTED = "_extract_tensor_metadata"  # once more what a node's value says, at the price of a proof
 OFTEN = (200, 5, 1)  # gc thresholds: garbage that stays for long keeps its memory pages in use
-RARELY = (
-    50_000,
-    20,
-    100,
-)  # a trace makes many objects that stay: going over them takes a fifth of it
 _low_memory: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 
@@ -89,7 +85,7 @@ def tracing() -> Iterator[None]:
     try:
         with (
             _with(fx, STACKS, True), _with(dynamo, FAKES, False),
-            _with(proxy_tensor, NOTED, lambda tensor: None), frugal,
+            _with(proxy_tensor, NOTED, _elsewhere(getattr(proxy_tensor, NOTED, None))), frugal,
         ):  # fmt: skip
             yield
     except Exception as error:
@@ -118,6 +114,12 @@ def _with(config: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, had)
+
+
+def _elsewhere(function: Any) -> Any:
+    """A function of PyTorch as other threads know it; None is what it returns in this one."""
+    here = threading.get_ident()
+    return lambda *args: None if threading.get_ident() == here else function(*args)
 
 
 def lazy_modules() -> AbstractContextManager[None]:
