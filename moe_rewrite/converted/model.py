@@ -321,6 +321,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         InputError if their features were not finite."""
         if not mode:
             self.settle_router()
+        self._experts.forget()  # an optimizer may have written through `.data`
         super().train(mode)
         self.deep.train(mode)
         self.shallow.train(mode and not self._compiler.recipe.freeze)

@@ -46,11 +46,13 @@ class ExpertParameters(nn.Module):
 
     def in_graph(self, part: str, expert: int, tensor: torch.Tensor) -> torch.Tensor:
         """An expert's tensor of a part in the dtype that a graph takes; the cast of one that gets no
-        gradient is kept until it changes."""
+        gradient is kept until it changes; none of one that is trained in training mode, where
+        optimizers write through `.data`, which no version counts."""
         dtype = self.computes.get(part, tensor.dtype)
         if tensor.dtype == dtype:
             return gathered_to_run(tensor)
-        if is_traced(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        trained = tensor.requires_grad and (self.training or torch.is_grad_enabled())
+        if is_traced(tensor) or trained:
             return gathered_to_run(tensor).to(dtype)
         key = (tensor, tensor._version, tensor.data_ptr(), dtype)
         kept = self._cast.get((part, expert))

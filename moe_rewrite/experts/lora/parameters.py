@@ -93,7 +93,8 @@ class LoRAParameters(ExpertParameters):
         """A as (active * rank, in, ...) and B as (out, active * rank, ...).
 
         For a linear map in training, lists: a stack of the older, frozen experts and one tensor for
-        each of the others. Stacks are cached until a parameter changes.
+        each of the others. Stacks are cached until a parameter changes; in training mode, only
+        those of frozen experts.
         """
         if len(active) == 1:  # by the table: a ParameterList takes a microsecond an element
             name = str(active[0])
@@ -123,7 +124,8 @@ class LoRAParameters(ExpertParameters):
         self, a: list[torch.Tensor], b: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = self.computes["a"]
-        if is_traced(a[0]):
+        trained = self.training and any(p.requires_grad for p in (*a, *b))
+        if is_traced(a[0]) or (trained and not is_sharded(a[0])):
             return torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype)
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
