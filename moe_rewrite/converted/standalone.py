@@ -140,10 +140,11 @@ def _facts(moe: Any) -> dict[str, Any]:
 def gate_facts(router: Any) -> dict[str, Any]:
     """What the modelling file's Gate reads."""
     spec, analytic = router.spec, isinstance(router, AnalyticGate)
+    knows_base = analytic and router.knows_base
     return {
         "granularity": spec.granularity, "top_k": spec.top_k, "over_all": spec.gate == "all",
         "base": spec.base, "normalize": spec.normalize,
-        "prior": spec.sharpness * spec.prior if analytic and spec.base else 0.0,
+        "prior": spec.sharpness * spec.prior if spec.base and knows_base else 0.0,
         "projection": spec.projection if analytic else 0,
     }  # fmt: skip
 

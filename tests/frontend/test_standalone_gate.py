@@ -18,7 +18,7 @@ MASK = torch.ones(3, 7).long()
 MASK[1, :3], MASK[2, 5:] = 0, 0
 
 
-def router(**options):
+def router(knows_base=True, **options):
     spec = TokenRouter(init=0.5, projection=32, **options)
     kind = AnalyticGate if spec.fit == "analytic" else TokenGate
     made = kind(spec, WIDTH, torch.device("cpu"))
@@ -28,6 +28,7 @@ def router(**options):
         for row in (*made.rows, *([made.frozen] if spec.fit == "analytic" else [])):
             row.normal_(0, 0.2)
     made.set_active(1, False)
+    made.knows_base = knows_base  # as if from sums
     return made
 
 
@@ -60,6 +61,16 @@ def test_every_kind_of_token_router_gives_the_same_gates(masked):
         torch.testing.assert_close(theirs[keep], ours[keep], rtol=0, atol=2e-6, msg=str(case))
         seen.append(ours.flatten(0, 1).std(0).max())
     assert sum(s > 0.01 for s in seen) > 0.9 * len(CASES)  # gates that differ from row to row
+
+
+@torch.no_grad()
+def test_a_frozen_model_that_the_router_knows_nothing_of_has_no_prior():
+    case = {"granularity": "prefix", "fit": "analytic"}
+    known, unknown = router(**case), router(knows_base=False, **case)
+    for made in (known, unknown):
+        ours = made(X, None, None)[0].weights
+        torch.testing.assert_close(gate_of(made)(X, Plan()), ours, rtol=0, atol=2e-6)
+    assert (known(X, None, None)[0].base > unknown(X, None, None)[0].base).all()
 
 
 @pytest.mark.parametrize("fit", ["gradient", "analytic"])
