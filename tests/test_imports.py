@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moe_rewrite"
 FLOORS = [
-    {"cli"}, {"demo"}, {"continual"}, {"convert", "onnx"}, {"converted"}, {"passes"}, {"experts"},
+    {"cli"}, {"demo"}, {"continual"}, {"convert", "onnx"}, {"converted"}, {"serve"}, {"passes"}, {"experts"},
     {"analysis"}, {"frontend"}, {"routing"}, {"config", "ir"}, {"kernels"},
     {"models", "utils"}, {"errors"},
 ]  # fmt: skip

@@ -114,6 +114,28 @@ class Saving(ExpertMethods):
 
         return standard.save(self, folder, format, max_shard_size, tokenizer, verify)  # type: ignore[arg-type]
 
+    def save_adapters(
+        self, folder: str | os.PathLike, *, tokenizer: Any = None, verify: bool = True
+    ) -> None:
+        """Write every expert that is on as an adapter in PEFT's format, in a folder of its name, and
+        the router with the frozen model up to the cut in ``router/``, to serve one adapter or a
+        mixture a request; `moe_rewrite.serve.AdapterRouter` reads it.
+
+        tokenizer: to write beside the router; None: that of the folder that the dense model came
+            from, if it is known.
+        verify: read what was written, and compare features and gates with the converted model's
+            before it is moved to the folder.
+
+        The folder is new, empty, or an earlier one of this kind, which is replaced as a whole;
+        nothing is written if anything is refused. For LoRA experts on linear maps of a language
+        model with a TokenRouter that reads the prefix or the sequence. Raises ConversionError or
+        ConfigError for what the files cannot hold, or EquivalenceError.
+        """
+        require_package("transformers", "hf", "save_adapters")
+        from . import adapters
+
+        adapters.save(self, folder, tokenizer, verify)
+
     def push_to_hub(
         self, repo_id: str, *, save_only_added: bool | None = None, **options: Any
     ) -> str:

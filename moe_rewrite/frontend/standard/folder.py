@@ -43,7 +43,7 @@ def write(
         options: Any = {"state_dict": dict(state), "max_shard_size": max_shard_size}
         with quiet():
             model.save_pretrained(fresh, **options)  # type: ignore[operator]
-        known = tokenizer if tokenizer is not None else _tokenizer(base)
+        known = tokenizer if tokenizer is not None else tokenizer_of(base)
         if known is not None:
             known.save_pretrained(fresh)
         for name, text in (more or {}).items():
@@ -80,7 +80,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(base: nn.Module) -> Any:
+def tokenizer_of(base: nn.Module) -> Any:
     """The tokenizer of the folder, or the cached hub name, that the model came from; None without."""
     place = getattr(base, "name_or_path", "") or ""
     if not place:
