@@ -11,6 +11,7 @@ from ..errors import ConfigError, MoeRewriteError
 from . import continual
 from .inspect import inspect_command
 from .onnx import export
+from .serve import serve, serve_adapters
 
 app = typer.Typer(
     help="Rewrite dense PyTorch models into mixture-of-experts models.",
@@ -185,6 +186,8 @@ def demo(
 
 
 app.command()(export)
+app.command()(serve_adapters)
+app.command()(serve)
 app.command()(continual.learn)
 app.command()(continual.compare)
 
