@@ -115,7 +115,7 @@ class AdapterRouter:
         (B, 1, [1 +] E) of a sequence router."""
         from ..frontend.standalone.modeling import Plan
 
-        return self._gate.outputs(features, Plan())
+        return self._gate(features, Plan())
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +127,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 def _gate(facts: Facts, tensors: dict[str, torch.Tensor], where: str) -> Gate:
     from ..frontend.standalone.modeling import Gate
 
-    gate = Gate(facts.width, len(facts.experts), facts.gate)
+    # the frozen model's row is one more output here, whose gate is asked for too
+    rows = len(facts.experts) + int(facts.gate["base"])
+    gate = Gate(facts.width, rows, facts.gate | {"base": False})
     require_finite(tensors, where)
     try:
         gate.load_state_dict(tensors)

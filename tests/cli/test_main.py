@@ -30,7 +30,7 @@ def run(*arguments):
         (["convert"], ("--split", "--router", "--top-k", "--sites", "--dry-run", "--out")),
         (["demo"], ("--model", "--data", "--seed")),
         (["patches"], ("--images", "--experts", "--grid", "--mean", "--out")),
-        (["serve-adapters"], ("OUT", "--experts", "--no-verify")),
+        (["serve-adapters"], ("--experts", "--no-verify")),
         (["serve"], ("--engine", "--url", "--base", "--mixture", "--port")),
     ],
 )

@@ -113,11 +113,6 @@ class Gate(nn.Module):
 
     def forward(self, features: torch.Tensor, plan: Plan) -> torch.Tensor:
         """(B, S, E) or (B, 1, E) of features (B, S, D)."""
-        gates = self.outputs(features, plan)
-        return gates[..., 1:] if self.spec["base"] else gates
-
-    def outputs(self, features: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The same, with the frozen model's gate first where it has one."""
         spec, x = self.spec, features.detach().float()
         if spec["normalize"]:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
@@ -129,7 +124,8 @@ class Gate(nn.Module):
         logits = linear(x, self.weight.float(), self.bias.float())
         if seen is not None and spec["prior"]:
             logits = torch.cat([logits[..., :1] + spec["prior"] / seen, logits[..., 1:]], dim=-1)
-        return self._chosen(logits)
+        gates = self._chosen(logits)
+        return gates[..., 1:] if spec["base"] else gates
 
     def _mean(self, x: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(means over the positions that count, how many these are): (B, 1, F) and None over the
