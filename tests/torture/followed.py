@@ -162,8 +162,10 @@ class Followed:
 
     def instead(self, name, path, module, args, output):
         """The sum of the copies' outputs by their gates."""
-        self.hit.add(name)
         of_map = not isinstance(module, Ffn)
+        if of_map and name in self.hit:
+            raise NotFollowed("a region in which a module runs twice")
+        self.hit.add(name)
         if self.by_layer and of_map:
             raise NotFollowed("a layer's router over a map")
         routes = self._of_layer if self.by_layer else self.over
