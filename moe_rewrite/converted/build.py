@@ -54,7 +54,6 @@ def inspect(
     return depth
 
 
-@torch.inference_mode(False)  # what is made here is trained elsewhere
 def convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
 ) -> MoEModel | Report:
@@ -62,7 +61,8 @@ def convert(
     _require_dense(model)
     model = without_wrapper(model)
     try:
-        return _converted(model, recipe, example_inputs, verify, dry_run)
+        with torch.inference_mode(False):  # what is made here is trained elsewhere
+            return _converted(model, recipe, example_inputs, verify, dry_run)
     except (MoeRewriteError, MemoryError):
         raise
     except Exception as error:
@@ -92,7 +92,6 @@ def _converted(
     return moe
 
 
-@torch.inference_mode(False)
 def load(
     folder: str | os.PathLike, model: nn.Module, example_inputs: Any, verify: bool
 ) -> MoEModel:
@@ -109,11 +108,11 @@ def load(
     of_experts = checkpoint.Facts.of(folder, facts, recipe.num_experts)
     moe = convert(model, recipe, example_inputs, verify)
     assert isinstance(moe, MoEModel)
-    moe.restore(tensors, of_experts)
+    with torch.inference_mode(False):
+        moe.restore(tensors, of_experts)
     return moe
 
 
-@torch.inference_mode(False)
 def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> MoEModel:
     """As `moe_rewrite.from_standard`."""
     require_package("transformers", "hf", "from_standard")
@@ -124,7 +123,8 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> 
     read, options = standard.recipe_of(folder)
     moe = convert(model, make_recipe(**options), None, verify)
     assert isinstance(moe, MoEModel)
-    standard.restore(moe, read, folder, verify)
+    with torch.inference_mode(False):
+        standard.restore(moe, read, folder, verify)
     return moe
 
 

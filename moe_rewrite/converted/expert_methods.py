@@ -58,7 +58,6 @@ class ExpertMethods(nn.Module):
         """Number of experts, inactive ones included."""
         return len(self._experts)
 
-    @torch.inference_mode(False)
     def expand(
         self, n: int = 1, name: str | None = None, classes: int | None = None
     ) -> list[nn.Parameter]:
@@ -75,7 +74,8 @@ class ExpertMethods(nn.Module):
 
         Raises ConfigError for a wrong value or where no expert can be added.
         """
-        return self._experts.expand(n, name, classes)
+        with torch.inference_mode(False):  # what is made here is trained elsewhere
+            return self._experts.expand(n, name, classes)
 
     def activate(self, name: str | int) -> None:
         """Let an expert, by name or index, take part in routing. Raises ConfigError."""

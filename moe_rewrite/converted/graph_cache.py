@@ -127,7 +127,6 @@ class GraphCache:
                 )
         return graph
 
-    @torch.inference_mode(False)  # its constants serve training too
     def _compiled(self, call: Call, tries: tuple[Sizes, ...]) -> BoundGraph:
         """A new graph whose conditions the call meets. Raises InputError or CaptureError."""
         tried = [g.conditions for g in self._kept.get(call.key, ())]
@@ -136,7 +135,8 @@ class GraphCache:
             self._store.load_into(self._compiler.host.module)
             compile = self._compiler.compile
             try:
-                program, emitted = compile(call.arguments, call.mode, sizes, call.ints)
+                with torch.inference_mode(False):  # its constants serve training too
+                    program, emitted = compile(call.arguments, call.mode, sizes, call.ints)
             except CaptureError as raised:
                 error = error or raised
                 if not tried:

@@ -75,9 +75,9 @@ class _Seen:
         self.calls: Counter[str] = Counter()
 
     def hook(self, name: str, is_site: bool) -> Any:
-        def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, unnamed: tuple, kwargs: dict[str, Any]) -> None:
             self.calls[name] += 1
-            given = (("", args[0]),) if args else kwargs.items()
+            given = (("", unnamed[0]),) if unnamed else kwargs.items()
             argument, x = next(
                 ((n, v) for n, v in given if isinstance(v, torch.Tensor)), ("", None)
             )

@@ -31,8 +31,8 @@ class ShallowModel:
     """
 
     def __init__(self, model: nn.Module, place: str, argument: str) -> None:
-        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> NoReturn:
-            raise _Reached(kwargs[argument] if argument else args[0])
+        def stop(module: nn.Module, unnamed: tuple, kwargs: dict[str, Any]) -> NoReturn:
+            raise _Reached(kwargs[argument] if argument else unnamed[0])
 
         self.model = model.eval()
         model.get_submodule(place).register_forward_pre_hook(stop, with_kwargs=True)

@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_the_same(llama, tmp_path, where, mode):
 
 
 def test_shallow_blocks_do_not_run(llama):
-    moe = routed(llama)
+    moe = routed(llama, router=TokenRouter(granularity="prefix"))
     batch = PROBLEM.inputs(batches()[0]) | {"use_cache": False}
     features = moe.features(**batch)
     with FlopCounterMode(display=False) as whole:

@@ -135,7 +135,7 @@ def test_a_second_expert_learns_a_task_and_nothing_else_changes(stories, data):
     ids = torch.tensor([t for t in texts if len(t) == 96])
     assert len(ids) > 8
 
-    moe = fresh(stories, split=3)
+    moe = fresh(stories, split=3, router=TokenRouter(granularity="prefix"))
     randomize(moe)
     original = copy.deepcopy(stories.state_dict())
     before = {k: v.clone() for k, v in moe.state_dict().items()}

@@ -159,7 +159,7 @@ def test_nothing_of_the_router_is_trained(llama):
 
 
 def test_a_trained_router_cannot_be_solved(llama):
-    moe = moe_rewrite.convert(llama, split=1, verify=False)
+    moe = moe_rewrite.convert(llama, split=1, router="token", verify=False)
     with pytest.raises(MoeRewriteError, match="fit='analytic'"):
         moe.fit_router(0, [TASKS[0][0]])
     for wrong in (

@@ -291,10 +291,10 @@ class RoutedModel(PreTrainedModel):
         self.post_init()
         self._tp_plan, self._pp_plan = with_experts(self._tp_plan or {}, facts["sites"]), {}
 
-    def _route(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _route(self, module: nn.Module, given: tuple, kwargs: dict[str, Any]) -> None:
         """Before the first deep layer: make the gates."""
         facts = self.config.moe_rewrite
-        features = args[0] if args else kwargs[facts["argument"]]
+        features = given[0] if given else kwargs[facts["argument"]]
         if facts["gate"]["granularity"] != "token" and self.config._attn_implementation == "vllm":
             raise ValueError(
                 "this gate averages the positions of a sequence, and vLLM runs several sequences as "
