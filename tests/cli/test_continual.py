@@ -36,9 +36,8 @@ def finished(process):
     return out
 
 
-@pytest.mark.parametrize("seen", [
-    "after-1", pytest.param("after-2", marks=pytest.mark.sweep),
-])  # fmt: skip
+@pytest.mark.sweep  # in every run, tests/continual stops and resumes within one process
+@pytest.mark.parametrize("seen", ["after-1", "after-2"])
 def test_killed_in_a_task_it_ends_in_the_same_result(data, tmp_path, seen):
     """One method's files; the others' are tested within one process. seen: what is on disk when the
     process is killed."""
@@ -107,6 +106,7 @@ def test_bad_options_are_one_line(data, tmp_path, extra, message, monkeypatch, c
     assert stopped.value.code == 1 and message in error and "Traceback" not in error, error
 
 
+@pytest.mark.sweep
 def test_images_of_the_usual_files(data, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from moe_rewrite.models.resnet import ResNet\n\ndef net():\n    return ResNet(8)\n"

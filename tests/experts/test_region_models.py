@@ -194,6 +194,7 @@ def test_regions_with_several_entries_or_mixing_operations_are_refused():
         )  # fmt: skip
 
 
+@pytest.mark.sweep
 def test_pretrained_resnet_keeps_its_accuracy(data):
     from cifar import images_and_labels, pretrained
 
