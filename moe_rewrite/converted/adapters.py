@@ -27,7 +27,7 @@ from ..serve.router import AdapterRouter
 from ..utils.atomic_files import replace_file, write_json
 from ..utils.one_writer import one_writer
 from .seen_in_call import observed
-from .standalone import gate_facts, gate_tensors
+from .standalone import columns_added, gate_facts, gate_tensors
 
 WHAT = "save_adapters"
 LENGTHS = (1, 9, 33)  # of the prompts that are compared
@@ -81,9 +81,8 @@ def _refusal(moe: Any, spec: Any, experts: Any) -> str:
             "TokenRouter(granularity='token') gives every token experts of its own, and an engine "
             "takes adapters by the request: convert with granularity='prefix' or 'sequence'"
         )
-    added = [s for s in moe.expert_sites() if sum(getattr(s, "classes", ()))]
-    if added:
-        return f"experts added columns to {added[0].site.name.removesuffix('.columns')}"
+    if added := columns_added(moe):
+        return added
     if not moe.router.active_indices():
         return "every expert is off, so there is nothing to choose: activate() one"
     return ""

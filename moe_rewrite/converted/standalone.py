@@ -108,12 +108,18 @@ def _refusal(moe: Any, spec: Any, experts: Any, dense: nn.Module) -> str:
         )
     if config.is_encoder_decoder:
         return f"{type(dense).__name__} is an encoder-decoder, of whose caches there are two"
-    added = [s for s in moe.expert_sites() if sum(getattr(s, "classes", ()))]
-    if added:
-        return f"experts added columns to {added[0].site.name.removesuffix('.columns')}"
+    if added := columns_added(moe):
+        return added
     if not moe.router.active_indices():
         return "every expert is off, so the dense model says it all: activate() one"
     return ""
+
+
+def columns_added(moe: Any) -> str:
+    """Why experts do not stand alone if some added columns to a head; empty if none did."""
+    added = [s for s in moe.expert_sites() if sum(getattr(s, "classes", ()))]
+    name = added[0].site.name.removesuffix(".columns") if added else ""
+    return name and f"experts added columns to {name}"
 
 
 def _facts(moe: Any) -> dict[str, Any]:
