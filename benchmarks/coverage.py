@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ from .tools.tiny_models import build, families
 
 SECONDS, MEMORY = 300, 8 << 30  # for one model; sizes that no rule makes small would take more
 PASSED, NOT_BUILT = "passes", "does not build"
+STARTING = threading.Lock()
 
 
 def check(kind: Any) -> str:
@@ -182,7 +184,8 @@ def in_a_process(kind: Any, seconds: int = SECONDS) -> str:
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     child = fork.Process(target=_child, args=(kind, theirs))
-    child.start()
+    with STARTING:  # a child would wait for ever for an import that another thread was in
+        child.start()
     theirs.close()
     try:
         return ours.recv() if ours.poll(seconds) else f"more than {seconds} s"
