@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, EquivalenceError, InputError
+from ..errors import CaptureError, EquivalenceError, InputError, MoeRewriteError
 from ..frontend.arguments import split_static
 from ..frontend.capture import TRACING, Sizes
 from ..ir.conditions import Conditions, conditions_of
@@ -174,10 +174,16 @@ class GraphCache:
         """
         pattern = graph.conditions.pattern(call.leaves)
         assert pattern is not None
+        of_its_kind = all(size == 2 for size in pattern)
         if self._check and graph.comparable and call.device != "meta" and not self._store.sharded:
-            equal = self._equals_dense(graph, call.arguments, call.leaves)
+            try:
+                equal = self._equals_dense(graph, call.arguments, call.leaves)
+            except RuntimeError as error:  # an operation that does not take a size of 0 or 1
+                if of_its_kind or isinstance(error, MoeRewriteError):
+                    raise
+                equal = False
         else:
-            equal = all(size == 2 for size in pattern) and not call.ints
+            equal = of_its_kind and not call.ints
         (graph.allowed if equal else graph.refused).add(pattern)
         return equal
 

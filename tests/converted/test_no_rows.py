@@ -5,6 +5,7 @@ import networks
 import pytest
 import torch
 from reference import randomize
+from torch import nn
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
@@ -57,3 +58,14 @@ def test_of_maps(case):
     x = torch.randn(2, 3, 16, 16)
     moe = moe_rewrite.convert(model, split=2, example_inputs=x, **options)
     assert_as_dense(model, moe, x[:0])
+
+
+def test_an_operation_that_takes_no_empty_map_has_a_graph_of_its_own():
+    """local_response_norm branches on it, which a trace with samples does not see."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.LocalResponseNorm(2), nn.Conv2d(4, 4, 3, padding=1)]
+    model = nn.Sequential(*layers, nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    moe = moe_rewrite.convert(model, split=1, example_inputs=x)
+    assert_as_dense(model, moe, x[:0])
+    with moe.disable_experts():
+        torch.testing.assert_close(moe(x), model(x))
