@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .converted.model import MoEModel
     from .converted.verify import verify
     from .frontend.trainer_callback import RoutingCallback
+    from .kernels.ffn.transformers_backend import register_experts
     from .onnx import export_onnx
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "from_standard",
     "inspect",
     "load",
+    "register_experts",
     "verify",
 ]
 
@@ -38,6 +40,7 @@ _LATER = {
     "MoEModel": "converted.model",
     "RoutingCallback": "frontend.trainer_callback",
     "export_onnx": "onnx",
+    "register_experts": "kernels.ffn.transformers_backend",
     "verify": "converted.verify",
 }
 

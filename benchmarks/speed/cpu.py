@@ -62,6 +62,8 @@ def ratios(times: list[Times]) -> dict[str, Any]:
     return {
         "ms": {form: median(t.medians()[form] for t in times) for form in times[0]},
         "of_dense": of("dense"), "of_eager": of("eager"), "of_grouped_mm": of("grouped_mm"),
+        "registered_of_eager": of("eager", "registered"),
+        "registered_of_grouped_mm": of("grouped_mm", "registered"),
         "apart_of_dense": of("dense", "apart"), "apart_of_eager": of("eager", "apart"),
         "products_of_dense": of("dense", "products"),
         "of_dense_each": [t.ratio("stacked", to="dense") for t in times],

@@ -65,12 +65,51 @@ def few(dtype=torch.float32, stacked=True):
     if not stacked:
         lists = [[w.requires_grad_(e != 1) for e, w in enumerate(kind)] for kind in lists]
     plan = sort_plan(given["experts"], 3)
-    return leaves["x"], leaves["gates"], *plan, *lists, "gelu", False, True
+    return leaves["x"], leaves["gates"], *plan, *lists, "gelu", False, False, True
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_opcheck(stacked):
     torch.library.opcheck(_ffn, few(stacked=stacked))
+
+
+def joined(weights):
+    """The gate's rows and up's in one stack, as transformers stores them."""
+    pairs = {"up_EHD": "gate_EHD", "up_bias_EH": "gate_bias_EH"}
+    both = {k: torch.cat([weights[g], weights[k]], 1) for k, g in pairs.items() if k in weights}
+    return {k: v for k, v in weights.items() if k not in pairs.values()} | both | {"joined": True}
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("kinds", [GATED, ALL], ids=["gated", "biases"])
+@pytest.mark.parametrize("T", [0, 1, 9, 70])
+def test_a_gate_and_up_in_one_stack(kinds, T):
+    given = ffn_inputs(T, 6, 10, 4, 2, kinds, seed=T)
+
+    def call(g, change):
+        plan = sort_plan(g["experts"], 4)
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **change(run(g, "silu")))
+
+    close(gradients(lambda g: call(g, joined), given), gradients(lambda g: call(g, dict), given))
+
+
+def test_opcheck_of_a_gate_and_up_in_one_stack():
+    x, gates, order, offsets, inverse, up, down, gate, up_bias, gate_bias, down_bias, *_ = few()
+    up, up_bias = (
+        [torch.cat([a[0], b[0]], 1).detach().requires_grad_()]
+        for a, b in ((gate, up), (gate_bias, up_bias))
+    )
+    plan = order, offsets, inverse
+    weights = up, down, [], up_bias, [], down_bias
+    torch.library.opcheck(_ffn, (x, gates, *plan, *weights, "silu", True, False, True))
+
+
+def test_one_stack_of_odd_rows_is_refused():
+    given = ffn_inputs(3, 4, 5, 3, 2, ["up", "down"], seed=0)
+    with pytest.raises(ValueError, match="joined: expected up as one stack"):
+        ffn_experts(
+            given["x"], given["gates"], given["experts"], None, **run(given, "silu"), joined=True
+        )
 
 
 def test_a_compiled_step_gives_the_same():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import moe_rewrite
 from moe_rewrite.kernels.ffn.op import ffn_experts
 from moe_rewrite.kernels.plan.op import route, sort_plan
 
@@ -65,6 +66,7 @@ class Cell:
         return {
             "dense": dense, "stacked": ours(self.stacks), "apart": ours(self.apart),
             "eager": peer("eager"), "grouped_mm": peer("grouped_mm"),
+            "registered": peer(moe_rewrite.register_experts()),
         }  # fmt: skip
 
     def products(self, backward: bool) -> Callable[[], None]:

@@ -19,18 +19,20 @@ from .cpu_plan import Batch, Gradients, HostPlan, Maps, Weights, combine, dot
 
 
 def forward(
-    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, D), pre (1 or 2, S, H): the products of up and, if there is one, of the gate)."""
+    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool,
+    owner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(y (T, D), pre (1 or 2, S, H): the products of up and, if there is one, of the gate). owner:
+    the weight that owns pre's memory (see buffer_reuse.py)."""
     if w.stacked() and rows.fits_padding():
-        return cpu_padded.forward(x, gates, rows, w, activation, save)
+        return cpu_padded.forward(x, gates, rows, w, activation, save, owner)
     ups, gatings, downs = (
         rows.maps(*k) for k in ((w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias))
     )
     kinds, pairs, hidden = 2 if len(w.gate) else 1, rows.order_S.shape[0], w.up[0].shape[0]
     pre = x.new_empty(kinds, 0, hidden)
     if save:
-        pre = reused(x, kinds, pairs, hidden, owner=w.owner(), use="products")
+        pre = reused(x, kinds, pairs, hidden, owner=owner, use="products")
         rows.clear_dropped(pre.transpose(0, 1))
         saved = rows.parts(pre[0]), rows.parts(pre[-1])
     y = _pairs(rows, x)

@@ -52,8 +52,9 @@ class Groups(NamedTuple):
 
 
 def forward(
-    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, gates: torch.Tensor, rows: HostPlan, w: Weights, activation: str, save: bool,
+    owner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `cpu.forward`."""
     groups, pairs = Groups.of(rows), len(rows.order_S)
     given = groups.gather(x, rows)
@@ -61,7 +62,7 @@ def forward(
     if len(w.gate):
         made.append(_linear(given, w.gate, w.gate_bias))
     size = len(made), pairs if save else 0, made[0].shape[-1]
-    pre = reused(x, *size, owner=w.owner(), use="products")
+    pre = reused(x, *size, owner=owner, use="products")
     if save:
         torch.stack([groups.sorted(m, pairs) for m in made], out=pre)
     act = activate(activation, made[-1], made[-1])

@@ -33,10 +33,6 @@ class Weights(NamedTuple):
     def stacked(self) -> bool:
         return all(isinstance(w, torch.Tensor) or not len(w) for w in self)
 
-    def owner(self) -> torch.Tensor:
-        """The tensor that owns the buffers of the call (see buffer_reuse.py)."""
-        return self.up if isinstance(self.up, torch.Tensor) else self.up[0]
-
 
 class Gradients(NamedTuple):
     """Like `Weights`; empty for a kind without gradients, None for a tensor without one."""

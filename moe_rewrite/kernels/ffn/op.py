@@ -33,6 +33,7 @@ def ffn_experts(
     gate_bias_EH: Stack | None = None,
     down_bias_ED: Stack | None = None,
     activation: str = "silu",
+    joined: bool = False,
 ) -> torch.Tensor:
     """``y_t = sum_k gates[t, k] * FFN_{experts[t, k]}(x_t)`` (arXiv 1701.06538, equation 1), with
     ``FFN(x) = down(act(gate x) * (up x))``, or ``down(act(up x))`` without gate.
@@ -41,19 +42,21 @@ def ffn_experts(
     plan: the result of `sort_plan` for these experts, or None.
     up, down, gate and biases: stacks, or lists of one tensor an expert, of x's dtype (fp32, bf16,
         fp16; fp64 on the CPU). Products are accumulated in fp32.
+    joined: up and its bias are stacks (E, 2H, D) and (E, 2H) that hold the gate's rows before up's,
+        as transformers stores them; their gradients then are one tensor too.
     activation: relu, gelu, gelu_tanh, silu, relu2, quick_gelu or identity.
 
     Differentiable once with respect to x, the gates, weights and biases. Two runs give the same
     bits. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
-    _check(x_TD, gates_TK, experts_TK, lists, activation)
+    _check(x_TD, gates_TK, experts_TK, lists, activation, joined)
     if plan is None:
         from ..plan.op import sort_plan
 
         plan = sort_plan(experts_TK, _count(lists[0]))
     _check_plan(plan, experts_TK, _count(lists[0]))
-    return _run(x_TD, gates_TK, plan, lists, activation, dense=False)
+    return _run(x_TD, gates_TK, plan, lists, activation, joined, dense=False)
 
 
 def ffn_dense(
@@ -75,7 +78,7 @@ def ffn_dense(
     if gates_TE.shape[-1] != experts:
         raise ValueError(f"gates of {gates_TE.shape[-1]} experts: expected all {experts}")
     plan = dense_plan(x_TD.shape[:-1].numel(), experts, x_TD.device)
-    return _run(x_TD, gates_TE, plan, lists, activation, dense=True)
+    return _run(x_TD, gates_TE, plan, lists, activation, joined=False, dense=True)
 
 
 def _run(
@@ -84,6 +87,7 @@ def _run(
     plan: Plan,
     lists: list[list[torch.Tensor]],
     activation: str,
+    joined: bool,
     dense: bool,
 ) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
@@ -96,7 +100,7 @@ def _run(
         if save or torch.compiler.is_compiling() or torch.compiler.is_exporting()
         else _ffn_forward
     )
-    y, _ = run(flat, gates, *plan, *lists, activation, dense, save)
+    y, _ = run(flat, gates, *plan, *lists, activation, joined, dense, save)
     return y.view(x.shape)
 
 
@@ -122,6 +126,7 @@ def _check(
     experts: torch.Tensor | None,
     lists: list[list[torch.Tensor]],
     activation: str,
+    joined: bool = False,
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
@@ -135,8 +140,11 @@ def _check(
         )
     if not lists[0] or lists[4] and not lists[2]:
         raise ValueError("expected at least one expert, and no gate bias without a gate")
-    count, width, hidden = _count(lists[0]), x.shape[-1], lists[0][0].shape[-2]
-    matrix, turned, row, column = (hidden, width), (width, hidden), (hidden,), (width,)
+    if joined and (lists[2] or not _stacked("up", lists[0]) or lists[0][0].shape[1] % 2):
+        raise ValueError(f"joined: expected up as one stack (E, 2H, D), got {lists[0][0].shape}")
+    count, width, rows = _count(lists[0]), x.shape[-1], lists[0][0].shape[-2]
+    hidden = rows // 2 if joined else rows
+    matrix, turned, row, column = (rows, width), (width, hidden), (rows,), (width,)
     sizes = matrix, turned, matrix, row, row, column
     for kind, weights, size in zip(KINDS, lists, sizes, strict=True):
         if not weights:
@@ -165,11 +173,23 @@ def _check_plan(plan: Plan, experts: torch.Tensor, count: int) -> None:
         )
 
 
-def _by_expert(lists: Sequence[Sequence[torch.Tensor]]) -> Weights:
+def _parted(lists: Sequence[Sequence[Any]], joined: bool) -> Sequence[Sequence[Any]]:
+    """The lists of weights, or of gradients, with the gates of a joined stack in their own places."""
+    if not joined:
+        return lists
+    up, down, _, up_bias, _, down_bias = lists
+    gate, up, gate_bias, up_bias = (
+        [None if w is None else w.chunk(2, 1)[half] for w in kind]
+        for kind in (up, up_bias)
+        for half in (0, 1)
+    )
+    return up, down, gate, up_bias, gate_bias, down_bias
+
+
+def _by_expert(lists: Sequence[Sequence[torch.Tensor]], joined: bool) -> Weights:
     """Each kind as something that is indexed by expert: a stack, or a list."""
-    return Weights(*(
-        w[0] if _stacked(kind, w) else list(w) for kind, w in zip(KINDS, lists, strict=True)
-    ))  # fmt: skip
+    parted = zip(KINDS, _parted(lists, joined), strict=True)
+    return Weights(*(w[0] if _stacked(kind, w) else list(w) for kind, w in parted))
 
 
 def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
@@ -189,6 +209,7 @@ def _ffn_forward(
     gate_bias: list[torch.Tensor],
     down_bias: list[torch.Tensor],
     activation: str,
+    joined: bool,
     dense: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,10 +218,11 @@ def _ffn_forward(
     if _has_kernels(x, up):
         from . import launch
 
-        return launch.forward(x, gates, order, offsets, inverse, lists, activation, save)
-    hidden, width = up[0].shape[-2:]
+        parted = _parted(lists, joined)
+        return launch.forward(x, gates, order, offsets, inverse, parted, activation, save)
+    width, hidden = down[0].shape[-2:]
     rows = HostPlan.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
-    return forward(x, gates, rows, _by_expert(lists), activation, save)
+    return forward(x, gates, rows, _by_expert(lists, joined), activation, save, owner=up[0])
 
 
 # with few tokens the op's dispatch takes noticeable time, so `_run` bypasses it if it can
@@ -209,9 +231,9 @@ _ffn = torch.library.custom_op("moe_rewrite::ffn_experts", _ffn_forward, mutates
 
 @_ffn.register_fake
 def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x, _, order, _, _, up, _, gate, *_, save = given
+    x, _, order, _, _, _, down, gate, *_, joined, _, save = given
     rows = order.shape[0] if save else 0
-    return torch.empty_like(x), x.new_empty(2 if gate else 1, rows, up[0].shape[-2])
+    return torch.empty_like(x), x.new_empty(2 if gate or joined else 1, rows, down[0].shape[-1])
 
 
 @torch.library.custom_op("moe_rewrite::ffn_experts_backward", mutates_args=())
@@ -230,6 +252,7 @@ def _ffn_backward(
     gate_bias: list[torch.Tensor],
     down_bias: list[torch.Tensor],
     activation: str,
+    joined: bool,
     dense: bool,
     needs: list[bool],
 ) -> list[torch.Tensor]:
@@ -240,22 +263,22 @@ def _ffn_backward(
         from . import launch
 
         made_first = launch.backward(
-            dy, x, gates, order, offsets, inverse, pre, lists, activation, needs[0], needs[1],
-            _gradients_by_expert(into),
+            dy, x, gates, order, offsets, inverse, pre, _parted(lists, joined), activation,
+            needs[0], needs[1], _gradients_by_expert(_parted(into, joined)),
         )  # fmt: skip
         return [g for g in made_first if g is not None] + made
-    hidden, width = up[0].shape[-2:]
+    width, hidden = down[0].shape[-2:]
     rows = HostPlan.of(order, offsets, inverse, gates.shape[1], hidden, width, dense)
     dx, dgates = backward(
-        dy.contiguous(), x, gates, pre, rows, _by_expert(lists), activation, needs[0], needs[1],
-        _gradients_by_expert(into),
+        dy.contiguous(), x, gates, pre, rows, _by_expert(lists, joined), activation,
+        needs[0], needs[1], _gradients_by_expert(_parted(into, joined)),
     )  # fmt: skip
     return [g for g in (dx, dgates) if g is not None] + made
 
 
 @_ffn_backward.register_fake
 def _(*given: Any) -> list[torch.Tensor]:
-    _, x, gates, _, _, _, _, *lists, _, _, needs = given
+    _, x, gates, _, _, _, _, *lists, _, _, _, needs = given
     first = [torch.empty_like(t) for t, need in zip((x, gates), needs[:2], strict=True) if need]
     return first + _new_gradients(lists, needs[2:], lambda w: w.new_empty(w.shape))[1]
 
@@ -275,7 +298,7 @@ def _new_gradients(
     return into, [g for kind in into for g in kind if g is not None]
 
 
-def _gradients_by_expert(into: list[list[torch.Tensor | None]]) -> Gradients:
+def _gradients_by_expert(into: Sequence[Sequence[torch.Tensor | None]]) -> Gradients:
     kinds: list[Any] = []
     for kind, made in zip(KINDS, into, strict=True):
         whole = made[0] if len(made) == 1 else None
@@ -285,7 +308,7 @@ def _gradients_by_expert(into: list[list[torch.Tensor | None]]) -> Gradients:
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, gates, order, offsets, inverse, *lists, ctx.activation, ctx.dense, _ = inputs
+    x, gates, order, offsets, inverse, *lists, ctx.activation, ctx.joined, ctx.dense, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as output[1]
     ctx.sizes = [len(kind) for kind in lists]
@@ -304,11 +327,12 @@ def _backward(ctx: Any, dy: torch.Tensor, _: Any) -> Any:
     ]
     needs = [wanted[0], wanted[1], *(n for kind in kinds for n in kind)]
     made = iter(torch.ops.moe_rewrite.ffn_experts_backward(
-        dy, x, gates, order, offsets, inverse, pre, *lists, ctx.activation, ctx.dense, needs
+        dy, x, gates, order, offsets, inverse, pre, *lists,
+        ctx.activation, ctx.joined, ctx.dense, needs,
     ))  # fmt: skip
     dx, dgates = (next(made) if need else None for need in needs[:2])
     weights = [[next(made) if need else None for need in kind] for kind in kinds]
-    return dx, dgates, None, None, None, *weights, None, None, None
+    return dx, dgates, None, None, None, *weights, None, None, None, None
 
 
 _ffn.register_autograd(_backward, setup_context=_save)
