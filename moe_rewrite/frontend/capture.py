@@ -33,6 +33,7 @@ from .idle_moves import idle_moves
 from .replay import redirected
 from .size_quotients import known_quotients
 from .structural_copy import canonical_names, named_tensors, structural_copy
+from .symbolic_ints import taken_for_ints
 from .trace_memory import forget_inputs, lazy_modules, tracing
 from .value_branches import ValueBranches
 from .whole_modules import Kind, name_calls, on_values, run_whole, traced_whole
@@ -242,7 +243,7 @@ def _export(
             TRACING, torch.enable_grad(), traced.traced(), tracing(),
             lazy_modules(), recorded_assignments() as assigned,
             idle_moves(), known_quotients(), detached_data(), run_whole(traced.module, whole),
-            branches.answering(),
+            branches.answering(), taken_for_ints(traced.module, example.values()),
         ):  # fmt: skip
             exported = torch.export.export(
                 traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes

@@ -174,6 +174,16 @@ def test_a_refused_call_says_why():
         assert "cannot be routed: last" in str(refused)
 
 
+def test_one_graph_for_every_number_of_logits_that_are_kept():
+    model = architectures.build("Llama", layers=2)
+    moe = moe_rewrite.convert(model, split=1)
+    with torch.no_grad():
+        for kept in (1, 4, 2, 7, 3):
+            given = architectures.random_call(model, 2) | {"logits_to_keep": kept}
+            torch.testing.assert_close(moe(**given).logits, model(**given).logits)
+    assert len(graphs(moe)) <= 3  # of the conversion, for 1, for the others
+
+
 class Kept(nn.Module):
     """Asks for the type of its int, as transformers' models do with logits_to_keep."""
 
@@ -198,6 +208,9 @@ def test_an_int_whose_type_is_asked_for(verify, training):
             for length in (6, 9):
                 x = torch.randn(2, length, 8)
                 torch.testing.assert_close(moe(x, keep=keep), model(x, keep=keep))
+    # without it, for 3, for the other numbers of last positions, for 0 (all) and 1
+    assert len(graphs(moe)) <= (5 if verify else 7)
+    assert "isinstance" not in globals()
 
 
 class Again(nn.Module):
