@@ -39,4 +39,6 @@ def _globals_of(module: nn.Module) -> list[dict[str, Any]]:
     names = {base.__module__ for part in module.modules() for base in type(part).__mro__}
     found = (vars(sys.modules[n]) for n in sorted(names) if n in sys.modules)
     own = (space for space in found if space.get("__name__", "").partition(".")[0] != "torch")
-    return [space for space in own if space.get("__name__") != "builtins" and "isinstance" not in space]
+    return [
+        space for space in own if space.get("__name__") != "builtins" and "isinstance" not in space
+    ]
