@@ -31,7 +31,7 @@ from moe_rewrite.frontend.adapters import host_of
 from moe_rewrite.frontend.example_inputs import random_arguments
 
 from .tools import timm_models
-from .tools.report import finish, parser, save
+from .tools.report import commit, finish, parser, read, save
 from .tools.tiny_models import build, families
 
 SECONDS, MEMORY = 300, 8 << 30  # for one model; sizes that no rule makes small would take more
@@ -213,7 +213,7 @@ def run(chosen: Iterable[tuple[str, str, Any]], jobs: int) -> dict[str, dict[str
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", nargs="*", help="names of classes")
+    arguments.add_argument("--only", nargs="*", help="names of classes, run again")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = arguments.parse_args()
     torch.set_num_threads(1)
@@ -223,17 +223,46 @@ def main() -> None:
     elif given.quick:
         chosen = chosen[::40]
     found = run(chosen, given.jobs)
-    rows, figures = [], {}
-    for task, outcomes in found.items():
-        built = {k: o for k, o in outcomes.items() if not o.startswith(NOT_BUILT)}
-        passed = sum(o == PASSED for o in built.values())
-        figures[task] = {"passed": passed, "built": len(built), "families": len(outcomes)}
-        rows.append((task, "all", f"{passed} of {len(built)}; {len(outcomes)} in all"))
-        rows += [(task, kind, outcome) for kind, outcome in built.items() if outcome != PASSED]
     seconds = time.perf_counter() - start
-    if not given.quick and not given.only:
-        save("coverage", {"figures": figures, "outcomes": found, "seconds": seconds})
+    if given.only:
+        _save_again(found)
+    elif not given.quick:
+        save("coverage", {"figures": counts(found), "outcomes": found, "seconds": seconds})
+    rows, figures = [], counts(found)
+    for task, outcomes in found.items():
+        of = figures[task]
+        rows.append((task, "all", f"{of['passed']} of {of['built']}; {of['families']} in all"))
+        rows += [(task, kind, outcome) for kind, outcome in _failed(outcomes).items()]
     finish("coverage", ["task", "family", "outcome"], rows, figures=figures, seconds=seconds)
+
+
+def _failed(outcomes: dict[str, str]) -> dict[str, str]:
+    return {k: o for k, o in outcomes.items() if o != PASSED and not o.startswith(NOT_BUILT)}
+
+
+def counts(found: dict[str, dict[str, str]]) -> dict[str, dict[str, int]]:
+    """Families of each task: those that pass, those that build, all."""
+    return {
+        task: {
+            "passed": sum(o == PASSED for o in outcomes.values()),
+            "built": sum(not o.startswith(NOT_BUILT) for o in outcomes.values()),
+            "families": len(outcomes),
+        }
+        for task, outcomes in found.items()
+    }
+
+
+def _save_again(found: dict[str, dict[str, str]]) -> None:
+    """Put the outcomes of classes that were run by name into the results of the last whole run,
+    with the commit at which each ran."""
+    kept = read("coverage")
+    if kept is None:
+        return
+    again = kept.get("again", {})
+    for task, outcomes in found.items():
+        kept["outcomes"][task] |= outcomes
+        again |= dict.fromkeys(outcomes, commit())
+    save("coverage", kept | {"figures": counts(kept["outcomes"]), "again": again})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def finish(
 
 def save(name: str, figures: dict[str, Any], figure: Any = None) -> None:
     """The result of a full run: benchmarks/results/NAME.json and, of a figure, docs/NAME.png."""
-    about = machine() | {"commit": _commit()}
+    about = machine() | {"commit": commit()}
     (RESULTS / f"{name}.json").write_text(json.dumps(about | figures, indent=1) + "\n")
     if figure is not None:
         figure.tight_layout()
@@ -78,7 +78,7 @@ def _processor() -> str:
     return named[0] if named else platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checked-out commit, marked if the measured code differs from it."""
     commit = _git("rev-parse", "HEAD")
     code = ("moe_rewrite", "benchmarks", ":!benchmarks/results")
