@@ -238,8 +238,18 @@ class FFNExperts:
         normalize=False, base=False and its other options as they are. ``"cut"``: the one at the
         cut serves them all. None: ``"layer"`` in mode "upcycle" unless a TokenRouter or
         PatchRouter is passed, which then is the one at the cut; else ``"cut"``.
-    score: what a layer's router makes of its logits before the top k: ``"softmax"``, or
-        ``"sigmoid"`` (GLM-4-MoE).
+    score: with router="layer", as the options below: what it makes of its logits before the top k,
+        ``"softmax"`` or ``"sigmoid"`` (GLM-4-MoE).
+    granularity: experts that a copy is cut into along its hidden width (fine-grained experts, arXiv
+        2401.06066, section 3.1, begun as virtual groups, arXiv 2410.07524, section 3.2): the
+        experts of a copy begin with one row of the router, so a `top_k` that is a multiple of it
+        takes whole copies, and outputs are the dense model's. Experts then number
+        num * granularity; they can be neither added nor removed.
+    reinit: share of each expert's hidden units whose weights are drawn anew, from a normal
+        distribution with mean and deviation of the dense weight (Drop-Upcycling, arXiv 2502.19261,
+        section 3). Outputs at the start are then not the dense model's.
+    scaled: multiply what experts give so that equal logits (``TokenRouter(init=0)``) give the dense
+        model's output where a row's gates do not sum to one (arXiv 2410.07524, section 3.3).
     """
 
     num: int | None = None
@@ -248,26 +258,27 @@ class FFNExperts:
     dtype: Any = None
     router: Literal["cut", "layer"] | None = None
     score: Literal["softmax", "sigmoid"] = "softmax"
+    granularity: int = 1
+    reinit: float = 0.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         named_dtype(self)
-        require(
-            self.num is None or (is_int(self.num) and self.num >= 1),
-            "FFNExperts num", self.num, "None or int >= 1",
-        )  # fmt: skip
-        require(is_int(self.every) and self.every >= 1, "FFNExperts every", self.every, "int >= 1")
-        sites = self.sites
-        if isinstance(sites, list):
-            object.__setattr__(self, "sites", tuple(sites))
+        if isinstance(self.sites, list):
+            object.__setattr__(self, "sites", tuple(self.sites))
         named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
-        require(
-            self.sites == "all" or (named and len(self.sites) > 0),
-            "FFNExperts sites", sites, "'all' or a list of endings of regions' names",
-        )  # fmt: skip
-        require(
-            self.router in (None, "cut", "layer"), "FFNExperts router", self.router,
-            "None, 'cut' or 'layer'",
-        )  # fmt: skip
+        num, cut, share = self.num, self.granularity, self.reinit
+        for name, ok, expected in (
+            ("num", num is None or (is_int(num) and num >= 1), "None or int >= 1"),
+            ("every", is_int(self.every) and self.every >= 1, "int >= 1"),
+            ("sites", self.sites == "all" or (named and len(self.sites) > 0),
+             "'all' or a list of endings of regions' names"),
+            ("router", self.router in (None, "cut", "layer"), "None, 'cut' or 'layer'"),
+            ("granularity", is_int(cut) and cut >= 1, "int >= 1"),
+            ("reinit", is_number(share) and 0 <= share <= 1, "a number from 0 to 1"),
+            ("scaled", isinstance(self.scaled, bool), "True or False"),
+        ):  # fmt: skip
+            require(ok, f"FFNExperts {name}", getattr(self, name), expected)
         choose(self, "score", "softmax", "sigmoid")
 
     @property

@@ -120,7 +120,7 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> 
 
     _require_dense(model)
     model = without_wrapper(model)
-    read, options = standard.recipe_of(folder)
+    read, options = standard.recipe_of(folder, getattr(model, "config", None))
     moe = convert(model, make_recipe(**options), None, verify)
     assert isinstance(moe, MoEModel)
     with torch.inference_mode(False):

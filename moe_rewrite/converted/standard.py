@@ -51,8 +51,9 @@ def save(
     return chosen.format
 
 
-def recipe_of(folder: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a folder, and the options of `convert` for what it is."""
+def recipe_of(folder: str | os.PathLike, dense: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a folder, and the options of `convert` for what it is. dense: the configuration
+    of the dense model."""
     model = folders.read(folder)
     config: Any = model.config
     normalized = getattr(config, "norm_topk_prob", True)
@@ -63,7 +64,12 @@ def recipe_of(folder: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
         top_k=config.num_experts_per_tok, base=False, normalize=False, init=0.5,
         gate="selected" if normalized else "all",
     )  # fmt: skip
-    experts = FFNExperts(sites=tuple(regions), router="layer", score=score)  # type: ignore[arg-type]
+    hidden = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    whole = getattr(dense, "intermediate_size", hidden)
+    experts = FFNExperts(
+        sites=tuple(regions), router="layer", score=score,  # type: ignore[arg-type]
+        granularity=1 if whole % hidden else whole // hidden,
+    )  # fmt: skip
     count = len(model.state_dict()[names.block_of(model, regions[0]).rows])
     split = regions[0].rpartition(".")[0]
     return model, {

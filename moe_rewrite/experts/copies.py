@@ -60,6 +60,11 @@ class CopiedParameters(ExpertParameters):
     def merged(
         self, expert: int, dense: dict[str, torch.Tensor], scale: float
     ) -> dict[str, torch.Tensor]:
+        shares = any(copies[expert].shape != dense[p.name].shape for p, copies in self._by_part())
+        if isinstance(self.site, FeedForwardSite) and shares:
+            raise ConfigError(
+                f"{self.site.name}: an expert is a part of a copy, no dense feed-forward"
+            )
         if isinstance(self.site, RegionSite):
             raise ConfigError(
                 f"{self.site.name}: an expert of a region works on patches of its own; a dense model "

@@ -81,8 +81,9 @@ class FeedForwardSite:
 
     parts: its weights.
     features: width of its rows.
-    hidden: width inside.
+    hidden: width inside of an expert.
     gated: whether one product gates another.
+    down: names of the last product's weight and, if it has one, bias.
     """
 
     name: str
@@ -90,6 +91,7 @@ class FeedForwardSite:
     features: int
     hidden: int
     gated: bool
+    down: tuple[str, ...]
 
     @property
     def in_features(self) -> int:

@@ -19,6 +19,7 @@ from ..config import FFNExperts, RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..ir.aten import value
 from ..ir.gate_layout import GateLayout
+from ..ir.ops import is_pointwise
 from ..ir.program import Numerics, Program
 from ..ir.sites import FeedForwardSite, Found, Part, Rejection
 from ..routing.layer_plan import layer_gates, layer_logits
@@ -63,14 +64,28 @@ class FindFeedForwards(Pass):
             reason = reason or next((outside[w] for w in outside if w in weights), None)
             laid = [None if self.experts.by_layer else _layout(layouts, r) for r in regions]
             reason = reason or next((x for x in laid if isinstance(x, str)), None)
+            reason = reason or self._not_cut(regions[0])
             if reason is not None:
                 rejected[name] = reason
             else:
-                site = _site(program, name, regions[0])
+                site = _site(program, name, regions[0], self.experts.granularity)
                 sites[site] = [
                     (r, x) for r, x in zip(regions, laid, strict=True) if not isinstance(x, str)
                 ]
         return sites, rejected
+
+    def _not_cut(self, region: FeedForward) -> str | None:
+        """Why hidden units of a region cannot be told apart, if experts need that."""
+        cut = self.experts.granularity
+        if cut == 1 and not self.experts.reinit:
+            return None
+        if not _hidden_dims(region):
+            return (
+                "granularity and reinit need hidden units that are computed one by one, from weights "
+                "of their own (gate and up in one tensor are none)"
+            )
+        rest = region.hidden % cut
+        return f"hidden width {region.hidden}: expected a multiple of {cut}" if rest else None
 
 
 def _products_outside(
@@ -104,11 +119,32 @@ def _layout(layouts: Layouts, region: FeedForward) -> GateLayout | str:
     return layouts.of_map(region.entry, region.entry, channels_last=True)
 
 
-def _site(program: Program, name: str, region: FeedForward) -> FeedForwardSite:
+def _site(program: Program, name: str, region: FeedForward, granularity: int) -> FeedForwardSite:
     of = [program.inputs[w.name] for w in region.weights]
-    parts = tuple(Part(i.name, i.kind, ()) for i in of if i.kind != "constant")
+    hidden, dims = region.hidden // granularity, _hidden_dims(region)
+    parts = tuple(
+        Part(i.name, i.kind, ((dims[n], hidden),) if n in dims else ())
+        for n, i in enumerate(of)
+        if i.kind != "constant"
+    )
     width = int(value(region.entry).shape[region.channels])
-    return FeedForwardSite(name, parts, width, region.hidden, len(region.ups) > 1)
+    last = [n for n in (region.down.weight, region.down.bias) if n is not None]
+    down = tuple(of[n].name for n in last)
+    return FeedForwardSite(name, parts, width, hidden, len(region.ups) > 1, down)
+
+
+def _hidden_dims(region: FeedForward) -> dict[int, int]:
+    """Of the weights with a hidden dimension, by index: which one it is. Empty where hidden units
+    are not computed one by one."""
+    between = [n for n in region.middle.module.graph.nodes if n.op not in ("placeholder", "output")]
+    one_by_one = all(n.op == "call_function" and is_pointwise(n) for n in between)
+    if not one_by_one or region.extra or any(w != region.hidden for w in _widths(region)):
+        return {}
+    dims = {region.down.weight: 0 if region.down.transposed else 1}
+    for up in region.ups:
+        dims[up.weight] = 1 if up.transposed else 0
+        dims |= {} if up.bias is None else {up.bias: 0}
+    return dims
 
 
 def _widths(region: FeedForward) -> tuple[int, ...]:
@@ -119,20 +155,19 @@ def _widths(region: FeedForward) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class InsertFeedForward(Pass):
-    """Reordered if gates sum to one, since copies then give the dense region's output; else
-    approximate.
+    """Reordered if copies give the dense region's output, since gates sum to one; else approximate.
 
-    sums_to_one: whether they do.
+    as_dense: whether they do.
     by_layer: every region has a router of its own.
     """
 
-    sums_to_one: bool
+    as_dense: bool
     by_layer: bool = False
     name = "insert experts"
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
-        return "reordered" if self.sums_to_one else "approximate"
+        return "reordered" if self.as_dense else "approximate"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
         graph, inputs = program.graph, dict(program.inputs)

@@ -16,7 +16,7 @@ from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec, TokenRo
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.copies import CopiedParameters
-from ..experts.ffn.routed_copies import RoutedCopies
+from ..experts.ffn.routed_copies import RoutedCopies, Upcycling
 from ..experts.head import HeadColumns
 from ..experts.lora.parameters import LoRAParameters
 from ..ir.program import Program
@@ -165,7 +165,8 @@ class _FeedForward(ExpertKind):
         return FindFeedForwards(recipe.experts)
 
     def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
-        return InsertFeedForward(gates_sum_to_one(recipe.experts, router), recipe.experts.by_layer)
+        as_dense = gates_sum_to_one(recipe.experts, router) and not recipe.experts.reinit
+        return InsertFeedForward(as_dense, recipe.experts.by_layer)
 
     def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
         return (LowerFeedForward(_choice(recipe, router)),)
@@ -173,16 +174,28 @@ class _FeedForward(ExpertKind):
     def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
         if recipe.experts.by_layer:
             assert isinstance(recipe.router, TokenRouter)
-            return RoutedCopies(site, recipe.router.init)
+            return RoutedCopies(site, recipe.router.init, Upcycling.of(recipe))
         return CopiedParameters(site, stackable=True)
 
     def words(self, recipe: Recipe) -> str:
-        count = recipe.num_experts
+        cut = recipe.experts.granularity
+        count = recipe.num_experts // cut
         router = " and a router" if recipe.experts.by_layer else ""
-        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward{router}"
+        each = f", each cut into {cut} experts" if cut > 1 else ""
+        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward{each}{router}"
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
-        return "as routed" if gates_sum_to_one(recipe.experts, router) else "no experts"
+        exact = gates_sum_to_one(recipe.experts, router) and not recipe.experts.reinit
+        return "as routed" if exact else "no experts"
+
+    def fixed(self, recipe: Recipe) -> str:
+        cut = recipe.experts.granularity
+        if cut == 1:
+            return ""
+        return (
+            f"granularity={cut}: experts are parts of copies, and none can be added or removed alone; "
+            "convert with another num"
+        )
 
 
 class _Region(ExpertKind):

@@ -142,10 +142,7 @@ def make_recipe(
         where = experts.router or ("layer" if upcycle and router in ("auto", "token") else "cut")
         experts = replace(experts, router=where)
         spec = _router_of_layers(router, experts) if experts.by_layer else spec
-        require(
-            experts.by_layer or experts.score == "softmax", "FFNExperts score", experts.score,
-            "'softmax' with a router at the cut; FFNExperts(router='layer') has 'sigmoid' too",
-        )  # fmt: skip
+        _require_options_of_layers(experts, spec)
     if getattr(experts, "on_patches", False):
         require(
             not isinstance(spec, TokenRouter), "router", router,
@@ -155,8 +152,28 @@ def make_recipe(
     count = num_experts
     if count is None:
         count = getattr(experts, "num", None) or (8 if upcycle else 1)
+        count *= getattr(experts, "granularity", 1)
     require(is_int(count) and count >= 1, "num_experts", num_experts, "None or int >= 1")
+    cut = getattr(experts, "granularity", 1)
+    require(count % cut == 0, "num_experts", count, f"a multiple of granularity={cut}")
     return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]
+
+
+def _require_options_of_layers(experts: FFNExperts, router: RouterSpec | None) -> None:
+    """Raises ConfigError for options that only a router a layer has, and a top k that would take
+    parts of copies."""
+    plain = FFNExperts()
+    for name in ("score", "granularity", "reinit", "scaled"):
+        require(
+            experts.by_layer or getattr(experts, name) == getattr(plain, name),
+            f"FFNExperts {name}", getattr(experts, name),
+            f"{getattr(plain, name)!r} with a router at the cut; FFNExperts(router='layer') has others",
+        )  # fmt: skip
+    top_k = getattr(router, "top_k", None)
+    require(
+        (top_k or 0) % experts.granularity == 0, "TokenRouter top_k", top_k,
+        f"a multiple of granularity={experts.granularity}, which takes whole copies at the start",
+    )  # fmt: skip
 
 
 def _router_of_layers(router: str | RouterSpec, experts: FFNExperts) -> TokenRouter:
@@ -166,7 +183,7 @@ def _router_of_layers(router: str | RouterSpec, experts: FFNExperts) -> TokenRou
             router in ("auto", "token"), "router", router,
             "'auto', 'token' or a TokenRouter with FFNExperts(router='layer')",
         )  # fmt: skip
-        return BY_LAYER
+        return replace(BY_LAYER, top_k=2 * experts.granularity)  # the parts of two copies
     require(
         isinstance(router, TokenRouter), "router", router,
         "a TokenRouter with FFNExperts(router='layer'); patches are chosen at the cut only, with "

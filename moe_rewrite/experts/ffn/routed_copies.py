@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...ir.sites import FeedForwardSite
+from ...ir.sites import FeedForwardSite, Part
 from ...routing.router import without
 from ..copies import CopiedParameters
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How experts begin; see `FFNExperts`.
+
+    total: the sum of a row's gates that outputs are scaled for.
+    """
+
+    granularity: int = 1
+    reinit: float = 0.0
+    total: float = 1.0
+
+    @classmethod
+    def of(cls, recipe: Any) -> Upcycling:
+        """Of a recipe whose layers have routers. With equal logits a softmax over all experts gives
+        the k taken ``k / E``, and k sigmoids give ``k / 2``."""
+        experts, router = recipe.experts, recipe.router
+        k = min(router.top_k or recipe.num_experts, recipe.num_experts)
+        sigmoid = experts.score == "sigmoid"
+        summed = 1.0 if router.gate == "selected" else k / (2 if sigmoid else recipe.num_experts)
+        total = summed if experts.scaled else 1.0
+        return cls(experts.granularity, experts.reinit, total)
+
+    def factor(self, site: FeedForwardSite, part: Part) -> float:
+        """What an expert's part is multiplied by: the k experts of ``k / granularity`` copies are to
+        add up to the dense output where their gates add up to `total`."""
+        if part.name not in site.down:
+            return 1.0
+        return (self.granularity if part.kept else 1) / self.total
+
+    def redraw(self, parts: Sequence[tuple[Part, torch.Tensor, torch.Tensor]]) -> None:
+        """Draw some hidden units' weights anew, in place. parts: with an expert's tensor and the
+        dense one; biases stay."""
+        of_hidden = [(p.kept[0], own, dense) for p, own, dense in parts if p.kept and own.ndim > 1]
+        (_, hidden), like, _ = of_hidden[0]
+        units = torch.randperm(hidden, device=like.device)[: round(self.reinit * hidden)]
+        for (dim, _), own, dense in of_hidden:
+            new = own.index_select(dim, units)
+            new.normal_(float(dense.float().mean()), float(dense.float().std()))
+            own.index_copy_(dim, units, new)
 
 
 class RoutedCopies(CopiedParameters):
     """rows[e]: (D,), expert e's row of the region's router: random, or all rows would go to the
     first experts. A graph takes it in the dtype of the dense weights, as models with such routers
-    have it. Rows stay trainable when experts are frozen.
+    have it. Rows stay trainable when experts are frozen. Experts of one copy begin with one row.
 
     before[e]: (e, D), the rows just before expert e was added.
     """
 
-    def __init__(self, site: FeedForwardSite, init: float) -> None:
+    def __init__(self, site: FeedForwardSite, init: float, begin: Upcycling) -> None:
         """init: standard deviation of the logits at the start, for inputs of unit root mean
         square."""
         super().__init__(site, stackable=True)
-        self.init = init
+        self.init, self.begin = init, begin
         self.router = site.router
         self.parts = (*self.parts, self.router)
         self.rows, self.before = nn.ParameterList(), nn.ParameterList()
@@ -33,14 +76,31 @@ class RoutedCopies(CopiedParameters):
         assert isinstance(self.site, FeedForwardSite)
         like, width = dense[self.site.parts[0].name], self.site.features
         row = like.new_zeros(width, dtype=self.dtype_for(like.dtype))
-        if not row.is_meta:
+        in_copy = len(self.rows) % self.begin.granularity
+        if in_copy:
+            row.copy_(self.rows[len(self.rows) - in_copy].detach())
+        elif not row.is_meta:
             row.normal_(0.0, self.init / width**0.5)
         self.computes[self.router] = like.dtype
         older = [r.detach() for r in self.rows]
         record = torch.stack(older) if older else row.new_zeros(0, width)
         self.before.append(nn.Parameter(record, requires_grad=False))
         self.rows.append(nn.Parameter(row))
-        return [*super().add(dense), self.rows[-1]]
+        new = super().add(dense)
+        if not row.is_meta:
+            self._begin(dense)
+        return [*new, self.rows[-1]]
+
+    @torch.no_grad()
+    def _begin(self, dense: dict[str, torch.Tensor]) -> None:
+        """Make the newest expert, a share of a copy, what it begins as."""
+        assert isinstance(self.site, FeedForwardSite)
+        newest = [(part, copies[-1], dense[part.name]) for part, copies in self._by_part()]
+        if self.begin.reinit:
+            self.begin.redraw(newest)
+        for part, own, _ in newest:
+            if (factor := self.begin.factor(self.site, part)) != 1:
+                own.mul_(factor)
 
     def remove(self, index: int) -> None:
         super().remove(index)
