@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..errors import InvariantError
 from ..ir.ops import output_of
+from ..kernels.grouped_product import in_eager
 
 aten, nn = torch.ops.aten, torch._C._nn
 
@@ -95,7 +96,8 @@ class _Writer:
             return f"{self.written(whole)}[{self.written(part)}]"
         function = BINDINGS.get(target)
         if function is None:
-            function = target if self._traced else getattr(target, "_op", target)
+            own = in_eager(target)
+            function = target if self._traced else getattr(own, "_op", own)
         args = [self.written(a) for a in node.args]
         args += [f"{key}={self.written(value)}" for key, value in node.kwargs.items()]
         return f"{self._constant(function)}({', '.join(args)})"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...kernels.grouped_product import in_eager
+
 
 class GroupedLoRACall:
     """The target of a node: call(out, x, scales, a, b, index, ends) -> out + the experts' part.
@@ -40,5 +42,6 @@ class GroupedLoRACall:
     ) -> torch.Tensor:  # fmt: skip
         if a.shape[0] == 0:  # a product of no columns is an error
             return out
-        low = self.product(x, a.permute(2, 1, 0).contiguous(), ends) * scales[index]
-        return out + self.product(low, b.permute(2, 1, 0).contiguous(), ends)
+        product = self.product if torch.compiler.is_compiling() else in_eager(self.product)
+        low = product(x, a.permute(2, 1, 0).contiguous(), ends) * scales[index]
+        return out + product(low, b.permute(2, 1, 0).contiguous(), ends)
