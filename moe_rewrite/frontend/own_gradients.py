@@ -71,6 +71,11 @@ def _called(cls: type[Function], args: tuple) -> Any:
     return tuple(outputs) if whole.several else outputs[0]
 
 
+def function_of(node: fx.Node) -> type[Function] | None:
+    """The function that a node's operator runs; None for any other operator."""
+    return next((w.cls for o, w in _OPERATORS.values() if o is node.target), None)
+
+
 def _kind(given: Any) -> str:
     if isinstance(given, torch.Tensor):
         return "Tensor"

@@ -51,6 +51,19 @@ def gathered(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def own_part(tensor: Any) -> Any:
+    """This process's part of a sharded tensor; others as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def alike(tensors: Iterable[torch.Tensor], mesh: Any) -> None:
+    """Give these tensors the values of the mesh's first process, in all of its processes."""
+    group = mesh.get_group()
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor.data, group=group, group_src=0)
+
+
 @torch.no_grad()
 def fill_whole(tensor: Any, values: torch.Tensor) -> None:
     """Write a whole tensor's values, which every process has, into one that may be sharded."""
