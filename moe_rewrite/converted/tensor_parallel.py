@@ -79,7 +79,8 @@ def _divided(moe: Any, mesh: Any) -> dict[str, Part]:
             f"_tp_plan of its class): divide it by FSDP2, {FSDP}"
         )
     store.load_into(host)
-    names, parts = canonical_names(host), {}
+    names = canonical_names(host)
+    parts: dict[str, Part] = {}
     for of in planned(host, plan):
         for leaf, part in replace_layer(of, mesh).items():
             name = names[f"{of.name}.{leaf}"]

@@ -176,7 +176,8 @@ def replace_layer(of: Planned, mesh: Any) -> dict[str, Part]:
             f"{of.name}.weight, {tuple(of.module.weight.shape)}, cannot be divided over {n} "
             f"processes along dimension {style.dim}: expected a multiple of {n}, or fewer processes"
         )
-    of.module.__class__ = _over(style.layer, type(of.module))
+    kind: Any = type(of.module)
+    of.module.__class__ = _over(style.layer, kind)
     of.module.part = Part.of(whole, style.dim, mesh)
     tensors = {"weight": of.module.weight, "bias": getattr(of.module, "bias", None)}
     return {

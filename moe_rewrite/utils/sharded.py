@@ -135,8 +135,8 @@ def require_not_parted(parameter: nn.Parameter) -> None:
     """Raises ConfigError where ZeRO stage 3 has taken a converted model's weights."""
     if is_parted_by_zero(parameter):
         raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 fills weights where modules of the original run, and a "
-            "converted model runs blocks instead: use stage 1 or 2, or FSDP2, fully_shard for each "
+            "DeepSpeed's ZeRO stage 3 has taken this model's weights, and would fill them, and reduce "
+            "their gradients, at the wrong times: use stage 1 or 2, or FSDP2, fully_shard for each "
             "block of moe.shallow and moe.deep, then for moe (docs/many_gpus.md)"
         )
 

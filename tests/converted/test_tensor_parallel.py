@@ -56,7 +56,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("says", REFUSED)
+@pytest.mark.parametrize(
+    "says",
+    [s if REFUSED[s][1] is not None else pytest.param(s, marks=pytest.mark.sweep) for s in REFUSED],
+)
 def test_what_cannot_be_divided_is_refused(mesh, says):
     options, plan = REFUSED[says]
     moe = copy.deepcopy(made(**options))
@@ -66,6 +69,14 @@ def test_what_cannot_be_divided_is_refused(mesh, says):
     with pytest.raises(ConfigError, match=says):
         moe.tensor_parallel(mesh)
     assert [id(p) for p in moe.parameters()] == before
+
+
+def test_a_divided_model_cannot_be_exported(mesh, tmp_path):
+    pytest.importorskip("onnx")
+    moe = copy.deepcopy(made())
+    moe.tensor_parallel(mesh)
+    with pytest.raises(ConfigError, match="divided over processes"):
+        moe_rewrite.export_onnx(moe, tmp_path / "moe.onnx")
 
 
 def test_a_mesh_of_other_processes_is_refused(mesh):

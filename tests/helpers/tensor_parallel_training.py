@@ -40,7 +40,7 @@ CASES = {  # (dense model, options of convert, steps, expand before these)
     "analytic router": (llama(True), {}, 3, (2,)),
     "analytic, long": (llama(True), {}, 20, (7, 14)),
     "trained router, long": (llama(False), {"router": TRAINED}, 20, (7, 14)),
-    "few experts, head": (
+    "experts at the head": (
         llama(False),
         {
             "router": TokenRouter(top_k=2, fit="gradient"), "num_experts": 3,
@@ -72,9 +72,11 @@ def trained(moe, name):
         moe.remember([{"input_ids": sharded.IDS.flip(1)}])
     moe.eval()
     logits = moe(input_ids=sharded.IDS).logits.detach()
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    tokens = moe.generate(sharded.IDS[:, :4], **options)
-    return {"losses": losses, "gradients": gradients, "logits": logits, "tokens": tokens}
+    found = {"losses": losses, "gradients": gradients, "logits": logits}
+    if name != "experts at the head":  # which generate() does not run: it reads the last rows only
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        found["tokens"] = moe.generate(sharded.IDS[:, :4], **options)
+    return found
 
 
 def case(name, rank, folder, mesh):
@@ -150,7 +152,7 @@ def assert_same_save(one, other):
     torch.testing.assert_close(tensors, others, rtol=1e-5, atol=1e-5)  # sums of a router are large
     for file in other.glob("*.json"):
         facts, expected = (json.loads((f / file.name).read_text()) for f in (one, other))
-        of_tensors = {"sha256", "seal"}
+        of_tensors = {"sha256", "meta_sha256"}
         assert {k: v for k, v in facts.items() if k not in of_tensors} == {
             k: v for k, v in expected.items() if k not in of_tensors
         }
