@@ -109,7 +109,7 @@ class _Whole:
 
 
 def _operator(whole: _Whole, inputs: list[Any]) -> tuple[Callable, _Whole]:
-    pointwise = _is_pointwise(whole, inputs)
+    pointwise = getattr(whole.cls, "by_element", False) or _is_pointwise(whole, inputs)
     name = f"{whole.cls.__name__}_{len(_OPERATORS)}"
     given = ", ".join(f"{_kind(x)} x{i}" for i, x in enumerate(inputs))
     made = "Tensor" if sum(whole.kept) == 1 else "Tensor[]"

@@ -112,7 +112,7 @@ OPS: dict[str, Op] = {
     "prelu": Op(positions="map", channels=True),
     **_all(
         "gelu hardswish hardsigmoid mish selu celu relu6 softsign log_sigmoid tanhshrink detach "
-        "alias lift_fresh_copy all_reduce wait_tensor",
+        "alias lift_fresh_copy",
         Op(pointwise=True),
     ),
     **_all("softmax log_softmax", Op(rows="kept", positions="softmax", channels=True)),

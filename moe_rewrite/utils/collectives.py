@@ -36,7 +36,9 @@ class Copied(Function):
 
 class Summed(Function):
     """The sum over the processes of what each computed with its part of a weight. It is whole, and
-    so is its gradient."""
+    so is its gradient. by_element: for `frontend.own_gradients`, which knows no collectives."""
+
+    by_element = True
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:

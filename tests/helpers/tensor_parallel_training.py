@@ -23,13 +23,12 @@ NEOX = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"}
 
 
 def of(name, **sizes):
-    """A model of transformers, by the beginning of its classes' names."""
+    """A model of transformers, by the name of its class."""
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, name.replace("ForCausalLM", "Config"), None)
-    config = config or getattr(transformers, name.replace("ForCausalLM", "TextConfig"))
-    return getattr(transformers, name)(config(**sizes)).eval()
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**sizes)).eval()
 
 
 def llama(tied):
