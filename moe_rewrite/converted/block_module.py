@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +63,15 @@ class BlockModule(nn.Module):
 
     weights: modules of the model's tree that hold this block's dense tensors.
     experts: its sites' modules.
+    run_on: what its code is given of a sharded tensor: all of it, or (tensor parallel) this process's
+        part.
     """
+
+    run_on: Callable[[Any], Any]
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.run_on = name, gathered_to_run
         self.weights = nn.ModuleList()
         self.experts = nn.ModuleDict()
         self._recomputing = False
@@ -93,7 +97,7 @@ class BlockModule(nn.Module):
             else:
                 owned.append(ref)
         if in_process_group():  # tied to a tensor of another block, or sharded elsewhere
-            owned = pytree.tree_map(gathered_to_run, owned)
+            owned = pytree.tree_map(self.run_on, owned)
             bound.require_dtypes(owned)
         arguments = [*owned, *values]
         if self._recomputing:

@@ -35,6 +35,7 @@ from .report import Report
 from .router_fit import RouterFit
 from .saving import Saving
 from .state_dict import StateDict, added, after_load_state_dict
+from .tensor_parallel import divide
 
 
 class Begun(NamedTuple):
@@ -232,6 +233,19 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         Raises ConfigError if the shallow half is trained.
         """
         return stages_of(self, output)
+
+    def tensor_parallel(self, mesh: Any) -> None:
+        """Divide the dense weights over a mesh's processes by the base model's tensor parallel plan
+        (transformers' base_model_tp_plan); experts and router stay whole in each.
+
+        mesh: a DeviceMesh of one dimension over all processes. Called in all of them, which hold the
+            same model and are then called with the same inputs.
+
+        Raises ConfigError where there is no plan or it divides in a way that is not known, for
+        experts that are not LoRA, and for weights that are quantised or trained; EquivalenceError
+        where the divided model computes something else. Nothing is divided then.
+        """
+        divide(self, mesh)
 
     def _planner(self, cache: Any, counts: bool = False) -> Planner:
         """counts: the call is a forward, whose rows count for the expert that is trained."""

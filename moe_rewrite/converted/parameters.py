@@ -16,10 +16,12 @@ from ..utils.module_tree import Holder, node_at, put_tensor, vars_of
 from ..utils.quantized import dequantized, is_quantized, stand_ins
 from ..utils.sharded import (
     Sharding,
+    alike,
     gathered,
     in_process_group,
     is_engine,
     is_sharded,
+    own_part,
     without_shards,
 )
 from .block_module import BlockModule, BlockRun, Bound, Slot, block_class
@@ -37,6 +39,8 @@ class ParameterStore:
     aliases: tied state-dict name -> the canonical one.
     copied: tensors that no longer share the original's storage, since training writes to them.
     written_names: those among them that a forward pass writes to.
+    parallel: the mesh of processes that each compute with their parts of sharded weights, and hold
+        what conversion added whole (tensor parallel); else None.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ParameterStore:
         self.sites: dict[str, ExpertParameters] = {}
         self.copied: set[str] = set()
         self.written_names: set[str] = set()
+        self.parallel: Any = None
         self.rest = BlockModule("unused by the graph")
         self._persistent = set(host.state_dict(keep_vars=True))
         names = canonical_names(host)
@@ -140,14 +145,16 @@ class ParameterStore:
 
     def load_into(self, host: nn.Module) -> None:
         """Make the host use these tensors as they are now (after a move or a cast); of those that
-        are sharded, empty ones of the whole size, since a capture reads no values."""
+        are sharded, empty ones of the whole size, since a capture reads no values, or (tensor
+        parallel) this process's parts."""
+        take = without_shards if self.parallel is None else own_part
         whole: dict[str, torch.Tensor] = {}
         for name, first in canonical_names(host).items():
             parent, _, leaf = name.rpartition(".")
             module = host.get_submodule(parent)
             table: Any = module._parameters if leaf in module._parameters else module._buffers
             if first not in whole:
-                whole[first] = without_shards(self.slots[first].get())
+                whole[first] = take(self.slots[first].get())
             table[leaf] = whole[first]
 
     @property
@@ -160,7 +167,11 @@ class ParameterStore:
         return any(map(is_sharded, tensors)) or any(map(is_engine, parts))
 
     def divided(self, modules: Iterable[nn.Module], new: list[nn.Parameter]) -> list[nn.Parameter]:
-        """New parameters of these modules, sharded as the model is; in all processes alike."""
+        """New parameters of these modules, sharded as the model is; in all processes alike. Under
+        tensor parallel they stay whole."""
+        if self.parallel is not None:
+            alike(new, self.parallel)
+            return new
         if not self.sharded:
             return new
         for module in filter(is_engine, self.root.modules()):

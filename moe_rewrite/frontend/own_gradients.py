@@ -71,6 +71,11 @@ def _called(cls: type[Function], args: tuple) -> Any:
     return tuple(outputs) if whole.several else outputs[0]
 
 
+def function_of(node: fx.Node) -> type[Function] | None:
+    """The function that a node's operator runs; None for any other operator."""
+    return next((w.cls for o, w in _OPERATORS.values() if o is node.target), None)
+
+
 def _kind(given: Any) -> str:
     if isinstance(given, torch.Tensor):
         return "Tensor"
@@ -104,7 +109,7 @@ class _Whole:
 
 
 def _operator(whole: _Whole, inputs: list[Any]) -> tuple[Callable, _Whole]:
-    pointwise = _is_pointwise(whole, inputs)
+    pointwise = getattr(whole.cls, "by_element", False) or _is_pointwise(whole, inputs)
     name = f"{whole.cls.__name__}_{len(_OPERATORS)}"
     given = ", ".join(f"{_kind(x)} x{i}" for i, x in enumerate(inputs))
     made = "Tensor" if sum(whole.kept) == 1 else "Tensor[]"

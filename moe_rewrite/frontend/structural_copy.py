@@ -72,8 +72,9 @@ def _refuse_divided(name: str, model: nn.Module) -> NoReturn:
     raise InputError(
         f"{name} of {type(model).__name__} is divided by a tensor parallel plan (tp_plan, tp_size, "
         "parallelize_module), and a capture needs whole tensors. Load the model without a plan in "
-        "every process, convert it, then divide the converted model by FSDP2: fully_shard for each "
-        "block of moe.shallow and moe.deep, then for moe (docs/many_gpus.md)"
+        "every process, convert it, then divide the converted model by its plan, "
+        "moe.tensor_parallel(mesh), or by FSDP2: fully_shard for each block of moe.shallow and "
+        "moe.deep, then for moe (docs/many_gpus.md)"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..passes.kinds import kind_of
+from ..utils.sharded import is_sharded
 from .lowerings.choose import LOWERINGS, Choice
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class ExportOptions:
         if any(p.is_meta for p in moe.parameters()):
             raise ConfigError(
                 "this model is on the meta device: load its weights before exporting it"
+            )
+        if any(map(is_sharded, moe.parameters())):
+            raise ConfigError(
+                "this model is divided over processes: save it (save_pretrained, in all of them), "
+                "load it in one process, and export that"
             )
 
     def cast(self, moe: MoEModel) -> torch.dtype | None:

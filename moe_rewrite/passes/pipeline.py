@@ -10,12 +10,14 @@ from typing import Any
 from ..config import RouterSpec
 from ..errors import CaptureError, ConversionError
 from ..frontend.capture import TRACING, Sizes, capture
+from ..frontend.divided_layers import Part
 from ..frontend.host import Host
 from ..ir.ops import alias_root, mutated
 from ..ir.program import Code, Program
 from ..ir.steps import Emitted
 from .base import Decisions, Pass
 from .clean import Clean
+from .divide_experts import DivideExperts
 from .emit import emit
 from .freeze_shallow import FreezeShallow
 from .inline_regions import InlineRegions
@@ -83,6 +85,7 @@ class Compiler:
     decisions: settled at conversion, but for what only a training graph shows; see `compile`.
     notes: what the user should know, for the report.
     copy_blocks: blocks that are alike are traced once.
+    parts: of weights of which each process has a part (tensor parallel), by state-dict name.
     head: name of the head that the first graph has, "" without; None before it.
     """
 
@@ -93,6 +96,7 @@ class Compiler:
     notes: list[str] = field(default_factory=list)
     codes: dict[tuple, Code] = field(default_factory=dict, repr=False)  # shared by all graphs
     copy_blocks: bool = True
+    parts: dict[str, Part] = field(default_factory=dict)
     head: str | None = None
 
     def capture(
@@ -124,6 +128,8 @@ class Compiler:
 
     def with_experts(self, program: Program) -> Program:
         passes = to_experts(self.recipe, self.decisions.chosen, self.head)
+        if self.parts:
+            passes = (*passes, DivideExperts(self.parts))
         made = run(passes, program, self.decisions, self.timed)
         if self.head is None:
             self.head = made.head.name if made.head is not None else ""

@@ -126,8 +126,8 @@ class AnalyticGate(TokenGate):
         if counts or keeps:
             read, after, _ = self._read(features, mask, state)
             if counts:
-                products = over_processes(self._products(features, mask, read))
-                self.moments.add(expert + 1, products)
+                products = self._products(features, mask, read)
+                self.moments.add(expert + 1, products if self.copied else over_processes(products))
                 self.solved = False
         return self.fixed_gates(features, {expert: 1.0}), after
 

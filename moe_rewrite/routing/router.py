@@ -74,6 +74,7 @@ class Router(nn.Module):
     by_layer = False  # every layer has a router of its own, this one only says which experts are on
     biased = False  # each row of parameters ends in a bias
     by_sums = False  # solved from sums over rows
+    copied = False  # every process has the same rows (tensor parallel), which count once
     told: list[bool]  # if so: of each expert, whether its sums were given
     unknown: tuple[int, ...] = ()  # experts of whose rows an analytic router knows nothing
     mixes_rows = False  # a row's gates depend on other rows of its sample

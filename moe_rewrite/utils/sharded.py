@@ -51,6 +51,19 @@ def gathered(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def own_part(tensor: Any) -> Any:
+    """This process's part of a sharded tensor; others as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def alike(tensors: Iterable[torch.Tensor], mesh: Any) -> None:
+    """Give these tensors the values of the mesh's first process, in all of its processes."""
+    group = mesh.get_group()
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor.data, group=group, group_src=0)
+
+
 @torch.no_grad()
 def fill_whole(tensor: Any, values: torch.Tensor) -> None:
     """Write a whole tensor's values, which every process has, into one that may be sharded."""
@@ -122,8 +135,8 @@ def require_not_parted(parameter: nn.Parameter) -> None:
     """Raises ConfigError where ZeRO stage 3 has taken a converted model's weights."""
     if is_parted_by_zero(parameter):
         raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 fills weights where modules of the original run, and a "
-            "converted model runs blocks instead: use stage 1 or 2, or FSDP2, fully_shard for each "
+            "DeepSpeed's ZeRO stage 3 has taken this model's weights, and would fill them, and reduce "
+            "their gradients, at the wrong times: use stage 1 or 2, or FSDP2, fully_shard for each "
             "block of moe.shallow and moe.deep, then for moe (docs/many_gpus.md)"
         )
 

@@ -2,14 +2,12 @@
 
 import copy
 import functools
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import processes
 import pytest
 import sharded_training as sharded
+import tensor_parallel_training as parallel
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -26,19 +24,7 @@ def made(tied):
 
 
 def run(what, world, folder):
-    """Do this in several processes; returns their exit codes and the ends of what they printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(sharded.__file__))]
-    processes = [
-        subprocess.Popen(
-            [*command, *map(str, (rank, world, port, folder, what))], stderr=subprocess.PIPE
-        )
-        for rank in range(world)
-    ]
-    errors = [p.communicate(timeout=600)[1].decode()[-2000:] for p in processes]
-    return [p.returncode for p in processes], errors
+    return processes.run(sharded.__file__, what, world, folder)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +123,11 @@ def test_the_halves_are_stages_of_a_pipeline(ran):
     piped = torch.load(folder / "piped.pt")
     torch.testing.assert_close(piped[0], losses, rtol=0, atol=1e-5)
     torch.testing.assert_close(piped[1], gradients, rtol=0, atol=1e-5)
+
+
+def test_weights_divided_by_the_plan_compute_what_one_process_does(found):
+    _, folder, world = found
+    parallel.assert_alike("analytic router", folder, world)
 
 
 @pytest.mark.sweep

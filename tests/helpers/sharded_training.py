@@ -152,6 +152,7 @@ def message(call, *args):
 
 def cases(rank, world, folder, flat):
     """Every case; rank 0 writes losses, gradients and what was saved."""
+    import tensor_parallel_training as parallel
     from torch.distributed.device_mesh import init_device_mesh
 
     hybrid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("copy", "shard"))
@@ -173,24 +174,13 @@ def cases(rank, world, folder, flat):
                 found["convert"] = message(moe_rewrite.convert, torch.nn.ModuleList(moe.deep))
         if tied is False:
             found["bytes"] = counted(copy.deepcopy(warm), flat, part)
-    found["tensor parallel"] = message(moe_rewrite.convert, tensor_parallel(rank, world, folder))
+    loaded = parallel.loaded_with_a_plan(rank, world, folder)
+    found["tensor parallel"] = message(moe_rewrite.convert, loaded)
+    parallel.case("analytic router", rank, folder, flat)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     if world == 2:
         piped(rank, folder, flat)
-
-
-def tensor_parallel(rank, world, folder):
-    """A model that transformers divided by its class's plan as it was loaded."""
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    if rank == 0:
-        build(False).save_pretrained(f"{folder}/dense")
-    dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(
-        f"{folder}/dense", distributed_config=DistributedConfig(tp_size=world)
-    )
 
 
 def counted(moe, mesh, part):
@@ -331,7 +321,7 @@ def resumed(rank, world, folder, mesh):
     killed(rank, world, folder, mesh, dies=False)
 
 
-def work(rank, world, port, folder, what):
+def work(rank, world, port, folder, what):  # what: a function, or the name of one here
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
@@ -339,7 +329,8 @@ def work(rank, world, port, folder, what):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     wait = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=wait)
-    globals()[what](rank, world, folder, init_device_mesh("cpu", (world,), mesh_dim_names=("s",)))
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("s",))
+    globals().get(what, what)(rank, world, folder, mesh)
     dist.barrier()
     dist.destroy_process_group()
 
