@@ -8,7 +8,17 @@ from torch import fx
 
 from ..config import RouterSpec
 from ..ir.aten import value
-from ..ir.gate_layout import Flat, GateLayout, Gathered, Line, OverMap, Rows, Samples, Swapped
+from ..ir.gate_layout import (
+    Flat,
+    GateLayout,
+    Gathered,
+    LastRows,
+    Line,
+    OverMap,
+    Rows,
+    Samples,
+    Swapped,
+)
 from ..ir.program import Program, lead_of
 from .line_rows import Along, has_rows, line_rows
 from .places import NCHW, SpatialDims
@@ -150,6 +160,14 @@ class Layouts:
             return Samples(ndim)
         if not self.per_sample and same_sizes(dims[: len(self.lead)], self.lead):
             return Rows(ndim)
+        along = self.rows.get(rows)
+        if (
+            isinstance(along, Along)
+            and along.dim == 1
+            and along.last
+            and along.low <= 0 <= along.high
+        ):
+            return LastRows(ndim, along.last)
         swapped = self.lead[::-1]
         if len(self.lead) == 2 and same_sizes(dims[:2], swapped):
             return Swapped(ndim)

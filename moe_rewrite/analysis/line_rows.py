@@ -23,9 +23,12 @@ from .spatial import padding_along
 
 @dataclass(frozen=True)
 class Along:
+    """last: how many positions from the end of a line were taken out (logits_to_keep); None: all."""
+
     dim: int
     low: int = 0
     high: int = 0
+    last: int | None = None
 
 
 class Lost(Exception):
@@ -56,6 +59,8 @@ def line_rows(nodes: Iterable[fx.Node], cut: fx.Node, dim: int = 1) -> LineRows:
 
 def has_rows(node: fx.Node, found: Along, cut: fx.Node) -> bool:
     """Whether index p along the dimension belongs to row p."""
+    if found.last is not None:
+        return False
     lengths = value(node).shape[found.dim], value(cut).shape[1]
     return expression(lengths[0]) == expression(lengths[1]) and found.low <= 0 <= found.high
 
@@ -70,6 +75,11 @@ def _follow(node: fx.Node, sources: list[fx.Node], found: LineRows) -> Along | s
         known = _same([found[s] for s in sources])
     if not isinstance(known, Along):
         return known
+    joins = (
+        kind in ("cat", "pad", "slice") or op(node).product == "filter" or "pool1d" in op_name(node)
+    )
+    if known.last is not None and joins:
+        raise Lost(f"{node.name} ({op_name(node)}) works on the last positions alone")
     if node.target is operator.getitem:
         return known
     if op(node).transposes:
@@ -77,7 +87,7 @@ def _follow(node: fx.Node, sources: list[fx.Node], found: LineRows) -> Along | s
     if op(node).product:
         return _product(node, known)
     if kind in ("features", "softmax", "split", "cat", "slice", "pad") or op(node).along:
-        return _along(node, known)
+        return _along(node, known, cut=next(iter(found)))
     if op_name(node) in ("max_pool1d", "avg_pool1d"):
         return _pooled(node, known)
     if op(node).view:
@@ -107,9 +117,12 @@ def _same(laid: list[Any]) -> Along | str:
     reason = next((at for at in laid if isinstance(at, str)), None)
     if reason is not None:
         return reason
-    if len({at.dim for at in laid}) > 1:
-        raise Lost("values whose positions lie along different dimensions are joined")
-    return Along(laid[0].dim, min(at.low for at in laid), max(at.high for at in laid))
+    if len({(at.dim, at.last) for at in laid}) > 1:
+        raise Lost(
+            "values whose positions lie along different dimensions, or parts of it, are joined"
+        )
+    low, high = min(at.low for at in laid), max(at.high for at in laid)
+    return Along(laid[0].dim, low, high, laid[0].last)
 
 
 def _product(node: fx.Node, known: Along) -> Along | str | None:
@@ -154,7 +167,7 @@ def _pooled(node: fx.Node, known: Along) -> Along:
     return Along(2, known.low - before, known.high - before + dilation * (kernel - 1))
 
 
-def _along(node: fx.Node, known: Along) -> Along:
+def _along(node: fx.Node, known: Along, cut: fx.Node) -> Along:
     """Operations along one dimension, which keep positions if it is another one."""
     kind = op(node).positions
     if kind == "features":
@@ -168,9 +181,23 @@ def _along(node: fx.Node, known: Along) -> Along:
     if dim != known.dim or kind == "softmax":
         return known
     start, step = (argument(node, n) if takes(node, n) else None for n in ("start", "step"))
+    if (
+        kind == "slice"
+        and has_rows(first(node), known, cut)
+        and _takes_last(node, dim, start, step)
+    ):
+        return replace(known, last=-start)
     if kind != "slice" or step != 1 or not isinstance(start or 0, int) or (start or 0) < 0:
         raise Lost(f"{node.name} ({op_name(node)}) takes apart or joins positions")
     return replace(known, low=known.low + (start or 0), high=known.high + (start or 0))
+
+
+def _takes_last(node: fx.Node, dim: int, start: Any, step: Any) -> bool:
+    """Whether a slice is ``[-n:]`` along a dimension that has n positions or more."""
+    if type(start) is not int or start >= 0 or step != 1:
+        return False
+    end, length = argument(node, "end"), value(node).shape[dim]
+    return (end is None or (type(end) is int and end > 1 << 40)) and expression(length) == -start
 
 
 def first_tensor(node: fx.Node) -> fx.Node:

@@ -38,6 +38,17 @@ class Rows(GateLayout):
 
 
 @dataclass(frozen=True)
+class LastRows(GateLayout):
+    """Values of `ndim` dimensions (B, count, ..., D): the last rows of each sample."""
+
+    ndim: int
+    count: int
+
+    def broadcast(self, gates: torch.Tensor, rows: tuple[int, ...], grid: int) -> torch.Tensor:
+        return _of_rank(gates.expand(*rows, -1)[:, -self.count :], self.ndim)
+
+
+@dataclass(frozen=True)
 class Samples(GateLayout):
     """Values of `ndim` dimensions (B, ..., D), where all rows of a sample share its gates."""
 
