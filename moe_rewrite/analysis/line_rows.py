@@ -181,23 +181,22 @@ def _along(node: fx.Node, known: Along, cut: fx.Node) -> Along:
     if dim != known.dim or kind == "softmax":
         return known
     start, step = (argument(node, n) if takes(node, n) else None for n in ("start", "step"))
-    if (
-        kind == "slice"
-        and has_rows(first(node), known, cut)
-        and _takes_last(node, dim, start, step)
-    ):
-        return replace(known, last=-start)
+    if kind == "slice" and has_rows(first(node), known, cut):
+        last = _taken_from_end(node, dim, start, step)
+        if last is not None:
+            return replace(known, last=last)
     if kind != "slice" or step != 1 or not isinstance(start or 0, int) or (start or 0) < 0:
         raise Lost(f"{node.name} ({op_name(node)}) takes apart or joins positions")
     return replace(known, low=known.low + (start or 0), high=known.high + (start or 0))
 
 
-def _takes_last(node: fx.Node, dim: int, start: Any, step: Any) -> bool:
-    """Whether a slice is ``[-n:]`` along a dimension that has n positions or more."""
+def _taken_from_end(node: fx.Node, dim: int, start: Any, step: Any) -> int | None:
+    """n of a slice ``[-n:]`` along a dimension that has n positions or more."""
     if type(start) is not int or start >= 0 or step != 1:
-        return False
+        return None
     end, length = argument(node, "end"), value(node).shape[dim]
-    return (end is None or (type(end) is int and end > 1 << 40)) and expression(length) == -start
+    whole = end is None or (type(end) is int and end > 1 << 40)
+    return -start if whole and expression(length) == -start else None
 
 
 def first_tensor(node: fx.Node) -> fx.Node:
