@@ -83,6 +83,7 @@ class FeedForwardSite:
     features: width of its rows.
     hidden: width inside.
     gated: whether one product gates another.
+    matrices: weights that products alone read, and whether each is stored as (in, out).
     """
 
     name: str
@@ -90,6 +91,7 @@ class FeedForwardSite:
     features: int
     hidden: int
     gated: bool
+    matrices: tuple[tuple[str, bool], ...] = ()
 
     @property
     def in_features(self) -> int:

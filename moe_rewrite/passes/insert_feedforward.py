@@ -108,7 +108,20 @@ def _site(program: Program, name: str, region: FeedForward) -> FeedForwardSite:
     of = [program.inputs[w.name] for w in region.weights]
     parts = tuple(Part(i.name, i.kind, ()) for i in of if i.kind != "constant")
     width = int(value(region.entry).shape[region.channels])
-    return FeedForwardSite(name, parts, width, region.hidden, len(region.ups) > 1)
+    gated, matrices = len(region.ups) > 1, _matrices(program, region)
+    return FeedForwardSite(name, parts, width, region.hidden, gated, matrices)
+
+
+def _matrices(program: Program, region: FeedForward) -> tuple[tuple[str, bool], ...]:
+    """Weights that only products read, in one orientation, and whether it is (in, out)."""
+    read: dict[int, set[bool]] = {}
+    for product in (*region.ups, region.down):
+        read.setdefault(product.weight, set()).add(product.transposed)
+    of = {i: program.inputs[region.weights[i].name] for i in read if i not in region.extra}
+    return tuple(
+        (given.name, True in read[i]) for i, given in of.items()
+        if len(read[i]) == 1 and given.kind == "weight"
+    )  # fmt: skip
 
 
 def _widths(region: FeedForward) -> tuple[int, ...]:

@@ -79,8 +79,9 @@ def test_sites_hold_the_weights_of_all_products():
     plain, gated = found.sites
     names = [f"layers.2.{n}" for n in ("up.weight", "up.bias", "down.weight", "down.bias")]
     assert plain == FeedForwardSite(
-        "layers.2", tuple(Part(n, "weight", ()) for n in plain.weights), D, H, False
-    )
+        "layers.2", tuple(Part(n, "weight", ()) for n in plain.weights), D, H, False,
+        (("layers.2.up.weight", False), ("layers.2.down.weight", False)),
+    )  # fmt: skip
     assert set(plain.weights) == set(names) and gated.gated and gated.name == "layers.4"
     assert plain.in_features == plain.out_features == D and gated.hidden == H
     assert not found.rejected
