@@ -50,7 +50,7 @@ def ids_of(batch, length):
     return torch.randint(3, 97, (batch, length))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", some(DTYPES, {"int8"}))
 def test_outputs_are_near_and_a_save_gives_them_bitwise(models, dtype, tmp_path):
     dense, moe = models
     low = copy.deepcopy(moe)
