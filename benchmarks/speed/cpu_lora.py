@@ -2,6 +2,7 @@
 
 # python -m benchmarks.speed.cpu_lora [--quick]: 8 layers of width 512, FFN 1408, 4 x 128 tokens,
 # LoRA experts of rank 8 on all linears of the deep half, 2 threads; medians of rounds side by side.
+# Kept: MB of activations that a training forward keeps for the backward pass, parameters left out.
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..tools.memory import kept_beside
 from ..tools.models import llama, llama_with_experts, training_step
 from ..tools.report import finish, is_quick, save
 from ..tools.timing import Times, side_by_side
@@ -39,7 +41,8 @@ def with_peft(layers: int, width: int, adapters: int) -> Any:
     return model
 
 
-def measured(quick: bool) -> dict[str, Times]:
+def measured(quick: bool) -> tuple[dict[str, Times], dict[str, float]]:
+    """(times of forward and training step, MB kept for the backward pass)."""
     layers, width, experts, rounds = (4, 128, 4, 3) if quick else (8, 512, 8, 15)
     ids = torch.randint(0, 1024, (4, 128))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -53,6 +56,9 @@ def measured(quick: bool) -> dict[str, Times]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.0)
         return training_step(lambda: model(**inputs, labels=ids).loss, optimizer)
 
+    def kept(model: Any) -> float:
+        return round(kept_beside(model, lambda: model(**inputs, labels=ids).loss), 1)
+
     many, size = f"ours, {experts} experts", (layers, width)
     peer = f"PEFT, {experts} adapters"
     forwards = {
@@ -62,28 +68,35 @@ def measured(quick: bool) -> dict[str, Times]:
     with torch.no_grad():
         times = side_by_side(forwards, rounds)
     del forwards
-    steps = {
-        "PEFT, 1 adapter": step(with_peft(*size, 1)), many: step(llama_with_experts(*size, experts)),
-        peer: step(with_peft(*size, experts)),
+    trained = {
+        "PEFT, 1 adapter": with_peft(*size, 1), many: llama_with_experts(*size, experts),
+        peer: with_peft(*size, experts),
     }  # fmt: skip
-    return {"forward": times, "training step": side_by_side(steps, rounds)}
+    steps = {name: step(model) for name, model in trained.items()}
+    found = {"forward": times, "training step": side_by_side(steps, rounds)}
+    return found, {name: kept(model) for name, model in trained.items()}
 
 
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(2)
-    found = measured(quick)
+    found, kept = measured(quick)
     middle = {what: times.medians() for what, times in found.items()}
     figures = {
         "milliseconds": middle, "quartiles": {what: t.quartiles() for what, t in found.items()},
+        "kept_MB": kept,
     }  # fmt: skip
     if not quick:
         save("cpu_lora", figures)
     rows = []
     for what, times in middle.items():
         base = next(iter(times.values()))
-        rows += [(what, n, f"{t:.1f} ms", f"{t / base:.2f}") for n, t in times.items()]
-    finish("cpu_lora", ["", "model", "time", "ratio"], rows, **figures)
+        held = kept if what == "training step" else {}
+        rows += [
+            (what, n, f"{t:.1f} ms", f"{t / base:.2f}", f"{held[n]} MB" if held else "")
+            for n, t in times.items()
+        ]
+    finish("cpu_lora", ["", "model", "time", "ratio", "kept for backward"], rows, **figures)
 
 
 if __name__ == "__main__":

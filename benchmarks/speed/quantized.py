@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import nn
 
 import moe_rewrite
-from moe_rewrite.utils.quantized import is_quantized, stored_bytes
+from moe_rewrite.utils.quantized import stored_bytes
 
 from ..tools.fresh_process import answer, in_fresh_process
-from ..tools.memory import kept_for_backward, peak_of
+from ..tools.memory import kept_beside, peak_of
 from ..tools.models import llama, training_step
 from ..tools.report import finish, is_quick, save
 from .cpu_lora import LINEARS
@@ -96,15 +95,12 @@ def cell(scheme: str, by: str, quick: bool) -> dict[str, float]:
     step = training_step(loss, torch.optim.AdamW(trained, 0.0))
     step()
     _, peak = peak_of(step)
-    megabytes = {"weights": sum(held.values()) / 1e6, "kept": kept(loss, model), "peak": peak}
+    megabytes = {
+        "weights": sum(held.values()) / 1e6,
+        "kept": kept_beside(model, loss),
+        "peak": peak,
+    }
     return {name: round(value, 1) for name, value in megabytes.items()}
-
-
-def kept(loss: Callable[[], torch.Tensor], model: nn.Module) -> float:
-    own = {t.untyped_storage().data_ptr() for t in model.parameters() if type(t) is nn.Parameter}
-    return kept_for_backward(
-        loss, lambda t: is_quantized(t) or t.untyped_storage().data_ptr() in {0, *own}
-    )
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from moe_rewrite.utils.quantized import is_quantized
 
 
 def memory_now() -> float:
@@ -45,6 +48,14 @@ def kept_for_backward(run: Callable[[], Any], parameter: Callable[[torch.Tensor]
         given = run()
     del given
     return sum(found.values()) / 1e6
+
+
+def kept_beside(model: nn.Module, run: Callable[[], Any]) -> float:
+    """MB that autograd keeps of a forward pass, parameters and quantised weights left out."""
+    own = {t.untyped_storage().data_ptr() for t in model.parameters() if type(t) is nn.Parameter}
+    return kept_for_backward(
+        run, lambda t: is_quantized(t) or t.untyped_storage().data_ptr() in {0, *own}
+    )
 
 
 def _field(name: str) -> float:

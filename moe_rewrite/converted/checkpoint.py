@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..kernels.ffn.low_precision import DTYPES
 from ..utils.atomic_files import link_file, replace_file
 from ..utils.one_writer import one_writer
 from ..utils.quantized import inner_tensors, is_quantized, scheme
@@ -50,6 +51,7 @@ class Facts:
     classes: columns that each added to a head; empty without a head.
     trained: whether each was trained; None in saves of versions that did not record it.
     frozen: names of those that are not trained although they are the newest.
+    quantized: the dtype of matrices in low precision; None: experts that can be trained.
     told, solved: of an analytic router, see `AnalyticGate`; told None: those that have sums.
     """
 
@@ -60,6 +62,7 @@ class Facts:
     frozen: list[str]
     told: list[bool] | None = None
     solved: bool = True
+    quantized: str | None = None
 
     @classmethod
     def of(cls, folder: str | os.PathLike, meta: dict[str, Any], experts: int | None) -> Facts:
@@ -81,7 +84,13 @@ class Facts:
         frozen = meta.get("frozen", [])
         if not isinstance(frozen, list) or not set(map(str, frozen)) <= set(said["names"] or []):
             raise CheckpointError(f"{folder}: the names of frozen experts are malformed")
-        facts = cls(**said, frozen=frozen, solved=meta.get("solved") is not False)  # type: ignore[arg-type]
+        dtype = meta.get("quantized")
+        if dtype not in (None, *DTYPES):
+            raise CheckpointError(
+                f"{folder}: experts in {shown(dtype)}: expected {' or '.join(DTYPES)}, or full precision"
+            )
+        solved = meta.get("solved") is not False
+        facts = cls(**said, frozen=frozen, solved=solved, quantized=dtype)  # type: ignore[arg-type]
         if len(set(facts.names)) != experts or not all(0 <= c < 10**6 for c in facts.classes):
             raise CheckpointError(
                 f"{folder}: the saved names of experts are malformed: {shown(facts.names)}"

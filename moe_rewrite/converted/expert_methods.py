@@ -19,6 +19,7 @@ from ..passes.pipeline import Compiler
 from ..passes.recipe import Recipe
 from ..routing.plan import RoutingPlan
 from ..routing.router import Router
+from . import low_precision
 from .expert_set import ExpertSet
 from .merge import merge_expert
 from .parameters import ParameterStore
@@ -116,6 +117,7 @@ class ExpertMethods(nn.Module):
         or tied weights, with columns of a head).
         """
         self._store.require_whole("merge_expert()")
+        low_precision.require_not_quantized(self._experts.sites, "merge_expert()")
         return merge_expert(self, self._experts.index(name), example_inputs)
 
     def expert_index(self, name: str | int) -> int:
@@ -130,6 +132,25 @@ class ExpertMethods(nn.Module):
     def sites(self) -> list[str]:
         """Dotted names of the modules with LoRA experts, as PEFT's target_modules take them."""
         return [s.site.name for s in self._experts.sites if s.as_adapter]
+
+    def quantize_experts(self, dtype: str = "int8") -> None:
+        """Keep the matrices of feed-forward experts in low precision from now on, for inference; the
+        values of before are gone. On the CPU the products are computed in it too: a row is rounded
+        to int8 by its largest value, sums are exact. Saves hold what this makes, and load bitwise.
+
+        dtype: ``"int8"``, with a scale for each output channel, or ``"bfloat16"``.
+
+        Calls in training mode, gradients, `expand`, `merge_expert`, `save_standard` and export are
+        refused from then on. Raises ConfigError for other dtypes, experts of other kinds, and where
+        it was done before.
+        """
+        self._store.require_whole("quantize_experts()")
+        low_precision.quantize(self._experts.sites, dtype)
+
+    @property
+    def experts_quantized(self) -> str | None:
+        """The dtype of experts' matrices after `quantize_experts`; None before."""
+        return low_precision.quantized(self._experts.sites)
 
     # -- plans that replace the router's --------------------------------------------------------
 

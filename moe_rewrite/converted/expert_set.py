@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.head import HeadColumns
 from ..routing.router import Router
+from . import low_precision
 from .checkpoint import Facts
 from .parameters import ParameterStore
 
@@ -120,7 +121,9 @@ class ExpertSet:
                 )
 
     def begin_training(self) -> None:
-        """Before a forward in training mode: turn pending experts on, mark the newest trained."""
+        """Before a forward in training mode: turn pending experts on, mark the newest trained. Raises
+        ConfigError for quantised experts."""
+        low_precision.require_not_quantized(self.sites, "a call in training mode")
         self.router.activate_pending()
         if torch.is_grad_enabled():
             newest = self.expansions[-1]
@@ -139,6 +142,7 @@ class ExpertSet:
         """See `MoEModel.expand`."""
         if self._fixed:
             raise ConfigError(self._fixed)
+        low_precision.require_not_quantized(self.sites, "expand()")
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"n={n!r}: expected an int >= 1")
         if name is not None and not (isinstance(name, str) and name):
@@ -187,12 +191,15 @@ class ExpertSet:
             "classes": [] if self.head is None else self.head.classes,
             "frozen": sorted(self.frozen),
             **self.router.facts(),
+            **({"quantized": dtype} if (dtype := low_precision.quantized(self.sites)) else {}),
         }
 
     def become(self, facts: Facts) -> None:
         """Have experts like those of a save, with any values. Raises ConfigError where none can be
         added."""
         change = len(facts.names) - len(self)
+        if change > 0:
+            low_precision.require_not_quantized(self.sites, f"loading {len(facts.names)} experts")
         if change and self._fixed:
             raise ConfigError(f"{len(facts.names)} experts are to be loaded: {self._fixed}")
         if change < 0:
@@ -204,6 +211,7 @@ class ExpertSet:
         if self.head is not None and self.head.classes != facts.classes:
             self._store.require_whole(f"loading columns of a head, {facts.classes}")
             self.head.widen_all(facts.classes)
+        low_precision.become(self.sites, facts.quantized)
         self.take_over(facts)
 
     def remove(self, name: str | int) -> None:

@@ -16,6 +16,7 @@ from ..passes.kinds import kind_of
 from ..utils.html_tables import folded, html_table
 from ..utils.text_tables import table
 from ..utils.warn import warn
+from . import low_precision
 
 if TYPE_CHECKING:
     from ..ir.equivalence import EquivalenceReport
@@ -40,6 +41,7 @@ class Report:
     notes: what the user should know.
     macs: multiply-adds of a region and of the experts that replace it; None without a region.
     experts: the experts at a site, as text.
+    precision: of experts after `quantize_experts`, as text; empty before.
     lowered: (site, how it is computed).
     equivalence: the comparison with the original; None where there was none.
     """
@@ -57,6 +59,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     macs: Macs | None = None
     experts: str = ""
+    precision: str = ""
     lowered: list[tuple[str, str]] = field(default_factory=list)
     equivalence: EquivalenceReport | None = None
     _model: weakref.ref | None = field(default=None, init=False, repr=False, compare=False)
@@ -115,6 +118,7 @@ class Report:
         return [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
             ("router", self.router),
+            *((("experts", self.precision),) if self.precision else ()),
             *(("condition", c) for c in self.conditions),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
@@ -170,6 +174,10 @@ class Report:
     def of_model(self, moe: Any) -> Report:
         """This report, which from now on knows its model, but does not keep it alive."""
         self._model = weakref.ref(moe)
+        self.precision = low_precision.described(moe.expert_sites())
+        numerics: tuple[str, Numerics] = ("quantize experts", "approximate")
+        if self.precision and numerics not in self.numerics:
+            self.numerics.append(numerics)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ..errors import ConfigError, require_package
 from ..frontend import hub
 from ..utils.sharded import gathered
-from . import checkpoint
+from . import checkpoint, low_precision
 from .expert_methods import ExpertMethods
 from .expert_set import ExpertSet
 from .model_card import write_card
@@ -165,6 +165,7 @@ class Saving(ExpertMethods):
         experts, tensors = self._experts, {k: t for k, t in tensors.items() if k != FACTS}
         if experts.head is not None:
             experts.head.widen_all(facts.classes)
+        low_precision.become(experts.sites, facts.quantized)
         self._store.copy_on_write(*checkpoint.dense_names(tensors))
         checkpoint.fill(self.saved_tensors(), tensors)
         experts.take_over(facts)

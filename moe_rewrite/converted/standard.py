@@ -21,6 +21,7 @@ from ..frontend.standard import names
 from ..frontend.standard.formats import BASES, FORMATS, SIGMOID, Fit, Wanted, fit
 from ..frontend.standard.tensors import RegionTensors, class_state, fill, interleaved
 from ..ir.equivalence import evaluating
+from .low_precision import require_not_quantized
 
 LENGTHS = (1, 9, 33)  # of the calls that are compared
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest logit; of others:
@@ -108,6 +109,7 @@ def restore(moe: Any, read: nn.Module, folder: str | os.PathLike, verify: bool) 
 def _require_layers(moe: Any) -> None:
     """Raises ConversionError for what no class holds, whatever its format."""
     experts, kind = moe.recipe.experts, type(moe.recipe.experts).__name__
+    require_not_quantized(moe.expert_sites(), "save_standard()")
     way = "convert with mode='upcycle', whose feed-forwards have a router each"
     if not isinstance(experts, FFNExperts):
         raise ConversionError(f"save_standard: no class has {kind}; {way}")

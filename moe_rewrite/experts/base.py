@@ -23,6 +23,8 @@ class ExpertParameters(nn.Module):
     as_adapter: an expert can be written as an adapter in PEFT's format.
     dtype: of the parameters; None: float32, or what the dense tensors have if that is wider. In
         16 bits a small step of an optimizer changes nothing.
+    quantized: the dtype of matrices in low precision, ``"int8"`` or ``"bfloat16"``, for inference;
+        None: experts that can be trained.
     computes: for each part, the dtype in which a graph takes it, that of the dense tensors; empty
         for kinds whose parameters have this dtype themselves.
     """
@@ -32,6 +34,7 @@ class ExpertParameters(nn.Module):
     replaced: tuple[str, ...] = ()
     as_adapter = False
     dtype: torch.dtype | None = None
+    quantized: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class ExpertParameters(nn.Module):
 
     def set_trained(self, trained: Sequence[bool]) -> None:
         """Set which experts are trained; the others are frozen, and their gradients dropped."""
-        for of_part in self.parameter_lists():
+        for of_part in self.parameter_lists() if not self.quantized else ():
             for p, on in zip(of_part, trained, strict=True):
                 p.requires_grad_(on and p.numel() > 0)  # DDP waits for every gradient
                 if not on:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..ir.sites import FeedForwardSite, Part, RegionSite
+from ..kernels.ffn.low_precision import LowPrecision
 from ..utils.module_tree import Holder, put_module
 from .base import ExpertParameters
 
@@ -43,11 +44,23 @@ class CopiedParameters(ExpertParameters):
                 new.append(copies[-1])
         return new  # type: ignore[return-value]
 
+    def quantize(self, dtype: str) -> None:
+        """Keep the matrices of feed-forwards in low precision, and nothing else of them."""
+        assert isinstance(self.site, FeedForwardSite)
+        matrices = dict(self.site.matrices)
+        for part, copies in self._by_part():
+            if part.name in matrices:
+                copies.quantize(dtype, matrices[part.name])
+            for own in copies.own():
+                own.requires_grad_(False).grad = None
+        self.quantized = dtype
+        self.forget()
+
     def _by_part(self) -> list[tuple[Part, _Copies]]:
         return list(zip(self.site.parts, self._of_part, strict=True))
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
-        return [list(c.parameters()) for p, c in self._by_part() if p.kind == "weight"]
+        return [list(c.own()) for p, c in self._by_part() if p.kind == "weight"]
 
     def remove(self, index: int) -> None:
         for _, copies in self._by_part():
@@ -77,15 +90,23 @@ class CopiedParameters(ExpertParameters):
             return None
         return tuple(torch.stack(list(of_part)) for of_part in self.stacked(active))
 
-    def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
+    def stacked(self, active: Sequence[int]) -> tuple[list[Any], ...]:
         return tuple(
-            [self.in_graph(part.name, e, copies[e]) for e in active]
+            [copies.matrix(e) for e in active]
+            if copies.quantized
+            else [self.in_graph(part.name, e, copies[e]) for e in active]
             for part, copies in self._by_part()
         )
 
 
 class _Copies(nn.Module):
-    """One part of every expert, by number: parameters or buffers."""
+    """One part of every expert, by number: parameters or buffers; matrices in low precision have
+    their scales, if any, in a module below."""
+
+    quantized = False
+
+    def own(self) -> Iterator[nn.Parameter]:
+        return self.parameters(recurse=False)
 
     def __len__(self) -> int:
         return len(self._parameters) + len(self._buffers)
@@ -108,6 +129,35 @@ class _Copies(nn.Module):
             kept = [tensor for key, tensor in table.items() if key != str(index)]
             table.clear()
             table.update({str(e): tensor for e, tensor in enumerate(kept)})
+        if "scales" in self._modules:
+            self.scales.remove(index)
+
+    @torch.no_grad()
+    def quantize(self, dtype: str, transposed: bool) -> None:
+        """transposed: weights are stored as (in, out)."""
+        scales, self.quantized = _Copies(), True
+        for key, weight in self._parameters.items():
+            assert weight is not None
+            made = LowPrecision.of(weight.t() if transposed else weight.flatten(1), dtype)
+            self._parameters[key] = nn.Parameter(made.values, requires_grad=False)
+            if made.scale is not None:
+                scales.register_parameter(key, nn.Parameter(made.scale, requires_grad=False))
+        if len(scales):
+            self.scales = scales
+
+    def matrix(self, index: int) -> LowPrecision:
+        return LowPrecision(self[index], self.scales[index] if "scales" in self._modules else None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move matrices in low precision with the model, and do not cast them."""
+        if not self.quantized:
+            return super()._apply(fn, recurse)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            given = fn(tensor)
+            return given if given.dtype == tensor.dtype else tensor.to(given.device)
+
+        return super()._apply(moved, recurse)
 
 
 def _share(dense: torch.Tensor, part: Part, expert: int) -> torch.Tensor:

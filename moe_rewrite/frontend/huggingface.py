@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from ..errors import InputError
 from .broadcast_masks import broadcast_masks
 from .host import Host
-from .kv_cache import CACHE, CacheFormat
+from .kv_cache import CACHE, CacheFormat, refuse_continuous_batching
 from .pretrained import pretrained_class
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
@@ -151,6 +151,8 @@ class HuggingFaceHost(Host):
                 f"{self.name}.generate(): only language models generate on their converted "
                 "graphs; call to_dense().generate() for the original"
             )
+        if kwargs.get("cache_implementation") == "paged":
+            refuse_continuous_batching()
         # of its own for every call, so that threads do not share it: only `forward` is another
         caller = copy.copy(self.module)
 

@@ -5,7 +5,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -143,6 +143,16 @@ class CacheFormat:
             )
         self._empty(cache, batch)
         return cache
+
+
+def refuse_continuous_batching() -> NoReturn:
+    raise InputError(
+        "continuous batching replaces a model's attention and its cache by paged ones, which the "
+        "graphs of a converted model do not have: call generate(input_ids, attention_mask=mask) on a "
+        "batch that is padded on the left; or write the model for engines that batch continuously, "
+        "by save_standard(folder) if it is upcycled, by save_adapters(folder) or "
+        "save_pretrained(folder, standalone=True) if its experts are LoRA"
+    )
 
 
 def kv_layers(cache: Any) -> list[Any]:

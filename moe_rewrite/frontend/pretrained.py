@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import ConversionError
-from .kv_cache import CACHE
+from .kv_cache import CACHE, refuse_continuous_batching
 from .model_class import class_like
 from .structural_copy import working_copy
 
@@ -93,6 +93,11 @@ class Pretrained(PreTrainedModel):
         )
 
     load_adapter = add_adapter
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse_continuous_batching()
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:

@@ -84,6 +84,7 @@ class FeedForwardSite:
     hidden: width inside of an expert.
     gated: whether one product gates another.
     down: names of the last product's weight and, if it has one, bias.
+    matrices: weights that products alone read, and whether each is stored as (in, out).
     """
 
     name: str
@@ -92,6 +93,7 @@ class FeedForwardSite:
     hidden: int
     gated: bool
     down: tuple[str, ...]
+    matrices: tuple[tuple[str, bool], ...] = ()
 
     @property
     def in_features(self) -> int:

@@ -36,6 +36,12 @@ class ExportOptions:
 
     def check(self, moe: MoEModel) -> None:
         """Raises ConfigError if this model cannot be exported with these options."""
+        if moe.experts_quantized:
+            raise ConfigError(
+                f"export_onnx: these experts are in {moe.experts_quantized} by quantize_experts(); export "
+                "the model as it was saved before that, with dtype='int8' or 'int4' for quantised "
+                "experts in the file"
+            )
         self.cast(moe)
         self.choice(moe)
         if self.opset not in OPSETS:

@@ -130,7 +130,8 @@ def _site(program: Program, name: str, region: FeedForward, granularity: int) ->
     width = int(value(region.entry).shape[region.channels])
     last = [n for n in (region.down.weight, region.down.bias) if n is not None]
     down = tuple(of[n].name for n in last)
-    return FeedForwardSite(name, parts, width, hidden, len(region.ups) > 1, down)
+    gated, matrices = len(region.ups) > 1, _matrices(program, region)
+    return FeedForwardSite(name, parts, width, hidden, gated, down, matrices)
 
 
 def _hidden_dims(region: FeedForward) -> dict[int, int]:
@@ -145,6 +146,18 @@ def _hidden_dims(region: FeedForward) -> dict[int, int]:
         dims[up.weight] = 1 if up.transposed else 0
         dims |= {} if up.bias is None else {up.bias: 0}
     return dims
+
+
+def _matrices(program: Program, region: FeedForward) -> tuple[tuple[str, bool], ...]:
+    """Weights that only products read, in one orientation, and whether it is (in, out)."""
+    read: dict[int, set[bool]] = {}
+    for product in (*region.ups, region.down):
+        read.setdefault(product.weight, set()).add(product.transposed)
+    of = {i: program.inputs[region.weights[i].name] for i in read if i not in region.extra}
+    return tuple(
+        (given.name, True in read[i]) for i, given in of.items()
+        if len(read[i]) == 1 and given.kind == "weight"
+    )  # fmt: skip
 
 
 def _widths(region: FeedForward) -> tuple[int, ...]:

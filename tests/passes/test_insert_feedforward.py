@@ -80,7 +80,10 @@ def test_sites_hold_the_weights_of_all_products():
     names = [f"layers.2.{n}" for n in ("up.weight", "up.bias", "down.weight", "down.bias")]
     kept = dict(zip(names, (((0, H),), ((0, H),), ((1, H),), ()), strict=True))
     parts = tuple(Part(n, "weight", kept[n]) for n in plain.weights)
-    assert plain == FeedForwardSite("layers.2", parts, D, H, False, tuple(names[2:]))
+    assert plain == FeedForwardSite(
+        "layers.2", parts, D, H, False, tuple(names[2:]),
+        (("layers.2.up.weight", False), ("layers.2.down.weight", False)),
+    )  # fmt: skip
     assert set(plain.weights) == set(names) and gated.gated and gated.name == "layers.4"
     assert plain.in_features == plain.out_features == D and gated.hidden == H
     assert not found.rejected

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from ...analysis.feedforward import FeedForward, Linear
@@ -15,12 +15,14 @@ from ...ir.program import Code
 from ...kernels import cost_model
 from ...kernels.autocast import autocasts
 from ...kernels.cost_model import Execution
+from ...kernels.ffn.low_precision import LowPrecision, linear
 from ...kernels.ffn.op import ffn_dense, ffn_experts
 from ...kernels.triton import runs_on
 from ...routing.dispatch import Dispatch, RowGates
 from .activation_match import FusedFFN, find_fused_form
+from .low_precision_call import holds_low_precision, run_sorted, without_gradient
 
-Weights = list[torch.Tensor]  # one expert's tensors
+Weights = list[Any]  # one expert's tensors, matrices perhaps in low precision
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,16 @@ class Body:
     down: Linear
 
     def __call__(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        hidden = [F.linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
+        hidden = [linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
         inner = self.middle.call(*hidden, *(weights[i] for i in self.extra))
-        return F.linear(inner, matrix(self.down, weights), bias(self.down, weights))
+        return linear(inner, matrix(self.down, weights), bias(self.down, weights))
 
 
-def matrix(product: Linear, weights: Weights) -> torch.Tensor:
-    """A view of the product's weight as (out, in)."""
+def matrix(product: Linear, weights: Weights) -> Any:
+    """A view of the product's weight as (out, in), as which those in low precision are stored."""
     weight = weights[product.weight]
+    if isinstance(weight, LowPrecision):
+        return weight
     if product.pointwise:
         return weight.flatten(1)
     return weight.t() if product.transposed else weight
@@ -108,8 +112,14 @@ class FeedForwardCall:
         """(T, D) output of each row's experts. lead: the rows' dimensions before flattening."""
         gates_TE, dispatch = gates.over(lead)
         device = x_TD.device.type
-        fused = self.form is not None and (device == "cpu" or runs_on(x_TD))
         apart = self._weighted if torch.compiler.is_compiling() else self._looped
+        if holds_low_precision(weights):
+            sorts = device == "cpu" and not torch.compiler.is_compiling()
+            way = partial(run_sorted, self.body, matrix) if sorts else apart
+            return without_gradient(
+                lambda x, gates: way(x, gates, dispatch, weights), x_TD, gates_TE
+            )
+        fused = self.form is not None and (device == "cpu" or runs_on(x_TD))
         of_kind = self._fused if fused and not autocasts(device) else apart
         return of_kind(x_TD, gates_TE, dispatch, weights)
 

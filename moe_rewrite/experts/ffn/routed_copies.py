@@ -116,6 +116,6 @@ class RoutedCopies(CopiedParameters):
             for row, old in zip(self.rows, record, strict=True):
                 row.copy_(old)
 
-    def stacked(self, active: Sequence[int]) -> tuple[list[torch.Tensor], ...]:
+    def stacked(self, active: Sequence[int]) -> tuple[list[Any], ...]:
         rows = [self.in_graph(self.router, e, self.rows[e]) for e in active]
         return (*super().stacked(active), rows)
