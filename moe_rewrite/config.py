@@ -224,13 +224,13 @@ class LoRAExperts:
 
 @dataclass(frozen=True)
 class FFNExperts:
-    """Feed-forward experts: each replaces the dense feed-forward region and starts as a copy of it
-    (sparse upcycling, arXiv 2212.05055, section 3).
+    """Feed-forward experts: each replaces a dense region and starts as a copy of it (sparse
+    upcycling, arXiv 2212.05055, section 3).
 
     num: experts to begin with; None means eight in mode "upcycle" and one in "pmoe".
-    every: convert every n-th feed-forward region of the deep segment, counted from the last.
-    sites: ``"all"``, or a tuple of endings of the regions' names (``("layers.3.mlp",)``); the
-        report of ``convert(..., dry_run=True)`` lists the names.
+    every: convert every n-th region of the deep segment, counted from the last.
+    sites: ``"all"``, or endings of the regions' names (``("layers.3.mlp",)``), which
+        ``convert(..., dry_run=True)`` lists.
     dtype: as for `LoRAExperts`.
     router: ``"layer"``: every region has a router of its own, a linear map without bias on the
         region's own input, as in Mixtral, Qwen-MoE, OLMoE and GLM-4-MoE. `convert`'s TokenRouter
@@ -240,14 +240,13 @@ class FFNExperts:
         PatchRouter is passed, which then is the one at the cut; else ``"cut"``.
     score: with router="layer", as the options below: what it makes of its logits before the top k,
         ``"softmax"`` or ``"sigmoid"`` (GLM-4-MoE).
-    granularity: experts that a copy is cut into along its hidden width (fine-grained experts, arXiv
-        2401.06066, section 3.1, begun as virtual groups, arXiv 2410.07524, section 3.2): the
-        experts of a copy begin with one row of the router, so a `top_k` that is a multiple of it
-        takes whole copies, and outputs are the dense model's. Experts then number
-        num * granularity; they can be neither added nor removed.
+    granularity: experts that a copy is cut into along its hidden width (arXiv 2401.06066, section
+        3.1; begun as virtual groups, arXiv 2410.07524, section 3.2). The experts of a copy begin with
+        one row of the router, so a `top_k` that is a multiple of it takes whole copies, and outputs
+        are the dense model's. Experts number num * granularity; none can be added or removed.
     reinit: share of each expert's hidden units whose weights are drawn anew, from a normal
         distribution with mean and deviation of the dense weight (Drop-Upcycling, arXiv 2502.19261,
-        section 3). Outputs at the start are then not the dense model's.
+        section 3). Outputs at the start are not the dense model's.
     scaled: multiply what experts give so that equal logits (``TokenRouter(init=0)``) give the dense
         model's output where a row's gates do not sum to one (arXiv 2410.07524, section 3.3).
     """

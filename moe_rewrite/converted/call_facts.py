@@ -41,7 +41,7 @@ class ChangingInts:
     """Which arguments are ints that change from call to call: one graph serves all their values.
 
     An int is a constant of the graph until a call brings another one, and stays one where a graph
-    cannot be captured otherwise.
+    cannot be captured otherwise. 0 and 1 are constants always, which PyTorch's capture makes them.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class ChangingInts:
         for name, given in ints.items():
             if self._first.setdefault(name, given) != given:
                 self._changing.add(name)
-        return frozenset(self._changing & ints.keys())
+        return frozenset(n for n in self._changing & ints.keys() if ints[n] not in (0, 1))
 
     def keep_constant(self, names: frozenset[str]) -> None:
         self._constant |= names
