@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import randomize
+from sweeps import some
 from torch import nn
 
 import moe_rewrite
@@ -16,7 +17,7 @@ ROUTERS = {
 }
 
 
-@pytest.fixture(scope="module", params=ROUTERS)
+@pytest.fixture(scope="module", params=some(ROUTERS, {"prefix"}))
 def moe(request):
     model = architectures.build("Llama", layers=2)
     model.generation_config.eos_token_id = None
