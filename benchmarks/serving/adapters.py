@@ -47,12 +47,13 @@ def restricted(moe: Any, gates: dict[str, float], mixture: bool) -> AbstractCont
 
 def compared_adapters(
     moe: Any, dense: Any, tokens: Any, prompts: Sequence[tuple[str, str]],
-    ask: Callable[[str], Answer], mixture: bool = False,
+    ask: Callable[[list[int], str], Answer], mixture: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row a prompt. ask: sends a text through the proxy."""
+    """A row a prompt. ask: sends a prompt, as ids or as text, through the proxy."""
     rows = []
     for task, text in prompts:
-        answer, ids = ask(text), tokens(text)["input_ids"]
+        ids = tokens(text)["input_ids"]
+        answer = ask(ids, text)
         gates = gates_of(moe, ids)
         with restricted(moe, gates, mixture):
             row = compared(task, ids, answer, moe, dense)

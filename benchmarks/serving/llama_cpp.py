@@ -59,19 +59,20 @@ class LlamaCpp:
         return (done.stdout + done.stderr).strip().splitlines()[0]
 
 
-def greedy_answer(url: str, model: str, prompt: str | list[int], tokens: int = NEW) -> Any:
+def greedy_answer(url: str, model: str, ids: list[int], tokens: int = NEW) -> Any:
     """(the tokens, the headers) of an answer without the end of a text."""
     body = {
-        "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+        "model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0,
         "ignore_eos": True, "verbose": True, "return_tokens": True, "cache_prompt": False,
     }  # fmt: skip
     said, headers = asked(url, "/v1/completions", body)
     return said["__verbose"]["tokens"], headers
 
 
-def answered(url: str, engine: str, model: str, text: str) -> Answer:
-    """url: of the engine or of a proxy before it."""
-    tokens, headers = greedy_answer(url, model, text)
+def answered(url: str, engine: str, model: str, ids: list[int], text: str) -> Answer:
+    """url: of the engine or of a proxy before it. Ids are sent, since a converted tokenizer may read
+    a text in another way: `prompt` says how."""
+    tokens, headers = greedy_answer(url, model, ids)
     whole = {"content": text, "add_special": True, "parse_special": True}
     read, _ = asked(engine, "/tokenize", whole)
     return {"prompt": read["tokens"], "tokens": tokens, "choice": headers.get(CHOSEN)}

@@ -63,7 +63,8 @@ def mixtral(given: Given) -> dict[str, Rows]:
     with given.engine.serving(given.engine.model(folder), log) as engine:
         rows = []
         for task, text in models.prompts(given.count):
-            ids, answer = given.tokens(text)["input_ids"], answered(engine, engine, MODEL, text)
+            ids = given.tokens(text)["input_ids"]
+            answer = answered(engine, engine, MODEL, ids, text)
             rows.append(compared(task, ids, answer, moe, given.dense))
     return {"mixtral": rows}
 

@@ -50,8 +50,9 @@ def adapters(python: Path, place: Path, dense: Any, tokens: Any, count: int, qui
         proxied(served, engine, "vllm") as proxy,
     ):
         return compared_adapters(
-            moe, dense, tokens, models.prompts(count), lambda text: answered(proxy, "moe", text)
-        )
+            moe, dense, tokens, models.prompts(count),
+            lambda ids, text: answered(proxy, "moe", text),
+        )  # fmt: skip
 
 
 def standalone(python: Path, place: Path, dense: Any, tokens: Any, count: int, quick: bool) -> Rows:
