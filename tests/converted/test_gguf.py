@@ -4,6 +4,7 @@ They are where MOE_REWRITE_LLAMA_SERVER (the program) and MOE_REWRITE_LLAMA_CPP 
 converters) say; MOE_REWRITE_CONVERTER_PYTHON: a Python with the converters' packages.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from standard import IDS, dense, train
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import moe_rewrite
 from benchmarks.serving.answers import greedy
@@ -18,8 +21,9 @@ from benchmarks.serving.llama_cpp import LlamaCpp, greedy_answer
 from moe_rewrite import FFNExperts, TokenRouter
 
 PLACES = ("MOE_REWRITE_LLAMA_SERVER", "MOE_REWRITE_LLAMA_CPP")
-# the converters of these classes read a tokenizer of sentencepiece; what is asked for is ids
-TOKENIZER = """
+# what is asked for is ids, so any tokenizer does; the Qwen classes' converter wants one of byte-level
+# BPE that it knows by name, and is told that ours is Qwen2's
+PIECES = """
 import sys
 import sentencepiece
 with open(sys.argv[1], "wb") as file:
@@ -27,6 +31,15 @@ with open(sys.argv[1], "wb") as file:
         sentence_iterator=iter(["a few words", "and a few more"]), model_writer=file,
         model_type="bpe", vocab_size=24, minloglevel=2,
     )
+"""
+AS_QWEN = """
+import runpy
+import sys
+script = {script!r}
+sys.path.insert(0, {source!r})
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+runpy.run_path(script, run_name="__main__")
 """
 LAYER = {"top_k": 2, "base": False, "normalize": False, "init": 0.5}
 CASES = [
@@ -47,6 +60,24 @@ def engine():
     return LlamaCpp(server, source, Path(python))
 
 
+def converted(engine, folder):
+    """The GGUF file of a folder, to which a tokenizer is added."""
+    script = "convert_hf_to_gguf.py"
+    if "qwen" not in json.loads((folder / "config.json").read_text())["model_type"]:
+        command = [engine.python, "-c", PIECES, folder / "tokenizer.model"]
+        subprocess.run(command, check=True, capture_output=True)
+        return engine.converted(script, folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:60]
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", *alphabet, '!"'])}
+    bpe = Tokenizer(models.BPE(vocabulary, [("!", '"')]))
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
+    wrapper = folder.with_name("convert_as_qwen.py")
+    places = {"script": str(engine.source / script), "source": str(engine.source)}
+    wrapper.write_text(AS_QWEN.format(**places))
+    return engine.converted(str(wrapper), folder)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(("base", "gate", "name"), CASES)
 def test_llama_cpp_answers_as_the_converted_model(engine, base, gate, name, tmp_path):
@@ -57,10 +88,8 @@ def test_llama_cpp_answers_as_the_converted_model(engine, base, gate, name, tmp_
     train(moe)
     folder = tmp_path / "moe"
     moe.save_standard(folder, format=name)
-    command = [engine.python, "-c", TOKENIZER, folder / "tokenizer.model"]
-    subprocess.run(command, check=True, capture_output=True)
     prompts = [row[:length].tolist() for row in IDS for length in (1, 2, 9, 24)]
     assert any(greedy(moe, p) != greedy(dense(base), p) for p in prompts)
-    with engine.serving(engine.model(folder), tmp_path / "server.log") as url:
+    with engine.serving(converted(engine, folder), tmp_path / "server.log") as url:
         for prompt in prompts:
             assert greedy_answer(url, "moe", prompt)[0] == greedy(moe, prompt)
