@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,12 +36,18 @@ def gap(model: Any, ids: Sequence[int], wanted: list[int], given: list[int]) -> 
     return float(logits[wanted[same]] - logits[given[same]])
 
 
+@cache
+def dense_answer(model: Any, ids: tuple[int, ...]) -> list[int]:
+    """`greedy` of the dense model, which every case asks for the same prompts."""
+    return greedy(model, ids)
+
+
 def compared(task: str, ids: list[int], answer: Answer, model: Any, other: Any) -> dict[str, Any]:
     """A prompt's row. ids: as our tokenizer reads it. other: the dense model."""
     wanted = greedy(model, ids)
     row = {
         "task": task, "choice": answer.get("choice", ""), "read": answer["prompt"] == ids,
-        "same": answer["tokens"] == wanted, "dense": answer["tokens"] == greedy(other, ids),
+        "same": answer["tokens"] == wanted, "dense": answer["tokens"] == dense_answer(other, tuple(ids)),
     }  # fmt: skip
     if not row["same"]:
         row["gap"] = gap(model, ids, wanted, answer["tokens"])
