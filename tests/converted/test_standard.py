@@ -39,6 +39,7 @@ CASES = {
 }  # fmt: skip
 FEW = [("Llama", 1, "softmax"), ("GLM", 1, "sigmoid")]
 REST = [case for case in CASES if case not in FEW]
+LAYER, LAYERED = {"base": False, "normalize": False}, FFNExperts(num=3, router="layer")
 
 
 def read_elsewhere(folders):
@@ -105,6 +106,19 @@ def test_shards_are_small_and_the_folder_of_before_is_replaced(tmp_path):
     assert sorted(p.name for p in folder.glob("model*")) == ["model.safetensors"]
     assert (folder / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in folder.parent.iterdir()) == ["it"]
+
+
+@pytest.mark.parametrize("gate", ["selected", "all"])
+def test_a_shared_expert_adds_nothing_and_no_gate_of_it_is_zero(gate, tmp_path):
+    """llama.cpp computes the gate's sigmoid as silu(x) / x."""
+    router = TokenRouter(top_k=2, gate=gate, **LAYER)
+    moe = upcycled(dense("Llama"), router=router, experts=LAYERED, num_experts=None)
+    moe.save_standard(tmp_path / "it", "qwen2_moe")
+    held = load_file(tmp_path / "it" / "model.safetensors")
+    gates = [k for k in held if k.endswith("shared_expert_gate.weight")]
+    downs = [k for k in held if k.endswith("shared_expert.down_proj.weight")]
+    assert len(gates) == len(downs) == 1
+    assert held[gates[0]].all() and not held[downs[0]].any()
 
 
 def refused(moe, folder, format, *said):

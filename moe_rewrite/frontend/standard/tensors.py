@@ -14,6 +14,7 @@ from . import names
 from .formats import Wanted, head_dim, rope
 
 ROTATED = ("q_proj", "k_proj")
+SHARED_GATE = "shared_expert_gate.weight"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def class_state(
             state[key] = torch.stack([t.detach().to(like.dtype) for t in own])
         for key in block.rest:
             kept = there[key].dtype if key.endswith("correction_bias") else like.dtype
-            state[key] = torch.zeros(there[key].shape, dtype=kept)
+            # of a shared expert's gate any value does; at a logit of 0 llama.cpp divides by it
+            filled = 1.0 if key.endswith(SHARED_GATE) else 0.0
+            state[key] = torch.full(there[key].shape, filled, dtype=kept)
     return {k: t.contiguous().clone() for k, t in state.items()}
 
 
