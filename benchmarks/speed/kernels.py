@@ -26,8 +26,8 @@ def builds(quick: bool, archs: tuple[int, ...] = (80, 90)) -> list[Build]:
     for dtype in DTYPES:
         for arch in archs:
             with recorded(arch) as made:
-                every = not quick or (dtype == torch.bfloat16 and arch == max(archs))
-                for launch in LARGE + (OTHERS if every else []):
+                newest = dtype == torch.bfloat16 and arch == max(archs)
+                for launch in LARGE + ([] if quick and not newest else OTHERS):
                     launch(dtype)
             found |= dict.fromkeys(made)
     return list(found)

@@ -93,9 +93,15 @@ def sites(moe):
     return [n for n, _, _ in moe.report.sites]
 
 
-@pytest.mark.parametrize("granularity", ["token", "prefix"])
 @pytest.mark.parametrize(
-    ("name", "form"), [("Qwen3Moe", None), ("Mixtral", None), ("Qwen3Moe", "batched_mm")]
+    ("name", "form", "granularity"),
+    some(
+        [
+            *product(("Qwen3Moe", "Mixtral"), (None,), ("token", "prefix")),
+            *product(("Qwen3Moe",), ("batched_mm",), ("token", "prefix")),
+        ],
+        [("Mixtral", None, "prefix"), ("Qwen3Moe", "batched_mm", "token")],
+    ),
 )
 def test_experts_beside_a_models_own(name, form, granularity, tmp_path):
     model = build(name)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from moe_rewrite.cli.main import app
@@ -21,6 +22,7 @@ def test_digits_forget_less_than_by_fine_tuning(tmp_path):
     assert all(row[task] > 0.4 for task, row in enumerate(pmoe.R))
 
 
+@pytest.mark.sweep
 def test_a_language_model_keeps_more_of_its_own_text_than_by_fine_tuning(data, tmp_path):
     """The pretrained Llama and a real task of TRACE."""
     options = ("--max-samples", "24", "--out", str(tmp_path))

@@ -112,6 +112,7 @@ def tables(monkeypatch):
     return found
 
 
+@pytest.mark.sweep
 def test_no_table_of_sizes_stays_in_low_memory(tables, tmp_path):
     model, x = nn.Sequential(Fixed(), Fixed(), Fixed()).eval(), torch.randn(2, 5, 8)
     with low_memory_export():
@@ -173,6 +174,7 @@ def test_settings_of_traces_are_put_back(emitted, monkeypatch):
     assert not hasattr(torch.fx.config, STACKS)
 
 
+@pytest.mark.sweep
 def test_one_table_of_translations_serves_all_exports(monkeypatch, tmp_path):
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -254,6 +256,7 @@ class Chained(nn.Module):
         return x + self.down(torch.relu(self.up(x))) / x.new_ones(size).sum()
 
 
+@pytest.mark.sweep
 def test_sizes_that_need_hundreds_of_others_are_exported(tmp_path):
     model, x = nn.Sequential(Chained(0), Chained(400)).eval(), torch.randn(2, 5, 8)
     moe = moe_rewrite.convert(model, split=1, num_experts=2, example_inputs=x, verify=False)

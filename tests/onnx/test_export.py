@@ -261,6 +261,7 @@ def test_weights_are_verified_without_a_copy(
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sweep
 def test_a_cast_copy_is_the_cast_model():
     """Names, dtypes, tied weights and all that a file holds; the model stays as it was."""
     moe = moe_rewrite.convert(architectures.build("GPT2"), split=1, num_experts=2, verify=False)

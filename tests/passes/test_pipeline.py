@@ -18,6 +18,7 @@ from moe_rewrite.frontend.adapters import host_of
 from moe_rewrite.frontend.structural_copy import structural_copy
 from moe_rewrite.passes.base import Decisions, Pass
 from moe_rewrite.passes.decide import plan_conversion
+from moe_rewrite.passes.divide_experts import DivideExperts
 from moe_rewrite.passes.pipeline import Timer, run
 from moe_rewrite.passes.recipe import make_recipe
 
@@ -54,7 +55,9 @@ def test_the_order_of_passes(name):
 
 
 def test_every_pass_of_the_package_is_in_one_of_the_lists():
-    assert {type(p) for name in RECIPES for p in passes(name)} == set(kinds())
+    """But for the one that runs where a model is divided, after the others."""
+    listed = {type(p) for name in RECIPES for p in passes(name)}
+    assert listed == set(kinds()) - {DivideExperts}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,9 +16,8 @@ def greedy(moe, ids, new, **given):
     return moe.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **given)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "experts", [None, pytest.param(FFNExperts(), marks=pytest.mark.sweep)], ids=["lora", "ffn"]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("experts", [None, FFNExperts()], ids=["lora", "ffn"])
 def test_real_llama_writes_the_same_200_tokens(stories, experts, tmp_path):
     router = TokenRouter(granularity="prefix", top_k=2)
     moe = moe_rewrite.convert(stories, split=2, router=router, num_experts=3, experts=experts)
