@@ -21,7 +21,7 @@ from ..routing.router import Router
 from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
 from ..utils.sharded import in_process_group, require_known_to_ddp
-from ..utils.zero_stage_3 import is_parted_by_zero, show_to_zero
+from ..utils.zero_stage_3 import is_parted_by_zero, require_no_recomputing, show_to_zero
 from .block_module import BlockRun
 from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
@@ -223,6 +223,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         mode = self.training if training is None else training
         graph, leaves = self._graphs.get(arguments, mode, device_and_dtype(self))
         if is_parted_by_zero(next(self.parameters())):
+            require_no_recomputing(self._checkpointing)
             show_to_zero((*graph.owned(), *((self.router, row) for row in self.router.rows)))
         return graph, leaves
 

@@ -79,16 +79,25 @@ def fill_parted(tensor: Any, values: torch.Tensor) -> None:
         tensor.copy_(values)
 
 
+def require_no_recomputing(checkpointing: bool) -> None:
+    if checkpointing:
+        raise ConfigError(
+            "gradient checkpointing of a model whose weights DeepSpeed's ZeRO stage 3 has taken: "
+            "blocks would be recomputed on weights that come and go meanwhile: call "
+            f"moe.gradient_checkpointing_disable(), or use FSDP2 or ZeRO stage 2 ({WAY})"
+        )
+
+
 def show_to_zero(uses: Iterable[tuple[nn.Module, Any]]) -> None:
     """Have DeepSpeed fill tensors while a module runs. uses: (the module, a tensor); tensors that it
-    has not taken are left out.
+    has not taken are left out, and empty ones, which it cannot gather.
 
     Raises ConfigError for a leaf module of DeepSpeed: it reduces the gradients of one in a hook that
     PyTorch calls before there are any where no input of the module needs a gradient.
     """
     register = _zero().register_external_parameter
     for module, tensor in uses:
-        if not is_parted_by_zero(tensor):
+        if not is_parted_by_zero(tensor) or not whole_size(tensor).numel():
             continue
         if hasattr(tensor, "ds_z3_leaf_module"):
             raise ConfigError(

@@ -21,10 +21,14 @@ def found(tmp_path_factory):
     return torch.load(folder / "found.pt"), folder
 
 
+# nobody calls moe.remember, whose absence eval() tells; it changes nothing here
+pytestmark = pytest.mark.filterwarnings("ignore:the router knows no rows")
+
+
 @functools.cache
 def one_process(kind, steps):
     moe = zero.converted(kind)
-    losses, _ = sharded.train(moe, sharded.IDS.chunk(2), steps)
+    losses, _ = sharded.train(moe, sharded.IDS.chunk(2), steps, rate=zero.RATE)
     return losses, zero.evaluated(moe), moe
 
 
@@ -52,5 +56,4 @@ def test_what_zero_cannot_do_is_refused_by_name(found):
     assert "expand it, then call deepspeed.initialize" in refused["expand"]
     assert "before it is sharded" in refused["remove"]
     assert "leave that out, a converted model needs none" in refused["leaf module"]
-    assert "ZeRO stage 3" in refused["checkpointing"]
-    assert "ZeRO stage 3" in refused["checkpointing before"]
+    assert "gradient_checkpointing_disable()" in refused["checkpointing"]

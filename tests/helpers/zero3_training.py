@@ -18,6 +18,7 @@ CASES = {  # (model, steps, ZeRO keeps weights of up to so many elements whole)
     "upcycled": ("upcycled", 3, 0),
     "small weights kept whole": (False, 3, 100),
 }
+RATE = 0.02  # at 0.1 the loss of the analytic router's model goes up and down, and errors grow
 
 
 def converted(kind):
@@ -32,13 +33,13 @@ def converted(kind):
 def settings(keeps):
     stage = {"stage": 3, "stage3_param_persistence_threshold": keeps}
     return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": stage,
-            "zero_allow_untested_optimizer": True}  # fmt: skip
+            "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}  # fmt: skip
 
 
 def initialized(moe, keeps=0):
     import deepspeed
 
-    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=RATE)
     return deepspeed.initialize(model=moe, optimizer=optimizer, config=settings(keeps))[0]
 
 
@@ -54,9 +55,12 @@ def train(engine, part, steps):
 
 @torch.no_grad()
 def evaluated(moe):
-    """Logits in evaluation, and tokens that are generated."""
+    """Logits in evaluation, and (analytic router) tokens that are generated."""
     moe.eval()
-    return moe(input_ids=IDS).logits, moe.generate(IDS[:, :5], max_new_tokens=4, do_sample=False)
+    tokens = (
+        moe.generate(IDS[:, :5], max_new_tokens=4, do_sample=False) if moe.router.by_sums else 0
+    )
+    return moe(input_ids=IDS).logits, torch.as_tensor(tokens)
 
 
 def cases(rank, world, folder, mesh):
@@ -76,17 +80,12 @@ def refusals(part):
     from deepspeed.utils import set_z3_leaf_modules
 
     moe = converted(False)
-    engine = initialized(moe)
-    refused = {
-        "expand": sharded.message(moe.expand),
-        "remove": sharded.message(moe.remove, 0),
-        "checkpointing": sharded.message(moe.gradient_checkpointing_enable),
-    }
+    initialized(moe)
+    refused = {"expand": sharded.message(moe.expand), "remove": sharded.message(moe.remove, 0)}
     checkpointed, leaf = converted(False), converted(False)
     checkpointed.gradient_checkpointing_enable()
-    engine = initialized(checkpointed)
-    refused["checkpointing before"] = sharded.message(engine, part)
-    set_z3_leaf_modules(leaf, [type(leaf)])
+    refused["checkpointing"] = sharded.message(initialized(checkpointed), part)
+    set_z3_leaf_modules(leaf, [type(block) for block in leaf.deep])
     refused["leaf module"] = sharded.message(initialized(leaf), part)
     return refused
 
