@@ -27,7 +27,8 @@ class Slot:
     key: str
 
     def get(self) -> torch.Tensor:
-        return getattr(self.module, self.table)[self.key]
+        """By `get`: an item that DeepSpeed's ZeRO stage 3 has emptied would be filled at once."""
+        return getattr(self.module, self.table).get(self.key)
 
     def set(self, tensor: torch.Tensor) -> None:
         getattr(self.module, self.table)[self.key] = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..ir.conditions import Conditions, Pattern
 from ..ir.steps import Emitted, narrowed
 from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
-from .block_module import BlockModule, Bound
+from .block_module import BlockModule, Bound, Slot
 from .flat_code import FlatCode
 from .regional import RegionalCode, compiles, outside
 
@@ -65,6 +66,16 @@ class BoundGraph:
             self, steps=steps, allowed=set(self.allowed), refused=set(self.refused),
             after_cut=None, flat=None, regional={},
         )  # fmt: skip
+
+    def owned(self) -> Iterator[tuple[BlockModule, torch.Tensor]]:
+        """Each tensor of the model that a block runs on, with the block."""
+        for block, bound in self.steps:
+            for ref in bound.slots:
+                if isinstance(ref, Slot):
+                    yield block, ref.get()
+                elif type(ref) is tuple:
+                    site, _ = ref
+                    yield from ((block, parameter) for parameter in site.parameters())
 
     def features(self, leaves: list[Any]) -> torch.Tensor:
         """The features at the cut."""

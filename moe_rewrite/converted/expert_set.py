@@ -49,6 +49,7 @@ class ExpertSet:
     def add(
         self, names: list[str | None], active: bool, classes: int | None = None
     ) -> list[nn.Parameter]:
+        self._store.require_room()
         new = self.router.add(len(names), active)
         for site in self.sites:
             dense = self._store.like(site.site.weights)

@@ -20,7 +20,8 @@ from ..routing.plan import Planner, RoutingPlan
 from ..routing.router import Router
 from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
-from ..utils.sharded import in_process_group, require_known_to_ddp, require_not_parted
+from ..utils.sharded import in_process_group, require_known_to_ddp
+from ..utils.zero_stage_3 import is_parted_by_zero, require_no_recomputing, show_to_zero
 from .block_module import BlockRun
 from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
@@ -208,7 +209,6 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self, args: tuple, kwargs: dict[str, Any], training: bool
     ) -> tuple[dict[str, Any], Any]:
         """`normalized` of a call in a mode, without what a call does to the experts."""
-        require_not_parted(next(self.parameters()))
         arguments = self.host.bind(args, kwargs)
         arguments, keeps, cache = self.host.split_cache(arguments, training)
         if not keeps:
@@ -221,7 +221,11 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         """The graph that serves these arguments, and the leaves that it takes. training: None: as
         the model is."""
         mode = self.training if training is None else training
-        return self._graphs.get(arguments, mode, device_and_dtype(self))
+        graph, leaves = self._graphs.get(arguments, mode, device_and_dtype(self))
+        if is_parted_by_zero(next(self.parameters())):
+            require_no_recomputing(self._checkpointing)
+            show_to_zero((*graph.owned(), *((self.router, row) for row in self.router.rows)))
+        return graph, leaves
 
     def pipeline_stages(self, output: str | None = None) -> tuple[ShallowStage, DeepStage]:
         """The frozen and the deep half as two stages of torch.distributed.pipelining, over this

@@ -24,6 +24,7 @@ from ..utils.sharded import (
     own_part,
     without_shards,
 )
+from ..utils.zero_stage_3 import is_parted_by_zero
 from .block_module import BlockModule, BlockRun, Bound, Slot, block_class
 
 
@@ -191,6 +192,15 @@ class ParameterStore:
                 f"{what}: this model is sharded over processes by an engine that holds its tensors. "
                 "Save it (save_pretrained, in all processes), load it again, and call this before it "
                 "is sharded"
+            )
+
+    def require_room(self) -> None:
+        """Raise ConfigError where no expert can be added, since ZeRO stage 3 would not know of it."""
+        if any(is_parted_by_zero(slot.get()) for slot in self.slots.values()):
+            raise ConfigError(
+                "expand(): DeepSpeed's ZeRO stage 3 has taken this model's weights, and would not "
+                "train new ones: save it (save_pretrained, in all processes), load it again, expand "
+                "it, then call deepspeed.initialize"
             )
 
     def require_plain(self, what: str) -> None:

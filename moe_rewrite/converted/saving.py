@@ -78,8 +78,8 @@ class Saving(ExpertMethods):
             self._store.require_plain("save_only_added=False")
         given, facts = state_dict or {}, self._facts()
         tensors = {
-            name: given.get(name.removeprefix(checkpoint.DENSE), tensor)
-            for name, tensor in self.saved_tensors(whole=not only).items()
+            name: given[of] if (of := name.removeprefix(checkpoint.DENSE)) in given else gathered(t)
+            for name, t in self._own_tensors(whole=not only).items()
         }
         if not only:
             facts["whole"] = True
@@ -152,9 +152,12 @@ class Saving(ExpertMethods):
     def saved_tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         """What a save holds: the added tensors, and dense ones that training may have changed (all
         of them if `whole`)."""
+        return {name: gathered(tensor) for name, tensor in self._own_tensors(whole).items()}
+
+    def _own_tensors(self, whole: bool) -> dict[str, torch.Tensor]:
+        """The same as this process has them."""
         dense = self._store.persistent_tensors() if whole else self._store.written_tensors()
-        saved = dict(added_tensors(self)) | {checkpoint.DENSE + n: t for n, t in dense.items()}
-        return {name: gathered(tensor) for name, tensor in saved.items()}
+        return dict(added_tensors(self)) | {checkpoint.DENSE + n: t for n, t in dense.items()}
 
     def _facts(self) -> dict[str, Any]:
         named = {"model": type(self.reference.original).__name__, "recipe": self.recipe.to_dict()}

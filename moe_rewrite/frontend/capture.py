@@ -22,6 +22,7 @@ from ..errors import CaptureError, InputError
 from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from ..utils.quantized import is_quantized, scheme
+from ..utils.zero_stage_3 import own_linear
 from .adapters import host_of
 from .advice import advice
 from .arguments import is_cache, is_channels_last, is_fixed, split_static
@@ -241,7 +242,7 @@ def _export(
     try:
         with (
             TRACING, torch.enable_grad(), traced.traced(), tracing(),
-            lazy_modules(), recorded_assignments() as assigned,
+            lazy_modules(), recorded_assignments() as assigned, own_linear(),
             idle_moves(), known_quotients(), detached_data(), run_whole(traced.module, whole),
             branches.answering(), taken_for_ints(traced.module, example.values()),
         ):  # fmt: skip

@@ -1,5 +1,6 @@
 """Tensors that do not hold all their values: those of which each process has a part (DTensor, as
-FSDP2's `fully_shard` makes them), and those of a trace by torch.export."""
+FSDP2's `fully_shard` makes them, and what DeepSpeed's ZeRO stage 3 leaves: `zero_stage_3`), and those
+of a trace by torch.export."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .zero_stage_3 import fill_parted, is_parted_by_zero, require_filled, whole_size, whole_values
 
 
 def is_sharded(tensor: Any) -> bool:
+    """Whether each process keeps a part of it, though ZeRO stage 3 may have filled it just now."""
+    return is_divided(tensor) or is_parted_by_zero(tensor)
+
+
+def is_divided(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
-
-
-def is_parted_by_zero(tensor: Any) -> bool:
-    """Whether DeepSpeed's ZeRO stage 3 made an empty tensor of it, filled where a module runs."""
-    return hasattr(tensor, "ds_id")
 
 
 def is_traced(tensor: Any) -> bool:
@@ -40,20 +43,25 @@ def without_shards(tensor: torch.Tensor) -> torch.Tensor:
 def hollow(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A plain tensor of the same size, strides and device that holds no memory; a parameter for a
     parameter. dtype: None: the same."""
-    size, stride = tensor.shape, tensor.stride()
-    empty = torch.empty_strided(size, stride, dtype=dtype or tensor.dtype, device=tensor.device)
+    like: dict[str, Any] = {"dtype": dtype or tensor.dtype, "device": tensor.device}
+    if is_parted_by_zero(tensor):
+        empty = torch.empty(whole_size(tensor), **like)
+    else:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), **like)
     empty.untyped_storage().resize_(0)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def gathered(tensor: Any) -> Any:
     """All of a sharded tensor, which every process must ask for; others as they are."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if is_parted_by_zero(tensor):
+        return whole_values(tensor)
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def own_part(tensor: Any) -> Any:
     """This process's part of a sharded tensor; others as they are."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 @torch.no_grad()
@@ -67,7 +75,10 @@ def alike(tensors: Iterable[torch.Tensor], mesh: Any) -> None:
 @torch.no_grad()
 def fill_whole(tensor: Any, values: torch.Tensor) -> None:
     """Write a whole tensor's values, which every process has, into one that may be sharded."""
-    if is_sharded(tensor):
+    if is_parted_by_zero(tensor):
+        fill_parted(tensor, values)
+        return
+    if is_divided(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         values = distribute_tensor(
@@ -79,8 +90,10 @@ def fill_whole(tensor: Any, values: torch.Tensor) -> None:
 def gathered_to_run(tensor: Any) -> Any:
     """All of a tensor that no engine has gathered for the module that runs: tied to one in another
     block, or sharded on its own. Its gradient is the mean over the processes, as FSDP2's is; each
-    holds its part. Others as they are."""
-    if not is_sharded(tensor):
+    holds its part. Others as they are; ZeRO stage 3 must have filled what it divides."""
+    if is_parted_by_zero(tensor):
+        return require_filled(tensor)
+    if not is_divided(tensor):
         return tensor
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor.full_tensor()
@@ -107,7 +120,7 @@ class Sharding:
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> Sharding | None:
         """That of the first sharded tensor, along the first dimension; None if none is sharded."""
-        first: Any = next(filter(is_sharded, tensors), None)
+        first: Any = next(filter(is_divided, tensors), None)
         if first is None:
             return None
         from torch.distributed.tensor import Shard
@@ -129,16 +142,6 @@ class Sharding:
         for table in [m._parameters for module in modules for m in module.modules()]:
             table.update({k: made[id(p)] for k, p in table.items() if id(p) in made})
         return [made[id(p)] for p in new]
-
-
-def require_not_parted(parameter: nn.Parameter) -> None:
-    """Raises ConfigError where ZeRO stage 3 has taken a converted model's weights."""
-    if is_parted_by_zero(parameter):
-        raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 has taken this model's weights, and would fill them, and reduce "
-            "their gradients, at the wrong times: use stage 1 or 2, or FSDP2, fully_shard for each "
-            "block of moe.shallow and moe.deep, then for moe (docs/many_gpus.md)"
-        )
 
 
 def require_known_to_ddp(trained: Iterable[nn.Parameter]) -> None:

@@ -51,16 +51,16 @@ def move(moe, seed):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def train(moe, parts, steps=3, expand_at=(), wrap=lambda moe: moe):
+def train(moe, parts, steps=3, expand_at=(), wrap=lambda moe: moe, rate=0.1):
     """Losses of the first part, in steps on the mean over the parts, and the last gradients."""
     called, losses = wrap(moe), []
-    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=rate)
     for step in range(steps):
         if step in expand_at:
             torch.manual_seed(7)
             moe.expand()
             called = wrap(moe)
-            optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(moe.trainable_parameters(), lr=rate)
         optimizer.zero_grad()
         found = [called(input_ids=part, labels=part).loss for part in parts]
         torch.stack(found).mean().backward()
