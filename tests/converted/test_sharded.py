@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import time
 
 import processes
@@ -10,6 +11,7 @@ import sharded_training as sharded
 import tensor_parallel_training as parallel
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import moe_rewrite
@@ -29,11 +31,17 @@ def run(what, world, folder):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    @functools.cache
+    """Once for all processes of pytest-xdist, which share the folder above their own."""
+    own = tmp_path_factory.getbasetemp()
+    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
     def of(world):
-        folder = tmp_path_factory.mktemp("sharded")
-        codes, errors = run("cases", world, folder)
-        assert not any(codes), errors
+        folder = place / f"sharded-{world}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "found.pt").exists():
+                folder.mkdir(exist_ok=True)
+                codes, errors = run("cases", world, folder)
+                assert not any(codes), errors
         return torch.load(folder / "found.pt"), folder, world
 
     return of

@@ -1,0 +1,1 @@
+"""Fused operations: plain PyTorch, the CPU, and Triton."""

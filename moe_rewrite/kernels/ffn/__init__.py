@@ -1,0 +1,1 @@
+"""Feed-forward experts as one operation."""
