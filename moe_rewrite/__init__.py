@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from .converted.model import MoEModel
     from .converted.verify import verify
+    from .frontend.experts_backend import register_experts
     from .frontend.trainer_callback import RoutingCallback
-    from .kernels.ffn.transformers_backend import register_experts
     from .onnx import export_onnx
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ _LATER = {
     "MoEModel": "converted.model",
     "RoutingCallback": "frontend.trainer_callback",
     "export_onnx": "onnx",
-    "register_experts": "kernels.ffn.transformers_backend",
+    "register_experts": "frontend.experts_backend",
     "verify": "converted.verify",
 }
 

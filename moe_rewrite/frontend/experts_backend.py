@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import InputError
-from ..autocast import autocasts
-from ..plan.op import sort_plan
-from ..triton import runs_on
-from .op import ffn_experts
+from ..errors import InputError
+from ..kernels.autocast import autocasts
+from ..kernels.ffn.op import ffn_experts
+from ..kernels.plan.op import sort_plan
+from ..kernels.triton import runs_on
 
 __all__ = ["register_experts"]
 

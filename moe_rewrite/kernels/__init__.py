@@ -1,1 +1,0 @@
-"""Fused operations: plain PyTorch, the CPU, and Triton."""
