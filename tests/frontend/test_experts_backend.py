@@ -32,10 +32,7 @@ def ids(batch, length):
 
 def made(name):
     torch.manual_seed(0)
-    try:
-        model = build(getattr(transformers, name), lambda m: m(input_ids=ids(2, 7)))
-    except Exception as error:
-        pytest.skip(f"no tiny model of {name}: {error}")
+    model = build(getattr(transformers, name), lambda m: m(input_ids=ids(2, 7)))
     moe_rewrite.register_experts()
     with torch.no_grad():  # so that choices are not close
         for p in model.parameters():
@@ -53,7 +50,12 @@ def outputs_and_gradients(model, form, given):
 
 @pytest.mark.parametrize("name", some(routed(), FEW))
 def test_models_compute_what_eager_experts_compute(name):
-    model = made(name)
+    try:
+        model = made(name)
+    except Exception as error:
+        if name in FEW:
+            raise
+        pytest.skip(f"transformers' class {name} does not build from small sizes: {error}")
     for batch, length in ((2, 7), (1, 1), (3, 12)):
         expected, slopes = outputs_and_gradients(model, "eager", ids(batch, length))
         ours, own_slopes = outputs_and_gradients(model, "moe_rewrite", ids(batch, length))
