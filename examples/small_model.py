@@ -17,6 +17,11 @@ def texts(count=16):
     return [{"input_ids": row, "labels": row.clone()} for row in ids]
 
 
+def batches(texts, size=4):
+    for start in range(0, len(texts), size):
+        yield torch.stack([text["input_ids"] for text in texts[start : start + size]])
+
+
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
