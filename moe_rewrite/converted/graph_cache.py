@@ -7,6 +7,7 @@ could have taken for constants.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -197,13 +198,21 @@ class GraphCache:
         """Run both without experts from the same random state."""
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         devices = {t.device for t in tensors if t.device.type == "cuda"}
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), self._standing_in(arguments):
             dense = self._reference.outputs(arguments, graph.mode)
-        with torch.random.fork_rng(devices), self._reference.restoring():
+        with (
+            torch.random.fork_rng(devices), self._standing_in(arguments),
+            self._reference.restoring(),
+        ):  # fmt: skip
             ours, *_ = graph.run([fresh(t) for t in leaves], self._dense)
         mask = arguments.get(graph.emitted.mask or "")
         emitted = graph.emitted
         return compare(dense, ours, mask, emitted.numerics, emitted.computed).equal
+
+    def _standing_in(self, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+        """The context in which a comparison changes no cache of the caller's."""
+        _, caches = self._caches
+        return nullcontext() if caches is None else caches.standing_in(arguments)
 
 
 def _not_in_a_trace(what: str) -> str:
@@ -225,7 +234,7 @@ def _without_cache(spec: Any) -> tuple[Any, tuple[int, int] | None]:
     def walk(spec: Any, start: int) -> Any:
         if spec.is_leaf():
             return spec
-        if getattr(spec.type, "__name__", "") in ("DynamicCache", "TracedCache"):
+        if getattr(spec.type, "__name__", "") in ("DynamicCache", "TracedCache", "OpaqueCache"):
             at.append((start, start + spec.num_leaves))
             return pytree.treespec_leaf()
         children = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,10 @@ class Begun(NamedTuple):
     cache: Any
     graph: BoundGraph
     given: tuple[Any, ...]
+
+    def ran(self) -> tuple[list[Any], RoutingPlan, Any]:
+        with nullcontext() if self.cache is None else self.cache.filling():
+            return self.graph.run(*self.given)
 
 
 class MoEModel(NotPickled, StateDict, Saving, RouterFit):
@@ -129,9 +134,9 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         plan.load_balance_loss() + 0.001 * plan.z_loss()``."""
         if compiles():  # then only steps are compiled
             begun = outside(self._begun, args, kwargs)
-            return outside(self._ended, begun, *begun.graph.run(*begun.given))
+            return outside(self._ended, begun, *begun.ran())
         begun = self._begun(args, kwargs)
-        return self._ended(begun, *begun.graph.run(*begun.given))
+        return self._ended(begun, *begun.ran())
 
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Begun:
         """A call up to where its graph runs."""
@@ -161,10 +166,9 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         ones once. The first call of a kind takes longer; other lengths and experts that come or go
         compile nothing more.
 
-        dynamic: as torch.compile's.
-        options: torch.compile's others, such as ``backend`` and ``mode``.
+        dynamic, options: as torch.compile's, such as ``backend`` and ``mode``.
 
-        ``torch.compile(moe)`` does the same in a module of its own. Blocks with hooks or sharded parameters run uncompiled.
+        ``torch.compile(moe)`` does the same in a module of its own. Hooked or sharded blocks do not.
         """
         super().compile(dynamic=dynamic, **options)
 

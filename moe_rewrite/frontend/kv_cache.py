@@ -5,6 +5,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import (
 
 from ..errors import CaptureError, InputError
 from ..routing.plan import PrefixState
+from .opaque_cache import OpaqueCache, filling, prepare, stand_in, updates_itself
 from .static_cache import FixedCache, TracedCache, fixed_cache
 
 KEPT = 64  # positions of a call that assisted decoding may take back
@@ -81,8 +83,17 @@ class CacheFormat:
 
     def new_static(self, batch: int, longest: int) -> FixedCache:
         """An empty cache for a batch and this number of positions."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return fixed_cache(self.shapes, batch, longest, like)
+        return fixed_cache(self.shapes, batch, longest, self._like())
+
+    def standing_in(self, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+        """The context in which a call, opaque cache or not, changes no cache of the caller's."""
+        given = arguments.get(CACHE)
+        if not isinstance(given, OpaqueCache):
+            return nullcontext()
+        return filling(stand_in(given, self.shapes, self._like()), len(self.shapes))
+
+    def _like(self) -> torch.Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def _empty(self, cache: Any, batch: int) -> None:
         cache.layers = []
@@ -100,13 +111,14 @@ class CacheFormat:
     def adopt(self, cache: Any, arguments: dict[str, Any]) -> CallCache:
         """The cache of a call, with full-length plain layers, which is put into `arguments`.
 
-        cache: what the user or generate() passes, or None. An empty cache with layers of any kind
-        is changed in place; one that was used must have plain layers already. Raises InputError.
+        cache: what the user or generate() passes, or None. An empty DynamicCache with layers of any
+        kind is changed in place; one that was used must have plain layers already. Caches of other
+        classes, and those that offload, update their own layers. Raises InputError.
         """
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
             raise InputError("pass input_ids or inputs_embeds")
-        adopted = CallCache(self._adopted(cache, main.shape[0]), main.shape[1])
+        adopted = CallCache(self._adopted(cache, main.shape[0]), *main.shape[:2])
         if isinstance(adopted.cache, FixedCache):
             adopted.cache.require_room(*main.shape[:2])
         arguments[CACHE] = adopted.bare()
@@ -122,6 +134,9 @@ class CacheFormat:
         layers = kv_layers(cache)
         if isinstance(cache, FixedCache) and len(layers) == len(self.shapes):
             return cache
+        if updates_itself(cache):
+            prepare(cache, layers, len(self.shapes))
+            return cache
         plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
         if plain and len(layers) == len(self.shapes):
             return cache
@@ -129,17 +144,6 @@ class CacheFormat:
             raise InputError(
                 f"this {type(cache).__name__} was filled by another model or has layers "
                 f"{sorted({type(la).__name__ for la in layers})}: start from an empty DynamicCache"
-            )
-        if getattr(cache, "offloading", False):
-            raise InputError(
-                "this cache offloads its layers one by one, which a graph that takes all of them "
-                "at once would not do: leave cache_implementation at its default"
-            )
-        if type(cache) is not DynamicCache:
-            raise InputError(
-                f"{CACHE}={type(cache).__name__}: a graph takes keys and values as plain tensors, "
-                "those of a DynamicCache or of the cache that generate() makes for "
-                "cache_implementation='static'; use one of these"
             )
         self._empty(cache, batch)
         return cache
@@ -162,14 +166,21 @@ def kv_layers(cache: Any) -> list[Any]:
 class CallCache:
     """The key-value cache that a call takes and returns.
 
-    cache: the caller's object. positions: of the call.
+    cache: the caller's object. batch, positions: of the call. opaque: it updates its own layers.
     """
 
-    def __init__(self, cache: Any, positions: int) -> None:
-        self.cache, self.positions = cache, positions
+    def __init__(self, cache: Any, batch: int, positions: int) -> None:
+        self.cache, self.batch, self.positions = cache, batch, positions
+        self.opaque = updates_itself(cache)
+
+    def filling(self) -> AbstractContextManager[None]:
+        """The context in which a graph runs that is called with this cache."""
+        return filling(self.cache, len(kv_layers(self.cache))) if self.opaque else nullcontext()
 
     def bare(self) -> Any:
         """A cache with the same layers but without the router's state, as graphs take it."""
+        if self.opaque:
+            return OpaqueCache.of(self.cache, self.batch, len(kv_layers(self.cache)))
         if isinstance(self.cache, FixedCache):
             return TracedCache(kv_layers(self.cache))
         bare = DynamicCache()
@@ -195,9 +206,10 @@ class CallCache:
         if fixed:  # its keys and values are written already
             self.cache.advance(self.positions)
         if after is not None:
-            length = self.cache.length if fixed else leaves[0].shape[2]
+            own = fixed or self.opaque
+            length = self.cache.get_seq_length() if own else leaves[0].shape[2]
             self.router_state().store(after, length)
-        if fixed:
+        if fixed or self.opaque:
             return
         for i, layer in enumerate(kv_layers(self.cache)):
             layer.keys, layer.values = leaves[2 * i], leaves[2 * i + 1]

@@ -115,15 +115,10 @@ def test_a_static_cache_that_is_full_refuses_more(moe):
 def test_caches_that_graphs_cannot_use_are_named(moe):
     ids = torch.randint(3, 97, (1, 4))
     theirs = StaticCache(moe.config, max_cache_len=8)
-    with pytest.raises(MoeRewriteError, match="StaticCache: a graph takes keys and values"):
+    with torch.no_grad(), pytest.raises(MoeRewriteError, match="StaticCache.*keep every position"):
         moe(input_ids=ids, past_key_values=theirs)
     with pytest.raises(MoeRewriteError, match="offloads its layers"):
-        generated(moe, 0, cache_implementation="offloaded")
-    with pytest.raises(MoeRewriteError, match="offloads its layers"):
         generated(moe, 0, cache_implementation="offloaded_static")
-    eight_bits = {"cache_config": {"backend": "fp8"}}  # the backend that needs no package
-    with pytest.raises(MoeRewriteError, match="QuantizedCache: a graph takes.*use one of these"):
-        generated(moe, 0, cache_implementation="quantized", **eight_bits)
 
 
 def test_continuous_batching_is_refused_before_it_starts(moe):
