@@ -20,6 +20,7 @@ from ..ir.steps import Emitted, Step, _Constant
 from ..ir.structural_key import structural_key
 from ..routing.layer_plan import layer_logits
 from ..routing.plan_views import view_plan
+from .grouped_heads import share_heads
 from .quantized_products import call_functions
 from .shared_masks import share_masks
 
@@ -30,8 +31,9 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     codes = {} if codes is None else codes
     allow_any_layout(program.graph)
     call_functions(program)
-    if program.mode == "train":
-        share_masks(program)
+    share_masks(program)
+    if program.mode == "eval":
+        share_heads(program)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is view_plan]

@@ -1,8 +1,8 @@
-"""Masks of attention in training graphs, made into numbers once for all layers.
+"""Masks of attention, made into numbers once for all layers.
 
 `scaled_dot_product_attention` turns a mask of truth values into one of 0 and minus infinity at every
-call, and keeps it for the backward pass: (batch, 1, S, S) numbers a layer. Layers that share the mask
-now share its numbers. Exact: they are the same.
+call, and in training keeps it for the backward pass: (batch, 1, S, S) numbers a layer. Layers that
+share the mask now share its numbers. Exact: they are the same.
 """
 
 from __future__ import annotations

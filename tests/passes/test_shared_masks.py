@@ -1,4 +1,4 @@
-"""Training graphs make an attention mask into numbers once, and compute the same bits."""
+"""Graphs make an attention mask into numbers once, and compute the same bits."""
 
 import pytest
 import torch
