@@ -2,7 +2,9 @@
 
 # python -m benchmarks.speed.cpu_lora [--quick]: 8 layers of width 512, FFN 1408, 4 x 128 tokens,
 # LoRA experts of rank 8 on all linears of the deep half, 2 threads; medians of rounds side by side.
-# Kept: MB of activations that a training forward keeps for the backward pass, parameters left out.
+# Training: with convert's default router, which is solved in closed form, and with one that is
+# trained. Kept: MB of activations that a training forward keeps for the backward pass, parameters
+# left out.
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def measured(quick: bool) -> tuple[dict[str, Times], dict[str, float]]:
         times = side_by_side(forwards, rounds)
     del forwards
     trained = {
-        "PEFT, 1 adapter": with_peft(*size, 1), many: llama_with_experts(*size, experts),
+        "PEFT, 1 adapter": with_peft(*size, 1),
+        many: llama_with_experts(*size, experts, fit="analytic"),
+        f"{many}, router by gradient": llama_with_experts(*size, experts),
         peer: with_peft(*size, experts),
     }  # fmt: skip
     steps = {name: step(model) for name, model in trained.items()}

@@ -1,9 +1,10 @@
-"""A generated token on the converted graph against the dense model in Hugging Face eager, and how
-much of it goes to finding the graph whose conditions the call meets."""
+"""A generated token on the converted graph against the dense model in Hugging Face eager: with one
+expert, with 8, with none, and how much of it goes to finding the graph whose conditions the call meets.
+"""
 
-# python -m benchmarks.speed.decode [--quick] [--checks]: batch 1, greedy, one expert, 2 threads;
-# medians of rounds in which both models generate the same text. --checks: only what finding the
-# graph and checking its conditions takes, with no dense model beside it; nothing is saved.
+# python -m benchmarks.speed.decode [--quick] [--checks]: batch 1, greedy, 2 threads; medians of
+# rounds in which all models generate the same text. --checks: only what finding the graph and
+# checking its conditions takes, with no dense model beside it; nothing is saved.
 
 from __future__ import annotations
 
@@ -47,6 +48,16 @@ def generated(model: Any, tokens: int) -> torch.Tensor:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def products(model: torch.nn.Module, tokens: int) -> None:
+    """The products of a row with each matrix of the model, which nothing can leave out."""
+    maps = [m for m in model.modules() if getattr(m, "weight", None) is not None]
+    weights: list[Any] = [m.weight for m in maps if not isinstance(m, torch.nn.Embedding)]
+    for _ in range(tokens):
+        for weight in (w for w in weights if w.ndim == 2):
+            torch.mv(weight, torch.zeros(weight.shape[1]))
+
+
 def checks(moe: Any, token_ms: float, calls: int = 1000) -> dict[str, Any]:
     """Microseconds of the last token's call that go to finding its graph (`find_us`: signature and
     conditions) and to the conditions alone (`conditions_us`); `share`: of the token."""
@@ -78,14 +89,27 @@ def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
     def generate(name: str, model: Any) -> None:
         texts[name] = generated(model, tokens)
 
-    models = {"dense": model, "moe": moe_rewrite.convert(model)}
+    def without(model: Any) -> None:
+        with model.disable_experts():
+            generate("without experts", model)
+
+    models = {
+        "dense": model, "moe": moe_rewrite.convert(model),
+        "8 experts": moe_rewrite.convert(model, num_experts=8),
+    }  # fmt: skip
     runs = {name: partial(generate, name, m) for name, m in models.items()}
+    runs |= {"without experts": partial(without, models["moe"]),
+             "products alone": partial(products, model, tokens)}  # fmt: skip
     times = side_by_side(runs, rounds, warm=1)
-    assert torch.equal(texts["dense"], texts["moe"]), "the converted model says something else"
+    said = texts["dense"]
+    assert all(torch.equal(t, said) for t in texts.values()), "a converted model says another text"
     middle, quartiles = times.medians(), times.quartiles()
     return {
         "dense_ms": middle["dense"] / tokens, "moe_ms": middle["moe"] / tokens,
         "ratio": times.ratio("moe", to="dense"),
+        "ratio_8_experts": times.ratio("8 experts", to="dense"),
+        "ratio_without_experts": times.ratio("without experts", to="dense"),
+        "ratio_products_alone": times.ratio("products alone", to="dense"),
         "quartiles_ms": {name: [q / tokens for q in of] for name, of in quartiles.items()},
         "checks": checks(models["moe"], middle["moe"] / tokens),
     }  # fmt: skip
@@ -120,13 +144,18 @@ def main() -> None:
         save("decode", figures)
     columns = ["find graph", "conditions alone", "share of the token"]
     rows = [(n, *_times(f), *_shares(f["checks"])) for n, f in figures.items()]
-    names = ["converted"] if only_checks else ["dense", "converted", "ratio"]
+    names = (
+        ["converted"]
+        if only_checks
+        else ["dense", "one expert", "ratio", "8 experts", "none", "products"]
+    )
     finish("decode", ["model", *names, *columns], rows, **figures)
 
 
 def _times(of: dict[str, Any]) -> tuple[str, ...]:
     own = f"{of['moe_ms']:.2f} ms"
-    return (f"{of['dense_ms']:.2f} ms", own, f"{of['ratio']:.3f}") if "ratio" in of else (own,)
+    ratios = [f"{v:.3f}" for name, v in of.items() if name.startswith("ratio")]
+    return (f"{of['dense_ms']:.2f} ms", own, *ratios) if ratios else (own,)
 
 
 def _shares(of: dict[str, Any]) -> tuple[str, ...]:

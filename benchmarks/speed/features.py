@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import moe_rewrite
-from moe_rewrite import MoEModel, TokenRouter
+from moe_rewrite import MoEModel
 from moe_rewrite.continual.features import FeatureCache
 
 from ..tools.models import llama, training_step
@@ -20,8 +20,7 @@ def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(2)
     layers, width, rounds = (4, 128, 5) if quick else (8, 512, 15)
-    router = TokenRouter(granularity="prefix")
-    moe = moe_rewrite.convert(llama(layers, width), split=layers // 2, router=router)
+    moe = moe_rewrite.convert(llama(layers, width), split=layers // 2)
     assert isinstance(moe, MoEModel)
     moe.train()
     cache = FeatureCache(moe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,10 +25,12 @@ def llama(
     return LlamaForCausalLM(config).eval()
 
 
-def llama_with_experts(layers: int, width: int, experts: int) -> MoEModel:
+def llama_with_experts(
+    layers: int, width: int, experts: int, fit: Literal["gradient", "analytic"] = "gradient"
+) -> MoEModel:
     """LoRA experts on the deep half that came one by one: the newest is trained, the older ones are
-    frozen; none is zero."""
-    router = TokenRouter(granularity="prefix")
+    frozen; none is zero. fit: of the router."""
+    router = TokenRouter(granularity="prefix", fit=fit)
     moe = moe_rewrite.convert(llama(layers, width), split=layers // 2, router=router)
     assert isinstance(moe, MoEModel)
     for _ in range(experts - 1):
