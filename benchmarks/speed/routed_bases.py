@@ -1,10 +1,11 @@
 """LoRA experts on models that route already, against PEFT's target_parameters, on the CPU."""
 
 # python -m benchmarks.speed.routed_bases [--quick]: a Qwen3-MoE of 4 layers of width 256 with 32
-# experts of width 192, 4 a token, 4 x 128 tokens, fp32; one expert of rank 8 on the weights of the
-# model's own experts and on attention, in all layers. Time of a training step: medians of rounds, side
-# by side. Peak: of a step after the first, above what is in use before, each in a fresh process.
-# Kept: what the forward pass keeps for the backward one, parameters left out.
+# experts of width 192, 4 a token, fp32; one expert of rank 8 on the weights of the model's own experts
+# and on attention, in all layers. Time of a training step with 4 x 128, 4 x 32 and 4 x 8 tokens:
+# medians of rounds, side by side; that of ours with experts on the queries alone is what the frozen
+# model itself takes. Peak (4 x 128 tokens): of a step after the first, above what is in use before,
+# each in a fresh process. Kept: what the forward pass keeps for the backward one, parameters left out.
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from ..tools.timing import processor, side_by_side
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-NAMES = ("ours", "PEFT")
+FROZEN = "ours, queries alone"
+NAMES = ("ours", "PEFT", FROZEN)
+LENGTHS = (128, 32, 8)
 
 
 def base(quick: bool) -> nn.Module:
@@ -40,8 +43,7 @@ def base(quick: bool) -> nn.Module:
     return Qwen3MoeForCausalLM(config)
 
 
-def ours(quick: bool) -> nn.Module:
-    sites = (*ATTENTION, *STACKS)
+def ours(quick: bool, sites: tuple[str, ...]) -> nn.Module:
     return moe_rewrite.convert(
         base(quick).eval(), split=0, experts=moe_rewrite.LoRAExperts(rank=8, sites=sites),
         router=moe_rewrite.TokenRouter(granularity="prefix"), verify=False,
@@ -55,12 +57,13 @@ def peft(quick: bool) -> nn.Module:
     return get_peft_model(base(quick), config)  # type: ignore[arg-type]
 
 
-def step_of(name: str, quick: bool) -> tuple[nn.Module, Callable[[], torch.Tensor], Callable]:
+def step_of(
+    name: str, quick: bool, length: int = LENGTHS[0]
+) -> tuple[nn.Module, Callable[[], torch.Tensor], Callable]:
     """(model, its loss, a training step)."""
-    model = (ours if name == "ours" else peft)(quick).train()
-    ids = torch.randint(
-        0, 1024, (4, 16 if quick else 128), generator=torch.Generator().manual_seed(1)
-    )
+    sites = ("q_proj",) if name == FROZEN else (*ATTENTION, *STACKS)
+    model = (peft(quick) if name == "PEFT" else ours(quick, sites)).train()
+    ids = torch.randint(0, 1024, (4, length), generator=torch.Generator().manual_seed(1))
 
     def loss() -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -80,12 +83,13 @@ def memory(name: str, quick: bool) -> dict[str, float]:
     return {"peak": round(peak, 1), "kept": round(kept, 1), "trained": trained / 1e6}
 
 
-def times(quick: bool) -> dict[str, Any]:
-    """Milliseconds of the processor for a step, and the ratio to PEFT's."""
-    steps = {name: step_of(name, quick)[2] for name in NAMES}
+def times(quick: bool, length: int) -> dict[str, Any]:
+    """Milliseconds of the processor for a step, and ratios to PEFT's."""
+    steps = {name: step_of(name, quick, length)[2] for name in NAMES}
     rounds, seconds = (3, 1.0) if quick else (9, 60.0)
     found = side_by_side(steps, rounds, seconds=seconds, clock=processor)
-    return {"ms": found.medians(), "of_peft": found.ratio("ours", to="PEFT")}
+    ratios = {n: found.ratio(n, to="PEFT") for n in NAMES}
+    return {"ms": found.medians(), "of_peft": ratios}
 
 
 def main() -> None:
@@ -93,22 +97,20 @@ def main() -> None:
     if answer(memory, times):
         return
     quick = is_quick(__doc__)
-    step = times(True) if quick else in_fresh_process(times, False)
-    of: dict[str, Any] = {
-        n: memory(n, True) if quick else in_fresh_process(memory, n, False) for n in NAMES
-    }
-    figures = {"step": step, "memory": of}
+    lengths = LENGTHS[1:] if quick else LENGTHS
+    run = (lambda work, *args: work(*args)) if quick else in_fresh_process
+    steps = {n: run(times, quick, n) for n in lengths}
+    held = {n: run(memory, n, quick) for n in NAMES}
+    figures = {"step": {f"4 x {n}": step for n, step in steps.items()}, "memory": held}
     if not quick:
         save("routed_bases", figures)
-    rows = [
-        (n, f"{step['ms'][n]:.0f} ms", f"{of[n]['peak']:.1f} MB", f"{of[n]['kept']:.1f} MB",
-         f"{of[n]['trained']:.2f} M") for n in NAMES
-    ]  # fmt: skip
-    rows.append((
-        "ours / PEFT", f"{step['of_peft']:.2f}",
-        *(f"{of['ours'][k] / (of['PEFT'][k] or 1):.2f}" for k in ("peak", "kept")), "",
-    ))  # fmt: skip
-    columns = ["", "a training step", "peak of a step", "kept for backward", "trained"]
+    columns = ["", *(f"step, {4 * n} tokens" for n in lengths), "peak", "kept for backward"]
+    rows = []
+    for name in NAMES:
+        of_peft = (
+            f"{step['ms'][name]:.0f} ms ({step['of_peft'][name]:.2f})" for step in steps.values()
+        )
+        rows.append((name, *of_peft, *(f"{held[name][k]:.1f} MB" for k in ("peak", "kept"))))
     finish("routed_bases", columns, rows, **figures)
 
 

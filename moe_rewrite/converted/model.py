@@ -95,7 +95,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         self._modules["moe_rewrite"] = added(self._experts, store.sites)
         self.__dict__.update(compiler.host.values_for(self, MoEModel))
         self.register_load_state_dict_post_hook(after_load_state_dict)
-        skipped(type(self).forward, MoEModel.with_plan, *COMPILED_AROUND)
+        skipped(type(self).forward, MoEModel.with_plan, Begun.ran, *COMPILED_AROUND)
         self.train(model.training)
 
     def adopt(self, arguments: dict[str, Any], program: Program, emitted: Emitted) -> None:

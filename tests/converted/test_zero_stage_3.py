@@ -13,12 +13,12 @@ import moe_rewrite
 pytest.importorskip("deepspeed", reason="DeepSpeed is not among the tests' packages")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.sweep)])
+def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    codes, errors = processes.run(zero.__file__, "cases", 2, folder)
+    codes, errors = processes.run(zero.__file__, "cases", request.param, folder)
     assert not any(codes), errors
-    return torch.load(folder / "found.pt"), folder
+    return torch.load(folder / "found.pt"), folder, request.param
 
 
 # nobody calls moe.remember, whose absence eval() tells; it changes nothing here
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the router knows no rows")
 
 
 @functools.cache
-def one_process(kind, steps):
+def one_process(kind, steps, world):
     moe = zero.converted(kind)
-    losses, _ = sharded.train(moe, sharded.IDS.chunk(2), steps, rate=zero.RATE)
+    losses, _ = sharded.train(moe, sharded.IDS.chunk(world), steps, rate=zero.RATE)
     return losses, zero.evaluated(moe), moe
 
 
@@ -36,7 +36,7 @@ def one_process(kind, steps):
 def test_losses_outputs_and_the_save_are_those_of_one_process(found, name):
     kind, steps, _ = zero.CASES[name]
     losses, _, (logits, tokens) = found[0][name]
-    expected, (of_one, tokens_of_one), moe = one_process(kind, steps)
+    expected, (of_one, tokens_of_one), moe = one_process(kind, steps, found[2])
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits, of_one, rtol=0, atol=1e-5)
     assert torch.equal(tokens, tokens_of_one)
