@@ -1,5 +1,6 @@
 """The examples run as they are."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -42,3 +43,16 @@ def test_example_in_two_processes(name):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loss" in done.stdout
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALONE)
+def test_example_as_a_notebook(name, monkeypatch):
+    pytest.importorskip(NEEDS.get(name, "accelerate"))
+    jupytext, nbclient = map(pytest.importorskip, ("jupytext", "nbclient"))
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]))
+    notebook = jupytext.read(EXAMPLES / f"{name}.py")
+    assert sum(cell.cell_type == "code" for cell in notebook.cells) > 1
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
