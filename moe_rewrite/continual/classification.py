@@ -129,12 +129,12 @@ def class_stream(
         for start in range(0, len(classes), size):
             chosen = classes[start : start + size]
             column = {c: first_column + i for i, c in enumerate(chosen)}
-            split = (
+            mine, tested = (
                 [{**item, label: column[item[label]]} for item in part if item[label] in column]
                 for part in (train, test)
             )
             title = name if size == len(classes) else f"{name} {', '.join(map(str, chosen))}"
-            tasks.append(Task(title, *split, classes=size))
+            tasks.append(Task(title, mine, tested, classes=size))
             first_column += size
     return tasks
 
