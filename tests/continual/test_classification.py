@@ -22,7 +22,7 @@ from moe_rewrite.continual.training import Training
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")
 SETUP = Setup(split=1, rank=4, replay=0.25, training=Training(epochs=20, lr=3e-3))
-QUICK = {"pmoe", "replay", "ranpac", "full"}
+QUICK = {"pmoe", "replay", "ranpac"}
 SINGLE = {"text": "a1 the2 a3", "label": 1}
 PAIR = {"text": "b1 b2 b3 b4", "text_pair": "c1 c2 c3", "label": 0}
 
@@ -108,9 +108,15 @@ def test_names_of_columns_that_are_not_there_are_told():
         ClassificationProblem(topics.tokenizer(), 0)
 
 
-@pytest.mark.parametrize("method", some(["lora", "lwf", "pmoe", "full"], ["lwf"]))
-def test_a_label_outside_the_classes_is_refused_in_training_by_its_value(bert, method):
-    """A task that says it adds one class, and has items of a second."""
+@pytest.mark.parametrize("label", [2, 7])
+def test_a_label_outside_the_classes_is_refused_in_training_by_its_value(bert, label):
+    batch = problem().batch([SINGLE, SINGLE | {"label": label}])
+    with pytest.raises(MoeRewriteError, match=f"label {label}: the head has 2 columns, 0 to 1"):
+        problem().loss(bert, batch)
+
+
+@pytest.mark.parametrize("method", some(["full", "lora", "lwf", "pmoe"], []))
+def test_so_is_one_beyond_the_classes_that_its_task_adds_by_every_method(bert, method):
     second = [SINGLE | {"label": 2}, SINGLE | {"label": 3}]
     with pytest.raises(MoeRewriteError, match="label 3: the head has 3 columns, 0 to 2"):
         run(method, bert, problem(), [Task("two", second, second, classes=1)], SETUP)
