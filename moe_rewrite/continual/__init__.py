@@ -1,10 +1,11 @@
 """Learning a stream of tasks without forgetting (PMoE, arXiv 2407.21571).
 
-Data: `tasks`, `text` and `images` (a `Problem` each), `buffers`, `features`. Methods: `learner`
-(PMoE) and `methods/` (baselines), by name in `registry`. Runs over a stream: `run` (one method),
-`compare` (several). Results: `matrix`, `scores`, `results`.
+Data: `tasks`, `text`, `images` and `classification` (a `Problem` each), `buffers`, `features`.
+Methods: `learner` (PMoE) and `methods/` (baselines), by name in `registry`. Runs over a stream: `run`
+(one method), `compare` (several). Results: `matrix`, `scores`, `results`.
 """
 
+from .classification import ClassificationProblem, class_stream
 from .features import FeatureCache
 from .images import ImageProblem
 from .learner import Learner
@@ -14,6 +15,7 @@ from .text import TextProblem
 from .training import Training
 
 __all__ = [
+    "ClassificationProblem",
     "FeatureCache",
     "ImageProblem",
     "Learner",
@@ -21,5 +23,6 @@ __all__ = [
     "Task",
     "TextProblem",
     "Training",
+    "class_stream",
     "read_stream",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..utils.content_key import content_key
 from ..utils.tensor_bytes import tensor_bytes
 
 UNSTEADY = ("_name_or_path", "transformers_version")  # they say where a model is, not what it does
+PROBE = "Which tokenizer? The quick brown fox: 0123, été, \u6f22\u5b57."  # tells tokenizers apart
 
 
 def digest(content: Any) -> str:
@@ -30,6 +32,15 @@ def config_digest(config: Any) -> str | None:
     values = {k: v for k, v in config.to_dict().items() if k not in UNSTEADY}
     text = json.dumps(values, default=lambda v: type(v).__name__, skipkeys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def tokenizer_facts(tokenizer: Any, encode: Callable[[str], Any]) -> dict[str, str]:
+    """Digests of a tokenizer's vocabulary, and of what `encode` makes of a text by it."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return {
+        "vocabulary": digest(sorted(vocabulary.items())),
+        "tokens": digest(encode(PROBE)),
+    }
 
 
 def _other(value: Any) -> Any:

@@ -46,8 +46,8 @@ class Problem(ABC):
         return {k: v for k, v in batch.items() if k != "labels"}
 
     def loss(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Mean cross entropy over the rows that count."""
-        return F.cross_entropy(*self.predict(model, batch))
+        """Mean cross entropy over the rows that count. Raises ConfigError as `cross_entropy` does."""
+        return cross_entropy(*self.predict(model, batch))
 
     def batches(self, items: Sequence[Item], device: torch.device) -> Iterator[Batch]:
         for start in range(0, len(items), self.scoring_batch):
@@ -73,3 +73,15 @@ class Problem(ABC):
     def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:
         """A task made from the model's own outputs, if the problem allows that; else None."""
         return None
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean over rows. logits: (N, C). targets: (N,). Raises ConfigError for a target that has no
+    column."""
+    if len(targets) and int(targets.max()) >= logits.shape[-1]:
+        raise ConfigError(
+            f"label {int(targets.max())}: the head has {logits.shape[-1]} columns, 0 to "
+            f"{logits.shape[-1] - 1}; say how many a task adds, Task(classes=...), and number its "
+            "labels after those of the tasks before it"
+        )
+    return F.cross_entropy(logits, targets)

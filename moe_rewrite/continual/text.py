@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from .digests import digest
+from .digests import tokenizer_facts
 from .problem import Batch, Model, Problem
 from .scores import task_score
 from .tasks import Item, Task
 
 IGNORED = -100  # the label of a token that is not learnt
-PROBE = "Which tokenizer? The quick brown fox: 0123, été, \u6f22\u5b57."  # tells tokenizers apart
 
 
 class TextProblem(Problem):
@@ -38,11 +37,9 @@ class TextProblem(Problem):
         self.padding = next(i for i in known if i is not None)
 
     def facts(self) -> dict[str, Any]:
-        vocabulary: dict[str, int] = getattr(self.tokenizer, "get_vocab", dict)()
-        return super().facts() | {
-            "vocabulary": digest(sorted(vocabulary.items())),
-            "tokens": digest(self._encode({"prompt": PROBE, "answer": PROBE})),
-        }
+        return super().facts() | tokenizer_facts(
+            self.tokenizer, lambda probe: self._encode({"prompt": probe, "answer": probe})
+        )
 
     def _encode(self, item: Item) -> tuple[list[int], list[int]]:
         if "ids" in item:

@@ -128,6 +128,17 @@ def test_columns_of_experts_follow_the_classes_of_the_head(base):
     torch.testing.assert_close(y, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("positions", [1, 4, 6])
+def test_every_position_of_a_sample_has_its_gates(positions):
+    """Of a head that runs on all positions, one of which is taken after it; 4 samples."""
+    logits, x = torch.randn(4, positions, 3), torch.randn(4, positions, W)
+    columns, gates = [(torch.randn(2, W), torch.randn(2), 0), 1], torch.rand(4, 2).log()
+    got = append_columns(logits, x, columns, gates)
+    assert got.shape == (4, positions, 6)
+    for at in range(positions):
+        assert torch.equal(got[:, at], append_columns(logits[:, at], x[:, at], columns, gates))
+
+
 @pytest.mark.parametrize("name", NO_HEADS)
 def test_what_is_no_head_is_left_alone(name):
     model = NETS[name]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import require_package
 from ..buffers import Buffer
-from ..problem import Batch, Problem
+from ..problem import Batch, Problem, cross_entropy
 from ..tasks import Task
 from ..training import TaskItem, Training, adamw, fit
 from .base import GrowingHead, Method, growing_head
@@ -244,7 +244,7 @@ class LwF(Adapters):
         soft = (before[:, :known] / self.temperature).log_softmax(-1)
         now = (logits[:, :known] / self.temperature).log_softmax(-1)
         drift = F.kl_div(now, soft, reduction="batchmean", log_target=True)
-        return F.cross_entropy(logits, targets) + self.strength * self.temperature**2 * drift
+        return cross_entropy(logits, targets) + self.strength * self.temperature**2 * drift
 
     def _new_classes(self) -> int:
         return 0 if self.head is None else self.head.more[-1].out_features  # type: ignore[return-value]

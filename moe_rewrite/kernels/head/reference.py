@@ -1,6 +1,7 @@
 """Classification columns appended to a head, in plain PyTorch.
 
-B batch, D width, C classes, E experts.
+B batch, S positions (of a head that runs on all of them, before one is taken; else none), D width,
+C classes, E experts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 
 
 def append_columns(
-    logits_BC: torch.Tensor,
-    x_BD: torch.Tensor,
+    logits_BSC: torch.Tensor,
+    x_BSD: torch.Tensor,
     columns: list[tuple[torch.Tensor, torch.Tensor, int] | int],
-    gates_B1E: torch.Tensor | None,
+    gates_BE: torch.Tensor | None,
 ) -> torch.Tensor:
     """The logits with the experts' columns appended.
 
@@ -24,21 +25,23 @@ def append_columns(
 
     columns: (weight, bias, index among the active experts), or the number of columns of an inactive
         expert: these are minus infinity, so that classes keep their positions.
-    gates_B1E: log of the gates, the frozen model's first, or None.
+    gates_BE: (B, 1 + E) log of the gates, the frozen model's first, or None.
     """
     if not columns:
-        return logits_BC
-    gates = None if gates_B1E is None else gates_B1E.to(logits_BC.dtype)
+        return logits_BSC
+    gates = None if gates_BE is None else gates_BE.to(logits_BSC.dtype)
 
     def weighed(logits: torch.Tensor, place: int) -> torch.Tensor:
-        return logits if gates is None else logits.log_softmax(-1) + gates[:, place, None]
+        if gates is None:
+            return logits
+        return logits.log_softmax(-1) + gates[:, place].view(-1, *(1,) * (logits.ndim - 1))
 
-    parts = [weighed(logits_BC, 0)]
+    parts = [weighed(logits_BSC, 0)]
     for column in columns:
         if isinstance(column, int):
-            size = (*logits_BC.shape[:-1], column)
-            parts.append(logits_BC.new_full(size, float("-inf")))
+            size = (*logits_BSC.shape[:-1], column)
+            parts.append(logits_BSC.new_full(size, float("-inf")))
         else:
             weight, bias, place = column
-            parts.append(weighed(F.linear(x_BD, weight, bias), place + 1))
+            parts.append(weighed(F.linear(x_BSD, weight, bias), place + 1))
     return torch.cat(parts, dim=-1)
