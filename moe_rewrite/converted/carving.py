@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..config import require
 from ..errors import ConfigError, InputError, require_package
 from ..experts.carved import CarvedExperts
 from ..experts.ffn import carved_units
 from ..experts.ffn.carved_units import CarvedUnits
+from ..passes.kinds import kind_of
 from ..routing.layer_router import LayerRouter
 from ..routing.packed_rows import RowMask
 from ..routing.token_gate import counted_rows
@@ -66,6 +68,23 @@ def carve(moe: Any) -> None:
         of = seen.pop(name)
         order, rows = carved_units.fit(spec, torch.cat(of.rows), of.body, of.dense)
         site.carve(order, rows, moe._store.tensors(site.site.weights))
+
+
+def set_active(moe: Any, share: float) -> None:
+    """See `MoEModel.set_active`."""
+    compiler, report = moe._compiler, moe._report
+    require(
+        isinstance(compiler.recipe.experts, CarvedExperts), "set_active", share,
+        "a model of mode='carve'; activate() and deactivate() turn whole experts on and off",
+    )  # fmt: skip
+    experts = replace(compiler.recipe.experts, active=share)
+    recipe = replace(compiler.recipe, experts=experts, router=experts.router)
+    kind = kind_of(experts)
+    compiler.recipe, moe.router.spec = recipe, experts.router
+    moe.router.rule = kind.rule(recipe)
+    sites = [s.site for s in moe.expert_sites() if isinstance(s, CarvedUnits)]
+    report.experts = kind.words(recipe)
+    report.macs_of = {s.name: kind.macs(s, recipe, experts.router) for s in sites}
 
 
 def _batches(moe: Any, spec: CarvedExperts) -> Iterable[Any]:

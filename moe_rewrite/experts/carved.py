@@ -31,6 +31,7 @@ class CarvedExperts:
         are enough. They group the units and fit the routers, by ridge regression of the norm of
         each expert's output on the region's input. None: texts that the model, if it is a causal
         language model, writes itself. Not saved.
+    bias: whether a router adds one to its logits; standard checkpoints have none.
     ridge: regularisation of the fit, as a share of the Gram matrix's mean diagonal.
     seed: of the grouping and of the texts.
     sites, dtype: as for `FFNExperts`.
@@ -41,6 +42,7 @@ class CarvedExperts:
     active: float = 0.75
     grouping: Literal["coactivation", "magnitude", "random"] = "coactivation"
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+    bias: bool = True
     ridge: float = 1e-3
     seed: int = 0
     sites: str | tuple[str, ...] = "all"
@@ -59,6 +61,7 @@ class CarvedExperts:
             ("shared", is_int(shared) and is_int(count) and 0 <= shared < count,
              f"an int from 0 to {count - 1 if is_int(count) else 'experts - 1'}"),
             ("active", is_number(share) and 0 < share <= 1, "a share, 0 < active <= 1"),
+            ("bias", isinstance(self.bias, bool), "True or False"),
             ("ridge", is_number(ridge) and ridge > 0, "a number > 0"),
             ("seed", is_int(self.seed) and self.seed >= 0, "int >= 0"),
             ("sites", self.sites == "all" or (named and len(self.sites) > 0),

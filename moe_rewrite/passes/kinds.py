@@ -243,7 +243,7 @@ class _Carved(ExpertKind):
         return (LowerFeedForward(_choice(recipe, router)),)
 
     def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
-        return CarvedUnits(site, recipe.experts.experts)
+        return CarvedUnits(site, recipe.experts)
 
     def words(self, recipe: Recipe) -> str:
         own = recipe.experts

@@ -33,10 +33,11 @@ class CarveRule:
         return replace(self, shared=sum(e < self.shared for e in active))
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(..., E) of rows x and the experts' rows of the router, each with its bias, (E, D + 1)."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        """(..., E) of rows x and the experts' rows of the router, (E, D), or with a bias (E, D + 1)."""
+        wide, width = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
         weight = weight.to(wide)
-        return F.linear(x.to(wide), weight[:, :-1], weight[:, -1])
+        bias = weight[:, width] if weight.shape[1] > width else None
+        return F.linear(x.to(wide), weight[:, :width], bias)
 
     def gates(self, logits: torch.Tensor, spare: int = 0) -> tuple[torch.Tensor, int]:
         """(gates; experts of a row). The gradient of a gate that is 1 is taken as its logit's."""

@@ -5,6 +5,7 @@ Shapes: D width of rows, H hidden units, E experts, T calibration rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,19 +24,22 @@ CHUNK = 1024  # rows whose hidden values are computed at once
 class CarvedUnits(RoutedCopies):
     """Experts that are parts of one copy.
 
-    rows[e]: (D + 1,), the last of it a bias. A graph takes it in float32.
+    rows[e]: (D + 1,), the last of it a bias, or without one (D,). A graph takes it in float32.
     order: (H,) int64, the dense region's hidden units expert by expert.
     """
 
-    biased = 1
     order: torch.Tensor
 
-    def __init__(self, site: FeedForwardSite, experts: int) -> None:
+    def __init__(self, site: FeedForwardSite, spec: CarvedExperts) -> None:
         super().__init__(site, 0.0, Upcycling())
-        self.register_buffer("order", torch.arange(site.hidden * experts))
+        self.biased = int(spec.bias)
+        self.register_buffer("order", torch.arange(site.hidden * spec.experts))
 
     def _row_dtype(self, dense: torch.dtype) -> torch.dtype:
         return torch.promote_types(dense, torch.float32)
+
+    def stacked_apart(self, active: Sequence[int]) -> None:
+        """Their number is fixed."""
 
     @torch.no_grad()
     def carve(
@@ -60,7 +64,7 @@ class CarvedUnits(RoutedCopies):
 def fit(
     spec: CarvedExperts, x_TD: torch.Tensor, body: Body, dense: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order of the hidden units, (E, D + 1) rows of the router) for a region, of the rows that it
+    """(order of the hidden units, (E, D + 1) or (E, D) rows of the router) for a region, of the rows that it
     reads. Raises InputError for values that are not finite."""
     weights: Any = [w.detach() for w in dense]
     hidden_TH = torch.cat([body.hidden(x, weights).float() for x in x_TD.split(CHUNK)])
@@ -78,16 +82,18 @@ def fit(
     norms_TE = torch.stack(
         [(hidden_TH[:, u] @ down_DH[:, u].T).norm(dim=1) for u in order.split(size)], 1
     )
-    return order, _ridge(x_TD, norms_TE / norms_TE.mean().clamp_min(1e-30), spec.ridge)
+    targets = norms_TE / norms_TE.mean().clamp_min(1e-30)
+    return order, _ridge(x_TD, targets, spec.ridge, spec.bias)
 
 
-def _ridge(x_TD: torch.Tensor, y_TE: torch.Tensor, ridge: float) -> torch.Tensor:
-    """(E, D + 1) rows whose products with x and a 1 predict y, from sums in float64."""
-    width = x_TD.shape[1] + 1
+def _ridge(x_TD: torch.Tensor, y_TE: torch.Tensor, ridge: float, bias: bool) -> torch.Tensor:
+    """(E, D + 1) rows whose products with x and a 1 predict y, or without the 1 (E, D), from sums in
+    float64."""
+    width = x_TD.shape[1] + bias
     gram = torch.zeros(width, width, dtype=torch.float64, device=x_TD.device)
     moments = torch.zeros(width, y_TE.shape[1], dtype=torch.float64, device=x_TD.device)
     for x, y in zip(x_TD.split(CHUNK), y_TE.split(CHUNK), strict=True):
-        f = with_one(x.float()).double()
+        f = (with_one(x.float()) if bias else x).double()
         gram.addmm_(f.T, f)
         moments.addmm_(f.T, y.double())
     gram.diagonal().add_(ridge * gram.diagonal().mean())
