@@ -91,7 +91,7 @@ def convert(
     from .passes.recipe import make_recipe, require_trainable
 
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
-    require_trainable(recipe.router)
+    require_trainable(recipe)
     return build.convert(model, recipe, example_inputs, verify, dry_run)
 
 

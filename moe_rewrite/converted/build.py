@@ -31,6 +31,7 @@ from ..passes.base import Decisions
 from ..passes.clean import Clean
 from ..passes.decide import plan_conversion
 from ..passes.inline_regions import InlineRegions
+from ..passes.kinds import kind_of
 from ..passes.pipeline import Timer, run
 from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
@@ -83,7 +84,7 @@ def _converted(
     arguments = host.arguments(example_inputs)
     compiler, program = plan_conversion(host, recipe, arguments, timed)
     report = Report.of(program, compiler)
-    report.warn_of_costs()
+    report.warn_of_costs(kind_of(recipe.experts).cheaper)
     if dry_run:
         return report
     program, emitted = compiler.emitted(program)

@@ -96,14 +96,11 @@ class Report:
         each = list(self.macs_of.values())
         return sum(each[1:], each[0]) if each else None
 
-    def warn_of_costs(self) -> None:
+    def warn_of_costs(self, advice: str) -> None:
         """Warn where the experts take more multiply-adds than the region that they replace."""
         if self.macs is None or self.macs.routed <= self.macs.dense:
             return
-        note = (
-            f"the experts take {self.macs}: choose fewer or larger patches, a shorter region, "
-            "RegionExperts(width=...) or halo=False"
-        )
+        note = f"the experts take {self.macs}: {advice}"
         self.notes.append(note)
         warn(note)
 

@@ -42,12 +42,14 @@ class ExpertKind(ABC):
     spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
     title: the name of the kind, for people.
     elsewhere: text, what to try where nothing after the split can hold such experts.
+    cheaper: text, what to choose where experts take more multiply-adds than what they replace.
     onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
     spec: type
     title = "experts"
     elsewhere = ""
+    cheaper = ""
     onnx: tuple[str, str] | None = ("dense", "every expert on every row")
 
     @abstractmethod
@@ -231,6 +233,7 @@ class _Carved(ExpertKind):
     spec = CarvedExperts
     title = "carved experts"
     elsewhere = _FeedForward.elsewhere
+    cheaper = "choose fewer experts, whose routers take less, or a smaller share"
     onnx = None
 
     def find(self, recipe: Recipe) -> Pass:
@@ -280,6 +283,9 @@ class _Carved(ExpertKind):
 class _Region(ExpertKind):
     spec = RegionExperts
     title = "region experts"
+    cheaper = (
+        "choose fewer or larger patches, a shorter region, RegionExperts(width=...) or halo=False"
+    )
     onnx = ("sparse", "TopK, Gather and Scatter, groups of fixed size")
 
     def find(self, recipe: Recipe) -> Pass:

@@ -67,9 +67,12 @@ def gates_sum_to_one(experts: Experts, router: RouterSpec) -> bool:
     return router.sums_to_one and (not sigmoid or getattr(router, "gate", "") == "selected")
 
 
-def require_trainable(router: RouterSpec | None) -> None:
+def require_trainable(recipe: Recipe) -> None:
     """Raises ConfigError for a router that gets no gradient however it is trained."""
+    router = recipe.router
     if not isinstance(router, TokenRouter) or router.top_k != 1 or router.fit != "gradient":
+        return
+    if isinstance(recipe.experts, CarvedExperts):  # its gradient is made, see `CarveRule`
         return
     one = "TokenRouter top_k=1 with fit='gradient'"
     require(
