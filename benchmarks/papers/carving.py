@@ -180,6 +180,18 @@ def quality(model: nn.Module, texts: Texts, cut: Cut) -> list[dict[str, Any]]:
     return cells
 
 
+CO = GROUPINGS[:1]
+# stories260K has 172 hidden units a layer, the GPT-2 512; one chosen expert without a bias is what a
+# standard checkpoint holds
+CUTS = {
+    RELU: (
+        Cut(16, 2, (16, 14, 12, 8)), Cut(64, 8, (56, 48, 32), CO), Cut(16, 11, (12,), CO, bias=False),
+    ),
+    STORIES: (Cut(43, 4, (43, 38, 32, 22)), Cut(4, 1, (3,)), Cut(43, 31, (32,), CO, bias=False)),
+}  # fmt: skip
+QUICK = {RELU: (Cut(16, 2, (16, 12), CO),), STORIES: (Cut(4, 1, (3,), CO),)}
+
+
 def of_model(
     model: nn.Module, given: dict[str, Any], experts: int, counts: Sequence[int]
 ) -> dict[str, Callable[[], Any]]:
