@@ -145,8 +145,10 @@ class Macs:
         return self.experts + self.router
 
     def __add__(self, other: Macs) -> Macs:
-        sums = (getattr(self, n) + getattr(other, n) for n in ("dense", "experts", "router"))
-        return Macs(*sums, self.unit)
+        return Macs(
+            self.dense + other.dense, self.experts + other.experts, self.router + other.router,
+            self.unit,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         share = f"{100 * self.routed / self.dense:.1f}%" if self.dense else "100%"

@@ -88,14 +88,13 @@ class FindFeedForwards(Pass):
     def _not_cut(self, region: FeedForward) -> str | None:
         """Why hidden units of a region cannot be told apart, if experts need that."""
         own, cut = self.experts, self._cut
-        carves = isinstance(own, CarvedExperts)
-        if not carves and cut == 1 and not own.reinit:
+        if isinstance(own, FFNExperts) and cut == 1 and not own.reinit:
             return None
         if not _hidden_dims(region):
             return (
-                f"{'carving needs' if carves else 'granularity and reinit need'} hidden units that "
-                "are computed one by one, from weights of their own (gate and up in one tensor are "
-                "none)"
+                f"{'carving needs' if self._carves else 'granularity and reinit need'} hidden units "
+                "that are computed one by one, from weights of their own (gate and up in one tensor "
+                "are none)"
             )
         if isinstance(own, CarvedExperts):
             return own.uncut(region.hidden)

@@ -6,7 +6,7 @@ import architectures
 import pytest
 import torch
 import torch.nn.functional as F
-from feedforwards import D, Gated, Plain, Swapped, gated_sum, with_layers
+from feedforwards import D, Fused, Gated, H, Mixed, Plain, Swapped, Tanh, gated_sum, with_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import moe_rewrite
 from moe_rewrite import CarvedExperts, FFNExperts, TokenRouter
-from moe_rewrite.errors import ConfigError, ConversionError, InputError
+from moe_rewrite.errors import CheckpointError, ConfigError, ConversionError, InputError
 from moe_rewrite.experts.ffn.grouping import balanced, coactive
 from moe_rewrite.routing.carve_rule import CarveRule
 
@@ -48,8 +48,6 @@ class Net(nn.Module):
     def __init__(self, *bodies, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        from feedforwards import Mixed
-
         kinds = [kind for body in bodies for kind in (Mixed, body)]
         self.embed, self.layers = nn.Linear(5, D), nn.ModuleList(kind() for kind in kinds)
         self.head = nn.Linear(D, 3)
@@ -96,12 +94,12 @@ def first(outputs):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_every_expert_on_outputs_are_the_dense_models(name):
-    model = shaken(architectures.build(name))
+    model = shaken(architectures.build(name, layers=1 if name == "Llama" else 3))
     calls = [architectures.random_call(model, 4) for _ in range(2)]
     experts = CarvedExperts(experts=4, shared=1, active=0.5, calibration=calls)
     moe = moe_rewrite.convert(model, "carve", experts=experts)
     assert moe.report.equivalence.equal and not moe.report.rejected
-    assert len(moe.report.sites) == 3
+    assert len(moe.report.sites) == (1 if name == "Llama" else 3)
     for batch in (1, 3):
         given = architectures.random_call(model, batch)
         with torch.no_grad():
@@ -243,7 +241,8 @@ def test_padding_does_not_count_as_calibration():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.sweep)])
+@pytest.mark.sweep  # docs/carve.md does so in every run
+@pytest.mark.parametrize("seed", [0, 3])
 def test_a_language_model_calibrates_on_texts_that_it_writes(seed):
     model = architectures.build("Llama", layers=1)
     moe = moe_rewrite.convert(model, "carve", experts=CarvedExperts(4, seed=seed), verify=False)
@@ -273,65 +272,71 @@ def until_end(ids):
 
 
 def test_the_report_counts_the_active_share_of_multiply_adds():
-    moe, _ = llama(experts=12)
-    dense = 3 * 32 * 48
-    for share in (0.75, 0.5, 0.25):
+    moe = carved(Net(Gated, Plain).eval())
+    dense = {"layers.1": 3 * D * H, "layers.3": 2 * D * H}
+    for share in (0.75, 0.5):
         moe.set_active(share)
-        macs = moe.report.macs_of["model.layers.0.mlp"]
-        assert (macs.dense, macs.experts, macs.router) == (dense, share * dense, 12 * 32)
-        assert moe.report.macs.experts == share * dense
-        assert f"{round(share * 12) - 1} of the others" in str(moe.report)
-        plan = moe.route(input_ids=torch.randint(3, 97, (2, 9)))
+        for name, whole in dense.items():
+            macs = moe.report.macs_of[name]
+            assert (macs.dense, macs.experts, macs.router) == (whole, share * whole, 4 * D)
+        assert moe.report.macs.experts == share * 5 * D * H
+        assert f"{round(share * 4) - 1} of the others" in str(moe.report)
+        plan = moe.route(X[2])
         for layer in plan.layers.values():
             assert set(layer.gates.unique().tolist()) == {0.0, 1.0}
-            assert (layer.gates.sum(-1) == share * 12).all() and (layer.gates[..., 0] == 1).all()
+            assert (layer.gates.sum(-1) == share * 4).all() and (layer.gates[..., 0] == 1).all()
 
 
 @pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.sweep)])
 def test_training_lowers_the_loss_and_saves_load_bitwise(freeze, tmp_path):
-    moe, model = llama(freeze=freeze)
-    ids = IDS
+    model = Net(Plain, Gated)
+    moe = carved(model, freeze=freeze)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     order = [s.order.clone() for s in moe.expert_sites()]
-    optimizer = torch.optim.Adam(moe.train().trainable_parameters(), 0.01)
+    x, goal = X[2], torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(5))
+    optimizer = torch.optim.Adam(moe.train().trainable_parameters(), 0.02)
     losses = []
-    for _ in range(6):
-        out, plan = moe.with_plan(input_ids=ids, labels=ids)
-        (out.loss + 0.01 * plan.load_balance_loss() + 1e-4 * plan.z_loss()).backward()
+    for _ in range(20):
+        out, plan = moe.with_plan(x)
+        loss = (out - goal).square().mean()
+        (loss + 0.01 * plan.load_balance_loss() + 1e-4 * plan.z_loss()).backward()
+        assert all(s.rows[1].grad.any() for s in moe.expert_sites())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(out.loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.97 * losses[0]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     moe.eval().set_active(0.5)
     moe.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "moe_rewrite.json").read_text())["recipe"]["experts"]
     assert said["active"] == 0.5 and "calibration" not in said
-    again = moe_rewrite.load(tmp_path, model)
+    again = moe_rewrite.load(tmp_path, model.eval(), example_inputs=X[0])
     with torch.no_grad():
-        assert torch.equal(again(input_ids=ids).logits, moe(input_ids=ids).logits)
+        assert all(torch.equal(again(x), moe(x)) for x in X)
     assert all(torch.equal(a.order, b) for a, b in zip(again.expert_sites(), order, strict=True))
+    (tmp_path / "moe_rewrite.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        moe_rewrite.load(tmp_path, model, example_inputs=X[0])
 
 
-@pytest.mark.parametrize("lowering", [
-    "sparse", *(pytest.param(n, marks=pytest.mark.sweep) for n in ("dense", "contrib")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lowering",
+    ["sparse", *(pytest.param(n, marks=pytest.mark.sweep) for n in ("dense", "contrib"))],
+)
 def test_an_exported_file_takes_the_same_experts(lowering, tmp_path):
     ort = pytest.importorskip("onnxruntime")
-    moe, model = llama()
+    moe = carved(Net(Tanh, Gated).eval())
     file = tmp_path / "carved.onnx"
-    moe_rewrite.export_onnx(moe, file, lowering=lowering)
-    with pytest.raises(ConfigError, match="fixed"):
-        moe_rewrite.export_onnx(moe, tmp_path / "x.onnx", open_experts=True)
+    moe_rewrite.export_onnx(moe, file, lowering=lowering, example_inputs=X[0])
     session = ort.InferenceSession(file)
-    wanted = {i.name for i in session.get_inputs()}
-    for batch in (1, 3):
-        given = architectures.random_call(model, batch)
-        feeds = {k: v.numpy() for k, v in given.items() if k in wanted}
+    (given,), (out,) = session.get_inputs(), session.get_outputs()
+    for x in X:
         with torch.no_grad():
-            want = moe(**given).logits
-        got = torch.from_numpy(session.run(["logits"], feeds)[0])
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+            want = moe(x)
+        got = torch.from_numpy(session.run([out.name], {given.name: x.numpy()})[0])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="fixed"):
+        moe_rewrite.export_onnx(moe, tmp_path / "x.onnx", open_experts=True, example_inputs=X[0])
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -346,7 +351,7 @@ def test_wrong_options_are_refused_before_any_work(options, words):
 
 
 def test_what_cannot_be_carved_is_refused_with_the_reason():
-    model = architectures.build("Llama", layers=2)
+    model = architectures.build("Llama", layers=1)
 
     def refused(error, words, model=model, experts=None, **options):
         with pytest.raises(error, match=words):
@@ -357,14 +362,12 @@ def test_what_cannot_be_carved_is_refused_with_the_reason():
         "hidden width 48 has no 5 parts.*are 4 and 6",
         experts=CarvedExperts(5, active=0.8),
     )
+    small = {"example_inputs": X[0]}
     refused(
-        ConversionError,
-        "gate and up in one tensor",
-        architectures.build("ModernBert"),
-        CarvedExperts(4),
+        ConversionError, "gate and up in one tensor", Net(Fused).eval(), CarvedExperts(4), **small
     )
     refused(ConversionError, "not named in sites", experts=CarvedExperts(4, sites=("mlp.x",)))
-    refused(ConfigError, "writes texts itself", architectures.build("Bert"), CarvedExperts(4))
+    refused(ConfigError, "writes texts itself", Net(Plain).eval(), CarvedExperts(4), **small)
     refused(ConfigError, "'auto' with CarvedExperts", router=TokenRouter())
     refused(ConfigError, "the 8 of CarvedExperts", num_experts=4)
     refused(ConfigError, "'carve' with CarvedExperts", experts=CarvedExperts(), mode="pmoe")
@@ -401,7 +404,7 @@ def test_what_a_carved_model_cannot_do_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("base", "format", "shared"), [
-    ("Llama", "qwen2_moe", 2), ("Qwen2", "glm4_moe", 1),
+    ("Llama", "qwen2_moe", 2), pytest.param("Qwen2", "glm4_moe", 1, marks=pytest.mark.sweep),
     pytest.param("SmolLM", "glm4_moe", 2, marks=pytest.mark.sweep),
     pytest.param("Llama", "mixtral", 0, marks=pytest.mark.sweep),
     pytest.param("Qwen3", "qwen3_moe", 0, marks=pytest.mark.sweep),
