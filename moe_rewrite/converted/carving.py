@@ -107,8 +107,9 @@ def _batches(moe: Any, spec: CarvedExperts) -> Iterable[Any]:
 @torch.no_grad()
 def _watched(moe: Any, batches: Iterable[Any], sites: Mapping[str, CarvedUnits]) -> dict[str, Seen]:
     """What every region computes with when the dense model gets these batches, by site."""
-    router, seen = moe.router, {}
+    router = moe.router
     assert isinstance(router, LayerRouter)
+    seen: dict[str, Seen] = {}
 
     def plan(features: torch.Tensor, mask: RowMask) -> tuple[Any, None]:
         counted = _counted(features, mask)

@@ -6,7 +6,6 @@ Imports transformers, so it is imported only when it is asked for.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +214,12 @@ def _apart(of: RegionTensors, shared: int) -> RegionTensors:
     """The same, with the first experts as shared ones."""
     if not shared:
         return of
-    first, rest = (
-        RegionTensors(*(list(kind)[part] for kind in (of.gate, of.up, of.down, of.rows)))
-        for part in (slice(shared), slice(shared, None))
-    )
-    return replace(rest, shared=first)
+    first = RegionTensors(
+        of.gate[:shared], of.up[:shared], of.down[:shared], of.rows[:shared]
+    )  # fmt: skip
+    return RegionTensors(
+        of.gate[shared:], of.up[shared:], of.down[shared:], of.rows[shared:], first
+    )  # fmt: skip
 
 
 def _by_role(call: FeedForwardCall, site: RoutedCopies, parts: list[str | None]) -> RegionTensors:

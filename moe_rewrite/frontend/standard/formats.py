@@ -125,8 +125,8 @@ def _of_experts(
     if wanted.score not in ("any", score):
         refusals.append(f"its routers take a {score}, these a {wanted.score}")
     if hasattr(blank, "shared_expert_intermediate_size"):
-        width = wanted.shared * wanted.hidden or min(SHARED, wanted.hidden)
-        given["shared_expert_intermediate_size"] = width
+        together = wanted.shared * wanted.hidden or min(SHARED, wanted.hidden)
+        given["shared_expert_intermediate_size"] = together
     elif hasattr(blank, "n_shared_experts"):
         given["n_shared_experts"] = wanted.shared or 1
     elif wanted.shared:
