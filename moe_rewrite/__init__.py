@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from .convert import convert, from_standard, inspect, load
 from .errors import MoeRewriteError
+from .experts.carved import CarvedExperts
 
 if TYPE_CHECKING:
     from . import onnx as onnx
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CarvedExperts",
     "FFNExperts",
     "LoRAExperts",
     "MoEModel",

@@ -219,7 +219,7 @@ class LoRAExperts:
 
     def wants(self, module: str) -> bool:
         """Whether a list of endings selects this module path (``"all..."`` selects every one)."""
-        return isinstance(self.sites, str) or _ends(module, self.sites)
+        return isinstance(self.sites, str) or ends_in(module, self.sites)
 
 
 @dataclass(frozen=True)
@@ -287,12 +287,12 @@ class FFNExperts:
 
     def refuses(self, region: str, following: int) -> str | None:
         """Why a region is not converted, or None. following: how many regions come after it."""
-        if isinstance(self.sites, tuple) and not _ends(region, self.sites):
+        if isinstance(self.sites, tuple) and not ends_in(region, self.sites):
             return f"not named in sites={self.sites}"
         return f"left out by every={self.every}" if following % self.every else None
 
 
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
+def ends_in(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == e or name.endswith("." + e) for e in endings)
 
 

@@ -61,16 +61,18 @@ def convert(
     model: a dense model; its mode (training or evaluation) is the converted one's.
     mode: ``"pmoe"``: progressive experts and one router, at the cut (PMoE, arXiv 2407.21571);
         ``"upcycle"``: copies of each feed-forward region after the cut, and a router for each that
-        takes two of them for a row (sparse upcycling, arXiv 2212.05055).
+        takes two of them for a row (sparse upcycling, arXiv 2212.05055); ``"carve"``: each
+        feed-forward's own hidden units, of which a token runs a share (see `CarvedExperts`).
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
-        ``"auto"`` (half of the FLOPs). Blocks 0..split-1 are shallow, and frozen.
+        ``"auto"`` (half of the FLOPs; 0 in mode "carve"). Blocks 0..split-1 are shallow, and frozen.
     router: ``"auto"``, ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter. ``"auto"`` routes
         patches of a feature map; in a sequence its gate reads the prefix if the model is causal,
         else the whole sequence. With LoRA experts, one to begin with, and a frozen base that gate
         is solved in closed form (``fit="analytic"``): in training mode the newest expert gets every
         row, ``eval()`` solves the router, and `MoEModel.remember` tells it what the model did before.
-    experts: LoRAExperts, FFNExperts, or RegionExperts for patches; None: the mode's own.
-    num_experts: experts to begin with; None means one, or eight in mode "upcycle".
+    experts: LoRAExperts, FFNExperts, CarvedExperts, or RegionExperts for patches; None: the mode's
+        own.
+    num_experts: experts to begin with; None means one, or eight in mode "upcycle" and "carve".
     example_inputs: as for `inspect`.
     backend: how experts are computed. ``"auto"``: at every site the fastest form, by a cost model;
         ``"dense"``: every expert on every row; ``"grouped"``: each expert on its own rows, both
@@ -89,7 +91,7 @@ def convert(
     from .passes.recipe import make_recipe, require_trainable
 
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
-    require_trainable(recipe.router)
+    require_trainable(recipe)
     return build.convert(model, recipe, example_inputs, verify, dry_run)
 
 

@@ -40,7 +40,7 @@ def convert(
         Path | None, typer.Option(help="Folder that transformers reads without this package")
     ] = None,
     split: Split = "auto",
-    mode: Annotated[str, typer.Option(help="Recipe: pmoe or upcycle")] = "pmoe",
+    mode: Annotated[str, typer.Option(help="Recipe: pmoe, upcycle or carve")] = "pmoe",
     router: Annotated[str, typer.Option(help="Kind of router: auto, token or patch")] = "auto",
     granularity: Annotated[
         str, typer.Option(help="What a token gate reads: auto, token, prefix or sequence")
@@ -52,7 +52,7 @@ def convert(
     ] = None,
     gate: Annotated[str, typer.Option(help="Gates of patches: selected, all or hard")] = "selected",
     experts: Annotated[
-        str, typer.Option(help="Kind of experts: auto (the recipe's), lora, ffn or region")
+        str, typer.Option(help="Kind of experts: auto (the recipe's), lora, ffn, carved or region")
     ] = "auto",
     rank: Annotated[int, typer.Option(help="Rank of each LoRA expert")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")] = 16.0,
@@ -63,6 +63,9 @@ def convert(
     halo: Annotated[bool, typer.Option(help="Gather patches with their neighbours")] = True,
     width: Annotated[float, typer.Option(help="Share of a region's hidden channels")] = 1.0,
     every: Annotated[int, typer.Option(help="Of the feed-forward regions, each n-th")] = 1,
+    active: Annotated[
+        float, typer.Option(help="Share of hidden units a token runs, carved")
+    ] = 0.75,
     num_experts: Annotated[
         int | None, typer.Option(help="Experts to begin with; default 1, or 8 in upcycling")
     ] = None,
@@ -75,7 +78,7 @@ def convert(
     moe-rewrite convert mine:resnet --split layer3 --experts region --grid 8 --per-expert 16
     """
     import moe_rewrite
-    from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts
+    from moe_rewrite import CarvedExperts, FFNExperts, LoRAExperts, PatchRouter, RegionExperts
 
     from .loading import load_model, parse_split
 
@@ -92,11 +95,13 @@ def convert(
     bodies: dict[str, Any] = {
         "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
         "ffn": lambda: FFNExperts(every=every, sites=chosen),
+        "carved": lambda: CarvedExperts(num_experts or 8, active=active, sites=chosen),
         "region": lambda: RegionExperts(tuple(region.split(",")) if region else None, halo, width),
     }
-    kind = {"pmoe": "lora", "upcycle": "ffn"}.get(mode, "lora") if experts == "auto" else experts
+    own = {"upcycle": "ffn", "carve": "carved"}.get(mode, "lora")
+    kind = own if experts == "auto" else experts
     if kind not in bodies:
-        raise ConfigError(f"--experts {experts}: expected auto, lora, ffn or region")
+        raise ConfigError(f"--experts {experts}: expected auto, lora, ffn, carved or region")
     done = moe_rewrite.convert(
         load_model(model), mode=mode, split=parse_split(split), router=spec,
         experts=bodies[kind](), num_experts=num_experts, dry_run=dry_run,

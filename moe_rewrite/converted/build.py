@@ -31,10 +31,11 @@ from ..passes.base import Decisions
 from ..passes.clean import Clean
 from ..passes.decide import plan_conversion
 from ..passes.inline_regions import InlineRegions
+from ..passes.kinds import kind_of
 from ..passes.pipeline import Timer, run
 from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
-from . import checkpoint
+from . import carving, checkpoint
 from .model import MoEModel
 from .page.write import write_dense_page
 from .report import Report
@@ -55,14 +56,16 @@ def inspect(
 
 
 def convert(
-    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False
-) -> MoEModel | Report:
-    """As `moe_rewrite.convert`, by a recipe."""
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False,
+    fits: bool = True,
+) -> MoEModel | Report:  # fmt: skip
+    """As `moe_rewrite.convert`, by a recipe. fits: carved experts are fitted to calibration rows,
+    and not loaded afterwards."""
     _require_dense(model)
     model = without_wrapper(model)
     try:
         with torch.inference_mode(False):  # what is made here is trained elsewhere
-            return _converted(model, recipe, example_inputs, verify, dry_run)
+            return _converted(model, recipe, example_inputs, verify, dry_run, fits)
     except (MoeRewriteError, MemoryError):
         raise
     except Exception as error:
@@ -73,20 +76,23 @@ def convert(
 
 
 def _converted(
-    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool
-) -> MoEModel | Report:
+    model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool,
+    fits: bool,
+) -> MoEModel | Report:  # fmt: skip
     host, timed = host_of(structural_copy(model)), Timer()
     require_no_hooks(model)
     arguments = host.arguments(example_inputs)
     compiler, program = plan_conversion(host, recipe, arguments, timed)
     report = Report.of(program, compiler)
-    report.warn_of_costs()
+    report.warn_of_costs(kind_of(recipe.experts).cheaper)
     if dry_run:
         return report
     program, emitted = compiler.emitted(program)
     kind = host.model_class(MoEModel)
     moe: MoEModel = kind(model, compiler, program, emitted, report, checked=verify)
     moe.adopt(arguments, program, emitted)
+    if fits:
+        timed("carve", carving.carve, moe)
     if verify:
         report.equivalence = timed("verify", verify_conversion, moe, arguments)
     return moe
@@ -106,7 +112,7 @@ def load(
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder}: the saved recipe is malformed: {error}") from None
     of_experts = checkpoint.Facts.of(folder, facts, recipe.num_experts)
-    moe = convert(model, recipe, example_inputs, verify)
+    moe = convert(model, recipe, example_inputs, verify, fits=False)
     assert isinstance(moe, MoEModel)
     with torch.inference_mode(False):
         moe.restore(tensors, of_experts)

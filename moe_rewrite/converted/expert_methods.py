@@ -19,7 +19,7 @@ from ..passes.pipeline import Compiler
 from ..passes.recipe import Recipe
 from ..routing.plan import RoutingPlan
 from ..routing.router import Router
-from . import low_precision
+from . import carving, low_precision
 from .expert_set import ExpertSet
 from .merge import merge_expert
 from .parameters import ParameterStore
@@ -85,6 +85,12 @@ class ExpertMethods(nn.Module):
     def deactivate(self, name: str | int) -> None:
         """Take an expert out of routing; its parameters stay. Raises ConfigError."""
         self._experts.set_active(name, False)
+
+    def set_active(self, share: float) -> None:
+        """Have a token run another share of a carved model's hidden units from now on, as
+        ``CarvedExperts(active=share)`` would; saves say so. Raises ConfigError for a share that is
+        no whole number of experts, and for experts of other kinds."""
+        carving.set_active(self, share)
 
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before that was added."""

@@ -220,8 +220,7 @@ class ExpertSet:
         one, and where the router would be left with none that is on."""
         index = self.index(name)
         self._require_others()
-        if self._fixed:
-            raise ConfigError(f"remove({name!r}): the number of these experts is fixed")
+        self._require_open(f"remove({name!r})")
         self.router.set_active(index, False)
         for site in self.sites:
             site.remove(index)
@@ -229,12 +228,18 @@ class ExpertSet:
         self._drop(index)
 
     def remove_last(self) -> None:
-        """Remove the newest expert; the router is bitwise what it was before that was added."""
+        """Remove the newest expert; the router is bitwise what it was before that was added. Raises
+        ConfigError as `remove`."""
         self._require_others()
+        self._require_open("remove_last()")
         self.router.remove_last()
         for site in self.sites:
             site.remove_last()
         self._drop(len(self.names) - 1)
+
+    def _require_open(self, what: str) -> None:
+        if self._fixed:
+            raise ConfigError(f"{what}: the number of these experts is fixed: {self._fixed}")
 
     def _require_others(self) -> None:
         if len(self) <= 1:

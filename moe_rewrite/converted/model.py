@@ -82,7 +82,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         features = value(program.node(program.cut.node))
         router = make_router(
             compiler.decisions.chosen, features.shape, self.device, program.cut.token_map,
-            recipe.experts.score if getattr(recipe.experts, "by_layer", False) else None,
+            kind_of(recipe.experts).rule(recipe),
         )  # fmt: skip
         # parts of the model, beside the tree of names that owns the tensors
         self.__dict__.update(shallow=store.shallow, deep=store.deep, router=router)

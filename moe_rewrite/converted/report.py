@@ -29,7 +29,7 @@ class Report:
     """The report of one conversion. ``print(report)`` shows it as tables.
 
     model: class of the original.
-    mode: ``"pmoe"`` or ``"upcycle"``.
+    mode: ``"pmoe"``, ``"upcycle"`` or ``"carve"``.
     split: the first deep block, by index and name.
     cut: graph node whose value the router reads.
     router: the router that was chosen, with its options.
@@ -39,7 +39,8 @@ class Report:
     numerics: (pass, ``"exact"``, ``"reordered"`` or ``"approximate"``).
     seconds: time spent, by pass.
     notes: what the user should know.
-    macs: multiply-adds of a region and of the experts that replace it; None without a region.
+    macs_of: multiply-adds of each region and of the experts that replace it, by site; of kinds
+        that count them.
     experts: the experts at a site, as text.
     precision: of experts after `quantize_experts`, as text; empty before.
     lowered: (site, how it is computed).
@@ -57,7 +58,7 @@ class Report:
     numerics: list[tuple[str, Numerics]]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
-    macs: Macs | None = None
+    macs_of: dict[str, Macs] = field(default_factory=dict)
     experts: str = ""
     precision: str = ""
     lowered: list[tuple[str, str]] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Report:
         assert program.cut is not None
         recipe, decisions = compiler.recipe, compiler.decisions
         kind = kind_of(recipe.experts)
-        macs = [kind.macs(site, recipe, decisions.chosen) for site in program.sites]
+        macs = {s.name: kind.macs(s, recipe, decisions.chosen) for s in program.sites}
         compiler.notes += _of_quantized(program)
         compiler.notes += kind.notes(program.sites)
         return Report(
@@ -77,26 +78,29 @@ class Report:
             mode=recipe.mode,
             split=f"block {program.cut.index} ({program.cut.label})",
             cut=program.cut.node,
-            router=_router(recipe.experts, decisions.router),
+            router=kind.router_words(recipe, decisions.chosen),
             sites=[(s.name, s.in_features, s.out_features) for s in program.sites],
             rejected=[(r.name, r.reason) for r in decisions.rejected],
             conditions=conditions_of(program.leaves(), program.relations, program.values).texts,
             numerics=list(program.numerics),
             seconds=compiler.timed.seconds,
             notes=compiler.notes,
-            macs=next((m for m in macs if m is not None), None),
+            macs_of={name: m for name, m in macs.items() if m is not None},
             experts=kind.words(recipe),
             lowered=list(program.lowered),
         )
 
-    def warn_of_costs(self) -> None:
+    @property
+    def macs(self) -> Macs | None:
+        """The sum of `macs_of`; None without a region."""
+        each = list(self.macs_of.values())
+        return sum(each[1:], each[0]) if each else None
+
+    def warn_of_costs(self, advice: str) -> None:
         """Warn where the experts take more multiply-adds than the region that they replace."""
         if self.macs is None or self.macs.routed <= self.macs.dense:
             return
-        note = (
-            f"the experts take {self.macs}: choose fewer or larger patches, a shorter region, "
-            "RegionExperts(width=...) or halo=False"
-        )
+        note = f"the experts take {self.macs}: {advice}"
         self.notes.append(note)
         warn(note)
 
@@ -110,8 +114,9 @@ class Report:
             for how, names in same.items()
         ]
 
-    def _done(self) -> str:
-        return self.experts if self.macs is None else f"{self.experts}: {self.macs}"
+    def _done(self, site: str) -> str:
+        macs = self.macs_of.get(site)
+        return self.experts if macs is None else f"{self.experts}: {macs}"
 
     def facts(self) -> list[tuple[str, ...]]:
         """(name, text) of what holds for the whole conversion."""
@@ -127,7 +132,7 @@ class Report:
 
     def _tables(self) -> list[tuple[list[str], list[tuple[str, ...]]]]:
         """(columns, rows) of each."""
-        rows: list[tuple[str, ...]] = [(n, f"{i} -> {o}", self._done()) for n, i, o in self.sites]
+        rows: list[tuple[str, ...]] = [(n, f"{i} -> {o}", self._done(n)) for n, i, o in self.sites]
         rows += [(n, "", f"rejected: {r}") for n, r in self.rejected]
         how = [(["sites", "how they are computed"], self._how())] if self.lowered else []
         first = (["conversion", ""], self.facts())
@@ -189,14 +194,3 @@ def _of_quantized(program: Program) -> list[str]:
     counts = ", ".join(f"{count} {kind}" for kind, count in Counter(schemes).items())
     said = "frozen; experts are added to the products that their library computes"
     return [f"quantised weights ({counts}): {said}"] if schemes else []
-
-
-def _router(experts: Any, router: Any) -> str:
-    """Text: the router, and where it is if not at the cut."""
-    if not getattr(experts, "by_layer", False):
-        return str(router)
-    kept = "of" if router.gate == "selected" else "before"
-    return (
-        f"one a layer, on its own input: {experts.score} {kept} the top {router.top_k or 'all'}, "
-        f"init={router.init}"
-    )

@@ -98,7 +98,8 @@ class Saving(ExpertMethods):
     ) -> str:  # fmt: skip
         """Write an upcycled language model as a checkpoint of one of transformers' own classes, which
         `AutoModelForCausalLM.from_pretrained` and other tools read without this package; returns
-        the format.
+        the format. So is a carved one written whose tokens have one expert beside shared ones, by
+        routers without a bias.
 
         format: ``"mixtral"``, ``"qwen3_moe"``, ``"qwen2_moe"``, ``"glm4_moe"`` or ``"olmoe"``;
             ``"auto"``: the first of these that holds the model.

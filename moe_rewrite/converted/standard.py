@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import FFNExperts, TokenRouter, require
 from ..errors import CheckpointError, ConversionError, EquivalenceError
+from ..experts.carved import CarvedExperts
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.ffn.routed_copies import RoutedCopies
 from ..frontend.standard import folder as folders
@@ -39,6 +40,7 @@ def save(
     _require_layers(moe)
     regions = region_tensors(moe)
     wanted = _wanted(moe, regions)
+    _require_widths(wanted, moe.host.module.dtype)
     chosen = _chosen(wanted, format)
     state = class_state(wanted, chosen.model, regions)
 
@@ -111,7 +113,9 @@ def _require_layers(moe: Any) -> None:
     experts, kind = moe.recipe.experts, type(moe.recipe.experts).__name__
     require_not_quantized(moe.expert_sites(), "save_standard()")
     way = "convert with mode='upcycle', whose feed-forwards have a router each"
-    if not isinstance(experts, FFNExperts):
+    if isinstance(experts, CarvedExperts):
+        _require_gates_of_classes(experts)
+    elif not isinstance(experts, FFNExperts):
         raise ConversionError(f"save_standard: no class has {kind}; {way}")
     if not experts.by_layer:
         raise ConversionError(
@@ -134,17 +138,53 @@ def _require_layers(moe: Any) -> None:
         )
 
 
+def _require_gates_of_classes(experts: CarvedExperts) -> None:
+    """Raises ConversionError for carved experts that have other gates in every class."""
+    chosen, way = experts.taken - experts.shared, experts.taken - 1
+    said = ""
+    if chosen != 1:
+        said = f"the gates of {chosen} chosen experts sum to one in every class, here each is 1"
+    elif experts.bias:
+        said = "no class adds a bias to its router's logits"
+    if said:
+        raise ConversionError(
+            f"save_standard: {said}. Shared experts and one chosen expert fit, without a bias: "
+            f"CarvedExperts({experts.experts}, shared={way}, active={experts.active:g}, bias=False)"
+        )
+
+
+def _require_widths(wanted: Wanted, dtype: torch.dtype) -> None:
+    """Raises ConversionError for widths that transformers' grouped products do not take."""
+    for name, width in (("hidden width", wanted.hidden), ("width", wanted.config.hidden_size)):
+        if width * dtype.itemsize % 16:
+            raise ConversionError(
+                f"save_standard: a {name} of {width} in {dtype} is {width * dtype.itemsize} bytes; "
+                "transformers multiplies the rows of experts only where these are a multiple of 16: "
+                "take fewer and wider experts"
+            )
+
+
 def _wanted(moe: Any, regions: dict[str, RegionTensors]) -> Wanted:
-    spec: Any = moe.router.spec
     host = moe.host.module
     first = next(iter(regions.values()))
     return Wanted(
         config=host.config,  # type: ignore[arg-type]
         dense=_dense(moe), regions=tuple(regions),
-        interleaved=interleaved(host), experts=moe.num_experts,
-        top_k=min(spec.top_k or moe.num_experts, moe.num_experts),
-        normalized=spec.sums_to_one, score=moe.recipe.experts.score, hidden=len(first.up[0]),
+        interleaved=interleaved(host), hidden=len(first.up[0]), **_routing(moe),
     )  # fmt: skip
+
+
+def _routing(moe: Any) -> dict[str, Any]:
+    spec, experts, count = moe.router.spec, moe.recipe.experts, moe.num_experts
+    if isinstance(experts, CarvedExperts):
+        shared = experts.shared
+        return {
+            "experts": count - shared, "top_k": 1, "normalized": True, "score": "any", "shared": shared,
+        }  # fmt: skip
+    return {
+        "experts": count, "top_k": min(spec.top_k or count, count), "normalized": spec.sums_to_one,
+        "score": experts.score,
+    }  # fmt: skip
 
 
 def _dense_names(moe: Any) -> list[str]:
@@ -177,8 +217,21 @@ def region_tensors(moe: Any) -> dict[str, RegionTensors]:
                 own = [None if p is None else p[2] for p in parts]
                 site = sites[name]
                 assert isinstance(site, RoutedCopies)
-                found[name] = _by_role(node.target, site, own)
+                made = _by_role(node.target, site, own)
+                found[name] = _apart(made, getattr(moe.recipe.experts, "shared", 0))
     return found
+
+
+def _apart(of: RegionTensors, shared: int) -> RegionTensors:
+    """The same, with the first experts as shared ones."""
+    if not shared:
+        return of
+    first = RegionTensors(
+        of.gate[:shared], of.up[:shared], of.down[:shared], of.rows[:shared]
+    )  # fmt: skip
+    return RegionTensors(
+        of.gate[shared:], of.up[shared:], of.down[shared:], of.rows[shared:], first
+    )  # fmt: skip
 
 
 def _by_role(call: FeedForwardCall, site: RoutedCopies, parts: list[str | None]) -> RegionTensors:
@@ -193,7 +246,7 @@ def _by_role(call: FeedForwardCall, site: RoutedCopies, parts: list[str | None])
             "class has"
         )
     up, down, gate, *biases = form.parts(form.by_expert(False, lists, lists))
-    if any(b is not None for b in biases):
+    if any(b is not None for b in (*biases, call.bias_once)):
         raise ConversionError(
             f"save_standard: {name} has biases, which no class has in its experts"
         )

@@ -132,20 +132,28 @@ AnySite = Any  # with a name, in_features, out_features and the names of its wei
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-adds of one sample: dense region, the experts that replace it, and their router."""
+    """Multiply-adds of one sample, or of another unit: dense region, the experts that replace it,
+    and their router."""
 
     dense: int
     experts: int
     router: int
+    unit: str = "sample"
 
     @property
     def routed(self) -> int:
         return self.experts + self.router
 
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(
+            self.dense + other.dense, self.experts + other.experts, self.router + other.router,
+            self.unit,
+        )  # fmt: skip
+
     def __str__(self) -> str:
         share = f"{100 * self.routed / self.dense:.1f}%" if self.dense else "100%"
         return (
-            f"{count(self.experts)} multiply-adds a sample and {count(self.router)} of the router, "
+            f"{count(self.experts)} multiply-adds a {self.unit} and {count(self.router)} of the router, "
             f"{share} of the dense region's {count(self.dense)}"
         )
 

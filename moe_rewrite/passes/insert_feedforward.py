@@ -16,6 +16,7 @@ from ..analysis.infer_layout import Layouts
 from ..analysis.linear_ops import Product, find_product, innermost_module
 from ..analysis.static_values import static_values
 from ..config import FFNExperts, RouterSpec
+from ..experts.carved import CarvedExperts
 from ..experts.ffn.call import FeedForwardCall
 from ..ir.aten import value
 from ..ir.gate_layout import GateLayout
@@ -35,7 +36,7 @@ Use = tuple[FeedForward, GateLayout | None]  # no layout: the region routes its 
 class FindFeedForwards(Pass):
     """Exact: the graph is only read."""
 
-    experts: FFNExperts
+    experts: FFNExperts | CarvedExperts
     name = "sites"
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
@@ -68,22 +69,35 @@ class FindFeedForwards(Pass):
             if reason is not None:
                 rejected[name] = reason
             else:
-                site = _site(program, name, regions[0], self.experts.granularity)
+                site = _site(program, name, regions[0], self._cut, self._carves)
                 sites[site] = [
                     (r, x) for r, x in zip(regions, laid, strict=True) if not isinstance(x, str)
                 ]
         return sites, rejected
 
+    @property
+    def _carves(self) -> bool:
+        return isinstance(self.experts, CarvedExperts)
+
+    @property
+    def _cut(self) -> int:
+        """Experts that a region's hidden units are divided among."""
+        own = self.experts
+        return own.experts if isinstance(own, CarvedExperts) else own.granularity
+
     def _not_cut(self, region: FeedForward) -> str | None:
         """Why hidden units of a region cannot be told apart, if experts need that."""
-        cut = self.experts.granularity
-        if cut == 1 and not self.experts.reinit:
+        own, cut = self.experts, self._cut
+        if isinstance(own, FFNExperts) and cut == 1 and not own.reinit:
             return None
         if not _hidden_dims(region):
             return (
-                "granularity and reinit need hidden units that are computed one by one, from weights "
-                "of their own (gate and up in one tensor are none)"
+                f"{'carving needs' if self._carves else 'granularity and reinit need'} hidden units "
+                "that are computed one by one, from weights of their own (gate and up in one tensor "
+                "are none)"
             )
+        if isinstance(own, CarvedExperts):
+            return own.uncut(region.hidden)
         rest = region.hidden % cut
         return f"hidden width {region.hidden}: expected a multiple of {cut}" if rest else None
 
@@ -119,16 +133,19 @@ def _layout(layouts: Layouts, region: FeedForward) -> GateLayout | str:
     return layouts.of_map(region.entry, region.entry, channels_last=True)
 
 
-def _site(program: Program, name: str, region: FeedForward, granularity: int) -> FeedForwardSite:
+def _site(
+    program: Program, name: str, region: FeedForward, granularity: int, bias_once: bool
+) -> FeedForwardSite:
     of = [program.inputs[w.name] for w in region.weights]
     hidden, dims = region.hidden // granularity, _hidden_dims(region)
     parts = tuple(
         Part(i.name, i.kind, ((dims[n], hidden),) if n in dims else ())
         for n, i in enumerate(of)
-        if i.kind != "constant"
+        if i.kind != "constant" and not (bias_once and n == region.down.bias)
     )
     width = int(value(region.entry).shape[region.channels])
-    last = [n for n in (region.down.weight, region.down.bias) if n is not None]
+    bias = None if bias_once else region.down.bias
+    last = [n for n in (region.down.weight, bias) if n is not None]
     down = tuple(of[n].name for n in last)
     gated, matrices = len(region.ups) > 1, _matrices(program, region)
     return FeedForwardSite(name, parts, width, hidden, gated, down, matrices)
@@ -172,10 +189,12 @@ class InsertFeedForward(Pass):
 
     as_dense: whether they do.
     by_layer: every region has a router of its own.
+    bias_once: the last product's bias is added once, whatever experts a row has.
     """
 
     as_dense: bool
     by_layer: bool = False
+    bias_once: bool = False
     name = "insert experts"
 
     @property
@@ -197,7 +216,8 @@ class InsertFeedForward(Pass):
                 else:
                     gates = plan_view(program, SortedGates(layout, base=True))
                 own = tuple(parts.get(program.inputs[w.name].name) for w in region.weights)
-                call = FeedForwardCall(region, _widths(region), value(region.exit).ndim)
+                dims = value(region.exit).ndim
+                call = FeedForwardCall(region, _widths(region), dims, self.bias_once)
                 with graph.inserting_after(region.exit if layout is not None else gates):
                     given: Any = (entry, gates, tuple(region.weights), own)
                     routed = graph.call_function(call, given)

@@ -15,12 +15,16 @@ import torch
 from ..config import FFNExperts, LoRAExperts, RegionExperts, RouterSpec, TokenRouter
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
+from ..experts.carved import CarvedExperts
 from ..experts.copies import CopiedParameters
+from ..experts.ffn.carved_units import CarvedUnits
 from ..experts.ffn.routed_copies import RoutedCopies, Upcycling
 from ..experts.head import HeadColumns
 from ..experts.lora.parameters import LoRAParameters
 from ..ir.program import Program
 from ..ir.sites import Macs
+from ..routing.carve_rule import CarveRule
+from ..routing.layer_plan import GateRule
 from .base import Pass
 from .find_lora_sites import FindLoRASites
 from .insert_feedforward import FindFeedForwards, InsertFeedForward
@@ -38,12 +42,14 @@ class ExpertKind(ABC):
     spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
     title: the name of the kind, for people.
     elsewhere: text, what to try where nothing after the split can hold such experts.
+    cheaper: text, what to choose where experts take more multiply-adds than what they replace.
     onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
     spec: type
     title = "experts"
     elsewhere = ""
+    cheaper = ""
     onnx: tuple[str, str] | None = ("dense", "every expert on every row")
 
     @abstractmethod
@@ -68,9 +74,18 @@ class ExpertKind(ABC):
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
         """The plan with which untrained experts give the dense model's output: the router's own
-        (``"as routed"``), the frozen region on every patch (``"everything"``) or ``"no experts"``.
+        (``"as routed"``), the frozen region on every patch or every expert on every row
+        (``"everything"``), or ``"no experts"``.
         """
         return "as routed"
+
+    def router_words(self, recipe: Recipe, router: RouterSpec) -> str:
+        """Text for the report: the router, and where it is if not at the cut."""
+        return str(router)
+
+    def rule(self, recipe: Recipe) -> GateRule | CarveRule | None:
+        """How a layer's logits become gates, where every layer has a router; else None."""
+        return None
 
     def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
         """Multiply-adds of one sample, if experts replace a region; else None."""
@@ -177,6 +192,22 @@ class _FeedForward(ExpertKind):
             return RoutedCopies(site, recipe.router.init, Upcycling.of(recipe))
         return CopiedParameters(site, stackable=True)
 
+    def router_words(self, recipe: Recipe, router: RouterSpec) -> str:
+        if (rule := self.rule(recipe)) is None:
+            return str(router)
+        assert isinstance(router, TokenRouter)
+        kept = "of" if rule.normalized else "before"
+        return (
+            f"one a layer, on its own input: {rule.score} {kept} the top {rule.top_k or 'all'}, "
+            f"init={router.init}"
+        )
+
+    def rule(self, recipe: Recipe) -> GateRule | None:
+        router = recipe.router
+        if not recipe.experts.by_layer or not isinstance(router, TokenRouter):
+            return None
+        return GateRule(router.top_k, router.gate == "selected", recipe.experts.score)
+
     def words(self, recipe: Recipe) -> str:
         cut = recipe.experts.granularity
         count = recipe.num_experts // cut
@@ -198,9 +229,63 @@ class _FeedForward(ExpertKind):
         )
 
 
+class _Carved(ExpertKind):
+    spec = CarvedExperts
+    title = "carved experts"
+    elsewhere = _FeedForward.elsewhere
+    cheaper = "choose fewer experts, whose routers take less, or a smaller share"
+    onnx = None
+
+    def find(self, recipe: Recipe) -> Pass:
+        return FindFeedForwards(recipe.experts)
+
+    def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
+        return InsertFeedForward(as_dense=True, by_layer=True, bias_once=True)
+
+    def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
+        return (LowerFeedForward(_choice(recipe, router)),)
+
+    def parameters(self, site: Any, recipe: Recipe) -> ExpertParameters:
+        return CarvedUnits(site, recipe.experts)
+
+    def words(self, recipe: Recipe) -> str:
+        own = recipe.experts
+        return (
+            f"{own.experts} parts of the feed-forward's hidden units, grouped by {own.grouping}: "
+            f"{own.shared} for every token and {own.taken - own.shared} of the others"
+        )
+
+    def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
+        return "everything"
+
+    def router_words(self, recipe: Recipe, router: RouterSpec) -> str:
+        return "one a layer, on its own input, fitted to calibration tokens: gate 1 for the experts taken"
+
+    def rule(self, recipe: Recipe) -> CarveRule:
+        own = recipe.experts
+        return CarveRule(own.shared, own.taken - own.shared)
+
+    def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs:
+        own, products = recipe.experts, 2 + site.gated
+        expert = products * site.features * site.hidden
+        routed = own.taken < own.experts
+        return Macs(
+            own.experts * expert, own.taken * expert, own.experts * site.features * routed, "token"
+        )
+
+    def fixed(self, recipe: Recipe) -> str:
+        return (
+            "carved experts are the dense feed-forward's own hidden units, and none can be added or "
+            "removed; convert with another CarvedExperts(experts=...)"
+        )
+
+
 class _Region(ExpertKind):
     spec = RegionExperts
     title = "region experts"
+    cheaper = (
+        "choose fewer or larger patches, a shorter region, RegionExperts(width=...) or halo=False"
+    )
     onnx = ("sparse", "TopK, Gather and Scatter, groups of fixed size")
 
     def find(self, recipe: Recipe) -> Pass:
@@ -234,5 +319,5 @@ class _Region(ExpertKind):
         return Macs(site.dense_macs, patches * site.expert_macs, count * site.score_macs)
 
 
-for _kind in (_LoRA(), _FeedForward(), _Region()):
+for _kind in (_LoRA(), _FeedForward(), _Carved(), _Region()):
     register(_kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..config import (
@@ -16,9 +16,12 @@ from ..config import (
     is_int,
     require,
 )
+from ..experts.carved import CarvedExperts
 
 Experts = Any  # an instance of one of the classes in EXPERTS
-EXPERTS: dict[str, type] = {k.__name__: k for k in (LoRAExperts, FFNExperts, RegionExperts)}
+EXPERTS: dict[str, type] = {
+    k.__name__: k for k in (LoRAExperts, FFNExperts, CarvedExperts, RegionExperts)
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,12 @@ def gates_sum_to_one(experts: Experts, router: RouterSpec) -> bool:
     return router.sums_to_one and (not sigmoid or getattr(router, "gate", "") == "selected")
 
 
-def require_trainable(router: RouterSpec | None) -> None:
+def require_trainable(recipe: Recipe) -> None:
     """Raises ConfigError for a router that gets no gradient however it is trained."""
+    router = recipe.router
     if not isinstance(router, TokenRouter) or router.top_k != 1 or router.fit != "gradient":
+        return
+    if isinstance(recipe.experts, CarvedExperts):  # its gradient is made, see `CarveRule`
         return
     one = "TokenRouter top_k=1 with fit='gradient'"
     require(
@@ -81,7 +87,10 @@ def require_trainable(router: RouterSpec | None) -> None:
 
 
 def _with_kind(spec: Any) -> dict[str, Any]:
-    return {"kind": type(spec).__name__, **asdict(spec)}
+    saved = {
+        f.name: getattr(spec, f.name) for f in fields(spec) if f.compare
+    }  # others are no options
+    return {"kind": type(spec).__name__, **saved}
 
 
 def _as_now(experts: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _of_kind(saved: dict[str, Any], *kinds: type) -> Any:
 ROUTERS: dict[str, RouterSpec | None] = {
     "auto": None, "token": TokenRouter(), "patch": PatchRouter(),
 }  # fmt: skip
-MODES = ("pmoe", "upcycle")
+MADE_BY: dict[str, type] = {"pmoe": LoRAExperts, "upcycle": FFNExperts, "carve": CarvedExperts}
 UPCYCLE = TokenRouter(
     top_k=2, base=False, init=0.5
 )  # random, or all rows would go to the first two
@@ -116,7 +125,7 @@ def make_recipe(
     freeze: bool | None = None,
 ) -> Recipe:
     """Check the arguments of `convert` and return them as one Recipe. Raises ConfigError."""
-    require(mode in MODES, "mode", mode, " or ".join(map(repr, MODES)))
+    require(mode in MADE_BY, "mode", mode, " or ".join(map(repr, MADE_BY)))
     require(backend in BACKENDS, "backend", backend, " or ".join(map(repr, BACKENDS)))
     require(batch_norm in ("frozen", "update"), "batch_norm", batch_norm, "'frozen' or 'update'")
     freeze = mode != "upcycle" if freeze is None else freeze
@@ -128,15 +137,17 @@ def make_recipe(
         "'auto', 'token', 'patch', a TokenRouter or a PatchRouter",
     )  # fmt: skip
     upcycle = mode == "upcycle"
-    experts = experts or (FFNExperts() if upcycle else LoRAExperts())
+    experts = experts or MADE_BY[mode]()
     require(
         type(experts) in EXPERTS.values(), "experts", experts,
         f"None, or one of {', '.join(f'{name}(...)' for name in EXPERTS)}",
     )  # fmt: skip
     require(
-        isinstance(experts, FFNExperts) or not upcycle, "experts", experts,
-        "FFNExperts(...) with mode='upcycle'",
+        isinstance(experts, MADE_BY[mode]) or mode == "pmoe", "experts", experts,
+        f"{MADE_BY[mode].__name__}(...) with mode={mode!r}",
     )  # fmt: skip
+    if isinstance(experts, CarvedExperts):
+        return _carving(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     spec = UPCYCLE if upcycle and router == "token" else spec
     if isinstance(experts, FFNExperts):
         where = experts.router or ("layer" if upcycle and router in ("auto", "token") else "cut")
@@ -157,6 +168,27 @@ def make_recipe(
     cut = getattr(experts, "granularity", 1)
     require(count % cut == 0, "num_experts", count, f"a multiple of granularity={cut}")
     return Recipe(mode, split, spec, experts, count, batch_norm, freeze, backend)  # type: ignore[arg-type]
+
+
+def _carving(
+    mode: str, split: int | float | str, router: str | RouterSpec, experts: CarvedExperts,
+    num_experts: int | None, backend: str, batch_norm: str, freeze: bool,
+) -> Recipe:  # fmt: skip
+    """The recipe of carved experts, whose options say all of their routers. Raises ConfigError."""
+    require(mode == "carve", "mode", mode, "'carve' with CarvedExperts(...)")
+    require(
+        router in ("auto", "token", experts.router), "router", router,
+        "'auto' with CarvedExperts(...), whose routers are fitted; its active and shared say what they "
+        "take",
+    )  # fmt: skip
+    require(
+        num_experts in (None, experts.experts), "num_experts", num_experts,
+        f"None, or the {experts.experts} of CarvedExperts(experts={experts.experts})",
+    )  # fmt: skip
+    split = 0 if split == "auto" else split  # the whole model
+    return Recipe(
+        mode, split, experts.router, experts, experts.experts, batch_norm, freeze, backend  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _require_options_of_layers(experts: FFNExperts, router: RouterSpec | None) -> None:

@@ -6,7 +6,9 @@ at most.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,6 +54,16 @@ class RowGates:
         if lead not in self._made:
             self._made[lead] = _dispatch(gates_TE.detach(), self.top_k)
         return gates_TE, self._made[lead]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Instead of gates: the dense region runs, and what it computes with is shown.
+
+    show: is called with (rows (..., D), the region as a function, its dense weights).
+    """
+
+    show: Callable[[torch.Tensor, Any, tuple], None]
 
 
 def _dispatch(gates_TE: torch.Tensor, top_k: int | None) -> Dispatch:

@@ -5,9 +5,9 @@ Shapes: D width of a layer's rows, E active experts; `...` the rows' dimensions 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..kernels.plan.op import largest, route
-from .dispatch import RowGates
+from .carve_rule import CarveRule
+from .dispatch import RowGates, Watch
 from .plan import RoutingPlan
 
 SMALL = 1e-20  # added to the sum of sigmoid scores, as in GLM-4-MoE
@@ -33,6 +34,16 @@ class GateRule:
     top_k: int | None
     normalized: bool
     score: str
+
+    def among(self, active: Sequence[int]) -> GateRule:
+        """The rule where these experts are on."""
+        return self
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(..., E) of rows x and the experts' rows of the router, (E, D)."""
+        if self.score == "sigmoid":  # in float32, as in GLM-4-MoE
+            x = _wide(x)
+        return F.linear(x, weight.to(x.dtype))
 
     def gates(self, logits: torch.Tensor, spare: int = 0) -> tuple[torch.Tensor, int]:
         """(gates, zero for experts that a row does not go to; k).
@@ -73,13 +84,15 @@ class LayerView:
     logits: those to use instead of its own router's; None: its own.
     fixed: gates of the active experts, which every row has; None: the rule's.
     spare: as for `GateRule.gates`.
+    watch: without active experts, is shown the rows; see `Watch`.
     """
 
     active: tuple[int, ...]
-    rule: GateRule
+    rule: GateRule | CarveRule
     logits: torch.Tensor | None = None
     fixed: tuple[float, ...] | None = None
     spare: int = 0
+    watch: Callable[..., None] | None = None
 
 
 def layer_logits(
@@ -88,7 +101,7 @@ def layer_logits(
     """Target of a layer's router: (..., E) logits of its rows; None without active experts.
 
     x: the region's input (..., D), or a map whose features are dimension `channels`.
-    rows: (D,) of each active expert, or all as (E, D).
+    rows: of each active expert, (D,), or with a bias (D + 1,); or all in one tensor.
     """
     if not view.active:
         return None
@@ -96,13 +109,13 @@ def layer_logits(
         return view.logits
     x = x.movedim(channels, -1)
     weight = rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
-    if view.rule.score == "sigmoid":  # in float32, as in GLM-4-MoE
-        x = _wide(x)
-    return F.linear(x, weight.to(x.dtype))
+    return view.rule.logits(x, weight)
 
 
-def layer_gates(view: LayerView, logits: torch.Tensor | None) -> RowGates | None:
-    """Target of a node: the gates of a layer's rows; None runs the dense region."""
+def layer_gates(view: LayerView, logits: torch.Tensor | None) -> RowGates | Watch | None:
+    """Target of a node: the gates of a layer's rows; None or a Watch runs the dense region."""
+    if view.watch is not None:
+        return Watch(view.watch)
     if logits is None:
         return None
     if view.fixed is not None:
@@ -121,15 +134,17 @@ class LayerPlan:
     num_experts: number of all experts, inactive ones included.
     rule: how logits become gates.
     fixed, spare: see LayerView.
+    watch: without active experts, called with (name of a layer, *arguments of `Watch.show`).
     logits: of each layer that ran, (..., E), by the name of its region; a region that runs twice
         has a number after its name.
     """
 
     active: tuple[int, ...]
     num_experts: int
-    rule: GateRule
+    rule: GateRule | CarveRule
     fixed: tuple[float, ...] | None = None
     spare: int = 0
+    watch: Callable[..., None] | None = None
     logits: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     base: ClassVar[None] = None  # the frozen model is no expert
@@ -145,6 +160,8 @@ class LayerPlan:
 
     def view(self, layer: str) -> LayerView:
         """Layers without given logits get one object, so that alike ones are exported once."""
+        if self.watch is not None:
+            return replace(self._view, watch=partial(self.watch, layer))
         given = self.logits.get(layer)
         return self._view if given is None else replace(self._view, logits=given)
 
@@ -155,7 +172,7 @@ class LayerPlan:
 
     def _of_layer(self, logits: torch.Tensor) -> RoutingPlan:
         gates = layer_gates(LayerView(self.active, self.rule, fixed=self.fixed), logits)
-        assert gates is not None
+        assert isinstance(gates, RowGates)
         return RoutingPlan(
             self.active, gates.gates, None, self.num_experts, tuple(logits.shape[:-1]),
             top_k=gates.top_k, logits=_wide(logits), score=self.rule.score,

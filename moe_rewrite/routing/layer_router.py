@@ -5,12 +5,14 @@ The parameters of the layers' routers are with their experts (`experts.ffn.route
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import TokenRouter
+from .carve_rule import CarveRule
 from .layer_plan import GateRule, LayerPlan
 from .packed_rows import RowMask
 from .router import GivenRows, Router, without
@@ -24,9 +26,9 @@ class LayerRouter(Router):
 
     by_row = by_layer = True
 
-    def __init__(self, spec: TokenRouter, score: str, device: torch.device) -> None:
+    def __init__(self, spec: TokenRouter, rule: GateRule | CarveRule, device: torch.device) -> None:
         super().__init__(spec, 0, device)
-        self.rule = GateRule(spec.top_k, spec.gate == "selected", score)
+        self.rule = rule
 
     def __len__(self) -> int:
         return len(self.active)
@@ -62,10 +64,18 @@ class LayerRouter(Router):
     ) -> tuple[LayerPlan, None]:  # fmt: skip
         active = self.active_indices() if given is None else given.active
         spare = (self.spec.top_k or 0) if given is not None and given.open else 0
-        return LayerPlan(active, len(self), self.rule, spare=spare), None
+        return LayerPlan(active, len(self), self.rule.among(active), spare=spare), None
 
     def without_experts(self, features: torch.Tensor) -> LayerPlan:  # type: ignore[override]
         return LayerPlan((), len(self), self.rule)
+
+    def everything(self, features: torch.Tensor) -> LayerPlan:  # type: ignore[override]
+        """The plan that gives every row to every expert with gate 1."""
+        return self.fixed_gates(features, dict.fromkeys(range(len(self)), 1.0))
+
+    def watched(self, show: Callable[..., None]) -> LayerPlan:
+        """The plan of the dense model that shows what its regions compute with; see `Watch`."""
+        return LayerPlan((), len(self), self.rule, watch=show)
 
     def fixed_gates(  # type: ignore[override]
         self, features: torch.Tensor, gates: dict[int, float]

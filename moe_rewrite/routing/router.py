@@ -228,7 +228,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def everything(self, features: torch.Tensor) -> RoutingPlan:
-        """The plan in which the frozen region takes every patch."""
+        """The plan in which the frozen region takes every patch, or every row each expert."""
         raise NotImplementedError
 
     def require_analytic(self) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from ..config import Fit, PatchRouter, RouterSpec, TokenRouter
 from ..errors import ConfigError
+from .carve_rule import CarveRule
+from .layer_plan import GateRule
 from .layer_router import LayerRouter
 from .patch_gate import PatchGate
 from .ridge_gate import AnalyticGate
@@ -96,11 +98,11 @@ def _fit_patches(
 
 def make_router(
     spec: RouterSpec, features: Sequence[Any], device: torch.device,
-    token_map: tuple[int, int] | None = None, of_layers: str | None = None,
+    token_map: tuple[int, int] | None = None, of_layers: GateRule | CarveRule | None = None,
 ) -> Router:  # fmt: skip
     """features: shape of the value at the cut, with fixed sizes where patches are routed.
     token_map: (H, W) of the map that became its tokens.
-    of_layers: the score of the layers' routers, where every layer has one."""
+    of_layers: the rule of the layers' routers, where every layer has one."""
     if of_layers is not None:
         assert isinstance(spec, TokenRouter)
         return LayerRouter(spec, of_layers, device)

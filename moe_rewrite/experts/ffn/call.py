@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ...kernels.cost_model import Execution
 from ...kernels.ffn.low_precision import LowPrecision, linear
 from ...kernels.ffn.op import ffn_dense, ffn_experts
 from ...kernels.triton import runs_on
-from ...routing.dispatch import Dispatch, RowGates
+from ...routing.dispatch import Dispatch, RowGates, Watch
 from .activation_match import FusedFFN, find_fused_form
 from .low_precision_call import holds_low_precision, run_sorted, without_gradient
 
@@ -35,9 +35,13 @@ class Body:
     down: Linear
 
     def __call__(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        hidden = [linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
-        inner = self.middle.call(*hidden, *(weights[i] for i in self.extra))
+        inner = self.hidden(x, weights)
         return linear(inner, matrix(self.down, weights), bias(self.down, weights))
+
+    def hidden(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """(..., H), the last product's input."""
+        products = [linear(x, matrix(p, weights), bias(p, weights)) for p in self.ups]
+        return self.middle.call(*products, *(weights[i] for i in self.extra))
 
 
 def matrix(product: Linear, weights: Weights) -> Any:
@@ -58,22 +62,28 @@ class FeedForwardCall:
     """The target of a region's node: call(x, gates, dense, experts) -> the region's output.
 
     x: rows (..., D), or a map (B, D, H, W).
-    gates: RowGates; None runs the dense region.
+    gates: RowGates; None or a Watch runs the dense region.
     dense: the frozen region's tensors.
     experts: for each of these, the active experts' tensors, or None for a constant that all share.
 
-    A row that no expert takes gets zero.
+    A row that no expert takes gets zero, or the bias that experts do not have.
     """
 
     __module__, __qualname__, __name__ = __name__, "FeedForwardCall", "feed_forward_call"
     form: FusedFFN | None = None  # set by lowering: the fused form to run
     requested: Execution | None = None  # of the fused op; None for the cheaper one
 
-    def __init__(self, region: FeedForward, widths: tuple[int, ...], dims: int) -> None:
+    def __init__(
+        self, region: FeedForward, widths: tuple[int, ...], dims: int, bias_once: bool = False
+    ) -> None:
         """widths: of the products of x. dims: the output's number of dimensions, which is smaller
-        than x's if the rows were merged."""
-        self.body = Body(region.ups, region.middle, region.extra, region.down)
+        than x's if the rows were merged. bias_once: experts have no bias of the last product, which
+        is added to their sum."""
+        self.dense = self.body = Body(region.ups, region.middle, region.extra, region.down)
         self.channels, self.widths, self.dims = region.channels, widths, dims
+        self.bias_once = region.down.bias if bias_once else None  # its index
+        if bias_once:
+            self.body = replace(self.dense, down=replace(region.down, bias=None))
 
     def __deepcopy__(self, memo: dict) -> FeedForwardCall:
         return self
@@ -88,15 +98,18 @@ class FeedForwardCall:
         return call
 
     def __call__(
-        self, x: torch.Tensor, gates: RowGates | None, dense: tuple, experts: tuple
+        self, x: torch.Tensor, gates: RowGates | Watch | None, dense: tuple, experts: tuple
     ) -> torch.Tensor:
         rows = x.movedim(self.channels, -1)
-        if gates is None:
-            y = self.body(rows, list(dense))
+        if not isinstance(gates, RowGates):
+            if gates is not None:
+                gates.show(rows, self.dense, dense)
+            y = self.dense(rows, list(dense))
         else:
             weights = self.by_expert(gates.base, dense, experts)
             flat = rows.reshape(-1, rows.shape[-1])
             y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
+            y = y if self.bias_once is None else y + dense[self.bias_once]
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
 
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:

@@ -56,12 +56,14 @@ class Upcycling:
 
 
 class RoutedCopies(CopiedParameters):
-    """rows[e]: (D,), expert e's row of the region's router: random, or all rows would go to the
-    first experts. A graph takes it in the dtype of the dense weights, as models with such routers
+    """rows[e]: (D + biased,), expert e's row of the region's router: random, or all rows would go to
+    the first experts. A graph takes it in the dtype of the dense weights, as models with such routers
     have it. Rows stay trainable when experts are frozen. Experts of one copy begin with one row.
 
-    before[e]: (e, D), the rows just before expert e was added.
+    before[e]: the rows just before expert e was added.
     """
+
+    biased = 0  # numbers of a row after those of the D features
 
     def __init__(self, site: FeedForwardSite, init: float, begin: Upcycling) -> None:
         """init: standard deviation of the logits at the start, for inputs of unit root mean
@@ -74,14 +76,14 @@ class RoutedCopies(CopiedParameters):
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         assert isinstance(self.site, FeedForwardSite)
-        like, width = dense[self.site.parts[0].name], self.site.features
+        like, width = dense[self.site.parts[0].name], self.site.features + self.biased
         row = like.new_zeros(width, dtype=self.dtype_for(like.dtype))
         in_copy = len(self.rows) % self.begin.granularity
         if in_copy:
             row.copy_(self.rows[len(self.rows) - in_copy].detach())
         elif not row.is_meta:
             row.normal_(0.0, self.init / width**0.5)
-        self.computes[self.router] = like.dtype
+        self.computes[self.router] = self._row_dtype(like.dtype)
         older = [r.detach() for r in self.rows]
         record = torch.stack(older) if older else row.new_zeros(0, width)
         self.before.append(nn.Parameter(record, requires_grad=False))
@@ -90,6 +92,10 @@ class RoutedCopies(CopiedParameters):
         if not row.is_meta:
             self._begin(dense)
         return [*new, self.rows[-1]]
+
+    def _row_dtype(self, dense: torch.dtype) -> torch.dtype:
+        """In which a graph takes rows."""
+        return dense
 
     @torch.no_grad()
     def _begin(self, dense: dict[str, torch.Tensor]) -> None:

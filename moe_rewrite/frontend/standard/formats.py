@@ -39,7 +39,9 @@ class Wanted:
     dense: its tensors outside of the experts' regions, by name.
     regions: dotted name of each region that experts replaced.
     interleaved: its rotary embedding turns neighbours, not halves.
-    experts, top_k, normalized, score, hidden: of every region; see `GateRule`; width inside.
+    experts, top_k, normalized, score, hidden: of every region; see `GateRule`; width inside. score
+        ``"any"``: of one expert a row, whose gate is 1.
+    shared: experts of this width that every row has, as one.
     """
 
     config: PretrainedConfig
@@ -51,6 +53,7 @@ class Wanted:
     normalized: bool
     score: str
     hidden: int
+    shared: int = 0
 
 
 @dataclass
@@ -119,12 +122,15 @@ def _of_experts(
     elif not wanted.normalized:
         refusals.append("its gates always sum to one, these (gate='all') do not")
     score = "sigmoid" if format in SIGMOID else "softmax"
-    if score != wanted.score:
+    if wanted.score not in ("any", score):
         refusals.append(f"its routers take a {score}, these a {wanted.score}")
     if hasattr(blank, "shared_expert_intermediate_size"):
-        given["shared_expert_intermediate_size"] = min(SHARED, wanted.hidden)
-    if hasattr(blank, "n_shared_experts"):
-        given["n_shared_experts"] = 1
+        together = wanted.shared * wanted.hidden or min(SHARED, wanted.hidden)
+        given["shared_expert_intermediate_size"] = together
+    elif hasattr(blank, "n_shared_experts"):
+        given["n_shared_experts"] = wanted.shared or 1
+    elif wanted.shared:
+        refusals.append("it has no shared expert")
     if hasattr(blank, "num_mtp_layers"):
         given["num_mtp_layers"] = 0
     return given

@@ -19,12 +19,14 @@ SHARED_GATE = "shared_expert_gate.weight"
 
 @dataclass(frozen=True)
 class RegionTensors:
-    """An expert a place; views of what they are in a converted model. rows: of its router."""
+    """An expert a place; views of what they are in a converted model. rows: of its router. shared:
+    the experts that every row has; None without."""
 
     gate: Sequence[torch.Tensor]
     up: Sequence[torch.Tensor]
     down: Sequence[torch.Tensor]
     rows: Sequence[torch.Tensor]
+    shared: RegionTensors | None = None
 
 
 def interleaved(model: nn.Module) -> bool:
@@ -57,10 +59,25 @@ def class_state(
             state[key] = torch.stack([t.detach().to(like.dtype) for t in own])
         for key in block.rest:
             kept = there[key].dtype if key.endswith("correction_bias") else like.dtype
-            # of a shared expert's gate any value does; at a logit of 0 llama.cpp divides by it
-            filled = 1.0 if key.endswith(SHARED_GATE) else 0.0
-            state[key] = torch.full(there[key].shape, filled, dtype=kept)
+            state[key] = _beside(key, there[key].shape, of.shared, block.rest).to(kept)
     return {k: t.contiguous().clone() for k, t in state.items()}
+
+
+def _beside(
+    key: str, shape: torch.Size, shared: RegionTensors | None, rest: Sequence[str]
+) -> torch.Tensor:
+    """A tensor of a block beside its routed experts: of the shared one or its gate, or a bias."""
+    gated = any(k.endswith(SHARED_GATE) for k in rest)
+    if shared is None:
+        # of the gate of one that adds nothing any value does; at a logit of 0 llama.cpp divides by it
+        return torch.full(shape, 1.0 if key.endswith(SHARED_GATE) else 0.0)
+    parts, lists = key.split("."), {"gate_proj": shared.gate, "up_proj": shared.up}
+    for name, own in lists.items():
+        if name in parts:
+            return torch.cat([t.detach() for t in own])
+    if "down_proj" in parts:  # times the sigmoid of the gate's logit, 0
+        return torch.cat([t.detach() for t in shared.down], 1) * (2 if gated else 1)
+    return torch.zeros(shape)
 
 
 @torch.no_grad()
