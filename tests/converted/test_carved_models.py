@@ -5,7 +5,7 @@ import json
 import architectures
 import pytest
 import torch
-from carvings import Net, X, carved, llama
+from carvings import IDS, Net, X, carved, llama
 from feedforwards import Fused, Gated, Plain, Tanh
 from torch import nn
 
@@ -141,11 +141,12 @@ def test_what_a_carved_model_cannot_do_is_refused(tmp_path):
 def test_one_chosen_expert_beside_shared_ones_is_a_standard_checkpoint(
     base, format, shared, tmp_path
 ):
-    from standard import IDS, dense, logits, train
+    from standard import IDS as BATCH
+    from standard import dense, logits, train
     from transformers import AutoModelForCausalLM
 
     options = {"experts": 4, "shared": shared, "active": (shared + 1) / 4, "bias": False}
-    spec = CarvedExperts(calibration=[{"input_ids": IDS}], **options)
+    spec = CarvedExperts(calibration=[{"input_ids": BATCH}], **options)
     moe = moe_rewrite.convert(dense(base), "carve", experts=spec)
     train(moe)
     assert moe.save_standard(tmp_path / "out", format) == format
