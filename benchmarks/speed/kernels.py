@@ -21,10 +21,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def builds(quick: bool, archs: tuple[int, ...] = (80, 90)) -> list[Build]:
-    """Every distinct build of the launches, in order. quick: small sizes in bf16 on the newest."""
+    """Every distinct build of the launches, in order. quick: other types than bf16 on the newest chip
+    alone, small sizes in bf16 there alone."""
     found: dict[Build, None] = {}
     for dtype in DTYPES:
         for arch in archs:
+            if quick and dtype != torch.bfloat16 and arch != max(archs):
+                continue
             with recorded(arch) as made:
                 newest = dtype == torch.bfloat16 and arch == max(archs)
                 for launch in LARGE + ([] if quick and not newest else OTHERS):
