@@ -103,7 +103,7 @@ def trained_here(quick: bool) -> tuple[nn.Module, Texts]:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model: Any = GPT2LMHeadModel(config)
-    learn(model, model.parameters(), windows(source_bytes(False), 640 if quick else 24000, 0), 2e-3)
+    learn(model, model.parameters(), windows(source_bytes(False), 128 if quick else 24000, 0), 2e-3)
     sizes = {"calibration": 96, "training": 64 if quick else 2000, "held-out": 16 if quick else 256}
     return model.eval(), {
         name: windows(source_bytes(name == "held-out"), count, seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..frontend.capture import TRACING
 from ..ir.aten import value
 from ..ir.ops import alias_root, argument, mutated, op_name, set_argument
 from ..ir.program import Program
@@ -34,6 +35,7 @@ def share_masks(program: Program) -> None:
         if len(layers) > 1 and alias_root(mask) not in written:
             with program.graph.inserting_after(mask):
                 numbers = program.graph.call_function(as_numbers, (mask, dtype))
-            numbers.meta = {"val": as_numbers(value(mask), dtype)}
+            with TRACING:  # a trace of another thread would look at these sizes
+                numbers.meta = {"val": as_numbers(value(mask), dtype)}
             for layer in layers:
                 set_argument(layer, "attn_mask", numbers)

@@ -59,6 +59,7 @@ def test_killed_in_a_task_it_ends_in_the_same_result(data, tmp_path, seen):
     assert sorted(n for n in left if not n.startswith(".")) == ["after-2", "progress.json"]
 
 
+@pytest.mark.sweep
 def test_compare_writes_tables_pictures_and_figures(data, tmp_path):
     out = finished(
         start(data, tmp_path / "run", "--json", tmp_path / "f.json", "--cache",

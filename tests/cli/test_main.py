@@ -226,7 +226,7 @@ def test_convert_takes_regions(tmp_path):
     assert done.exit_code == 0, done.exception
     assert "multiply-adds" in done.output
     wrong = run("convert", MODEL, "--experts", "x").exception
-    assert "expected auto, lora, ffn or region" in str(wrong)
+    assert "expected auto, lora, ffn, carved or region" in str(wrong)
 
 
 def test_convert_upcycles(tmp_path):

@@ -167,6 +167,7 @@ def test_positions_in_windows_of_a_sequence(length):
     assert_equal_forward_and_backward(model, moe, [x], gates_of, EXPERTS.scale)
 
 
+@pytest.mark.sweep
 def test_experts_are_added_saved_and_exported(tmp_path):
     model, example = swin(), image((14, 12))
     moe = converted(model, example, PatchRouter(2, 2, init=1.0), "layers.1")

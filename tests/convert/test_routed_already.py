@@ -100,7 +100,7 @@ def sites(moe):
             *product(("Qwen3Moe", "Mixtral"), (None,), ("token", "prefix")),
             *product(("Qwen3Moe",), ("batched_mm",), ("token", "prefix")),
         ],
-        [("Mixtral", None, "prefix"), ("Qwen3Moe", "batched_mm", "token")],
+        [("Qwen3Moe", "batched_mm", "token")],
     ),
 )
 def test_experts_beside_a_models_own(name, form, granularity, tmp_path):

@@ -220,6 +220,7 @@ def test_state_dict_round_trip(llama, moe):
     assert set(wrapped.state_dict()) == {f"inner.{k}" for k in state}
 
 
+@pytest.mark.sweep
 def test_cast_equals_conversion_of_the_cast_model(llama, moe):
     dense = copy.deepcopy(llama).to(torch.bfloat16)
     half = moe_rewrite.convert(dense, split=1, router=TRAINED, verify=False)

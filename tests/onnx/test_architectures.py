@@ -19,7 +19,7 @@ pytest.importorskip("onnx")
 
 IDS = {"T5": "decoder.block.1", "Bart": "model.decoder.layers.1"}
 TEXT = [*architectures.ALL, "Albert", "LlamaClassifier", *IDS]
-FEW = {"GPT2", "ResNet", "PatchCNN"}
+FEW = {"ResNet", "PatchCNN"}
 
 
 @pytest.mark.parametrize("name", some(TEXT, FEW))

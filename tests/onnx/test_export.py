@@ -296,6 +296,7 @@ def test_a_file_that_lost_a_bit_is_an_error(llama, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sweep
 def test_external_weights_are_replaced_with_their_model(tmp_path):
     moe = converted(TokenRouter(granularity="token"))
     target = tmp_path / "m.onnx"

@@ -25,7 +25,7 @@ class Latest:
     """
 
     active: Sequence[int]
-    tables: tuple[dict, dict]
+    tables: tuple[dict[str, Any], dict[str, Any]]
     parameters: tuple[tuple[tuple[str, Any, int, int], ...], ...]
     value: tuple[Any, Any]
 
@@ -35,11 +35,12 @@ class Latest:
     ) -> Latest | None:
         """None where a parameter's changes are not known by its version."""
         tables = _tables(site)
+        own: list[list[tuple[str, Any]]]
         own = [[(str(e), table[str(e)]) for e in active] for table in tables]
         whole = (p for part in own for _, p in part)
         if any(is_sharded(p) or is_traced(p) or p.is_inference() for p in whole):
             return None
-        known = (tuple((n, p, p._version, p.data_ptr()) for n, p in part) for part in own)
+        known = (tuple((n, t, t._version, t.data_ptr()) for n, t in part) for part in own)
         return cls(tuple(active), tables, tuple(known), value)
 
     def serves(self, site: LoRAParameters, active: Sequence[int]) -> bool:
@@ -50,15 +51,15 @@ class Latest:
                 return False
             for name, parameter, version, address in part:
                 if (
-                    table.get(name) is not parameter
-                    or parameter._version != version
+                    parameter._version != version
                     or parameter.data_ptr() != address
+                    or table.get(name) is not parameter
                 ):
                     return False
         return True
 
 
-def _tables(site: LoRAParameters) -> tuple[dict, dict]:
+def _tables(site: LoRAParameters) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of A and B: without the way through nn.Module's attributes, which takes microseconds."""
     modules: Any = site._modules
     return modules["a"]._parameters, modules["b"]._parameters
