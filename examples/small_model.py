@@ -22,6 +22,18 @@ def batches(texts, size=4):
         yield torch.stack([text["input_ids"] for text in texts[start : start + size]])
 
 
+def train(model, texts):
+    """Any loop; returns the last loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for rows in batches(texts):
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 

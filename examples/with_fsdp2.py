@@ -4,7 +4,6 @@ examples/with_fsdp2.py."""
 import tempfile
 
 import small_model
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -12,17 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import moe_rewrite
-
-
-def train(model, part):
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
-    for rows in small_model.batches(part):
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
-
 
 dist.init_process_group("gloo")  # "nccl" on GPUs
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -32,10 +20,9 @@ moe.remember(texts=32, length=8)  # what it could do before
 for block in (*moe.shallow, *moe.deep):
     fully_shard(block, mesh=mesh)
 fully_shard(moe, mesh=mesh)
-moe.train()
-print("loss", train(moe, part))
+print("loss", small_model.train(moe, part))
 moe.expand(name="second")  # in all processes; sharded like the rest
-print("loss", train(moe, part))
+print("loss", small_model.train(moe, part))
 moe.eval()
 folder = [tempfile.mkdtemp()]
 dist.broadcast_object_list(folder)  # the first process's

@@ -1,8 +1,9 @@
 """Models to carve, and carved ones."""
 
 import architectures
+import feedforwards
 import torch
-from feedforwards import D, Mixed
+from feedforwards import D
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -26,21 +27,12 @@ class Relu(nn.Module):
         return torch.relu(x @ self.a - 0.5) @ self.c
 
 
-class Net(nn.Module):
-    """Feed-forwards of these kinds, and what mixes positions between."""
+class Net(feedforwards.Net):
+    """Without the layer before the first pair."""
 
     def __init__(self, *bodies, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        kinds = [kind for body in bodies for kind in (Mixed, body)]
-        self.embed, self.layers = nn.Linear(5, D), nn.ModuleList(kind() for kind in kinds)
-        self.head = nn.Linear(D, 3)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.head(x)
+        super().__init__(*bodies, seed=seed)
+        self.layers = self.layers[1:]
 
 
 def carved(model, calibration=None, **options):

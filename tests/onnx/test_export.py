@@ -299,8 +299,7 @@ def test_a_file_that_lost_a_bit_is_an_error(llama, tmp_path, monkeypatch):
 @pytest.mark.sweep
 def test_external_weights_are_replaced_with_their_model(tmp_path):
     moe = converted(TokenRouter(granularity="token"))
-    target = tmp_path / "m.onnx"
-    given = call(3, 6)
+    given, target = call(3, 6), tmp_path / "m.onnx"
     for change in (0.0, 0.5):
         with torch.no_grad():
             moe.router.rows[0].add_(change)
