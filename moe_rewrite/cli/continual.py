@@ -17,7 +17,9 @@ Model = Annotated[
 ]
 Tasks = Annotated[
     list[Path],
-    typer.Option(help="Folders of tasks: prompt/answer records, TRACE, MNIST or CIFAR-10 files"),
+    typer.Option(
+        help="Folders of tasks: prompt/answer or text/label records, TRACE, MNIST or CIFAR-10 files"
+    ),
 ]
 More = Annotated[list[Path] | None, typer.Argument(help="Further folders of tasks", hidden=True)]
 Split = Annotated[str, typer.Option(help="Where the deep segment starts, as convert takes it")]
@@ -38,7 +40,9 @@ ScoreName = Annotated[
 Rank = Annotated[int, typer.Option(help="Rank of experts and adapters")]
 Alpha = Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank")]
 Rate = Annotated[float, typer.Option("--lr", help="Learning rate of experts and adapters")]
-BatchSize = Annotated[int | None, typer.Option(help="Items a step; default 8 texts or 32 images")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Items a step; default 8 texts, 16 with labels, 32 images")
+]
 MaxLength = Annotated[int, typer.Option(help="Tokens of an item at most")]
 Replay = Annotated[float, typer.Option(help="Share of older items kept by methods that replay")]
 Granularity = Annotated[str | None, typer.Option(help="Router: token, prefix or sequence")]
@@ -51,7 +55,10 @@ Base = Annotated[
 ]
 Mean = Annotated[str, typer.Option(help="Subtracted from each channel of images, with commas")]
 Std = Annotated[str, typer.Option(help="Each channel of images is divided by, with commas")]
-PerTask = Annotated[int, typer.Option(help="Classes of a task of an image stream")]
+PerTask = Annotated[
+    int | None,
+    typer.Option(help="Classes of a task; default: 2 of images, all of a folder of labelled texts"),
+]
 Cache = Annotated[bool, typer.Option(help="Keep features at the cut (pmoe): in --out, or memory")]
 Precision = Annotated[str, typer.Option(help="no, bf16 or fp16")]
 Patience = Annotated[
@@ -65,13 +72,14 @@ def run_methods(
     json_file: Json = None, score: ScoreName = "accuracy", rank: Rank = 8, alpha: Alpha = 16.0,
     lr: Rate = 3e-3, batch_size: BatchSize = None, max_length: MaxLength = 512,
     replay: Replay = 0.2, granularity: Granularity = None, top_k: TopK = None, base: Base = None,
-    per_task: PerTask = 2, mean: Mean = "0", std: Std = "1", cache: Cache = False,
+    per_task: PerTask = None, mean: Mean = "0", std: Std = "1", cache: Cache = False,
     mixed_precision: Precision = "no", patience: Patience = None,
 ) -> None:  # fmt: skip
     from ..continual.compare import compare as compare_methods
     from ..continual.registry import METHODS, Setup
     from ..continual.training import Training
     from .loading import load_model, parse_split
+    from .read_tasks import read_tasks
 
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
@@ -87,17 +95,11 @@ def run_methods(
     if absent := [f for f in folders if not f.is_dir()]:
         raise ConfigError(f"{absent[0]}: no such folder; expected a task or a folder of tasks")
     dense = load_model(model)
-    text = hasattr(dense, "generate")
-    size = batch_size or (8 if text else 32)
-    if text:
-        problem, stream, base_task = _text(
-            model, dense, folders, base, max_samples, epochs, max_length, size, seed
-        )
-    else:
-        problem, stream, base_task = _images(
-            dense, folders, base, max_samples, per_task, size, mean, std
-        )
-    training = replace(training, batch_size=size)
+    problem, stream, base_task = read_tasks(
+        dense, model, folders, base, max_samples=max_samples, epochs=epochs, seed=seed,
+        max_length=max_length, batch_size=batch_size, per_task=per_task, mean=mean, std=std,
+    )  # fmt: skip
+    training = replace(training, batch_size=problem.batch_size)
     kept: str | bool = cache and (str(out / "features") if out is not None else True)
     setup = Setup(
         parse_split(split), rank, alpha, granularity, top_k, replay, training=training, cache=kept,
@@ -143,67 +145,3 @@ def compare(
     Example: moe-rewrite compare --methods pmoe,lora,replay --model ./my-llama --tasks ./TRACE
     """
     run_methods(methods.split(","), **options)
-
-
-def _text(
-    model: str, dense: Any, folders: list[Path], base: Path | None, max_samples: int | None,
-    epochs: int | None, max_length: int, batch_size: int, seed: int,
-) -> tuple[Any, list, Any]:  # fmt: skip
-    from transformers import AutoTokenizer
-
-    from ..continual.tasks import read_stream
-    from ..continual.text import TextProblem
-
-    stream = read_stream(folders, max_samples, epochs)
-    longest = getattr(dense.config, "max_position_embeddings", None) or max_length
-    problem = TextProblem(
-        AutoTokenizer.from_pretrained(model), min(max_length, longest), batch_size
-    )
-    if base is not None:
-        return problem, stream, replace(read_stream([base], max_samples)[0], epochs=None)
-    count = min(300, max_samples or 300)
-    return problem, stream, problem.base_task_of(dense, count, min(64, count), seed)
-
-
-def _images(
-    dense: Any, folders: list[Path], base: Path | None, max_samples: int | None, per_task: int,
-    batch_size: int, mean: str, std: str,
-) -> tuple[Any, list, Any]:  # fmt: skip
-    import inspect
-
-    from ..continual.images import ImageProblem, fit_images, items_of, read_images, split_classes
-    from ..continual.tasks import Task
-    from ..frontend.adapters import host_of
-    from .loading import parse_numbers
-
-    name, leaf = next(iter(host_of(dense).arguments(None).items()))
-    if leaf.ndim != 4:
-        takes = ", ".join(inspect.signature(dense.forward).parameters)
-        raise ConfigError(f"the model takes {takes}: expected a language model or one of images")
-    shape, scale = tuple(leaf.shape[1:]), (parse_numbers(mean), parse_numbers(std))
-    columns = int(_logits(dense, leaf).shape[-1])
-    stream: list[Task] = []
-    first = columns
-    for folder in folders:
-        train, test = (
-            fit_images(i.limited(max_samples), shape, *scale) for i in read_images(folder)
-        )
-        made = split_classes(train, test, per_task, first, folder.name, max_samples)
-        stream += made
-        first += per_task * len(made)
-    base_task = None
-    if base is not None:
-        train, test = (fit_images(i.limited(max_samples), shape, *scale) for i in read_images(base))
-        same = {c: c for c in range(columns)}
-        base_task = Task(
-            "base", items_of(train, same)[:max_samples], items_of(test, same)[:max_samples]
-        )
-    return ImageProblem(batch_size, name), stream, base_task
-
-
-def _logits(dense: Any, leaf: Any) -> Any:
-    import torch
-
-    with torch.no_grad():
-        out = dense(leaf)
-    return getattr(out, "logits", out)

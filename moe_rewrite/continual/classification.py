@@ -99,25 +99,27 @@ class ClassificationProblem(Problem):
 
 
 def class_stream(
-    sets: Mapping[str, tuple[Items, Items]],
+    sets: Mapping[str, tuple[Items, ...]],
     first_column: int,
     per_task: int | None = None,
     label: str = "label",
 ) -> list[Task]:
-    """Tasks of named sets of items, each (train, test): each set is a task with the classes of its
-    own labels, or is split into tasks of `per_task` classes each, in the order of labels.
+    """Tasks of named sets of items, each (train, test) or (train, test, eval): each set is a task with
+    the classes of its own labels, or is split into tasks of `per_task` classes each, in the order of
+    labels.
 
     first_column: number of columns that the head has already; the tasks' columns come after them.
     label: the name that items have for their label, an int or a string; in the tasks it is the
         column.
 
-    Raises ConfigError for labels that do not divide, or test labels that no training item has.
+    Raises ConfigError for labels that do not divide, or labels of test or eval items that no training
+    item has.
     """
     tasks: list[Task] = []
     for name, parts in sets.items():
-        train, test = (list(part) for part in parts)
+        train, test, held_out = (list(part) for part in (*parts, ())[:3])
         classes = sorted(_labels(name, train, label))
-        if unknown := _labels(name, test, label) - set(classes):
+        if unknown := _labels(name, [*test, *held_out], label) - set(classes):
             raise ConfigError(
                 f"{name!r}: no training item has the label {min(unknown)!r} of a test item"
             )
@@ -129,12 +131,12 @@ def class_stream(
         for start in range(0, len(classes), size):
             chosen = classes[start : start + size]
             column = {c: first_column + i for i, c in enumerate(chosen)}
-            mine, tested = (
+            mine, tested, evaluated = (
                 [{**item, label: column[item[label]]} for item in part if item[label] in column]
-                for part in (train, test)
+                for part in (train, test, held_out)
             )
             title = name if size == len(classes) else f"{name} {', '.join(map(str, chosen))}"
-            tasks.append(Task(title, mine, tested, classes=size))
+            tasks.append(Task(title, mine, tested, evaluated, classes=size))
             first_column += size
     return tasks
 

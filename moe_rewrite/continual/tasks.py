@@ -1,14 +1,15 @@
 """Tasks, and how folders of them are read.
 
-A text task is a folder with train.json, test.json and optionally eval.json, each a list of
-{"prompt", "answer"} objects (TRACE's format, arXiv 2310.06762) or one object a line.
+A text task is a folder with train.json, test.json and optionally eval.json, each a list of objects or
+one object a line: {"prompt", "answer"} (TRACE's format, arXiv 2310.06762), or {"text", "label"} and
+perhaps "text_pair" for classifiers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -68,6 +69,24 @@ def read_stream(
 
     Raises ConfigError, naming file and record.
     """
+    tasks = []
+    for folder in task_folders(folders):
+        own = TRACE.get(folder.name) if epochs is None else epochs
+        tasks.append(Task(folder.name, *_parts(folder, ANSWERS), own).limited(max_samples))
+    return tasks
+
+
+def read_sets(folders: Iterable[str | Path]) -> dict[str, tuple[list[Item], ...]]:
+    """The sets of labelled texts in these folders, (train, test, eval) by name, for `class_stream`.
+
+    Raises ConfigError, naming file and record.
+    """
+    return {f.name: _parts(f, LABELLED) for f in task_folders(folders)}
+
+
+def task_folders(folders: Iterable[str | Path]) -> list[Path]:
+    """The folders of tasks that these are or hold. Raises ConfigError if there are none, or two of
+    one name."""
     found: list[Path] = []
     for folder in map(Path, folders):
         found += [folder] if (folder / "train.json").exists() else _tasks_inside(folder)
@@ -76,7 +95,7 @@ def read_stream(
     names = [f.name for f in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise ConfigError(f"two tasks are named {twice!r}: rename one folder")
-    return [_read_task(f, epochs).limited(max_samples) for f in found]
+    return found
 
 
 def _tasks_inside(folder: Path) -> list[Path]:
@@ -89,19 +108,43 @@ def _tasks_inside(folder: Path) -> list[Path]:
     return sorted(inside, key=lambda f: order.index(f.name) if f.name in TRACE else len(order))
 
 
-def _read_task(folder: Path, epochs: int | None) -> Task:
+@dataclass(frozen=True)
+class RecordFormat:
+    """What the records of a file are. accepts: whether a value is one. words: for the error."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def _strings(record: Any, *names: str) -> bool:
+    return isinstance(record, dict) and all(isinstance(record.get(n), str) for n in names)
+
+
+def _is_labelled(record: Any) -> bool:
+    pair_is_text = _strings(record, "text") and isinstance(record.get("text_pair", ""), str)
+    label = record.get("label") if pair_is_text else None
+    return isinstance(label, int | str) and not isinstance(label, bool)
+
+
+ANSWERS = RecordFormat(
+    lambda record: _strings(record, "prompt", "answer"), "'prompt' and 'answer' strings"
+)
+LABELLED = RecordFormat(
+    _is_labelled, "a 'text' string and a 'label', an int or a string (and perhaps 'text_pair')"
+)
+
+
+def _parts(folder: Path, wanted: RecordFormat) -> tuple[list[Item], list[Item], list[Item]]:
+    """The records of a folder's train, test and, if there, eval."""
     if not (folder / "test.json").exists():
         raise ConfigError(f"{folder}: test.json is missing")
-    parts: dict[str, Any] = {
-        part: read_records(folder / f"{part}.json")
-        for part in ("train", "test", "eval")
-        if (folder / f"{part}.json").exists()
-    }
-    return Task(folder.name, **parts, epochs=TRACE.get(folder.name) if epochs is None else epochs)
+    train, test = (read_records(folder / f"{part}.json", wanted) for part in ("train", "test"))
+    held_out = folder / "eval.json"
+    return train, test, read_records(held_out, wanted) if held_out.exists() else []
 
 
-def read_records(file: Path) -> list[Item]:
-    """Records with prompt and answer strings: a JSON list, or objects one after the other.
+def read_records(file: Path, wanted: RecordFormat = ANSWERS) -> list[Item]:
+    """Records of a format: a JSON list, or objects one after the other.
 
     Raises ConfigError, naming file and line.
     """
@@ -114,17 +157,11 @@ def read_records(file: Path) -> list[Item]:
         records = json.loads(text) if listed else [record for _, record in _values(text, 0)]
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
-    wrong = next((n for n, record in enumerate(records) if not _is_record(record)), None)
+    wrong = next((n for n, record in enumerate(records) if not wanted.accepts(record)), None)
     if wrong is not None:
         line, _ = next(islice(_values(text, text.index("[") + 1 if listed else 0), wrong, None))
-        raise ConfigError(f"{file}, line {line}: expected 'prompt' and 'answer' strings")
+        raise ConfigError(f"{file}, line {line}: expected {wanted.words}")
     return records
-
-
-def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and all(
-        isinstance(record.get(k), str) for k in ("prompt", "answer")
-    )
 
 
 def _values(text: str, at: int) -> Iterator[tuple[int, Any]]:

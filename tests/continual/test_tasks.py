@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_rewrite import MoeRewriteError
+from moe_rewrite.continual import class_stream
 from moe_rewrite.continual.buffers import Buffer
 from moe_rewrite.continual.images import (
     ImageProblem,
@@ -20,7 +21,7 @@ from moe_rewrite.continual.images import (
     read_images,
     split_classes,
 )
-from moe_rewrite.continual.tasks import TRACE, Task, read_stream
+from moe_rewrite.continual.tasks import TRACE, Task, read_sets, read_stream
 from moe_rewrite.continual.text import IGNORED, TextProblem
 
 
@@ -76,6 +77,23 @@ def test_what_is_wrong_is_named(tmp_path):
         read_stream([tmp_path / "nowhere"])
     with pytest.raises(MoeRewriteError, match="two tasks are named"):
         read_stream([write(tmp_path / "x" / "same"), write(tmp_path / "y" / "same")])
+
+
+@pytest.mark.parametrize("wrong", [
+    {"text": "x"}, {"text": 3, "label": 0}, {"text": "x", "label": 0.5}, {"text": "x", "label": True},
+    {"text": "x", "label": None}, {"text": "x", "label": 0, "text_pair": 2}, ["x", 0],
+])  # fmt: skip
+def test_labelled_texts_are_read_with_their_eval_items(tmp_path, wrong):
+    folder, good = tmp_path / "set", [{"text": "x", "text_pair": "y", "label": "one"}]
+    folder.mkdir()
+    for part in ("train", "test", "eval"):
+        (folder / f"{part}.json").write_text(json.dumps(good))
+    assert read_sets([folder]) == {"set": (good, good, good)}
+    (task,) = class_stream(read_sets([tmp_path]), 3)
+    assert task.eval == [{"text": "x", "text_pair": "y", "label": 3}] and task.classes == 1
+    (folder / "eval.json").write_text(json.dumps(good[0]) + "\n" + json.dumps(wrong))
+    with pytest.raises(MoeRewriteError, match="eval.json, line 2: expected a 'text' string"):
+        read_sets([folder])
 
 
 def test_answers_are_learnt_and_prompts_are_not():

@@ -215,3 +215,28 @@ def test_a_row_that_takes_an_expert_twice():
         gradients(lambda g: ffn_experts(g["x"], g["gates"], g["experts"], None, **run(g, "relu")), small),
         gradients(lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, "relu")), given),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
+@pytest.mark.parametrize("chosen", [[2, 0, 1], [3, 3, 0], [1, -1, 9], [-1, 5, 4]])
+def test_a_decoded_row(dtype, kinds, chosen):
+    """One row without a backward pass is not sorted: stacks, lists, gate and up in one stack; a
+    repeated expert, and indices that are no expert's."""
+    given = ffn_inputs(1, 8, 6, 4, 3, kinds, seed=2)
+    given["experts"] = torch.tensor([chosen])
+    activation = "silu" if "gate" in kinds else "relu2"
+    expected = reference(given["x"], given["gates"], given["experts"], **run(given, activation))
+    small = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    x, gates, experts = (small[k][:, None] for k in ("x", "gates", "experts"))  # (1, 1, ...)
+    weights = run(small, activation)
+    forms = [weights, {k: list(w) if k != "activation" else w for k, w in weights.items()}]
+    if "gate" in kinds:
+        forms.append(joined(weights))
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 5e-2)
+    for form in forms:
+        with torch.no_grad():
+            got = ffn_experts(x, gates, experts, None, **form)
+            planned = ffn_experts(x, gates, experts, sort_plan(experts, 4), **form)
+        assert got.shape == x.shape and got.dtype == dtype and torch.equal(got, planned)
+        torch.testing.assert_close(got[0].double(), expected, rtol=tolerance, atol=tolerance)

@@ -14,9 +14,11 @@ import torch
 from ..buffer_reuse import reused
 from ..plan.op import Plan, dense_plan
 from ..triton import runs_on
+from . import cpu_one_row
+from .arguments import KINDS, check, check_plan, expert_count, stacked, weight_lists
 from .cpu import backward, forward
 from .cpu_plan import Gradients, HostPlan, Weights
-from .reference import ACTIVATIONS, Stack
+from .reference import Stack
 
 __all__ = ["ffn_dense", "ffn_experts"]
 
@@ -49,13 +51,19 @@ def ffn_experts(
     Differentiable once with respect to x, the gates, weights and biases. Two runs give the same
     bits. Raises ValueError for shapes, dtypes or names that do not fit.
     """
-    lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
-    _check(x_TD, gates_TK, experts_TK, lists, activation, joined)
+    lists = weight_lists(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
+    check(x_TD, gates_TK, experts_TK, lists, activation, joined)
+    count = expert_count(lists[0])
+    if plan is not None:
+        check_plan(plan, experts_TK, count)
+    if _is_decoded_row(x_TD, gates_TK, lists):
+        row, gates, experts = (t.reshape(1, -1) for t in (x_TD, gates_TK, experts_TK))
+        w = _by_expert(lists, joined=False)
+        return cpu_one_row.forward(row, gates, experts, w, activation, joined).view(x_TD.shape)
     if plan is None:
         from ..plan.op import sort_plan
 
-        plan = sort_plan(experts_TK, _count(lists[0]))
-    _check_plan(plan, experts_TK, _count(lists[0]))
+        plan = sort_plan(experts_TK, count)
     return _run(x_TD, gates_TK, plan, lists, activation, joined, dense=False)
 
 
@@ -72,13 +80,30 @@ def ffn_dense(
 ) -> torch.Tensor:
     """Every expert on every row, ``y_t = sum_e gates[t, e] * FFN_e(x_t)``: nothing is sorted or
     gathered. For few rows, or if K is close to E. Arguments and errors as for `ffn_experts`."""
-    lists = _weights(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
-    experts = _count(lists[0])
-    _check(x_TD, gates_TE, None, lists, activation)
+    lists = weight_lists(up_EHD, down_EDH, gate_EHD, up_bias_EH, gate_bias_EH, down_bias_ED)
+    experts = expert_count(lists[0])
+    check(x_TD, gates_TE, None, lists, activation)
     if gates_TE.shape[-1] != experts:
         raise ValueError(f"gates of {gates_TE.shape[-1]} experts: expected all {experts}")
     plan = dense_plan(x_TD.shape[:-1].numel(), experts, x_TD.device)
     return _run(x_TD, gates_TE, plan, lists, activation, joined=False, dense=True)
+
+
+def _is_decoded_row(x: torch.Tensor, gates: torch.Tensor, lists: list[list[torch.Tensor]]) -> bool:
+    """Whether this is one row on the CPU, without a backward pass and outside of any trace."""
+    one = x.device.type == "cpu" and x.numel() == x.shape[-1] > 0
+    plain = one and not _has_kernels(x, lists[0]) and not _is_traced()
+    return plain and not _needs_gradients(x, gates, lists)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+def _needs_gradients(x: torch.Tensor, gates: torch.Tensor, lists: list[list[torch.Tensor]]) -> bool:
+    return torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, gates, *(w for kind in lists for w in kind))
+    )
 
 
 def _run(
@@ -91,86 +116,11 @@ def _run(
     dense: bool,
 ) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    save = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, gates, *(w for kind in lists for w in kind))
-    )
+    save = _needs_gradients(x, gates, lists)
     gates = gates.reshape(-1, gates.shape[-1])
-    run: Any = (
-        _ffn
-        if save or torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        else _ffn_forward
-    )
+    run: Any = _ffn if save or _is_traced() else _ffn_forward
     y, _ = run(flat, gates, *plan, *lists, activation, joined, dense, save)
     return y.view(x.shape)
-
-
-def _weights(*given: Stack | None) -> list[list[torch.Tensor]]:
-    """A list for each kind: with one stack, with one tensor an expert, or empty."""
-    return [[] if w is None else [w] if isinstance(w, torch.Tensor) else list(w) for w in given]
-
-
-KINDS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
-
-
-def _stacked(kind: str, weights: Sequence[torch.Tensor]) -> bool:
-    return len(weights) == 1 and weights[0].ndim == (2 if kind.endswith("bias") else 3)
-
-
-def _count(up: list[torch.Tensor]) -> int:
-    return len(up[0]) if _stacked("up", up) else len(up)
-
-
-def _check(
-    x: torch.Tensor,
-    gates: torch.Tensor,
-    experts: torch.Tensor | None,
-    lists: list[list[torch.Tensor]],
-    activation: str,
-    joined: bool = False,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-    if not x.is_floating_point() or not gates.is_floating_point():
-        raise ValueError(f"x is {x.dtype} and gates {gates.dtype}: expected floating-point dtypes")
-    if gates.shape[:-1] != x.shape[:-1] or (experts is not None and experts.shape != gates.shape):
-        got = None if experts is None else tuple(experts.shape)
-        raise ValueError(
-            f"x {tuple(x.shape)}, gates {tuple(gates.shape)}, experts {got}: expected gates and "
-            "experts of one shape, with the leading dimensions of x"
-        )
-    if not lists[0] or lists[4] and not lists[2]:
-        raise ValueError("expected at least one expert, and no gate bias without a gate")
-    if joined and (lists[2] or not _stacked("up", lists[0]) or lists[0][0].shape[1] % 2):
-        raise ValueError(f"joined: expected up as one stack (E, 2H, D), got {lists[0][0].shape}")
-    count, width, rows = _count(lists[0]), x.shape[-1], lists[0][0].shape[-2]
-    hidden = rows // 2 if joined else rows
-    matrix, turned, row, column = (rows, width), (width, hidden), (rows,), (width,)
-    sizes = matrix, turned, matrix, row, row, column
-    for kind, weights, size in zip(KINDS, lists, sizes, strict=True):
-        if not weights:
-            continue
-        shape, many = size, len(weights)
-        if _stacked(kind, weights):
-            shape, many = (count, *size), count
-        if many != count:
-            raise ValueError(f"{kind} of {many} experts: expected {count}, as many as up has")
-        for w in weights:
-            if w.shape != shape or w.dtype != x.dtype or w.device != x.device:
-                raise ValueError(
-                    f"{kind} is {tuple(w.shape)} {w.dtype} on {w.device}: expected {shape} "
-                    f"{x.dtype} on {x.device}, for x {tuple(x.shape)} and up's first "
-                    f"{tuple(lists[0][0].shape)}"
-                )
-
-
-def _check_plan(plan: Plan, experts: torch.Tensor, count: int) -> None:
-    pairs = experts.numel()
-    sizes = [len(t) for t in plan]
-    if sizes != [pairs, count + 1, pairs]:
-        raise ValueError(
-            f"plan of sizes {sizes}: expected {[pairs, count + 1, pairs]}, the plan of these "
-            f"experts {tuple(experts.shape)} among {count}"
-        )
 
 
 def _parted(lists: Sequence[Sequence[Any]], joined: bool) -> Sequence[Sequence[Any]]:
@@ -189,7 +139,7 @@ def _parted(lists: Sequence[Sequence[Any]], joined: bool) -> Sequence[Sequence[A
 def _by_expert(lists: Sequence[Sequence[torch.Tensor]], joined: bool) -> Weights:
     """Each kind as something that is indexed by expert: a stack, or a list."""
     parted = zip(KINDS, _parted(lists, joined), strict=True)
-    return Weights(*(w[0] if _stacked(kind, w) else list(w) for kind, w in parted))
+    return Weights(*(w[0] if stacked(kind, w) else list(w) for kind, w in parted))
 
 
 def _has_kernels(x: torch.Tensor, up: Sequence[torch.Tensor]) -> bool:
@@ -302,8 +252,8 @@ def _gradients_by_expert(into: Sequence[Sequence[torch.Tensor | None]]) -> Gradi
     kinds: list[Any] = []
     for kind, made in zip(KINDS, into, strict=True):
         whole = made[0] if len(made) == 1 else None
-        stacked = whole is not None and _stacked(kind, [whole])
-        kinds.append(whole if stacked else made if any(g is not None for g in made) else [])
+        is_stack = whole is not None and stacked(kind, [whole])
+        kinds.append(whole if is_stack else made if any(g is not None for g in made) else [])
     return Gradients(*kinds)
 
 
