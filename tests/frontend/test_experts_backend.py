@@ -60,9 +60,11 @@ def test_models_compute_what_eager_experts_compute(name):
         expected, slopes = outputs_and_gradients(model, "eager", ids(batch, length))
         ours, own_slopes = outputs_and_gradients(model, "moe_rewrite", ids(batch, length))
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        largest = max(slope.abs().max() for slope in slopes.values())
         for n, slope in slopes.items():
             own = own_slopes.get(n, torch.zeros_like(slope))
-            scale = slope.abs().max().clamp_min(1e-6)
+            # of one position's queries the gradient is zero, and what is computed is rounding
+            scale = slope.abs().max().clamp_min(1e-4 * largest)
             assert (own - slope).abs().max() <= 1e-3 * scale, n
 
 
