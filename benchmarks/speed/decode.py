@@ -1,10 +1,12 @@
-"""A generated token on the converted graph against the dense model in Hugging Face eager: with one
-expert, with 8, with none, and how much of it goes to finding the graph whose conditions the call meets.
+"""A generated token, and a prompt of 512, on the converted graph against the dense model in Hugging
+Face eager: with one expert, with 8, with none, and how much of a token goes to finding the graph whose
+conditions the call meets.
 """
 
-# python -m benchmarks.speed.decode [--quick] [--checks]: batch 1, greedy, 2 threads; medians of
-# rounds in which all models generate the same text. --checks: only what finding the graph and
-# checking its conditions takes, with no dense model beside it; nothing is saved.
+# python -m benchmarks.speed.decode [--quick] [--checks] [--processor]: batch 1, greedy, 2 threads;
+# medians of rounds in which all models generate the same text. --checks: only what finding the graph
+# and checking its conditions takes, with no dense model beside it. --processor: only the prompt, by
+# time of one thread on the processor, for busy machines. Both save nothing.
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ import moe_rewrite
 from ..tools.data import model_folder
 from ..tools.models import llama
 from ..tools.report import finish, is_quick, save
-from ..tools.timing import side_by_side
+from ..tools.timing import Clock, processor, side_by_side, wall
+
+PROMPT = 512
 
 
 def stories() -> torch.nn.Module | None:
@@ -40,8 +44,8 @@ def gpt2() -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config()).eval()
 
 
-def generated(model: Any, tokens: int) -> torch.Tensor:
-    ids = torch.arange(3, 19).unsqueeze(0)
+def generated(model: Any, tokens: int, prompt: int = 16) -> torch.Tensor:
+    ids = torch.arange(3, 3 + prompt).remainder(500).unsqueeze(0)
     return model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
         max_new_tokens=tokens, min_new_tokens=tokens,
@@ -82,27 +86,55 @@ def checks(moe: Any, token_ms: float, calls: int = 1000) -> dict[str, Any]:
     return of | {"share": found / (1000 * token_ms)}
 
 
-def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a token."""
-    texts: dict[str, torch.Tensor] = {}
+def forms(model: torch.nn.Module) -> dict[str, Any]:
+    return {
+        "dense": model, "moe": moe_rewrite.convert(model),
+        "8 experts": moe_rewrite.convert(model, num_experts=8),
+    }  # fmt: skip
+
+
+def generations(
+    models: dict[str, Any], tokens: int, prompt: int, texts: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What generates, by name. texts: gets what each said last."""
 
     def generate(name: str, model: Any) -> None:
-        texts[name] = generated(model, tokens)
+        texts[name] = generated(model, tokens, prompt)
 
     def without(model: Any) -> None:
         with model.disable_experts():
             generate("without experts", model)
 
-    models = {
-        "dense": model, "moe": moe_rewrite.convert(model),
-        "8 experts": moe_rewrite.convert(model, num_experts=8),
-    }  # fmt: skip
     runs = {name: partial(generate, name, m) for name, m in models.items()}
-    runs |= {"without experts": partial(without, models["moe"]),
-             "products alone": partial(products, model, tokens)}  # fmt: skip
-    times = side_by_side(runs, rounds, warm=1)
+    return runs | {"without experts": partial(without, models["moe"])}
+
+
+def require_equal(texts: dict[str, torch.Tensor]) -> None:
     said = texts["dense"]
     assert all(torch.equal(t, said) for t in texts.values()), "a converted model says another text"
+
+
+def prefill(models: dict[str, Any], rounds: int, clock: Clock = wall) -> dict[str, Any]:
+    """Milliseconds up to the first token after a prompt of 512."""
+    texts: dict[str, torch.Tensor] = {}
+    times = side_by_side(generations(models, 1, PROMPT, texts), rounds, warm=2, clock=clock)
+    require_equal(texts)
+    names = ("moe", "8 experts", "without experts")
+    return {
+        "dense_ms": times.medians()["dense"],
+        "ratios": {name: times.ratio(name, to="dense") for name in names},
+        "quartiles_ms": times.quartiles(),
+    }
+
+
+def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a token."""
+    texts: dict[str, torch.Tensor] = {}
+    models = forms(model)
+    runs = generations(models, tokens, 16, texts)
+    runs["products alone"] = partial(products, model, tokens)
+    times = side_by_side(runs, rounds, warm=1)
+    require_equal(texts)
     middle, quartiles = times.medians(), times.quartiles()
     return {
         "dense_ms": middle["dense"] / tokens, "moe_ms": middle["moe"] / tokens,
@@ -112,7 +144,13 @@ def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
         "ratio_products_alone": times.ratio("products alone", to="dense"),
         "quartiles_ms": {name: [q / tokens for q in of] for name, of in quartiles.items()},
         "checks": checks(models["moe"], middle["moe"] / tokens),
+        "prefill": prefill(models, rounds),
     }  # fmt: skip
+
+
+def compare_prefill(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return {"prefill": prefill(forms(model), rounds, processor)}
 
 
 def compare_checks(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
@@ -128,8 +166,8 @@ def compare_checks(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str
 
 
 def main() -> None:
-    only_checks = "--checks" in sys.argv
-    sys.argv = [a for a in sys.argv if a != "--checks"]
+    only_checks, only_prompt = "--checks" in sys.argv, "--processor" in sys.argv
+    sys.argv = [a for a in sys.argv if a not in ("--checks", "--processor")]
     quick = is_quick(__doc__)
     torch.set_num_threads(2)
     tokens, rounds = (16, 3) if quick else (100, 9)
@@ -138,28 +176,31 @@ def main() -> None:
         "stories260K": stories(),
         "GPT-2 small": None if quick else gpt2(),
     }
-    measure = compare_checks if only_checks else compare
+    measure = compare_checks if only_checks else compare_prefill if only_prompt else compare
     figures = {n: measure(m, tokens, rounds) for n, m in models.items() if m is not None}
-    if not (quick or only_checks):
+    if not (quick or only_checks or only_prompt):
         save("decode", figures)
-    columns = ["find graph", "conditions alone", "share of the token"]
-    rows = [(n, *_times(f), *_shares(f["checks"])) for n, f in figures.items()]
-    names = (
-        ["converted"]
-        if only_checks
-        else ["dense", "one expert", "ratio", "8 experts", "none", "products"]
-    )
-    finish("decode", ["model", *names, *columns], rows, **figures)
+    cells = {name: _cells(f) for name, f in figures.items()}
+    columns = ["model", *next(iter(cells.values()))]
+    finish("decode", columns, [(n, *of.values()) for n, of in cells.items()], **figures)
 
 
-def _times(of: dict[str, Any]) -> tuple[str, ...]:
-    own = f"{of['moe_ms']:.2f} ms"
-    ratios = [f"{v:.3f}" for name, v in of.items() if name.startswith("ratio")]
-    return (f"{of['dense_ms']:.2f} ms", own, *ratios) if ratios else (own,)
-
-
-def _shares(of: dict[str, Any]) -> tuple[str, ...]:
-    return f"{of['find_us']:.1f} us", f"{of['conditions_us']:.1f} us", f"{of['share']:.2%}"
+def _cells(of: dict[str, Any]) -> dict[str, str]:
+    """What is printed of a model, by column."""
+    made = {"dense": f"{of['dense_ms']:.2f} ms"} if "dense_ms" in of else {}
+    if "moe_ms" in of:
+        made["one expert"] = f"{of['moe_ms']:.2f} ms"
+    made |= {n.removeprefix("ratio_"): f"{v:.3f}" for n, v in of.items() if n.startswith("ratio")}
+    if checked := of.get("checks"):
+        made |= {
+            "find graph": f"{checked['find_us']:.1f} us",
+            "conditions alone": f"{checked['conditions_us']:.1f} us",
+            "share of the token": f"{checked['share']:.2%}",
+        }
+    if prompt := of.get("prefill"):
+        made[f"{PROMPT} tokens: dense"] = f"{prompt['dense_ms']:.1f} ms"
+        made |= {f"{PROMPT} tokens: {n}": f"{v:.3f}" for n, v in prompt["ratios"].items()}
+    return made
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def _form(given: Any, leaves: list[Any]) -> tuple:
         return type(given), tuple((k, _form(v, leaves_of(v))) for k, v in given.items())
     if isinstance(given, (list, tuple)):
         return type(given), tuple(_form(v, leaves_of(v)) for v in given)
-    return type(given), tuple(_form(t, [t]) for t in leaves)
+    kinds = getattr(given, "kinds", ())  # of a paged cache's layers
+    return type(given), kinds, tuple(_form(t, [t]) for t in leaves)
 
 
 def _no_content(name: str) -> Callable[[Any], Any]:

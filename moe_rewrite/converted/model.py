@@ -154,6 +154,8 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
             start, stop = graph.cache_at
             cache.fill(outputs[start:stop], after)
             outputs = [*outputs[:start], cache.cache, *outputs[stop:]]
+        elif cache is not None:  # a paged one, which the graph has filled
+            cache.keep(after)
         if in_process_group() and self._store.sharded:
             self._experts.forget()  # whole stacks and casts of experts
         if self.watchers and self.training:
@@ -259,10 +261,8 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         """counts: the call is a forward, whose rows count for the expert that is trained."""
         if self._override.planner is not None:
             return self._override.planner
-        state = None
         keeps = cache is not None and self.router.keeps_state
-        if keeps:
-            state = cache.router_state().load()
+        state = None if cache is None else cache.state_for(self.router)
         learning = self.learning_planner(state, counts, keeps) if self.training else None
         if learning is None:
             self._experts.require_known()

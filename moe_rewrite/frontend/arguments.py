@@ -76,6 +76,11 @@ def is_fixed(cache: Any) -> bool:
     return type(cache).__name__ == "TracedCache"
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether it stands for the cache of continuous batching; see `paged_cache`."""
+    return type(cache).__name__ == "PagedLayers"
+
+
 def is_cache(given: Any) -> bool:
     """Whether an argument is a key-value cache: an instance of another class than a tensor or plain
     container, which holds tensors (batch, heads, length, width)."""

@@ -25,7 +25,7 @@ from ..utils.quantized import is_quantized, scheme
 from ..utils.zero_stage_3 import own_linear
 from .adapters import host_of
 from .advice import advice
-from .arguments import is_cache, is_channels_last, is_fixed, split_static
+from .arguments import is_cache, is_channels_last, is_fixed, is_paged, split_static
 from .assignments import recorded_assignments, require_no_state
 from .cumulative_norm import count_in_tensors
 from .detached_data import detached_data
@@ -71,6 +71,8 @@ def example_like(traced: dict[str, Any], sizes: Sizes = "general") -> dict[str, 
         return traced
     constant = sizes == "ones"
     caches = [name for name, given in traced.items() if is_cache(given)]
+    if any(is_paged(traced[name]) for name in caches):
+        return traced["cache"].example(traced, constant)
     tensors = [t for t in pytree.tree_leaves(traced) if isinstance(t, torch.Tensor)]
     taken = {s for t in tensors for s in t.shape}
     batch = next(b for b in (*BATCH_SIZES, 1009) if b not in taken)

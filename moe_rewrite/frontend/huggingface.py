@@ -25,7 +25,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from ..errors import InputError
 from .broadcast_masks import broadcast_masks
 from .host import Host
-from .kv_cache import CACHE, CacheFormat, refuse_continuous_batching
+from .kv_cache import CACHE, CacheFormat
+from .paged_cache import PagedCall, is_paged_call
 from .pretrained import pretrained_class
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
@@ -112,6 +113,9 @@ class HuggingFaceHost(Host):
     def split_cache(
         self, arguments: dict[str, Any], training: bool
     ) -> tuple[dict[str, Any], bool, Any]:
+        if is_paged_call(arguments):
+            paged = PagedCall(arguments)
+            return paged.read | {"use_cache": False, "cache": paged.bare()}, True, paged
         unknown = set(arguments).difference(self.takes, KNOWN_KWARGS)
         if unknown:
             raise InputError(
@@ -151,8 +155,6 @@ class HuggingFaceHost(Host):
                 f"{self.name}.generate(): only language models generate on their converted "
                 "graphs; call to_dense().generate() for the original"
             )
-        if kwargs.get("cache_implementation") == "paged":
-            refuse_continuous_batching()
         # of its own for every call, so that threads do not share it: only `forward` is another
         caller = copy.copy(self.module)
 
@@ -166,6 +168,8 @@ class HuggingFaceHost(Host):
         forward.__signature__ = inspect.signature(self.module.forward)  # type: ignore[attr-defined]
         caller.forward = forward
         caller._prepare_static_cache = partial(_static_cache, caches)
+        if kwargs.get("cache_implementation") == "paged":
+            caller.generate_batch = call.generate_batch  # type: ignore[attr-defined]
         return caller.generate(*args, **kwargs)
 
 

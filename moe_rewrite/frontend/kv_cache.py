@@ -6,7 +6,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from ..errors import CaptureError, InputError
 from ..routing.plan import PrefixState
 from .opaque_cache import OpaqueCache, filling, prepare, stand_in, updates_itself
+from .paged_cache import PagedCall, PagedLayers
 from .static_cache import FixedCache, TracedCache, fixed_cache
 
 KEPT = 64  # positions of a call that assisted decoding may take back
@@ -47,12 +48,19 @@ def _cache_of(host: Any) -> Any:
     with torch.no_grad(), _GroupedShapes():
         try:
             ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-            return host.copy_on_meta().module.eval()(input_ids=ids, use_cache=True)[CACHE]
+            return _without_pages(host.copy_on_meta())(input_ids=ids, use_cache=True)[CACHE]
         except (RuntimeError, ValueError):
-            model = host.copy_to_trace().module.eval()
+            model = _without_pages(host.copy_to_trace())
             with FakeTensorMode(allow_non_fake_inputs=True):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
                 return model(input_ids=ids, use_cache=True)[CACHE]
+
+
+def _without_pages(host: Any) -> Any:
+    """A copy's module, whose attention takes a plain cache."""
+    if host.config._attn_implementation == "paged|eager":
+        host.module.set_attn_implementation("eager")
+    return host.module.eval()
 
 
 class CacheFormat:
@@ -87,10 +95,10 @@ class CacheFormat:
 
     def standing_in(self, arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """The context in which a call, opaque cache or not, changes no cache of the caller's."""
-        given = arguments.get(CACHE)
-        if not isinstance(given, OpaqueCache):
+        given = arguments.get("cache", arguments.get(CACHE))
+        if not isinstance(given, (OpaqueCache, PagedLayers)):
             return nullcontext()
-        return filling(stand_in(given, self.shapes, self._like()), len(self.shapes))
+        return filling(stand_in(given.layers, self.shapes, self._like()), len(self.shapes))
 
     def _like(self) -> torch.Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
@@ -108,13 +116,15 @@ class CacheFormat:
             )
             cache.layers.append(layer)
 
-    def adopt(self, cache: Any, arguments: dict[str, Any]) -> CallCache:
+    def adopt(self, cache: Any, arguments: dict[str, Any]) -> CallCache | PagedCall:
         """The cache of a call, with full-length plain layers, which is put into `arguments`.
 
-        cache: what the user or generate() passes, or None. An empty DynamicCache with layers of any
+        cache: what the user or generate() passes, or None; a PagedCall has put its own there. An empty DynamicCache with layers of any
         kind is changed in place; one that was used must have plain layers already. Caches of other
         classes, and those that offload, update their own layers. Raises InputError.
         """
+        if isinstance(cache, PagedCall):
+            return cache
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
             raise InputError("pass input_ids or inputs_embeds")
@@ -147,16 +157,6 @@ class CacheFormat:
             )
         self._empty(cache, batch)
         return cache
-
-
-def refuse_continuous_batching() -> NoReturn:
-    raise InputError(
-        "continuous batching replaces a model's attention and its cache by paged ones, which the "
-        "graphs of a converted model do not have: call generate(input_ids, attention_mask=mask) on a "
-        "batch that is padded on the left; or write the model for engines that batch continuously, "
-        "by save_standard(folder) if it is upcycled, by save_adapters(folder) or "
-        "save_pretrained(folder, standalone=True) if its experts are LoRA"
-    )
 
 
 def kv_layers(cache: Any) -> list[Any]:
@@ -199,6 +199,13 @@ class CallCache:
         state = RouterState()
         self.cache.layers.append(state)
         return state
+
+    def state_for(self, router: Any) -> PrefixState | None:
+        """The router's state before these positions."""
+        return self.router_state().load() if router.keeps_state else None
+
+    def keep(self, after: PrefixState | None) -> None:
+        """Nothing: the call returned no cache."""
 
     def fill(self, leaves: list[torch.Tensor], after: PrefixState | None) -> None:
         """Store a call's results: keys and values layer by layer, and the router's state."""

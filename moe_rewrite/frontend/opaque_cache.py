@@ -8,7 +8,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ def _updated(
 
     past: (batch, 1, positions so far, 0). layer: () int64 on the CPU, its number.
     """
-    cache, count = getattr(_calls, "cache", (None, 0))
+    cache, count = being_filled()
     if cache is None:
         raise InputError(
             "only a call of the model fills a cache of this kind: pass a DynamicCache, or none, to "
@@ -139,10 +139,15 @@ def prepare(cache: Any, layers: list[Any], count: int) -> None:
         )
 
 
+def being_filled() -> tuple[Any, int]:
+    """The cache that this thread's graph fills, and its layers; (None, 0) without one."""
+    return getattr(_calls, "cache", (None, 0))
+
+
 @contextmanager
 def filling(cache: Any, count: int) -> Iterator[None]:
     """In this context the graphs that this thread runs fill this cache of so many layers."""
-    before = getattr(_calls, "cache", (None, 0))
+    before = being_filled()
     _calls.cache = cache, count
     try:
         yield
@@ -151,15 +156,15 @@ def filling(cache: Any, count: int) -> Iterator[None]:
 
 
 def stand_in(
-    opaque: OpaqueCache, shapes: list[tuple[int, int, int]], like: torch.Tensor
+    layers: Sequence[OpaqueLayer], shapes: list[tuple[int, int, int]], like: torch.Tensor
 ) -> DynamicCache:
     """A plain cache of as many positions with random values, to compare a graph with the model by.
 
     shapes: of each layer (heads, key width, value width). like: has their dtype and device.
     """
-    batch, _, length, _ = opaque.past.shape
     cache = DynamicCache()
-    for heads, *widths in shapes:
+    for opaque, (heads, *widths) in zip(layers, shapes, strict=True):
+        batch, _, length, _ = opaque.past.shape
         layer = DynamicLayer()
         given = (torch.randn(batch, heads, length, w).to(like) for w in widths)
         layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True

@@ -13,7 +13,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import ConversionError
-from .kv_cache import CACHE, refuse_continuous_batching
+from .continuous_batching import ContinuousBatching
+from .kv_cache import CACHE
 from .model_class import class_like
 from .structural_copy import working_copy
 
@@ -61,6 +62,10 @@ class Pretrained(PreTrainedModel):
         """What is trained is not, whatever the base is; trainers ask for adapters otherwise."""
         return False
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Of the copy of the original: its configuration says by which attention a graph was captured."""
+        self.host.module.set_attn_implementation(*args, **kwargs)
+
     # -- nothing to do ---------------------------------------------------------------------------
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -93,11 +98,6 @@ class Pretrained(PreTrainedModel):
         )
 
     load_adapter = add_adapter
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_continuous_batching()
-
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -141,5 +141,5 @@ class Backbone:
 
 def pretrained_class(base: type, module: nn.Module) -> type:
     """The class of a converted Hugging Face model."""
-    generates = (GenerationMixin,) if isinstance(module, GenerationMixin) else ()
+    generates = (ContinuousBatching,) if isinstance(module, GenerationMixin) else ()
     return class_like(base, module, (Pretrained, *generates))

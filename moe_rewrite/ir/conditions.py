@@ -148,13 +148,18 @@ def relations_of(exported: Any, of_values: tuple[Any, ...] = ()) -> tuple[Any, .
     of_values: relations that hold besides, see `CallValue`.
     """
     import sympy
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
     found: dict[Any, None] = {}
-    for symbol, bounds in exported.range_constraints.items():
-        if bounds.lower > 2 or (bounds.lower == 0 and bounds.upper != sympy.oo):
-            found[sympy.Ge(symbol, int(bounds.lower))] = None
+    for size, bounds in exported.range_constraints.items():
+        # capture takes each symbol for 2 at least, and so a sum of two for 4, which restricts nothing
+        taken = dict.fromkeys(size.free_symbols, ValueRanges(2, int_oo))
+        least = bound_sympy(size, taken).lower
+        if bounds.lower > max(2, least) or (bounds.lower == 0 and bounds.upper != sympy.oo):
+            found[sympy.Ge(size, int(bounds.lower))] = None
         if bounds.upper.is_finite and bounds.upper < 2**62:
-            found[sympy.Le(symbol, int(bounds.upper))] = None
+            found[sympy.Le(size, int(bounds.upper))] = None
     for environment in _environments(exported.graph):
         for relation in (*(guard.expr for guard in environment.guards), *of_values):
             found[_replaced(relation, environment.replacements)] = None

@@ -120,12 +120,15 @@ class PrefixState:
     count: (B,) fp32 number of positions.
     totals, counts: (B, S, D) and (B, S), both after each of the latest call's positions, for who
         takes some of these back; None where nobody may.
+    starts: (B, S) int64, the first row of each row's request, in samples that hold the rows of
+        several; total and count are then (B, S, D) and (B, S), those before each row's request.
     """
 
     total: torch.Tensor
     count: torch.Tensor
     totals: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
 
 Planner = Callable[

@@ -122,6 +122,7 @@ class TokenGate(Router):
         if self.spec.normalize:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         x = self._lifted(x)
+        mask = None if state is not None and state.starts is not None else mask
         if x.ndim == 2 or self.spec.granularity == "token":
             return x, None, None
         counted = x.new_ones(x.shape[:2]) if mask is None else counted_rows(mask, x).float()
@@ -135,8 +136,10 @@ class TokenGate(Router):
         if x.shape[1] == 0:
             before = state or PrefixState(x.sum(1), counted.sum(1))
             return x, before, counted.unsqueeze(-1)
+        if state is not None and state.starts is not None:
+            return _means_in_documents(x, counted, state.starts, state)
         if isinstance(mask, PackedRows):
-            return (*_means_in_documents(x, counted, mask.starts(len(x))),)
+            return _means_in_documents(x, counted, mask.starts(len(x)))
         sums, counts = x.cumsum(1), counted.cumsum(1)
         if state is not None:
             sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
@@ -203,15 +206,18 @@ def _expert_choice(logits: torch.Tensor, mask: RowMask, capacity: float) -> torc
 
 
 def _means_in_documents(
-    x: torch.Tensor, counted: torch.Tensor, starts: torch.Tensor
+    x: torch.Tensor, counted: torch.Tensor, starts: torch.Tensor, before: PrefixState | None = None
 ) -> tuple[torch.Tensor, PrefixState, torch.Tensor]:
     """As `TokenGate._read`: means over each row's document up to the row. Sums are in float64, since
-    those of earlier documents are taken off again."""
+    those of earlier documents are taken off again. before: of each row's document, see
+    `PrefixState.starts`."""
     wide = torch.cat([x, counted.unsqueeze(-1)], -1).double()
     sums = nn.functional.pad(wide.cumsum(1), (0, 0, 1, 0))
     at = starts.unsqueeze(-1).expand(-1, -1, sums.shape[-1])
     own = (sums[:, 1:] - sums.gather(1, at)).float()
     totals, counts = own[..., :-1], own[..., -1:]
+    if before is not None:
+        totals, counts = totals + before.total, counts + before.count.unsqueeze(-1)
     after = PrefixState(totals[:, -1], counts[:, -1, 0], totals, counts[..., 0])
     counts = counts.clamp_min(1)
     return totals / counts, after, counts

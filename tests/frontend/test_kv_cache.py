@@ -119,17 +119,3 @@ def test_caches_that_graphs_cannot_use_are_named(moe):
         moe(input_ids=ids, past_key_values=theirs)
     with pytest.raises(MoeRewriteError, match="offloads its layers"):
         generated(moe, 0, cache_implementation="offloaded_static")
-
-
-def test_continuous_batching_is_refused_before_it_starts(moe):
-    """transformers logs what a request raises, and returns no tokens."""
-    prompts, way = [[5, 6, 7], [8, 9]], "paged.*padded on the left.*save_standard"
-    assert hasattr(moe.to_dense(), "generate_batch")
-    with pytest.raises(MoeRewriteError, match=way):
-        moe.generate_batch(prompts, max_new_tokens=2)
-    with pytest.raises(MoeRewriteError, match=way):
-        moe.init_continuous_batching()
-    with pytest.raises(MoeRewriteError, match=way), moe.continuous_batching_context_manager():
-        pass
-    with pytest.raises(MoeRewriteError, match=way):
-        generated(moe, 0, cache_implementation="paged")
