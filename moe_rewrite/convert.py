@@ -5,6 +5,7 @@ first called, so that `import moe_rewrite` and the command line's help cost noth
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .config import RouterSpec
@@ -23,6 +24,7 @@ def inspect(
     example_inputs: Any = None,
     html: str | os.PathLike | None = None,
     split: int | float | str = "auto",
+    calibration: Mapping[str, Iterable[Any]] | None = None,
 ) -> DepthMap:
     """The blocks of a model, where it can be cut, with parameters and FLOPs. Prints as a table.
 
@@ -32,14 +34,16 @@ def inspect(
     html: also write a page to this file, which needs no network: for each split at a block, what
         lands on each side, what crosses the cut, and which sites take experts or why not.
     split: the one that the page shows first, as `convert` takes it.
+    calibration: as for `convert`: also measure how well these tasks are told apart at every cut,
+        ``depth.curve``, from which ``split="auto"`` follows.
 
-    Raises ConfigError where the page cannot be written, InputError where inputs cannot be inferred,
+    Raises what `convert` does for wrong calibration; ConfigError where the page cannot be written, InputError where inputs cannot be inferred,
     CaptureError where the model cannot be captured, SplitError where no output depends on both an
     input and a parameter.
     """
     from .converted import build
 
-    return build.inspect(model, example_inputs, html, split)
+    return build.inspect(model, example_inputs, html, split, calibration)
 
 
 def convert(
@@ -55,6 +59,7 @@ def convert(
     dry_run: bool = False,
     batch_norm: str = "frozen",
     freeze: bool | None = None,
+    calibration: Mapping[str, Iterable[Any]] | None = None,
 ) -> MoEModel | Report:
     """Convert a dense model to a mixture of experts that computes the same until it is trained.
 
@@ -64,7 +69,8 @@ def convert(
         takes two of them for a row (sparse upcycling, arXiv 2212.05055); ``"carve"``: each
         feed-forward's own hidden units, of which a token runs a share (see `CarvedExperts`).
     split: block index, negative index, fraction of FLOPs, dotted name of the first deep module, or
-        ``"auto"`` (half of the FLOPs; 0 in mode "carve"). Blocks 0..split-1 are shallow, and frozen.
+        ``"auto"`` (by `calibration`, else half of the FLOPs; 0 in mode "carve"). Blocks 0..split-1
+        are shallow, and frozen.
     router: ``"auto"``, ``"token"``, ``"patch"``, a TokenRouter or a PatchRouter. ``"auto"`` routes
         patches of a feature map; in a sequence its gate reads the prefix if the model is causal,
         else the whole sequence. With LoRA experts, one to begin with, and a frozen base that gate
@@ -82,6 +88,12 @@ def convert(
     batch_norm: ``"frozen"`` keeps the statistics in training, ``"update"`` trains as the original.
     freeze: False trains copies of the dense weights too, with no segment held in eval mode; None
         means False in mode "upcycle", else True.
+    calibration: for ``split="auto"``: by the name of a task, a list of its batches in the form of
+        `example_inputs`; two tasks or more, a dozen samples of each. A router in closed form is
+        solved at every possible cut on three quarters of the samples, and asked which task the others
+        are of; the cut is the earliest at which it is about as often right as anywhere
+        (`SplitCurve.chosen`), since what comes after the cut can be adapted. ``moe.report.curve``
+        shows it.
 
     The model itself is never changed, and no frozen weight is copied. Raises ConfigError for a
     wrong option, InputError, CaptureError, SplitError, ConversionError where no site can hold
@@ -92,7 +104,7 @@ def convert(
 
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     require_trainable(recipe)
-    return build.convert(model, recipe, example_inputs, verify, dry_run)
+    return build.convert(model, recipe, example_inputs, verify, dry_run, calibration=calibration)
 
 
 def load(

@@ -71,25 +71,33 @@ def split(read: Callable[[], Any], sizes: Mapping[str, int], seed: int, part: st
     return chosen, texts.drawn(rest if part == "eval" else test, sizes["tested"], seed)[0]
 
 
-def job(
-    folder: Path, seed: int, method: str, lr: float, part: str = "test", quick: bool = False,
-    **sizes: int,
-) -> dict[str, Any]:  # fmt: skip
-    """One method over the stream. R: accuracies of the tasks as they were learnt, then at the end."""
-    from moe_rewrite.continual import Training, class_stream
-    from moe_rewrite.continual.learner import Learner, router_use
-    from moe_rewrite.continual.registry import Setup, make_method
+def stream_of(
+    seed: int, part: str = "test", quick: bool = False, **sizes: int
+) -> tuple[Any, Any, list[Any], Any]:
+    """(model, problem, tasks, base task)."""
+    from moe_rewrite.continual import class_stream
 
-    model, problem = encoder(quick)
     known = {"train": sizes["base"], "tested": sizes["base_tested"]}
     (base,) = class_stream({"BBC News": split(texts.bbc_news, known, seed, part)}, 0)
     read = QUICK_SETS if quick else SETS
     sets = {name: split(of, sizes, seed, part) for name, of in read.items()}
-    tasks = class_stream(sets, first_column=5)
+    return *encoder(quick), class_stream(sets, first_column=5), base
+
+
+def job(
+    folder: Path, seed: int, method: str, lr: float, part: str = "test", quick: bool = False,
+    first_deep: int = SPLIT, **sizes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """One method over the stream. R: accuracies of the tasks as they were learnt, then at the end."""
+    from moe_rewrite.continual import Training
+    from moe_rewrite.continual.learner import Learner, router_use
+    from moe_rewrite.continual.registry import Setup, make_method
+
+    model, problem, tasks, base = stream_of(seed, part, quick, **sizes)
     training = Training(
         epochs=sizes["epochs"], lr=lr, batch_size=BATCH, mixed_precision="bf16", seed=seed
     )
-    setup = Setup(split=SPLIT, training=training, cache=True)
+    setup = Setup(split=first_deep, training=training, cache=True)
     torch.manual_seed(seed)
     example = problem.inputs(problem.batch(tasks[0].train[:2]))
     learner = make_method(method, model, problem, setup, example)

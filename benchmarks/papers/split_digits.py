@@ -69,27 +69,33 @@ def drawn(folder: str, counts: tuple[int, int], seed: int, part: str) -> tuple[A
     return fitted[0], fitted[1]
 
 
-def job(
-    folder: Path, seed: int, method: str, lr: float, epochs: int, train: int, tested: int,
-    base_tested: int, tasks: int, part: str = "test", **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """One method over the stream; options: of the Setup."""
+def stream_of(
+    seed: int, train: int, tested: int, base_tested: int, tasks: int, part: str = "test"
+) -> tuple[Any, Any, list[Any], Any]:
+    """(model, problem, tasks, base task)."""
     from moe_rewrite.continual.images import ImageProblem, items_of, split_classes
-    from moe_rewrite.continual.registry import Setup
-    from moe_rewrite.continual.run import run
     from moe_rewrite.continual.tasks import Task
-    from moe_rewrite.continual.training import Training
 
     digits = drawn("mnist", (12 * train, tested), seed, part)
     stream = split_classes(*digits, per_task=2, first_column=10, name="digits", limit=train)[:tasks]
     base = drawn("cifar-10-batches-py", (10 * train, base_tested), seed, part)
     base_task = Task("CIFAR-10", *(items_of(images, {c: c for c in range(10)}) for images in base))
+    return pretrained(), ImageProblem(32), stream, base_task
+
+
+def job(
+    folder: Path, seed: int, method: str, lr: float, epochs: int, train: int, tested: int,
+    base_tested: int, tasks: int, part: str = "test", split: int | str = "layer3", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One method over the stream; options: of the Setup."""
+    from moe_rewrite.continual.registry import Setup
+    from moe_rewrite.continual.run import run
+    from moe_rewrite.continual.training import Training
+
+    dense, problem, stream, base_task = stream_of(seed, train, tested, base_tested, tasks, part)
     training = Training(epochs=epochs, lr=lr, batch_size=32, seed=seed)
-    setup = Setup(split="layer3", training=training, replay=REPLAY, **options)
-    problem = ImageProblem(32)
-    return run(
-        method, pretrained(), problem, stream, setup, base_task, "accuracy", folder
-    ).figures()
+    setup = Setup(split=split, training=training, replay=REPLAY, **options)
+    return run(method, dense, problem, stream, setup, base_task, "accuracy", folder).figures()
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ Spread = dict[str, float]
 
 
 def runs(
-    job: Callable[..., Figures], variants: Mapping[str, Figures], seeds: Sequence[int]
-) -> dict[str, list[Figures]]:
+    job: Callable[..., Figures], variants: Mapping[str, Figures], seeds: Sequence[int],
+    workers: int = 2,
+) -> dict[str, list[Figures]]:  # fmt: skip
     """``job(folder, seed, **variant)`` of every variant under every seed, two at a time.
 
     Folders are inside MOE_REWRITE_RUNS, if that is set; a later start reads finished runs and
@@ -33,7 +34,7 @@ def runs(
     root = Path(os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp())
     from rich.progress import track
 
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
             (name, seed): pool.submit(_finished, job, root / f"{name}-{seed}", seed, variant)
             for seed in seeds

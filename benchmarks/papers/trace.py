@@ -52,22 +52,30 @@ def pretrained() -> tuple[Any, Any]:
     return load_model(str(model)), TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)
 
 
-def job(
-    folder: Path, seed: int, method: str, lr: float, items: int, tested: int, tasks: int,
-    epochs: int, part: str = "test", split: int = SPLIT, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """One method over the stream, scored on the first items of a part; options: of the Setup."""
-    from moe_rewrite.continual.registry import Setup
-    from moe_rewrite.continual.run import run
+def stream_of(
+    seed: int, items: int, tested: int, tasks: int, epochs: int, part: str = "test"
+) -> tuple[Any, Any, list[Any], Any]:
+    """(model, problem, tasks, base task), scored on the first items of a part."""
     from moe_rewrite.continual.tasks import Task, read_stream
-    from moe_rewrite.continual.training import Training
 
     dense, problem = pretrained()
     stream = [
         Task(t.name, t.train[:items], getattr(t, part)[:tested], epochs=epochs)
         for t in read_stream([data() / "TRACE"])[:tasks]
     ]
-    base_task = problem.base_task_of(dense, items, STORIES, seed)
+    return dense, problem, stream, problem.base_task_of(dense, items, STORIES, seed)
+
+
+def job(
+    folder: Path, seed: int, method: str, lr: float, items: int, tested: int, tasks: int,
+    epochs: int, part: str = "test", split: int = SPLIT, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One method over the stream; options: of the Setup."""
+    from moe_rewrite.continual.registry import Setup
+    from moe_rewrite.continual.run import run
+    from moe_rewrite.continual.training import Training
+
+    dense, problem, stream, base_task = stream_of(seed, items, tested, tasks, epochs, part)
     setup = Setup(split=split, training=Training(epochs=epochs, lr=lr, seed=seed), **options)
     return run(method, dense, problem, stream, setup, base_task, "loss", folder).figures()
 

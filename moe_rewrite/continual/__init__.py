@@ -5,6 +5,7 @@ Methods: `learner` (PMoE) and `methods/` (baselines), by name in `registry`. Run
 (one method), `compare` (several). Results: `matrix`, `scores`, `results`.
 """
 
+from .calibration import calibration_of
 from .classification import ClassificationProblem, class_stream
 from .features import FeatureCache
 from .images import ImageProblem
@@ -23,6 +24,7 @@ __all__ = [
     "Task",
     "TextProblem",
     "Training",
+    "calibration_of",
     "class_stream",
     "read_stream",
 ]

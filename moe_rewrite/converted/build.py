@@ -8,6 +8,7 @@ training graphs are captured when the model is first trained.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ..passes.pipeline import Timer, run
 from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
 from . import carving, checkpoint
+from .measure_splits import Calibration, measure_splits
 from .model import MoEModel
 from .page.write import write_dense_page
 from .report import Report
@@ -43,21 +45,24 @@ from .verify import verify_conversion
 
 
 def inspect(
-    model: nn.Module, example_inputs: Any, html: str | os.PathLike | None, split: int | float | str
-) -> DepthMap:
+    model: nn.Module, example_inputs: Any, html: str | os.PathLike | None,
+    split: int | float | str, calibration: Calibration | None,
+) -> DepthMap:  # fmt: skip
     """As `moe_rewrite.inspect`."""
     _require_dense(model)
+    model = without_wrapper(model)
+    curve = None if calibration is None else measure_splits(model, make_recipe(), calibration)
     if html is not None:
-        return write_dense_page(html, without_wrapper(model), example_inputs, split)
-    program = program_of(without_wrapper(model), example_inputs)
+        return write_dense_page(html, model, example_inputs, split, curve)
+    program = program_of(model, example_inputs)
     depth = run((InlineRegions(), Clean(), FindDepth()), program, Decisions("auto")).depth
     assert depth is not None
-    return depth
+    return depth.measured(curve)
 
 
 def convert(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool = False,
-    fits: bool = True,
+    fits: bool = True, calibration: Calibration | None = None,
 ) -> MoEModel | Report:  # fmt: skip
     """As `moe_rewrite.convert`, by a recipe. fits: carved experts are fitted to calibration rows,
     and not loaded afterwards."""
@@ -65,7 +70,7 @@ def convert(
     model = without_wrapper(model)
     try:
         with torch.inference_mode(False):  # what is made here is trained elsewhere
-            return _converted(model, recipe, example_inputs, verify, dry_run, fits)
+            return _converted(model, recipe, example_inputs, verify, dry_run, fits, calibration)
     except (MoeRewriteError, MemoryError):
         raise
     except Exception as error:
@@ -77,13 +82,16 @@ def convert(
 
 def _converted(
     model: nn.Module, recipe: Recipe, example_inputs: Any, verify: bool, dry_run: bool,
-    fits: bool,
+    fits: bool, calibration: Calibration | None,
 ) -> MoEModel | Report:  # fmt: skip
-    host, timed = host_of(structural_copy(model)), Timer()
+    host, timed, curve = host_of(structural_copy(model)), Timer(), None
     require_no_hooks(model)
+    if calibration is not None:
+        curve = timed("measure splits", measure_splits, model, recipe, calibration)
+        recipe = replace(recipe, split=curve.split)
     arguments = host.arguments(example_inputs)
     compiler, program = plan_conversion(host, recipe, arguments, timed)
-    report = Report.of(program, compiler)
+    report = Report.of(program, compiler, curve)
     report.warn_of_costs(kind_of(recipe.experts).cheaper)
     if dry_run:
         return report

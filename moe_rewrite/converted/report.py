@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import ConversionError, InputError
 from ..ir.conditions import conditions_of
 from ..ir.sites import Macs
 from ..passes.kinds import kind_of
@@ -21,6 +21,7 @@ from . import low_precision
 if TYPE_CHECKING:
     from ..ir.equivalence import EquivalenceReport
     from ..ir.program import Numerics, Program
+    from ..ir.split_curve import SplitCurve
     from ..passes.pipeline import Compiler
 
 
@@ -45,6 +46,7 @@ class Report:
     precision: of experts after `quantize_experts`, as text; empty before.
     lowered: (site, how it is computed).
     equivalence: the comparison with the original; None where there was none.
+    curve: how well tasks are told apart at each possible cut; None where that was not measured.
     """
 
     model: str
@@ -63,11 +65,20 @@ class Report:
     precision: str = ""
     lowered: list[tuple[str, str]] = field(default_factory=list)
     equivalence: EquivalenceReport | None = None
+    curve: SplitCurve | None = None
     _model: weakref.ref | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
-    def of(program: Program, compiler: Compiler) -> Report:
+    def of(program: Program, compiler: Compiler, curve: SplitCurve | None = None) -> Report:
+        """Raises ConversionError where the cut is before another block than the one that the curve
+        chose."""
         assert program.cut is not None
+        if curve is not None and curve.chosen.label != program.cut.label:
+            raise ConversionError(
+                f"calibration chose block {curve.split} ({curve.chosen.label}), which is "
+                f"{program.cut.label} in the graph of the example: pass example_inputs in the form of "
+                "the calibration batches"
+            )
         recipe, decisions = compiler.recipe, compiler.decisions
         kind = kind_of(recipe.experts)
         macs = {s.name: kind.macs(s, recipe, decisions.chosen) for s in program.sites}
@@ -88,6 +99,7 @@ class Report:
             macs_of={name: m for name, m in macs.items() if m is not None},
             experts=kind.words(recipe),
             lowered=list(program.lowered),
+            curve=curve,
         )
 
     @property
@@ -139,13 +151,15 @@ class Report:
         return [first, (["site", "size", "what was done"], rows), *how]
 
     def __str__(self) -> str:
-        return "\n".join(table(columns, rows) for columns, rows in self._tables())
+        tables = [table(columns, rows) for columns, rows in self._tables()]
+        return "\n".join([*tables, *([] if self.curve is None else [str(self.curve)])])
 
     def _repr_html_(self) -> str:
         """For notebooks: tables without script, the long one folded."""
         first, *others = (html_table(columns, rows) for columns, rows in self._tables())
         title = f"{len(self.sites)} sites converted, {len(self.rejected)} not"
-        return first + folded(title, "".join(others))
+        curve = "" if self.curve is None else self.curve._repr_html_()
+        return first + curve + folded(title, "".join(others))
 
     def html(
         self, path: str | os.PathLike, inputs: Any = None, tokens: Sequence[str] | None = None,

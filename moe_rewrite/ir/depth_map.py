@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import SplitError
 from ..utils.html_tables import bar, html_table
 from ..utils.text_tables import count, table
+from .split_curve import SplitCurve
 
 COLUMNS = ["block", "name", "output", "parameters", "FLOPs", "share"]
 
@@ -46,6 +47,7 @@ class DepthMap:
     source: name of the only input if it holds features itself (an image), so that a cut before
         the first block is possible; else None.
     lengths: (name, value) of the symbolic sizes except the batch, at which FLOPs are counted.
+    curve: how well tasks are told apart at each cut, where that was measured; else None.
     """
 
     model: str
@@ -58,18 +60,32 @@ class DepthMap:
     source: str | None = None
     lengths: tuple[tuple[str, int], ...] = ()
     must_name: bool = False
+    curve: SplitCurve | None = None
+
+    def measured(self, curve: SplitCurve | None) -> DepthMap:
+        """This map with a curve, from which ``"auto"`` follows. Raises SplitError for the curve of
+        other blocks."""
+        names = [block.name for block in self.blocks]
+        if curve is not None and [point.label for point in curve.points] != names:
+            raise SplitError(
+                "calibration: these batches have other blocks than the example; pass example_inputs "
+                f"in the form of the calibration batches. The example's blocks:\n{self}"
+            )
+        return replace(self, curve=curve)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __str__(self) -> str:
         rows = [(*row, f"{100 * share:.1f}%") for *row, share in self._rows()]
-        return table(COLUMNS, rows, self._title())
+        shown = table(COLUMNS, rows, self._title())
+        return shown if self.curve is None else f"{shown}\n{self.curve}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the table, without script."""
         rows = [(*row, bar(share)) for *row, share in self._rows()]
-        return html_table(COLUMNS, rows, self._title())
+        shown = html_table(COLUMNS, rows, self._title())
+        return shown if self.curve is None else shown + self.curve._repr_html_()
 
     def _rows(self) -> list[tuple[str, str, str, str, str, float]]:
         total = sum(b.flops for b in self.parts) or 1
@@ -95,7 +111,8 @@ class DepthMap:
         """(index of the first deep block, name of the cut node) for a user's `split`.
 
         split: block index, negative index, fraction of FLOPs between 0 and 1, dotted name of the
-        first deep module, or ``"auto"`` (half of the FLOPs). Raises SplitError, with this map.
+        first deep module, or ``"auto"`` (by the curve, else half of the FLOPs). Raises SplitError,
+        with this map.
         """
         n = len(self.blocks)
         if isinstance(split, str) and split != "auto":
@@ -104,6 +121,8 @@ class DepthMap:
             raise self._error(split, "a block index, a fraction of FLOPs, a module name or 'auto'")
         if not n:
             raise self._error(split, "a model with blocks: no cut point lies between its weights")
+        if split == "auto" and self.curve is not None:
+            split = self.curve.split
         if isinstance(split, int):
             index = split + n if split < 0 else split
             if not 0 <= index < n:

@@ -147,6 +147,23 @@ class TokenGate(Router):
         counts = counts.clamp_min(1).unsqueeze(-1)
         return sums / counts, after, counts
 
+    @torch.no_grad()
+    def sampled(self, features: torch.Tensor, mask: RowMask, count: int) -> torch.Tensor:
+        """(B, P, F) fp32: what the gate reads at P = `count` positions of each sample, evenly spaced
+        among those that count, the last one included; P = 1 where it reads one value a sample. F is
+        D, or the number of random features."""
+        read, _, _ = self._read(features, mask, None)
+        if read.ndim == 2:
+            return read.unsqueeze(1)
+        if read.shape[1] != features.shape[1] or read.shape[1] == 1:
+            return read
+        counted = read.new_ones(read.shape[:2]) if mask is None else counted_rows(mask, read)
+        numbers = counted.long().cumsum(1)  # of the positions, from 1 on
+        steps = torch.arange(1, count + 1, device=read.device)
+        wanted = (numbers[:, -1:] * steps / count).ceil().long()
+        at = torch.searchsorted(numbers, wanted).clamp_max(read.shape[1] - 1)
+        return read.gather(1, at.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
+
     def _lifted(self, x: torch.Tensor) -> torch.Tensor:
         """Features of each position, before positions are averaged."""
         return x

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config import PatchRouter, RouterSpec, TokenRouter
 from ...ir.depth_map import Block, DepthMap
+from ...ir.split_curve import SplitCurve
 from ...passes.possible_splits import PossibleSplit, SitesOf
 
 READS = {
@@ -25,9 +26,10 @@ def page_facts(
     converted: dict[str, Any] | None = None,
     routing: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    curve: SplitCurve | None = None,
 ) -> dict[str, Any]:
-    """start: the split that is shown first. converted, routing, run: the page's further sections;
-    None: without."""
+    """start: the split that is shown first. converted, routing, run, curve: the page's further
+    sections; None: without."""
     indices = {id(b): i for i, b in enumerate(depth.blocks)}
     made = {
         "model": depth.model,
@@ -40,6 +42,7 @@ def page_facts(
         ],
         "splits": [_split(split) for split in splits],
         "start": start,
+        "curve": None if curve is None else _curve(curve),
         "converted": converted,
         "routing": routing,
         "run": run,
@@ -54,6 +57,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _curve(curve: SplitCurve) -> dict[str, Any]:
+    points = [asdict(point) | {"chosen": point is curve.chosen} for point in curve.points]
+    return {"title": curve.title, "points": points}
 
 
 def _split(split: PossibleSplit) -> dict[str, Any]:

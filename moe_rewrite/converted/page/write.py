@@ -15,6 +15,7 @@ from ...frontend.adapters import host_of
 from ...frontend.host import Host
 from ...frontend.structural_copy import structural_copy
 from ...ir.depth_map import DepthMap
+from ...ir.split_curve import SplitCurve
 from ...passes.possible_splits import possible_splits
 from ...passes.recipe import make_recipe
 from ...utils.atomic_files import replace_file
@@ -26,8 +27,9 @@ HERE = Path(__file__).parent
 
 
 def write_dense_page(
-    path: str | os.PathLike, model: nn.Module, example_inputs: Any, split: int | float | str
-) -> DepthMap:
+    path: str | os.PathLike, model: nn.Module, example_inputs: Any, split: int | float | str,
+    curve: SplitCurve | None,
+) -> DepthMap:  # fmt: skip
     """The page of a model that is not converted: for each split, sites of the three kinds of
     experts. Arguments and errors as for `moe_rewrite.inspect`."""
     target = _target(path)
@@ -35,8 +37,9 @@ def write_dense_page(
     kinds = LoRAExperts(), FFNExperts(), RegionExperts()
     recipes = [make_recipe(split=split, experts=experts) for experts in kinds]
     depth, splits = possible_splits(host, recipes, host.arguments(example_inputs))
+    depth = depth.measured(curve)
     start = depth.resolve(split)[0] if splits else 0
-    write_page(target, page_facts(depth, splits, start))
+    write_page(target, page_facts(depth, splits, start, curve=curve))
     return depth
 
 
@@ -57,7 +60,8 @@ def write_model_page(
         "facts": [[k, text] for k, text in report.facts() if k != "seconds"],
         "experts": moe.names,
     }
-    write_page(target, page_facts(depth, splits, index, converted, routing, run))
+    facts = page_facts(depth, splits, index, converted, routing, run, report.curve)
+    write_page(target, facts)
 
 
 def write_page(target: Path, facts: dict[str, Any]) -> None:
