@@ -35,9 +35,21 @@ def separation(rows: Sequence[torch.Tensor], ridge: float) -> tuple[float, float
 
 
 def _solved(rows: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
-    """(M + 1, tasks) float64, as `AnalyticGate.solve` solves its rows: all tasks have the same
-    weight."""
+    """(M + 1, tasks) float64, as `AnalyticGate.solve` solves its rows: all tasks have the same weight.
+    With fewer rows than features the system of the rows is solved, which is the smaller: A'(AA' + r)^-1
+    is (A'A + r)^-1 A'."""
+    counts = [of.shape[0] * of.shape[1] for of in rows]
     flat = [with_one(of.flatten(0, 1)).double() for of in rows]
-    gram = torch.stack([f.T @ f / len(f) for f in flat]).sum(0)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, torch.stack([f.mean(0) for f in flat], 1))
+    weighted = torch.cat([f / n**0.5 for f, n in zip(flat, counts, strict=True)])
+    wanted = torch.block_diag(
+        *[f.new_full((n, 1), n**-0.5) for f, n in zip(flat, counts, strict=True)]
+    )
+    added = ridge * weighted.square().sum() / weighted.shape[1]
+    if len(weighted) < weighted.shape[1]:
+        return weighted.T @ torch.linalg.solve(_plus(weighted @ weighted.T, added), wanted)
+    return torch.linalg.solve(_plus(weighted.T @ weighted, added), weighted.T @ wanted)
+
+
+def _plus(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    matrix.diagonal().add_(diagonal)
+    return matrix

@@ -16,11 +16,12 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_rows_are_those_of_the_gate():
-    spec = TokenRouter(fit="analytic", projection=8, base=False, ridge=0.01)
+@pytest.mark.parametrize("projection", [8, 60])  # fewer than the 42 rows, and more
+def test_rows_are_those_of_the_gate(projection):
+    spec = TokenRouter(fit="analytic", projection=projection, base=False, ridge=0.01)
     gate = AnalyticGate(spec, 4, CPU)
     gate.add(2, active=True)
-    rows = [drawn(5, 3, 8, seed=1), drawn(9, 3, 8, seed=2) + 0.5]
+    rows = [drawn(5, 3, projection, seed=1), drawn(9, 3, projection, seed=2) + 0.5]
     for expert, of in enumerate(rows):
         gate.tell(expert, products_of(of.flatten(0, 1), None))
     solved = _solved(rows, spec.ridge).T.float()

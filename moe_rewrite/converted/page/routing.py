@@ -45,7 +45,9 @@ def routing_facts(
     if plan.patch_ids is not None:
         return shared | _patches(plan, moe.names)
     gates, chosen = plan.gates[0], plan.selected[0]
-    if len(plan.rows) == 1 or len(gates) == 1:  # one gate a sample
+    if gates.ndim == 2 and len(gates) == 1:  # of a sequence as a whole
+        gates, chosen = gates[0], chosen[0]
+    if gates.ndim == 1:  # one gate a sample
         return shared | {"kind": "sample", "rows": [_row("the whole sample", gates, chosen)]}
     length = plan.rows[1]
     if tokens is not None and len(tokens) != length:
