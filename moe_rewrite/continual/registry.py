@@ -29,7 +29,9 @@ from .training import Training
 class Setup:
     """The options that the methods of one comparison share.
 
-    split: as for `convert`.
+    split: as for `convert`. ``"auto"`` is half of the FLOPs: when a stream begins, only the base task
+        and the first task are known, and these are told apart nearly everywhere, which says nothing
+        of later tasks (docs/measurements/continual.md, "Where to cut").
     rank, alpha: as for LoRAExperts. Adapters of other methods have the experts' sites, rank, alpha.
     granularity, top_k: of the TokenRouter; None for the default.
     replay: share of older tasks' items kept by the methods that keep any.
