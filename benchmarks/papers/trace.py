@@ -52,6 +52,7 @@ def pretrained() -> tuple[Any, Any]:
     return load_model(str(model)), TextProblem(AutoTokenizer.from_pretrained(model), LENGTH)
 
 
+@cache
 def stream_of(
     seed: int, items: int, tested: int, tasks: int, epochs: int, part: str = "test"
 ) -> tuple[Any, Any, list[Any], Any]:

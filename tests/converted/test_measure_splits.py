@@ -73,7 +73,7 @@ MODELS = {
     "Llama": (lambda: build("Llama", layers=2), [ids(3, 9), ids(2, 14), ids(1, 6)]),
     "ResNet": (lambda: cnn().eval(), [images(3), images(1)]),
     "ViT": (lambda: build("ViT"), None),
-    "mlp": (mlp, [torch.randn(3, 16), torch.randn(1, 16)]),
+    "mlp": (mlp, [torch.randn(3, 16), torch.randn(5, 16)]),
     "Pairs": (Pairs, [*ordered(1), ordered(3)[0][:1, :5]]),
 }
 
@@ -81,7 +81,7 @@ MODELS = {
 @pytest.mark.parametrize("name", some(MODELS, few=["ResNet", "Pairs"]))
 def test_features_are_those_of_a_conversion_at_each_split(name):
     make, batches = MODELS[name]
-    model = make()
+    model = make().eval()
     if batches is None:
         batches = [images(3, model.config.image_size, model.config.num_channels)]
     found, measurement = read(model, *batches)
@@ -162,7 +162,7 @@ def test_models_that_write_in_a_call(name):
     for index, (features, _) in first.items():
         assert torch.equal(features, again[index][0])
         converted = moe_rewrite.convert(
-            make().eval(), split=index, example_inputs=example, verify=False
+            copy.deepcopy(model), split=index, example_inputs=example, verify=False
         )
         (argument,) = converted.host.signature.parameters
         expected = converted.features(**{argument: example})
