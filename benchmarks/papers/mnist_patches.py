@@ -37,15 +37,23 @@ from .patch_digits import (
 SIZES = (100, 300, 500, 700, 900, 1000)
 
 
-def compose(digits: tuple[torch.Tensor, torch.Tensor], count: int, seed: int) -> Images:
-    """Images of 4 x 4 digits: one of a deciding class, fifteen of neither."""
+def compose(
+    digits: tuple[torch.Tensor, torch.Tensor], count: int, seed: int, balanced: bool = False
+) -> Images:
+    """Images of 4 x 4 digits: one of a deciding class, fifteen of neither.
+
+    balanced: exactly half of the images of each class; else classes are drawn.
+    """
     images, labels = digits
     generator = torch.Generator().manual_seed(seed)
 
     def draw(pool: torch.Tensor, n: int) -> torch.Tensor:
         return images[drawn(pool, n, generator)]
 
-    y = torch.randint(0, 2, (count,), generator=generator)
+    if balanced:
+        y = torch.randperm(count, generator=generator) % 2
+    else:
+        y = torch.randint(0, 2, (count,), generator=generator)
     others = (~torch.isin(labels, torch.tensor(CLASSES))).nonzero().flatten()
     patches = draw(others, count * GRID**2).view(count, GRID**2, PATCH, PATCH)
     where = torch.randint(GRID**2, (count,), generator=generator)
@@ -76,13 +84,13 @@ def measure(sizes: tuple[int, ...], seeds: int, epochs: int, tests: int) -> dict
     with Progress() as progress:
         bar = progress.add_task("mnist_patches", total=runs * epochs)
         tick = partial(progress.advance, bar)
-        for method in METHODS:
+        for method, build in METHODS.items():
             choose = compose(train_digits, sizes[len(sizes) // 3], seed=3000)
-            lr, scores = best_rate(method, choose, held, epochs, [99], tick)
+            lr, scores = best_rate(build, choose, held, epochs, [99], tick)
             table: dict[int, Any] = {}
             for size in sizes:
                 models = [
-                    train(method, compose(train_digits, size, seed), lr, epochs, seed, tick)
+                    train(build, compose(train_digits, size, seed), lr, epochs, seed, tick)
                     for seed in range(seeds)
                 ]
                 found = [accuracy(m, test) for m in models]

@@ -41,9 +41,9 @@ def cnn(data: Images) -> torch.nn.Module:
     return PatchCNN(40)
 
 
-def _pmoe(experts: int, router: PatchRouter) -> MoEModel:
+def pmoe(experts: int, router: PatchRouter, dense: PatchCNN | None = None) -> MoEModel:
     moe = moe_rewrite.convert(
-        PatchCNN(40), split=0, router=router, num_experts=experts,
+        dense or PatchCNN(40), split=0, router=router, num_experts=experts,
         experts=RegionExperts(combine="concat", halo=False),
         example_inputs=torch.zeros(2, 1, GRID * PATCH, GRID * PATCH),
     )  # fmt: skip
@@ -52,34 +52,43 @@ def _pmoe(experts: int, router: PatchRouter) -> MoEModel:
 
 
 def joint(data: Images) -> MoEModel:
-    return _pmoe(8, PatchRouter(GRID, 6, gate="selected"))
+    return pmoe(8, PatchRouter(GRID, 6, gate="selected"))
 
 
 def separate(data: Images) -> MoEModel:
-    """The router first, by gradient descent on ``-y <w1 - w2, sum of patches>`` (section 4.2)."""
-    moe = _pmoe(2, PatchRouter(GRID, 2, gate="hard", init=0.0))
-    w1, w2 = moe.router.rows
-    whole = data.x.view(-1, GRID, PATCH, GRID, PATCH).sum((1, 3)).flatten(1)
-    optimizer = torch.optim.SGD([w1, w2], lr=0.1)
-    for x, y in zip(whole.split(BATCH), data.y.split(BATCH), strict=True):
-        optimizer.zero_grad()
-        (-y * (x @ (w1 - w2))).mean().backward()
-        optimizer.step()
-    for row in (w1, w2):
-        row.requires_grad_(False)
+    moe = pmoe(2, PatchRouter(GRID, 2, gate="hard", init=0.0))
+    train_router(moe, data.x, data.y)
     return moe
 
 
-METHODS: dict[str, Callable[[Images], torch.nn.Module]] = {
+def train_router(
+    moe: MoEModel, x: torch.Tensor, y: torch.Tensor, rate: float = 0.1, epochs: int = 1
+) -> None:
+    """The rows of two experts, by gradient descent on ``-y <w1 - w2, sum of patches>`` (section
+    4.2); frozen afterwards."""
+    w1, w2 = moe.router.rows
+    whole = x.view(-1, GRID, PATCH, GRID, PATCH).sum((1, 3)).flatten(1)
+    optimizer = torch.optim.SGD([w1, w2], lr=rate)
+    for _ in range(epochs):
+        for images, labels in zip(whole.split(BATCH), y.split(BATCH), strict=True):
+            optimizer.zero_grad()
+            (-labels * (images @ (w1 - w2))).mean().backward()
+            optimizer.step()
+    for row in (w1, w2):
+        row.requires_grad_(False)
+
+
+Build = Callable[[Images], torch.nn.Module]
+METHODS: dict[str, Build] = {
     "CNN, 40 filters": cnn, "pMoE separate, 2 x 20": separate, "pMoE joint, 8 x 5": joint,
 }  # fmt: skip
 
 
 def train(
-    method: str, data: Images, lr: float, epochs: int, seed: int, tick: Callable[[], None]
+    build: Build, data: Images, lr: float, epochs: int, seed: int, tick: Callable[[], None]
 ) -> torch.nn.Module:
     torch.manual_seed(seed)
-    model = METHODS[method](data)
+    model = build(data)
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(epochs):
@@ -108,11 +117,11 @@ def patch_gates(model: torch.nn.Module, data: Images) -> float | None:
 
 
 def best_rate(
-    method: str, data: Images, held: Images, epochs: int, seeds: Sequence[int], tick: Callable
+    build: Build, data: Images, held: Images, epochs: int, seeds: Sequence[int], tick: Callable
 ) -> tuple[float, dict[float, float]]:
     """(rate with the highest accuracy on held-out images, mean accuracy over seeds by rate)."""
     scores = {
-        lr: mean(accuracy(train(method, data, lr, epochs, s, tick), held) for s in seeds)
+        lr: mean(accuracy(train(build, data, lr, epochs, s, tick), held) for s in seeds)
         for lr in RATES
     }
     return max(scores, key=lambda lr: scores[lr]), scores

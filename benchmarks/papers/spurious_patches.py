@@ -84,13 +84,13 @@ def measure(size: int, seeds: int, epochs: int, tests: int) -> dict[str, Any]:
         total = len(METHODS) * (len(RATES) * len(CHOOSING) + seeds) * epochs
         bar = progress.add_task("spurious_patches", total=total)
         tick = partial(progress.advance, bar)
-        for method in METHODS:
+        for method, build in METHODS.items():
             choose, _ = compose(*train_sets, size, 0.95, seed=3000)
-            lr, scores = best_rate(method, choose, held, epochs, CHOOSING, tick)
+            lr, scores = best_rate(build, choose, held, epochs, CHOOSING, tick)
             found: dict[str, list[Any]] = {"worst": [], "mean": [], "kept": []}
             for seed in range(seeds):
                 data, _ = compose(*train_sets, size, 0.95, seed)
-                model = train(method, data, lr, epochs, seed, tick)
+                model = train(build, data, lr, epochs, seed, tick)
                 found["worst"].append(worst_group(model, test, background))
                 found["mean"].append(accuracy(model, test))
                 found["kept"].append(patch_gates(model, test))

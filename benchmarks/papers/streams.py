@@ -26,7 +26,7 @@ def runs(
     job: Callable[..., Figures], variants: Mapping[str, Figures], seeds: Sequence[int],
     workers: int = 2,
 ) -> dict[str, list[Figures]]:  # fmt: skip
-    """``job(folder, seed, **variant)`` of every variant under every seed, two at a time.
+    """``job(folder, seed, **variant)`` of every variant under every seed, `workers` at a time.
 
     Folders are inside MOE_REWRITE_RUNS, if that is set; a later start reads finished runs and
     resumes the others.
