@@ -21,7 +21,7 @@ from moe_rewrite import PatchRouter
 from moe_rewrite.models.patch_cnn import PatchCNN
 
 from ..tools.data import mnist
-from ..tools.plots import curves
+from ..tools.plots import bars
 from ..tools.report import finish, is_quick, mean_and_spread, over_seeds, read, save
 from .mnist_patches import compose
 from .patch_digits import GRID, Images, accuracy, patch_gates, pmoe, train, train_router
@@ -111,6 +111,11 @@ def _kept(result: dict[str, Any]) -> str:
     return ", ".join(f"{sum(k) / len(k):.2f}" for k in shares if k)
 
 
+def draw(results: dict[str, Any], sizes: tuple[int, ...]) -> Any:
+    titles: dict[Any, str] = {size: f"test accuracy, {size} images" for size in sizes}
+    return bars({"": {name: r["by_size"] for name, r in results.items()}}, titles)
+
+
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(1)
@@ -124,8 +129,7 @@ def main() -> None:
         "seeds": seeds, "epochs": epochs, "test_images": tests, "methods": results,
     }  # fmt: skip
     if not quick:
-        labels = {n: n for n in results}
-        save("separate_reasons", figures, curves(results, labels, "Separate training"))
+        save("separate_reasons", figures, draw(results, sizes))
     columns = ["network", *map(str, sizes), "deciding patch kept"]
     finish("separate_reasons", columns, rows, **figures)
 
