@@ -25,8 +25,6 @@ LIMIT = 900  # seconds
 HERE = Path(__file__).parent
 ELSEWHERE = {
     "papers.carving": "36 s",
-    "papers.patch_digits": "shared by others",
-    "papers.streams": "shared by others",
     "speed.decode_compiled": "compiles for minutes",
     "speed.onnx_gpu": "needs a GPU",
     "speed.onnx_memory": "minutes",
@@ -62,7 +60,8 @@ def names() -> Iterator[str]:
     yield "coverage"
     for folder in ("speed", "papers", "tune"):
         for file in sorted((HERE / folder).glob("[!_]*.py")):
-            if (name := f"{folder}.{file.stem}") not in ELSEWHERE:
+            name, runs = f"{folder}.{file.stem}", "__main__" in file.read_text()
+            if runs and name not in ELSEWHERE:
                 yield name
 
 
