@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from .utils.checks import choose, is_int, is_number, named_dtype, require
+from .utils.checks import choose, ends_in, is_int, is_number, named_dtype, require
 
 Granularity = Literal["token", "prefix", "sequence"]
 Fit = Literal["gradient", "analytic"]
@@ -38,6 +38,8 @@ class TokenRouter:
         are multiplied by this before the softmax.
     prior: ``prior / positions`` is added to the frozen model's score in an analytic prefix gate,
         since a short prefix says little.
+    sums: an analytic gate keeps a matrix in host memory for ``"each"`` expert, so that `remove` is
+        exact; or three ``"shared"`` ones, in which a removed expert's rows become the frozen model's.
     pool: a feature map at the cut is read as the means of its pool x pool cells, a volume as those
         of pool x pool x pool.
     gate: softmax over the top k (``"selected"``), or over all outputs (``"all"``), in which case
@@ -58,6 +60,7 @@ class TokenRouter:
     ridge: float = 1e-3
     sharpness: float = 12.0
     prior: float = 2.0
+    sums: Literal["each", "shared"] = "each"
     pool: int = 4
     gate: Literal["selected", "all"] = "selected"
     policy: Literal["token", "expert"] = "token"
@@ -69,6 +72,7 @@ class TokenRouter:
         require(k is None or (is_int(k) and k >= 1), "TokenRouter top_k", k, "None or int >= 1")
         choose(self, "granularity", "token", "prefix", "sequence")
         choose(self, "fit", "gradient", "analytic")
+        choose(self, "sums", "each", "shared")
         choose(self, "gate", "selected", "all")
         choose(self, "policy", "token", "expert")
         if self.policy == "expert":
@@ -290,10 +294,6 @@ class FFNExperts:
         if isinstance(self.sites, tuple) and not ends_in(region, self.sites):
             return f"not named in sites={self.sites}"
         return f"left out by every={self.every}" if following % self.every else None
-
-
-def ends_in(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == e or name.endswith("." + e) for e in endings)
 
 
 @dataclass(frozen=True)

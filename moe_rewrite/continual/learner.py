@@ -81,7 +81,7 @@ class Learner(Method):
         if base_task is None:
             return
         if self.analytic:
-            if not bool(self.model.router.moments[0].any()):  # type: ignore[index]
+            if not self.model.router.knows_base:  # type: ignore[operator]
                 self._observe(None, base_task)
         elif self.buffer.ratio:
             self._base_items = list(base_task.train)[

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError
 from ..experts.base import SEPARATOR, ExpertParameters
 from ..ir.steps import Step
+from ..routing.plan_views import Active
 from ..utils.sharded import gathered_to_run, in_process_group
 
 
@@ -82,9 +83,9 @@ class BlockModule(nn.Module):
         return site
 
     def forward(
-        self, bound: Bound, active: tuple[int, ...], *values: Any
+        self, bound: Bound, active: Active | None, *values: Any
     ) -> tuple[torch.Tensor, ...]:
-        """Run one step on the values it takes; `active` are the experts that are on."""
+        """Run one step on the values it takes. active: None before the cut, where no experts are."""
         stacks: dict[int, tuple[Any, ...]] = {}
         owned = []
         for ref in bound.slots:
@@ -93,7 +94,8 @@ class BlockModule(nn.Module):
             elif type(ref) is tuple:
                 site, part = ref
                 if id(site) not in stacks:
-                    stacks[id(site)] = site.stacked(active)
+                    assert active is not None
+                    stacks[id(site)] = site.stacked(active.on if site.of_all else active.run)
                 owned.append(stacks[id(site)][part])
             else:
                 owned.append(ref)
@@ -106,7 +108,7 @@ class BlockModule(nn.Module):
                 arguments[i] = pytree.tree_map(torch.clone, arguments[i])
         return bound.step.code.call(*arguments)
 
-    def checkpointed(self, bound: Bound, active: tuple[int, ...], *values: Any) -> Any:
+    def checkpointed(self, bound: Bound, active: Active | None, *values: Any) -> Any:
         """`forward` with its activations recomputed in the backward pass (non-reentrant)."""
         first = len(bound.slots)
         if any(i >= first for i in bound.step.writes):  # it writes to its inputs: not run twice

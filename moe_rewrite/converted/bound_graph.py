@@ -13,6 +13,7 @@ from ..ir.conditions import Conditions, Pattern
 from ..ir.steps import Emitted, narrowed
 from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
+from ..routing.plan_views import Work
 from .block_module import BlockModule, Bound, Slot
 from .flat_code import FlatCode
 from .regional import RegionalCode, compiles, outside
@@ -99,7 +100,7 @@ class BoundGraph:
             if bound.step.deep:
                 break
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                _advance(values, bound, block(bound, (), *_taken(values, bound)))
+                _advance(values, bound, block(bound, None, *_taken(values, bound)))
         if features is not None:
             values[self.emitted.cut] = features
         return self._plan(values, planner)
@@ -124,32 +125,37 @@ class BoundGraph:
             return self._run_flat(leaves, planner)
         values = self._values(leaves)
         steps = self.steps if features is None else self._steps_after_cut()
-        plan: RoutingPlan | None = None
+        work: Work | None = None
         after = None
         for block, bound in steps:
-            if bound.step.deep and plan is None:
+            if bound.step.deep and work is None:
                 if features is not None:
                     values[self.emitted.cut] = features
                 plan, after = self._plan(values, planner)
+                work = Work.of(plan)
                 for name, view in self.emitted.views:
-                    values[name] = view.of(plan)
+                    values[name] = work.view(view)
             taken = _taken(values, bound)
             run = block.checkpointed if checkpoint and bound.step.deep else block
             wanted = bound.step.deep or not self.frozen
             with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-                _advance(values, bound, run(bound, plan.active if plan else (), *taken))
+                _advance(values, bound, run(bound, work.active if work else None, *taken))
         outputs = [values[o] if isinstance(o, str) else o.value for o in self.emitted.outputs]
-        assert plan is not None  # something deep follows every cut
-        return outputs, self._complete(plan, [values[n] for _, n in self.emitted.layers]), after
+        assert work is not None  # something deep follows every cut
+        return (
+            outputs,
+            self._complete(work.plan, [values[n] for _, n in self.emitted.layers]),
+            after,
+        )
 
     def _run_flat(
         self, leaves: list[Any], planner: Planner
     ) -> tuple[list[Any], RoutingPlan, PrefixState | None]:
         flat = self._flat_code()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            given = list(flat.shallow(list(leaves), ()))
-        plan, after = self._route(flat, given, leaves, planner)
-        return (*self._finished(flat.deep(given, plan.active), plan), after)
+            given = list(flat.shallow(list(leaves), None))
+        work, after = self._route(flat, given, leaves, planner)
+        return (*self._finished(flat.deep(given, work.active), work.plan), after)
 
     def _run_compiled(
         self, leaves: list[Any], planner: Planner, checkpoint: bool, features: torch.Tensor | None
@@ -159,25 +165,30 @@ class BoundGraph:
         regional = outside(self._regional_code, leaves, checkpoint, features)
         if regional is None:
             return outside(self._run, leaves, planner, checkpoint, features)
-        owned = outside(regional.owned, False, ())
+        owned = outside(regional.owned, False, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             given = list(regional.shallow(list(leaves), owned))
         plan, after, owned = outside(self._route_compiled, regional, given, leaves, planner)
         return (*outside(self._finished, regional.deep(given, owned), plan), after)
 
     def _route(
-        self, flat: FlatCode, given: list[Any], leaves: list[Any], planner: Planner
-    ) -> tuple[RoutingPlan, PrefixState | None]:
-        """The plan; `given`, the values that the shallow half carries over, gets the views of it."""
+        self, flat: FlatCode, given: list[Any], leaves: list[Any], planner: Planner,
+        compiled: bool = False,
+    ) -> tuple[Work, PrefixState | None]:  # fmt: skip
+        """The plan; `given`, the values that the shallow half carries over, gets the views of it.
+        compiled: what runs next is, for any number of experts."""
         values = dict(zip(flat.carried, given, strict=True))
         values[MASK] = self._mask(leaves)
         plan, after = self._plan(values, planner)
-        given += [view.of(plan) for _, view in self.emitted.views]
-        return plan, after
+        work = Work(plan, plan) if compiled else Work.of(plan)
+        given += [work.view(view) for _, view in self.emitted.views]
+        return work, after
 
-    def _route_compiled(self, regional: RegionalCode, *given: Any) -> tuple[Any, Any, list[Any]]:
-        plan, after = self._route(regional, *given)
-        return plan, after, regional.owned(True, plan.active)
+    def _route_compiled(
+        self, regional: RegionalCode, given: list[Any], leaves: list[Any], planner: Planner
+    ) -> tuple[Any, Any, list[Any]]:
+        work, after = self._route(regional, given, leaves, planner, compiled=True)
+        return work.plan, after, regional.owned(True, work.active)
 
     def _finished(self, made: Any, plan: RoutingPlan) -> tuple[list[Any], RoutingPlan]:
         """The outputs, and the plan with the logits of the layers."""

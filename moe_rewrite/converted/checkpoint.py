@@ -26,8 +26,9 @@ from ..utils.read_files import parse_tensors, read_bytes, read_json, require_fin
 from ..utils.seal import SEAL, require_seal, sealed
 from ..utils.tensor_bytes import tensor_bytes
 
-FORMAT = 2  # 1 has no tensor that says which experts the file holds
-READABLE = (1, 2)
+# 1 has no tensor that says which experts the file holds; 2 has whole matrices of a router's sums
+FORMAT = 3
+READABLE = (1, 2, 3)
 META = "moe_rewrite.json"
 TRAINERS = "model.safetensors"  # the file that transformers' Trainer resumes from
 READS = 100  # at most, of a folder to which others write meanwhile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from ..routing.plan import RoutingPlan
 from ..routing.router import Router
 from . import carving, low_precision
 from .expert_set import ExpertSet
+from .fewer_experts import join, prune, use_of
 from .merge import merge_expert
 from .parameters import ParameterStore
 from .plan_override import PlanOverride
@@ -103,6 +104,37 @@ class ExpertMethods(nn.Module):
         """
         self._store.require_whole("remove()")
         self._experts.remove(name)
+
+    def expert_use(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The share of rows that goes to each expert over these inputs, by name: its mean gate.
+
+        batches: inputs as for `fit_router`. Raises ConfigError without rows.
+        """
+        return use_of(self, batches)
+
+    def prune(self, batches: Iterable[Any], below: float) -> dict[str, float]:
+        """Remove the experts whose share of rows over these inputs (`expert_use`) is smaller than
+        `below`; returns their names and shares.
+
+        Raises ConfigError where none would be left, and as `remove` and `expert_use`.
+        """
+        self._store.require_whole("prune()")
+        return prune(self, batches, below)
+
+    def join_experts(
+        self, first: str | int, second: str | int, weight: float = 0.5
+    ) -> dict[str, float]:
+        """Make one expert of two: at each site the map of an expert's rank that is nearest to
+        ``(1 - weight) * first + weight * second``, by the singular value decomposition. It has the
+        first one's name and place, and an analytic router sends it the rows of both; the second one
+        is removed. Returns the share of the mean that is lost at each site, by Frobenius norms.
+
+        For trained LoRA experts without columns of a head, and an analytic router with a matrix for
+        each. Raises ConfigError for others; nothing is changed then.
+        """
+        self._store.require_whole("join_experts()")
+        pair = self._experts.index(first), self._experts.index(second)
+        return join(self, *pair, weight)
 
     def rename(self, name: str | int, new: str) -> None:
         """Give an expert another name. Raises ConfigError for one that is taken."""

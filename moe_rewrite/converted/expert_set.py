@@ -67,7 +67,8 @@ class ExpertSet:
         return new
 
     def forget(self) -> None:
-        """Drop cached stacks and casts of every site."""
+        """Drop cached stacks and casts of every site, and of the router."""
+        self.router.forget()
         for site in self.sites:
             site.forget()
 
@@ -215,17 +216,25 @@ class ExpertSet:
         low_precision.become(self.sites, facts.quantized)
         self.take_over(facts)
 
-    def remove(self, name: str | int) -> None:
-        """Remove an expert; the others stay bitwise what they are. Raises ConfigError for the only
-        one, and where the router would be left with none that is on."""
-        index = self.index(name)
-        self._require_others()
-        self._require_open(f"remove({name!r})")
-        self.router.set_active(index, False)
-        for site in self.sites:
-            site.remove(index)
-        self.router.remove(index)
-        self._drop(index)
+    def remove(self, *names: str | int) -> None:
+        """Remove experts; the others stay bitwise what they are. Raises ConfigError for the only one,
+        and where the router would be left with none that is on."""
+        indices = sorted({self.index(name) for name in names}, reverse=True)
+        self._require_others(len(indices))
+        self._require_open(f"remove({', '.join(map(repr, names))})")
+        on = self.router.active_indices()
+        if len(indices) > 1 and self.router.needs_one() and set(on) <= set(indices):
+            raise ConfigError(
+                f"{', '.join(self.names[e] for e in on)} are the last ones that are on, and the "
+                "router has no base: activate another first"
+            )
+        for index in indices:
+            self.router.set_active(index, False)
+            for site in self.sites:
+                site.remove(index)
+            self.router.remove(index)
+            self._drop(index)
+        self.router.settle()
 
     def remove_last(self) -> None:
         """Remove the newest expert; the router is bitwise what it was before that was added. Raises
@@ -236,13 +245,14 @@ class ExpertSet:
         for site in self.sites:
             site.remove_last()
         self._drop(len(self.names) - 1)
+        self.router.settle()
 
     def _require_open(self, what: str) -> None:
         if self._fixed:
             raise ConfigError(f"{what}: the number of these experts is fixed: {self._fixed}")
 
-    def _require_others(self) -> None:
-        if len(self) <= 1:
+    def _require_others(self, gone: int = 1) -> None:
+        if len(self) <= gone:
             raise ConfigError("the only expert cannot be removed: use to_dense()")
 
     def _drop(self, index: int) -> None:

@@ -24,8 +24,8 @@ Steps = Sequence[tuple[BlockModule, Bound]]
 
 
 class FlatCode:
-    """shallow(leaves, ()) returns the values `carried`, which the router or the deep half reads;
-    deep(these and the plan's `views`, active experts) returns the outputs that are values, then
+    """shallow(leaves, None) returns the values `carried`, which the router or the deep half reads;
+    deep(these and the plan's `views`, `Active` experts) returns the outputs that are values, then
     the layers' logits. Each clears the list that it is given."""
 
     def __init__(self, steps: Steps, emitted: Emitted, leaves: Sequence[str]) -> None:
@@ -101,7 +101,8 @@ class FlatCode:
             known = len(self._sites)
             at = self._position(self._sites, site)
             if at == known:
-                lines.append(f"e{at} = s{at}.stacked(active)")
+                which = "on" if site.of_all else "run"
+                lines.append(f"e{at} = s{at}.stacked(active.{which})")
             return f"e{at}[{part}]"
         return f"k{self._position(self._constants, ref)}"
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ir.program import Code
 from ..ir.steps import Emitted
+from ..routing.plan_views import Active
 from .block_module import Bound, Slot
 from .eager_code import traced_function
 from .flat_code import FlatCode, Steps
@@ -69,7 +70,7 @@ class RegionalCode(FlatCode):
         self._gather: list[Callable] = []
         super().__init__(steps, emitted, leaves)
 
-    def owned(self, deep: bool, active: tuple[int, ...]) -> list[Any]:
+    def owned(self, deep: bool, active: Active | None) -> list[Any]:
         return self._gather[deep](active)  # made in this order
 
     def _function(self, steps: Steps, takes: Sequence[str], gives: Sequence[str]) -> Callable:

@@ -17,7 +17,7 @@ from . import checkpoint, low_precision
 from .expert_methods import ExpertMethods
 from .expert_set import ExpertSet
 from .model_card import write_card
-from .state_dict import FACTS, added_tensors, to_tensor
+from .state_dict import ADDED, FACTS, added_tensors, to_tensor
 
 IGNORED = {
     "max_shard_size", "safe_serialization", "save_function", "save_original_format",
@@ -171,6 +171,7 @@ class Saving(ExpertMethods):
             experts.head.widen_all(facts.classes)
         low_precision.become(experts.sites, facts.quantized)
         self._store.copy_on_write(*checkpoint.dense_names(tensors))
+        tensors |= self.router.in_this_layout(tensors, ADDED + "router.")
         checkpoint.fill(self.saved_tensors(), tensors)
         experts.take_over(facts)
         self.after_loading(facts)

@@ -69,6 +69,8 @@ def of_tensor(state: torch.Tensor) -> dict[str, Any]:
 
 def added_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that conversion added, under its name."""
+    router: Any = model.router
+    router.close_sums()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.startswith(ADDED):
             yield name, tensor

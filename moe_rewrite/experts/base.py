@@ -20,6 +20,7 @@ class ExpertParameters(nn.Module):
     site: where they work.
     parts: names of an expert's tensors; a graph takes one input a part, for all active experts.
     replaced: state-dict names of the dense weights that experts replace.
+    of_all: it takes the experts that are on, also those that no row of a call goes to.
     as_adapter: an expert can be written as an adapter in PEFT's format.
     dtype: of the parameters; None: float32, or what the dense tensors have if that is wider. In
         16 bits a small step of an optimizer changes nothing.
@@ -32,6 +33,7 @@ class ExpertParameters(nn.Module):
     site: Any
     parts: tuple[str, ...]
     replaced: tuple[str, ...] = ()
+    of_all = False
     as_adapter = False
     dtype: torch.dtype | None = None
     quantized: str | None = None
@@ -120,6 +122,12 @@ class ExpertParameters(nn.Module):
         """State-dict name -> the dense tensor with an expert merged in at gate 1, in the expert's
         dtype. scale: of LoRA experts. Raises ConfigError where one dense tensor cannot do that."""
         raise ConfigError(f"{self.site.name}: experts of this kind cannot be merged")
+
+    def join(self, experts: Sequence[int], weights: Sequence[float]) -> float | None:
+        """Make the first of these experts the nearest one to their weighted mean. Returns the norm of
+        the difference by that of the mean; None for sites at which the experts have nothing.
+        Raises ConfigError where experts of this kind have no mean."""
+        raise ConfigError(f"{self.site.name}: experts of this kind cannot be joined")
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
         """The graph's input for each part, for these active experts: whole tensors, whatever the

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import TokenRouter, ends_in
+from ..config import TokenRouter
 from ..errors import ConfigError
-from ..utils.checks import choose, is_int, is_number, named_dtype, require
+from ..utils.checks import choose, ends_in, is_int, is_number, named_dtype, require
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class HeadColumns(ExpertParameters):
 
     site: HeadSite
     parts = ("columns",)
+    of_all = True
 
     def __init__(self, site: HeadSite) -> None:
         super().__init__()
@@ -86,6 +87,14 @@ class HeadColumns(ExpertParameters):
             )
         return {}
 
+    def join(self, experts: Sequence[int], weights: Sequence[float]) -> None:
+        for expert in experts:
+            if self.classes[expert]:
+                raise ConfigError(
+                    f"{self.site.name}: an expert that is to be joined added {self.classes[expert]} "
+                    "columns to the head, whose place among the classes would change"
+                )
+
     def named(
         self, part: str, stack: Any, active: Sequence[int]
     ) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -102,16 +111,18 @@ class HeadColumns(ExpertParameters):
         return columns, tensors
 
     def stacked(self, active: Sequence[int]) -> tuple[list[tuple[Any, ...] | int], ...]:
-        """One entry for each expert with columns, up to the last active one: (weight, bias, index
-        in `active`), or the number of columns of an inactive one."""
-        wide = [e for e in range(len(self.weight)) if len(self.bias[e])]
-        last = max((e for e in wide if e in active), default=-1)
+        """One entry for each active expert with columns: (weight, bias, index in `active`); before it,
+        the number of columns of inactive ones, if there are."""
+        weights, biases = (list(of) for of in self.parameter_lists())
+        place = {e: i for i, e in enumerate(active)}
         columns: list[tuple[Any, ...] | int] = []
-        for e in (e for e in wide if e <= last):
-            if e in active:
-                weight = self.in_graph("weight", e, self.weight[e])
-                bias = self.in_graph("bias", e, self.bias[e])
-                columns.append((weight, bias, list(active).index(e)))
-            else:
-                columns.append(len(self.bias[e]))
+        absent = 0
+        for e, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if e not in place:
+                absent += len(bias)
+            elif len(bias):
+                columns += [absent] if absent else []
+                absent = 0
+                pair = self.in_graph("weight", e, weight), self.in_graph("bias", e, bias)
+                columns.append((*pair, place[e]))
         return (columns,)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .lora.padded import MANY
+
 Execution = Literal["dense", "grouped"]
 
 
@@ -38,6 +40,7 @@ class Machine:
 # the ratios of these, which differ less between machines than their values do.
 CPU = Machine(flops=9.4e10, numbers=6.9e9, call=8e-6)
 TURN = 12  # operations of one LoRA expert, grouped
+PADDED = 24  # operations of LoRA experts with few rows each, all together
 
 
 def lora(
@@ -50,7 +53,17 @@ def lora(
     dense += machine.product(T, O, R) + machine.moved(T * O)
     own = machine.product(share, r, D) + machine.product(share, O, r)
     own += (TURN - 2) * machine.call + machine.moved(share * (2 * D + 2 * r + 3 * O))
-    return {"dense": dense, "grouped": busy * own}
+    grouped = busy * own
+    if busy >= MANY:
+        grouped = min(grouped, _padded(machine, busy, share, D, O, r))
+    return {"dense": dense, "grouped": grouped}
+
+
+def _padded(machine: Machine, busy: float, share: float, D: int, O: int, r: int) -> float:  # noqa: E741
+    """Seconds of LoRA experts with `share` rows each, padded to the most that one has."""
+    rows = busy * (share + 2 * share**0.5 + 1)
+    seconds = PADDED * machine.call + 2 * rows * r * (D + O) / machine.flops
+    return seconds + machine.moved(rows * (2 * D + 4 * r + 4 * O) + 3 * busy * r * (D + O))
 
 
 def ffn(

@@ -5,26 +5,27 @@ Shapes: M random features.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-_ADDING = threading.Lock()  # forwards in several threads add to the same sums
+from .packed_sums import LOCK, PackedSums, last_column, unpacked
+
+Marks = list[tuple[torch.Tensor, int]]
 
 
-class ClassSums(nn.Module):
-    """One float64 buffer (M + 1, M + 1) for each class: the sum of f f^T over its rows, where f is
-    a row's random features with a 1 appended. So the last element is the number of rows.
+class ClassSums(PackedSums):
+    """One packed buffer for each class, named by its number: the sum of f f^T over its rows, where f
+    is a row's random features with a 1 appended. So the last element is the number of rows.
 
-    Buffers, since tools that shard parameters over processes (FSDP2) leave them whole.
+    Any class can be dropped as if it had never been: what is left are the others' own matrices, and
+    their sum is taken in their order.
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
+        super().__init__(size)
+        self._older: tuple[Marks, torch.Tensor | None] = [], None
 
     def __len__(self) -> int:
         return len(self._buffers)
@@ -33,27 +34,73 @@ class ClassSums(nn.Module):
         return (self[c] for c in range(len(self)))
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.get_buffer(str(index))
+        """(M + 1, M + 1), a copy."""
+        return unpacked(self._packed()[index])
 
     def append(self, device: torch.device) -> None:
-        """A class without rows."""
-        zeros = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
-        self.register_buffer(str(len(self)), zeros)
+        self.register_buffer(str(len(self)), self._zeros(device))
 
     def drop(self, index: int) -> None:
-        kept = [m for c, m in enumerate(self) if c != index]
+        kept = [m for c, m in enumerate(self._packed()) if c != index]
         self._buffers.clear()
         for c, matrix in enumerate(kept):
             self.register_buffer(str(c), matrix)
 
     @torch.no_grad()
+    def clear(self, index: int) -> None:
+        self._packed()[index].zero_()
+
+    @torch.no_grad()
     def add(self, index: int, products: torch.Tensor) -> None:
-        with _ADDING:
-            self[index].add_(products)
+        self._add(self.get_buffer(str(index)), products)
+
+    @torch.no_grad()
+    def join(self, index: int, other: int) -> None:
+        matrices = self._packed()
+        matrices[index].add_(matrices[other])
+        matrices[other].zero_()
 
     def counts(self) -> list[float]:
-        """Rows of each class."""
-        return torch.stack([m[-1, -1] for m in self]).tolist()
+        return torch.stack([m[-1] for m in self._packed()]).tolist()
+
+    def gram(self) -> torch.Tensor:
+        with LOCK:
+            return unpacked(self._total(self._packed()))
+
+    def sides(self) -> torch.Tensor:
+        return torch.stack([last_column(_mean(m)) for m in self._packed()], 1)
+
+    def holds_infinities(self) -> int:
+        return next(c for c, m in enumerate(self._packed()) if not bool(m.isfinite().all()))
+
+    def _packed(self) -> list[torch.Tensor]:
+        self.close()
+        return [self.get_buffer(str(c)).cpu() for c in range(len(self))]
+
+    def _total(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of the means. That of all but the last, which training changes, is kept."""
+        marks = [(m, -1 if m.is_inference() else m._version) for m in matrices[:-1]]
+        known, total = self._older
+        first = len(known)
+        if total is None or not _begins_with(marks, known):
+            first, total = 0, torch.zeros_like(matrices[-1])
+        for matrix in matrices[first:-1]:
+            total += _mean(matrix)
+        self._older = marks, total
+        return total + _mean(matrices[-1])
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_older": ([], None)}
+
+
+def _begins_with(marks: Marks, known: Marks) -> bool:
+    same = (m is k and v == w != -1 for (m, v), (k, w) in zip(marks, known, strict=False))
+    return len(known) <= len(marks) and all(same)
+
+
+def _mean(matrix: torch.Tensor) -> torch.Tensor:
+    count = float(matrix[-1])
+    return matrix / count if count > 0 else matrix
 
 
 def products_of(rows: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:

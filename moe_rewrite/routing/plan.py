@@ -6,13 +6,15 @@ Shapes: B batch, S positions, n patches, l patches that an expert takes, E activ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import InputError
 from ..kernels.plan.op import largest
 from .packed_rows import RowMask
+
+FEW = 8  # of so many experts that are on, rows have to go to one for the others to be left out
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ class RoutingPlan:
             index = torch.tensor(self.active, device=full.device)
             full = full.index_copy(-1, index, self.weights)
         return full if self.base is None else torch.cat([self.base, full], dim=-1)
+
+    def of_taken(self) -> RoutingPlan:
+        """The same plan over the experts that some row goes to, if these are few of those that are on:
+        what the others add is zero. For inference on the CPU: gradients want every expert, and other
+        devices would be waited for."""
+        few = self.top_k is not None and self.patch_ids is None and len(self.active) > 1
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        if not few or traced or torch.is_grad_enabled() or self.weights.device.type != "cpu":
+            return self
+        taken = self.weights.flatten(0, -2).any(0).nonzero().flatten()
+        if len(taken) > 1 and FEW * len(taken) > len(self.active):
+            return self
+        if not len(taken):  # one stays: without any, the frozen model would count whole
+            taken = taken.new_zeros(1)
+        active = tuple(self.active[e] for e in taken.tolist())
+        weights = self.weights.index_select(-1, taken)
+        return replace(self, active=active, weights=weights, logits=None)
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``E sum_e f_e p_e`` over the E active outputs: 1 where rows are spread evenly over them.

@@ -1,9 +1,10 @@
-"""Views of a plan, which sites read: sites with the same layout share a view."""
+"""Views of a plan, which sites read: sites with the same layout share a view; and what a call runs of
+a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -66,6 +67,8 @@ class ClassGates:
     None with a PatchRouter, or without a gate of the frozen model: classes are not weighted then.
     """
 
+    of_all: ClassVar[bool] = True  # columns of experts that no row goes to are weighted too
+
     def of(self, plan: RoutingPlan) -> torch.Tensor | None:
         if plan.base is None or plan.patch_ids is not None:
             return None
@@ -91,3 +94,33 @@ PlanView = ScaledGates | SortedGates | WholePlan | ClassGates | LayerGates
 def view_plan(plan: RoutingPlan | LayerPlan, view: PlanView) -> Any:
     """Target of a view's node. Emitting removes the node: a model makes each view once a call."""
     return view.of(plan)  # type: ignore[arg-type]
+
+
+class Active(NamedTuple):
+    """Experts of a call: those that are on, and those of them that run."""
+
+    on: tuple[int, ...]
+    run: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the deep half runs in a call.
+
+    plan: as the router made it.
+    taken: its experts that some row goes to, see `RoutingPlan.of_taken`.
+    """
+
+    plan: Any
+    taken: Any
+
+    @classmethod
+    def of(cls, plan: RoutingPlan | LayerPlan) -> Work:
+        return cls(plan, plan.of_taken() if isinstance(plan, RoutingPlan) else plan)
+
+    @property
+    def active(self) -> Active:
+        return Active(self.plan.active, self.taken.active)
+
+    def view(self, view: PlanView) -> Any:
+        return view_plan(self.plan if getattr(view, "of_all", False) else self.taken, view)

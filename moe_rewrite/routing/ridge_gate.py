@@ -9,6 +9,7 @@ Shapes: D width of the features, M random features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,8 +20,10 @@ from ..errors import InputError
 from ..utils.sharded import fill_whole
 from .class_sums import ClassSums, over_processes, products_of, with_one
 from .packed_rows import RowMask
+from .packed_sums import PackedSums, packed
 from .plan import PrefixState, RoutingPlan
 from .router import Router
+from .shared_sums import SharedSums
 from .token_gate import TokenGate, counted_rows
 
 
@@ -30,8 +33,9 @@ class AnalyticGate(TokenGate):
     rows[e]: (M + 1,) fp32, solved and never trained.
     frozen: (M + 1,) fp32, the frozen model's row.
     lift: (D, M) fixed random projection.
-    moments[c]: sums over the rows of class c, see `ClassSums`. Class 0 is the frozen model, class
-        e + 1 expert e.
+    moments: sums over the rows of each class, `ClassSums` or (``sums="shared"``) `SharedSums`. Class
+        0 is the frozen model, class e + 1 expert e.
+    before[e]: (e, 2), flags just before expert e was added: its rows are solved again from the sums.
     told[e]: the sums of expert e were given (`MoEModel.fit_router`); training adds nothing to them.
     solved: the rows are those of the sums.
     unknown: experts without sums, as of the last time that the rows were solved or loaded.
@@ -41,6 +45,7 @@ class AnalyticGate(TokenGate):
     by_sums = True
     frozen: torch.Tensor
     lift: torch.Tensor
+    moments: PackedSums
 
     def __init__(self, spec: TokenRouter, width: int, device: torch.device) -> None:
         Router.__init__(self, spec, spec.projection + 1, device)
@@ -48,7 +53,8 @@ class AnalyticGate(TokenGate):
         lift = torch.randn(width, spec.projection, generator=draw) / width**0.5
         self.register_buffer("lift", lift.to(device))
         self.register_buffer("frozen", torch.zeros(self.size, device=device))
-        self.moments = ClassSums(self.size)
+        shared = spec.sums == "shared"
+        self.moments = SharedSums(self.size, device) if shared else ClassSums(self.size)
         self.moments.append(device)
         self.told: list[bool] = []
         self.solved = True
@@ -72,15 +78,24 @@ class AnalyticGate(TokenGate):
         super().remove_last()
         self._forget(len(self.told) - 1)
 
+    def _rows_before(self) -> torch.Tensor:
+        return torch.zeros(len(self.rows), 0, device=self.device)
+
     def remove(self, index: int) -> None:
-        """The other rows are solved again, as if this expert had never been added."""
+        """The other rows are solved again, as if this expert had never been added; with shared sums,
+        see `SharedSums`."""
         super().remove(index)
         self._forget(index)
 
     def _forget(self, index: int) -> None:
+        """Whoever removes experts calls `settle` after the last."""
         self.moments.drop(index + 1)
         del self.told[index]
-        self.solve()
+        self.solved = False
+
+    def join(self, index: int, other: int) -> None:
+        self.moments.join(index + 1, other + 1)
+        self.told[index] = self.told[index] or self.told[other]
 
     # -- sums -------------------------------------------------------------------------------------
 
@@ -106,7 +121,7 @@ class AnalyticGate(TokenGate):
                 "router can be solved: pass samples on which the model computes finite values"
             )
         if expert is not None and not self.told[expert]:
-            self.moments[expert + 1].zero_()
+            self.moments.clear(expert + 1)
             self.told[expert] = True
         self.moments.add(0 if expert is None else expert + 1, products)
         self.solve()
@@ -139,6 +154,27 @@ class AnalyticGate(TokenGate):
     def facts(self) -> dict[str, Any]:
         return {"told": list(self.told), "solved": self.solved}
 
+    def close_sums(self) -> None:
+        self.moments.close()
+
+    def in_this_layout(
+        self, state: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """Older versions saved whole matrices of sums, and the rows before each expert."""
+        found = {}
+        for name, tensor in state.items():
+            group, _, number = name.removeprefix(prefix).rpartition(".")
+            if name.startswith(prefix) and number.isdecimal() and tensor.ndim == 2:
+                if group == "moments":
+                    found[name] = packed(tensor)
+                elif group == "before":
+                    found[name] = tensor[:, -2:]
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *given: Any) -> None:
+        state_dict.update(self.in_this_layout(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *given)
+
     def settle(self) -> None:
         if not self.solved:
             self.solve()
@@ -167,25 +203,24 @@ class AnalyticGate(TokenGate):
         if self.frozen.is_meta:
             return
         self._look_for_unknown()
-        counts = self.moments.counts()
-        if not any(counts):
+        if not any(self.moments.counts()):
             return
-        means = [m / c if c > 0 else m for m, c in zip(self.moments, counts, strict=True)]
-        total = torch.stack(means).sum(0)
+        total = self.moments.gram()
         if not bool(total.isfinite().all()):
             self._refuse_infinities()
         total.diagonal().add_(self.spec.ridge * total.diagonal().mean())
-        solved = torch.linalg.solve(total, torch.stack([m[:, -1] for m in means], 1))
+        here = self.frozen.device
+        solved = torch.linalg.solve(total.to(here), self.moments.sides().to(here))
         self.frozen.copy_(solved[:, 0])
         for row, column in zip(self.rows, solved[:, 1:].T, strict=True):
             fill_whole(row, column)
 
     def _refuse_infinities(self) -> NoReturn:
         self.solved = False
-        odd = [c - 1 for c, m in enumerate(self.moments) if not bool(m.isfinite().all())]
+        odd = self.moments.holds_infinities() - 1
         raise InputError(
-            f"the sums of expert {odd[0]}'s rows hold infinities or NaN: so did the features at the "
-            f"cut in training. moe.fit_router({odd[0]}, batches) replaces them by those of its "
+            f"the sums of expert {odd}'s rows hold infinities or NaN: so did the features at the "
+            f"cut in training. moe.fit_router({odd}, batches) replaces them by those of its "
             "samples; moe.remove(name) removes the expert"
         )
 

@@ -3,6 +3,7 @@ the state before each expert was added."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.latest import Latest
 from ..utils.own_thread import apart
 from ..utils.sharded import gathered, gathered_to_run
 from .packed_rows import RowMask
@@ -88,6 +90,7 @@ class Router(nn.Module):
         self.register_buffer("pending", torch.zeros(0, dtype=torch.bool))
         self._flags = self.active, self.pending
         self._known: _Known | None = None  # see `active_indices`
+        self._latest: Latest | None = None  # see `stacked`
         self.before = nn.ParameterList()
         self.device = device
 
@@ -107,9 +110,7 @@ class Router(nn.Module):
         for _ in range(count):
             self.active, self.pending = self.active.cpu(), self.pending.cpu()  # FSDP moves buffers
             flags = torch.stack([self.active, self.pending], 1).to(self.device, torch.float32)
-            rows = [gathered(r.detach()) for r in self.rows]
-            older = torch.stack(rows) if rows else torch.zeros(0, self.size, device=self.device)
-            record = torch.cat([older, flags], 1)
+            record = torch.cat([self._rows_before(), flags], 1)
             self.before.append(nn.Parameter(record, requires_grad=False))
             self.rows.append(nn.Parameter(self.new_row()))
             new.append(self.rows[-1])
@@ -117,13 +118,19 @@ class Router(nn.Module):
             self.pending = torch.cat([self.pending, torch.tensor([not active])])
         return new
 
+    def _rows_before(self) -> torch.Tensor:
+        """(e, size): the rows as they are, for the record of the next expert."""
+        rows = [gathered(r.detach()) for r in self.rows]
+        return torch.stack(rows) if rows else torch.zeros(0, self.size, device=self.device)
+
     def remove_last(self) -> None:
         """Remove the last row and restore everything to what it was before that was added."""
         record = self.before[-1]
         self.rows, self.before = self.rows[:-1], self.before[:-1]
         with torch.no_grad():
             for row, old in zip(self.rows, record[:, :-2], strict=True):
-                row.copy_(old)
+                if len(old):
+                    row.copy_(old)
         if record.is_meta:  # a meta tensor has no values to restore
             self.active, self.pending = self.active[:-1], self.pending[:-1]
             return
@@ -164,8 +171,20 @@ class Router(nn.Module):
             pending.zero_()
 
     def stacked(self, active: tuple[int, ...]) -> torch.Tensor:
-        """(len(active), size): the rows of these experts."""
-        return torch.stack([gathered_to_run(self.rows[e]) for e in active])
+        """(len(active), size): the rows of these experts; in inference kept until one changes."""
+        table: dict[str, Any] = self.rows._parameters
+        if self.training or torch.is_grad_enabled():
+            return torch.stack([gathered_to_run(table[str(e)]) for e in active])
+        latest = self._latest
+        if latest is not None and latest.serves((table,), active):
+            return latest.value
+        rows = torch.stack([gathered_to_run(table[str(e)]) for e in active])
+        self._latest = Latest.of((table,), active, rows)
+        return rows
+
+    def forget(self) -> None:
+        """Drop what is kept of the rows, to which an optimizer may have written through `.data`."""
+        self._latest = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -242,12 +261,31 @@ class Router(nn.Module):
         """What a save says beside tensors; see `checkpoint.Facts`."""
         return {}
 
+    def close_sums(self) -> None:
+        """Before buffers are read: bring those of an analytic router up to date."""
+
+    def in_this_layout(
+        self, state: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """Those of a save of an older version that this one lays out in another way, as it does.
+
+        prefix: before the router's names in the save.
+        """
+        return {}
+
     def settle(self) -> None:
         """Solve an analytic router, if its sums have changed since."""
 
     def after_loading(self, told: list[bool] | None, solved: bool) -> None:
         """Tensors were loaded. told, solved: see `AnalyticGate`; told None: a save of a version that
         took no sums in training."""
+
+    def join(self, index: int, other: int) -> None:
+        """Give the rows of another expert to an expert, before the other is removed."""
+        raise ConfigError(
+            "join_experts: this router is trained, and no row of its parameters is known to choose "
+            "the rows of both; convert with router=TokenRouter(fit='analytic')"
+        )
 
     def solve(self) -> None:
         """Solve an analytic router from its sums."""

@@ -37,3 +37,8 @@ def named_dtype(spec: Any) -> None:
         f"None or one of {', '.join(DTYPES)}",
     )  # fmt: skip
     object.__setattr__(spec, "dtype", None if spec.dtype is None else name)
+
+
+def ends_in(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of these, or ends in one."""
+    return any(name == e or name.endswith("." + e) for e in endings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,57 +11,10 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...ir.sites import LoRASite
+from ...utils.latest import Latest
 from ...utils.sharded import gathered, is_sharded, is_traced, without_shards
 from ..base import ExpertParameters
-
-
-@dataclass(frozen=True, slots=True)
-class Latest:
-    """What a site gave in its latest call of inference, and the parameters that it was made of: for
-    one token, checking them one by one would take longer than the products.
-
-    parameters: (name in its table, itself, version, address) of A's, then of B's.
-    """
-
-    active: Sequence[int]
-    tables: tuple[dict[str, Any], dict[str, Any]]
-    parameters: tuple[tuple[tuple[str, Any, int, int], ...], ...]
-    value: tuple[Any, Any]
-
-    @classmethod
-    def of(
-        cls, site: LoRAParameters, active: Sequence[int], value: tuple[Any, Any]
-    ) -> Latest | None:
-        """None where a parameter's changes are not known by its version."""
-        tables = _tables(site)
-        own: list[list[tuple[str, Any]]]
-        own = [[(str(e), table[str(e)]) for e in active] for table in tables]
-        whole = (p for part in own for _, p in part)
-        if any(is_sharded(p) or is_traced(p) or p.is_inference() for p in whole):
-            return None
-        known = (tuple((n, t, t._version, t.data_ptr()) for n, t in part) for part in own)
-        return cls(tuple(active), tables, tuple(known), value)
-
-    def serves(self, site: LoRAParameters, active: Sequence[int]) -> bool:
-        if active != self.active:
-            return False
-        for now, table, part in zip(_tables(site), self.tables, self.parameters, strict=True):
-            if now is not table:
-                return False
-            for name, parameter, version, address in part:
-                if (
-                    parameter._version != version
-                    or parameter.data_ptr() != address
-                    or table.get(name) is not parameter
-                ):
-                    return False
-        return True
-
-
-def _tables(site: LoRAParameters) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of A and B: without the way through nn.Module's attributes, which takes microseconds."""
-    modules: Any = site._modules
-    return modules["a"]._parameters, modules["b"]._parameters
+from .mean import nearest_to_mean
 
 
 class LoRAParameters(ExpertParameters):
@@ -133,6 +85,22 @@ class LoRAParameters(ExpertParameters):
             )
         return {site.weight: weight + delta}
 
+    @torch.no_grad()
+    def join(self, experts: Sequence[int], weights: Sequence[float]) -> float:
+        grouped = bool(self.site.groups)
+
+        def matrix(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.movedim(-1, 0) if grouped else tensor.flatten(1)
+
+        factors = [(matrix(self.a[e]), matrix(self.b[e])) for e in experts]
+        *joined, error = nearest_to_mean(factors, weights, self.rank)
+        for of, new in zip((self.a, self.b), joined, strict=True):
+            old = of[experts[0]]
+            filled = torch.zeros_like(matrix(old))  # narrow sites have fewer singular values
+            filled[..., : new.shape[-2], : new.shape[-1]] = new
+            old.copy_((filled.movedim(0, -1) if grouped else filled).view_as(old))
+        return error
+
     def expert_dim(self, part: str) -> tuple[int, int] | None:
         return int(part == "b"), self.rank
 
@@ -147,12 +115,15 @@ class LoRAParameters(ExpertParameters):
         each of the others. Stacks are cached until a parameter changes; in training mode, only
         those of frozen experts.
         """
-        inference = not self.training and not torch.is_grad_enabled()
-        if inference and self._latest is not None and self._latest.serves(self, active):
-            return self._latest.value
+        if self.training or torch.is_grad_enabled():
+            return self._stacked(active)
+        modules: Any = self._modules
+        tables = modules["a"]._parameters, modules["b"]._parameters
+        latest = self._latest
+        if latest is not None and latest.serves(tables, active):
+            return latest.value
         value = self._stacked(active)
-        if inference:
-            self._latest = Latest.of(self, active, value)
+        self._latest = Latest.of(tables, active, value)
         return value
 
     def _stacked(self, active: Sequence[int]) -> tuple[Any, Any]:

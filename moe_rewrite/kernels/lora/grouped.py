@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..autograd_outputs import changeable, empty_gradients
 from ..plan.op import Plan
+from . import padded
 from .reference import Stack
 from .stacked import Needs
 
@@ -83,6 +84,11 @@ def _forward(
     rows, gates = order // scales.shape[-1], scales.reshape(-1, 1).index_select(0, order)
     low = x.new_zeros(len(order) if save else 0, rank)
     into = y.view(-1, y.shape[-1])
+    if len(a) == 1 and padded.fits(offsets):
+        pairs, own = padded.add_padded(into, flat, rows, gates, offsets, a[0], b[0], rank)
+        if save:
+            low[pairs] = own
+        return y, low
     for part, of, lo, hi in _groups(offsets, a, rank):
         mine = rows[lo:hi]
         own = torch.mm(flat.index_select(0, mine), a[part][of].t())
