@@ -24,14 +24,14 @@ Spread = dict[str, float]
 
 def runs(
     job: Callable[..., Figures], variants: Mapping[str, Figures], seeds: Sequence[int],
-    workers: int = 2,
+    root: Path | None = None, workers: int = 2,
 ) -> dict[str, list[Figures]]:  # fmt: skip
     """``job(folder, seed, **variant)`` of every variant under every seed, `workers` at a time.
 
-    Folders are inside MOE_REWRITE_RUNS, if that is set; a later start reads finished runs and
-    resumes the others.
+    Folders are inside `root`, or MOE_REWRITE_RUNS, if that is set; a later start reads finished runs
+    and resumes the others.
     """
-    root = Path(os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp())
+    root = root or Path(os.environ.get("MOE_REWRITE_RUNS") or tempfile.mkdtemp())
     from rich.progress import track
 
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -134,8 +134,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas: pmoe, pmoe-gradient, full, lora, replay, ewc, lwf, olora, ranpac, "
-            "oracle, joint"
+            help="With commas: pmoe, pmoe-gradient, anyssr, full, lora, replay, ewc, lwf, olora, osf, "
+            "arrow, ranpac, oracle, joint"
         ),
     ] = "pmoe,pmoe-gradient,lora,replay,oracle",
     **options: Any,

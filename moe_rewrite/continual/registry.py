@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -18,8 +18,11 @@ from ..errors import ConfigError
 from .features import FeatureCache
 from .learner import Learner
 from .methods.adapters import EWC, Adapters, Joint, LwF, OLoRA, Oracle, Replay
+from .methods.any_ssr import AnySSR
+from .methods.arrow import Arrow
 from .methods.base import Method
 from .methods.fine_tuning import FineTuning
+from .methods.osf import OSF
 from .methods.ranpac import RanPAC
 from .problem import Problem
 from .training import Training
@@ -72,16 +75,21 @@ def _granularity(dense: nn.Module) -> str:
     return "prefix" if getattr(dense, "generation_config", None) is not None else "sequence"
 
 
-def _learner(fit: str) -> Callable[..., Method]:
+def _learner(fit: str, kind: type[Learner] = Learner, **router: Any) -> Callable[..., Method]:
+    """router: options of the TokenRouter that the method has, whatever the setup's are."""
+
     def build(
         dense: nn.Module, problem: Problem, setup: Setup, example: Any, saved: Path | None
     ) -> Method:
+        top_k = router.get("top_k", setup.top_k)
+        own = {k: v for k, v in router.items() if k != "top_k"}
+        setup = replace(setup, top_k=top_k, router=setup.router | own)
         made = load(saved, dense, example) if saved else _converted(dense, setup, fit, example)
         moe = cast(MoEModel, made)
         cache = None
         if setup.cache:
             cache = FeatureCache(moe, None if setup.cache is True else setup.cache)
-        return Learner(
+        return kind(
             moe, problem, setup.training, replay=setup.replay, balanced=setup.balanced,
             cache=cache, **setup.learner,
         )  # fmt: skip
@@ -121,12 +129,15 @@ def _sites(dense: nn.Module, setup: Setup, example: Any) -> list[str]:
 METHODS: dict[str, Callable[..., Method]] = {
     "pmoe": _learner("analytic"),
     "pmoe-gradient": _learner("gradient"),
+    "anyssr": _learner("analytic", AnySSR, base=False, top_k=1),
     "full": _baseline(FineTuning),
     "lora": _baseline(Adapters),
     "replay": _baseline(Replay),
     "ewc": _baseline(EWC),
     "lwf": _baseline(LwF),
     "olora": _baseline(OLoRA),
+    "osf": _baseline(OSF),
+    "arrow": _baseline(Arrow),
     "ranpac": _baseline(RanPAC),
     "oracle": _baseline(Oracle),
     "joint": _baseline(Joint),

@@ -68,10 +68,7 @@ def _run(
     if result is not None and learnt == len(tasks):
         return result
     _seed(setup, "start", 0)
-    saved = kept.state(learnt) if kept is not None and learnt else None
-    example = problem.inputs(problem.batch(tasks[0].train[:2]))
-    method = make_method(name, dense, problem, setup, example, saved)
-    method.begin(base_task)
+    method = _method(name, dense, problem, tasks, setup, base_task, kept, learnt)
     if result is None:
         scores = _Scores(method, tasks, base_task)
         result = Result(
@@ -80,9 +77,6 @@ def _run(
         )  # fmt: skip
         if kept is not None:
             kept.begin(result)
-    elif saved is not None:
-        assert kept is not None
-        method.restore(kept.tensors(learnt), tasks, learnt)
     for number in range(learnt, len(tasks)):
         _seed(setup, tasks[number].name, number)
         start = time.perf_counter()
@@ -101,6 +95,35 @@ def _run(
         if kept is not None:
             kept.write(number + 1, method, result)
     return result
+
+
+def learnt_method(
+    name: str, dense: nn.Module, problem: Problem, tasks: Sequence[Task], setup: Setup,
+    base_task: Task | None = None, score: str = "accuracy", *, out: Path,
+) -> Method:  # fmt: skip
+    """The method as the run in `out` left it; arguments and errors as for `run`.
+
+    Raises ConfigError if no task was learnt there.
+    """
+    kept = RunFolder(out, identity_of(name, dense, problem, tasks, setup, base_task, score))
+    learnt, _ = kept.read()
+    if not learnt:
+        raise ConfigError(f"{out}: no task was learnt there; call run() with this folder first")
+    return _method(name, dense, problem, tasks, setup, base_task, kept, learnt)
+
+
+def _method(
+    name: str, dense: nn.Module, problem: Problem, tasks: Sequence[Task], setup: Setup,
+    base_task: Task | None, kept: RunFolder | None, learnt: int,
+) -> Method:  # fmt: skip
+    """The method after so many tasks, from its folder; before the first, as it begins."""
+    saved = kept.state(learnt) if kept is not None and learnt else None
+    example = problem.inputs(problem.batch(tasks[0].train[:2]))
+    method = make_method(name, dense, problem, setup, example, saved)
+    method.begin(base_task)
+    if kept is not None and saved is not None:
+        method.restore(kept.tensors(learnt), tasks, learnt)
+    return method
 
 
 def _seed(setup: Setup, name: str, number: int) -> None:

@@ -73,19 +73,41 @@ class TextProblem(Problem):
     def score(self, model: Any, task: Task, kind: str, device: torch.device) -> float:
         if kind != "task":
             return super().score(model, task, kind, device)
-        answers = [self.answer(model, item["prompt"], device) for item in task.test]
+        answers = self.answers(model, [item["prompt"] for item in task.test], device)
         return task_score(task.name, answers, task.test)
 
-    @torch.no_grad()
     def answer(self, model: Any, prompt: str, device: torch.device) -> str:
         """The model's greedy answer to a prompt."""
-        ids = self.tokenizer(prompt)["input_ids"][-(self.max_length - self.new_tokens) :]
-        given = torch.tensor([ids], device=device)
-        said = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
-            max_new_tokens=self.new_tokens, pad_token_id=self.padding,
-        )  # fmt: skip
-        return self.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True).strip()
+        return self.answers(model, [prompt], device)[0]
+
+    @torch.no_grad()
+    def answers(self, model: Any, prompts: Sequence[str], device: torch.device) -> list[str]:
+        """The model's greedy answers, `scoring_batch` prompts at a time, padded on the left."""
+        most = self.max_length - self.new_tokens
+        encoded = [self.tokenizer(prompt)["input_ids"][-most:] for prompt in prompts]
+        said: list[str] = []
+        for start in range(0, len(encoded), self.scoring_batch):
+            some = encoded[start : start + self.scoring_batch]
+            length = max(map(len, some))
+            ids = torch.full((len(some), length), self.padding)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(some):
+                ids[row, length - len(prompt) :] = torch.tensor(prompt)
+                mask[row, length - len(prompt) :] = 1
+            made = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
+                max_new_tokens=self.new_tokens, pad_token_id=self.padding,
+            )  # fmt: skip
+            said += [self._said(row[length:], model) for row in made.tolist()]
+        return said
+
+    def _said(self, ids: list[int], model: Any) -> str:
+        """The text of generated ids up to the first that ends it: the rest is padding."""
+        config = getattr(model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        known = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        stop = next((i for i, token in enumerate(ids) if token in known), len(ids))
+        return self.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
 
     @torch.no_grad()
     def base_task_of(self, model: Any, count: int, test: int, seed: int) -> Task | None:

@@ -26,7 +26,7 @@ def test_digits_forget_less_than_by_fine_tuning(tmp_path):
 def test_a_language_model_keeps_more_of_its_own_text_than_by_fine_tuning(data, tmp_path):
     """The pretrained Llama and a real task of TRACE."""
     options = ("--max-samples", "24", "--out", str(tmp_path))
-    folders = ("--model", str(data / "models" / "stories260K"), "--data", str(data / "data" / "TRACE" / "FOMC"))  # fmt: skip
+    folders = ("--model", str(data / "models" / "stories260K"), "--tasks", str(data / "data" / "TRACE" / "FOMC"))  # fmt: skip
     done = CliRunner().invoke(app, ["demo", *folders, *options])
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "results.json").read_text())
@@ -40,3 +40,8 @@ def test_a_model_without_tasks_is_refused(tmp_path):
     done = CliRunner().invoke(app, ["demo", "--model", "mine", "--out", str(tmp_path / "none")])
     assert isinstance(done.exception, ConfigError) and "go together" in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["demo", "--kind", "music", "--out", str(tmp_path / "none")])
+    assert isinstance(done.exception, ConfigError) and "digits, language" in str(done.exception)

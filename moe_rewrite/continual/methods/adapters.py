@@ -34,6 +34,7 @@ class Adapters(Method):
 
     label = "lora"
     one_each = False
+    rate = 1.0  # the learning rate relative to `training.lr`
 
     def __init__(
         self, dense: nn.Module, problem: Problem, training: Training, sites: Sequence[str],
@@ -53,19 +54,27 @@ class Adapters(Method):
     def _grow(self, task: Task, number: int) -> None:
         if not self.names or self.one_each:
             self._add_adapter(f"task{number}")
+        self._grow_head(task)
+
+    def _grow_head(self, task: Task) -> None:
         if task.classes:
             self.head = self.head or growing_head(self.model)
             self.head.grow(task.classes)
 
     def _add_adapter(self, name: str) -> None:
+        self._inject(name)
+        self.names.append(name)
+
+    def _inject(self, name: str, **options: Any) -> None:
         require_package("peft", "continual", f"method {self.label!r}")
         from peft import LoraConfig, inject_adapter_in_model
 
-        config = LoraConfig(r=self.rank, lora_alpha=int(self.alpha), target_modules=self.sites)
+        config = LoraConfig(
+            r=self.rank, lora_alpha=int(self.alpha), target_modules=self.sites, **options
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # intended
             inject_adapter_in_model(config, self.model, adapter_name=name)
-        self.names.append(name)
         self.model.to(self.device)
 
     def _use(self, names: Sequence[str]) -> None:
@@ -95,8 +104,8 @@ class Adapters(Method):
         _train_but_norms(self.model)
         fit(
             f"{self.label}: {task.name}", self.problem, self.items(tasks, number), self.loss,
-            [adamw(self._trained, self.training)], self.training, self.epochs(task),
-            self.validator(task),
+            [adamw(self._trained, self.training, self.rate * self.training.lr)], self.training,
+            self.epochs(task), self.validator(task),
         )  # fmt: skip
         self.model.eval()
         self.after_task(task, number)

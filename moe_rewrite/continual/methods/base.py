@@ -114,3 +114,14 @@ def growing_head(model: nn.Module) -> GrowingHead:
     head = GrowingHead(getattr(holder, leaf))
     setattr(holder, leaf, head)
     return head
+
+
+def require_linear(model: nn.Module, sites: Sequence[str], label: str) -> None:
+    """Raises ConfigError unless every site is a linear map."""
+    for site in sites:
+        kind = type(model.get_submodule(site))
+        if kind is not nn.Linear:
+            raise ConfigError(
+                f"method {label!r} is for linear maps, and {site} is a {kind.__name__}: use another "
+                "method for this model"
+            )
