@@ -113,7 +113,7 @@ def best_rates() -> tuple[dict[str, float], Figures]:
     """The learning rate of each new method by its loss, and the losses that decided it."""
     asked = {f"tuning {m}@{r:g}": {"method": m, "lr": r} | TUNING for m in NEW for r in GRID}
     losses: dict[str, dict[str, float]] = {m: {} for m in NEW}
-    for name, (figures,) in runs(trace.job, asked, [TUNING_SEED], jobs=1).items():
+    for name, (figures,) in runs(trace.job, asked, [TUNING_SEED], workers=1).items():
         losses[asked[name]["method"]][f"{asked[name]['lr']:g}"] = -figures["op"]
     return {m: float(min(of, key=lambda r: of[r])) for m, of in losses.items()}, losses
 
@@ -138,7 +138,7 @@ def measured(given: argparse.Namespace, sizes: Figures, rates: Mapping[str, floa
         for order in given.order
         for name in given.methods
     }  # fmt: skip
-    found = runs(job, variants, given.seeds, given.runs, jobs=1)
+    found = runs(job, variants, given.seeds, given.runs, workers=1)
     return {
         name: {str(order): percent(found[f"{name}, order {order}"]) for order in given.order}
         for name in given.methods
