@@ -220,8 +220,11 @@ class ParameterStore:
     def like(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The same, quantised ones as plain tensors without values: what new experts are made like,
         which copy no quantised weight."""
+        tensors = self.tensors(names)
+        if not any(map(is_quantized, tensors.values())):
+            return tensors
         plain = stand_ins(slot.get() for slot in self.slots.values())
-        return {name: plain.get(id(t), t) for name, t in self.tensors(names).items()}
+        return {name: plain.get(id(t), t) for name, t in tensors.items()}
 
     def dequantized(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The same, quantised ones as plain tensors with the values that they stand for."""

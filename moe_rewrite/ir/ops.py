@@ -246,11 +246,18 @@ def mutated(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or schema is None:
         return _written_inside(node)
     flag, hidden = op(node).statistics
-    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    names = _written_names(node.target)
     if flag and argument(node, flag) is True:
         names += hidden
     written = (argument(node, name) for name in names)
     return [n for n in written if isinstance(n, fx.Node)]
+
+
+@cache
+def _written_names(target: Any) -> tuple[str, ...]:
+    """The arguments that an operator's schema says are written to."""
+    formal = target._schema.arguments
+    return tuple(a.name for a in formal if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _written_inside(node: fx.Node) -> list[fx.Node]:

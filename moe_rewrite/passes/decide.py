@@ -44,6 +44,7 @@ def plan_conversion(
 def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisions]:
     """The eval graph, cut as asked for; all later graphs are cut at the same place."""
     captured = compiler.capture(arguments, "eval")
+    nodes = list(captured.graph.nodes)
     program = run(TO_CUT, captured, compiler.decisions, compiler.timed)
     depth, cut, asked = program.depth, program.cut, compiler.recipe.split
     assert depth is not None and cut is not None
@@ -54,7 +55,8 @@ def _cut(compiler: Compiler, arguments: dict[str, Any]) -> tuple[Program, Decisi
             f"with, for example split={depth.blocks[-1].name!r}.\n{depth}"
         )
     split = cut.label if named or _is_named(program) else cut.index
-    shallow, weights = shallow_of(program, compiler.host), weights_by_side(program)
+    shallow = shallow_of(program, compiler.host, nodes)
+    weights = weights_by_side(program)
     return program, Decisions(split, shallow=shallow, weights=weights)
 
 

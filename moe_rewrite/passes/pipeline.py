@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import fx
+
 from ..config import RouterSpec
 from ..errors import CaptureError, ConversionError
 from ..frontend.capture import TRACING, Sizes, capture
@@ -25,7 +27,7 @@ from .insert_router import InsertRouter
 from .kinds import kind_of
 from .modes import modules_in_mode
 from .recipe import Recipe
-from .split import FindDepth, Split, shallow_modules, weights_by_side
+from .split import FindDepth, Split, shallow_modules, silent_modules, weights_by_side
 from .widen_head import WidenHead
 
 TO_CUT: tuple[Pass, ...] = (InlineRegions(), Clean(), FindDepth(), Split())
@@ -47,10 +49,13 @@ def to_experts(recipe: Recipe, router: RouterSpec, head: str | None = None) -> t
     )
 
 
-def shallow_of(program: Program, host: Host) -> frozenset[str]:
-    """The host's modules that run only before the cut."""
+def shallow_of(
+    program: Program, host: Host, captured: list[fx.Node] | None = None
+) -> frozenset[str]:
+    """The host's modules that run only before the cut. captured: see `silent_modules`."""
     known = {name for name, _ in host.module.named_modules(remove_duplicate=False)}
-    return frozenset(shallow_modules(program) & known)
+    silent = set() if captured is None else silent_modules(program, captured)
+    return frozenset((shallow_modules(program) | silent) & known)
 
 
 @dataclass

@@ -4,6 +4,7 @@ expandable deep one begins."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from ..analysis.row_dims import is_positions_first, mask_of_rows, source_of_rows
 from ..analysis.streams import order_of_streams
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
-from ..ir.ops import mutated
+from ..ir.ops import first, mutated
 from ..ir.program import Cut, Program
 from .base import Decisions, Pass
 
@@ -124,6 +125,22 @@ def shallow_modules(program: Program) -> set[str]:
         {path for node in part for path, _ in module_paths(node)} for part in segments(program)
     )
     return before - after
+
+
+def silent_modules(program: Program, captured: list[fx.Node]) -> set[str]:
+    """Dotted names of the modules that ran only before the cut, those included whose nodes are gone
+    since (a dropout in eval mode). captured: the nodes of the graph as it was captured, in order."""
+    assert program.cut is not None
+    order = {node: at for at, node in enumerate(captured)}
+    cut: Any = program.node(program.cut.node)
+    while isinstance(cut, fx.Node) and cut not in order:  # it was inserted after this one
+        cut = first(cut)
+    if cut not in order:
+        return set()
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for node, at in order.items():
+        sides[at > order[cut]].update(path for path, _ in module_paths(node))
+    return sides[0] - sides[1]
 
 
 def weights_by_side(program: Program) -> tuple[frozenset[str], frozenset[str]]:

@@ -14,7 +14,7 @@ from moe_rewrite.frontend.capture import program_of
 from moe_rewrite.passes.base import Decisions
 from moe_rewrite.passes.clean import Clean
 from moe_rewrite.passes.pipeline import run
-from moe_rewrite.passes.split import FindDepth, Split, segments, shallow_modules
+from moe_rewrite.passes.split import FindDepth, Split, segments, shallow_modules, silent_modules
 
 TO_CUT = (FindDepth(), Split())
 
@@ -91,6 +91,29 @@ def test_a_module_that_runs_again_after_the_cut_is_not_shallow():
     program = run((Clean(), *TO_CUT), program_of(model, model.input(2, 6)), Decisions(1))
     found = shallow_modules(program)
     assert "embed" in found and not any(name.startswith("layers.0") for name in found)
+
+
+class Dropouts(nn.Module):
+    """Which leave no node in evaluation; one of them runs on both sides of every cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.shared, self.after = (nn.Dropout(0.1) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.shared(self.layers[0](self.before(x)))
+        return self.shared(self.layers[1](x) + self.after(x))
+
+
+def test_modules_without_a_node_are_on_the_side_where_they_ran():
+    program = program_of(Dropouts().eval(), torch.zeros(2, 6))
+    nodes = list(program.graph.nodes)
+    program = run((Clean(), *TO_CUT), program, Decisions(1))
+    found = silent_modules(program, nodes)
+    assert "before" in found and not {"shared", "after", "layers", "layers.1"} & found
+    assert shallow_modules(program) <= found | {"layers.0", "layers.0.0", "layers.0.1"}
+    assert "before" not in shallow_modules(program), "of what is left of the graph"
 
 
 @pytest.mark.parametrize("split", [3, -4, 1.5, "layers.7", "head"])
