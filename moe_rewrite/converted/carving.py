@@ -17,6 +17,7 @@ from ..experts.carved import CarvedExperts
 from ..experts.ffn import carved_units
 from ..experts.ffn.carved_units import CarvedUnits
 from ..passes.kinds import kind_of
+from ..passes.lower import ONE_BY_ONE, LowerFeedForward
 from ..routing.layer_router import LayerRouter
 from ..routing.packed_rows import RowMask
 from ..routing.token_gate import counted_rows
@@ -85,6 +86,12 @@ def set_active(moe: Any, share: float) -> None:
     sites = [s.site for s in moe.expert_sites() if isinstance(s, CarvedUnits)]
     report.experts = kind.words(recipe)
     report.macs_of = {s.name: kind.macs(s, recipe, experts.router) for s in sites}
+    (lower,) = kind.lower(recipe, experts.router)
+    assert isinstance(lower, LowerFeedForward)
+    of_site = {s.name: lower.describe(s) for s in sites}
+    report.lowered = [
+        (name, how if how == ONE_BY_ONE else of_site[name]) for name, how in report.lowered
+    ]
 
 
 def _batches(moe: Any, spec: CarvedExperts) -> Iterable[Any]:

@@ -33,6 +33,7 @@ from .base import Decisions, Pass
 from .wiring import plan_view
 
 ROWS = (1, 64, 512, 4096)
+ONE_BY_ONE = "one expert after the other: no fused op has the operations between its products"
 Seconds = Callable[[int], dict[Execution, float]]  # of a number of rows
 
 
@@ -139,16 +140,16 @@ class LowerFeedForward(Pass):
     def apply(self, program: Program, decisions: Decisions) -> Program:
         lowered = {}
         for node, call in _feed_forwards(program.graph):
-            _, _, _, experts = node.args
+            _, _, _, experts, *_ = node.args
             site = _site(program, experts)
-            node.target = call.lowered(self.choice.requested)  # type: ignore[assignment]
-            lowered[site.name] = self._describe(site, node.target)
+            fused = call.lowered(self.choice.requested)
+            node.target = fused  # type: ignore[assignment]
+            lowered[site.name] = self.describe(site) if fused.form else ONE_BY_ONE
         return self.done(program, lowered=tuple(lowered.items()))
 
-    def _describe(self, site: FeedForwardSite, call: Any) -> str:
+    def describe(self, site: FeedForwardSite) -> str:
+        """Text for the report: how a region with a fused op is computed."""
         few, router = self.choice.few, self.choice.router
-        if call.form is None:
-            return "one expert after the other: no fused op has the operations between its products"
         if few is None:
             grouped = router.policy == "expert"
             return f"one op, {'grouped' if grouped else 'dense: every row goes to every expert'}"

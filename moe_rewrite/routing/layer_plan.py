@@ -35,6 +35,8 @@ class GateRule:
     normalized: bool
     score: str
 
+    shared: ClassVar[int] = 0  # outputs that every row has
+
     def among(self, active: Sequence[int]) -> GateRule:
         """The rule where these experts are on."""
         return self
@@ -175,7 +177,7 @@ class LayerPlan:
         assert isinstance(gates, RowGates)
         return RoutingPlan(
             self.active, gates.gates, None, self.num_experts, tuple(logits.shape[:-1]),
-            top_k=gates.top_k, logits=_wide(logits), score=self.rule.score,
+            top_k=gates.top_k, logits=_wide(logits), score=self.rule.score, shared=self.rule.shared,
         )  # fmt: skip
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:

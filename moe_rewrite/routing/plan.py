@@ -34,6 +34,7 @@ class RoutingPlan:
     top_k: most experts, the frozen model included, that a row goes to; None: no bound.
     logits: (*rows, [1 +] E) fp32 logits of a token gate, the frozen model's first; else None.
     score: ``"softmax"`` or ``"sigmoid"``, what makes probabilities of the logits.
+    shared: outputs, the first ones, that every row has; they are not in the losses.
     """
 
     active: tuple[int, ...]
@@ -47,6 +48,7 @@ class RoutingPlan:
     top_k: int | None = None
     logits: torch.Tensor | None = None
     score: str = "softmax"
+    shared: int = 0
 
     @property
     def gates(self) -> torch.Tensor:
@@ -76,7 +78,7 @@ class RoutingPlan:
         return replace(self, active=active, weights=weights, logits=None)
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``E sum_e f_e p_e`` over the E active outputs: 1 where rows are spread evenly over them.
+        """``E sum_e f_e p_e`` over the E active outputs that rows choose among: 1 where rows are spread evenly over them.
 
         f_e is the share of the rows' choices that went to e, p_e its mean probability (Switch
         Transformer, arXiv 2101.03961, equation 4, here for any number of choices; sigmoid scores
@@ -88,7 +90,7 @@ class RoutingPlan:
         """
         logits, count = self._token_logits(), self._counted(mask)
         gates = self.weights if self.base is None else torch.cat([self.base, self.weights], -1)
-        chosen = (gates != 0) * count
+        chosen = (gates[..., self.shared :] != 0) * count
         shares = chosen.flatten(0, -2).sum(0) / chosen.sum()
         mean = (self._probabilities(logits) * count).flatten(0, -2).sum(0) / count.sum()
         return logits.shape[-1] * (shares * mean).sum()
@@ -114,7 +116,10 @@ class RoutingPlan:
                 "this plan holds no logits, whose losses train a TokenRouter(fit='gradient'): those "
                 "of patches, of fixed gates, and of training with fit='analytic' have none"
             )
-        return self.logits
+        routed = self.logits[..., self.shared :]
+        if not routed.shape[-1]:
+            raise InputError("only experts that every row has are on: there is nothing to choose")
+        return routed
 
     def _counted(self, mask: torch.Tensor | None) -> torch.Tensor:
         """(*rows, 1) fp32, 1 for rows that count."""

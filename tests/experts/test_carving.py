@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import moe_rewrite
 from moe_rewrite import CarvedExperts
 from moe_rewrite.experts.ffn.grouping import balanced, coactive
+from moe_rewrite.passes.lower import ONE_BY_ONE
 from moe_rewrite.routing.carve_rule import CarveRule
 
 pytest.importorskip("scipy")
@@ -216,6 +217,25 @@ def test_the_report_counts_the_active_share_of_multiply_adds():
         for layer in plan.layers.values():
             assert set(layer.gates.unique().tolist()) == {0.0, 1.0}
             assert (layer.gates.sum(-1) == share * 4).all() and (layer.gates[..., 0] == 1).all()
+            p, f = layer.logits[..., 1:].softmax(-1).mean((0, 1)), layer.gates[..., 1:].mean((0, 1))
+            torch.testing.assert_close(layer.load_balance_loss(), 3 * (f / f.sum() * p).sum())
+
+
+def test_the_report_says_how_experts_are_computed_at_the_share_of_now():
+    moe = carved(Net(Gated, Relu).eval())
+    at_first = dict(moe.report.lowered)
+    assert at_first["layers.3"] == ONE_BY_ONE and " of the time of " in at_first["layers.1"]
+    moe.set_active(1.0)
+    assert dict(moe.report.lowered)["layers.3"] == ONE_BY_ONE
+    assert "every row goes to every expert" in dict(moe.report.lowered)["layers.1"]
+    moe.set_active(0.5)
+    assert " of the time of " in dict(moe.report.lowered)["layers.1"]
+    assert dict(moe.report.lowered)["layers.1"] != at_first["layers.1"]
+    moe.set_active(0.75)
+    assert dict(moe.report.lowered) == at_first
+    plain = carved(Net(Gated).eval(), backend="reference")
+    plain.set_active(0.5)
+    assert not plain.report.lowered
 
 
 @settings(max_examples=25, deadline=None)

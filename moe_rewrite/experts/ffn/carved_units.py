@@ -28,6 +28,7 @@ class CarvedUnits(RoutedCopies):
     order: (H,) int64, the dense region's hidden units expert by expert.
     """
 
+    site: FeedForwardSite
     order: torch.Tensor
 
     def __init__(self, site: FeedForwardSite, spec: CarvedExperts) -> None:
