@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from .utils.checks import choose, ends_in, is_int, is_number, named_dtype, require
+from .utils.checks import choose, ends_in, is_int, is_number, name_endings, named_dtype, require
 
 Granularity = Literal["token", "prefix", "sequence"]
 Fit = Literal["gradient", "analytic"]
@@ -206,16 +206,10 @@ class LoRAExperts:
 
     def __post_init__(self) -> None:
         named_dtype(self)
-        rank, alpha, sites = self.rank, self.alpha, self.sites
+        rank, alpha = self.rank, self.alpha
         require(is_int(rank) and rank >= 1, "LoRAExperts rank", rank, "int >= 1")
         require(is_number(alpha) and alpha > 0, "LoRAExperts alpha", alpha, "a number > 0")
-        if isinstance(sites, list):
-            object.__setattr__(self, "sites", tuple(sites))
-        named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
-        require(
-            self.sites in ("all", "all+head") or (named and len(self.sites) > 0),
-            "LoRAExperts sites", sites, "'all', 'all+head' or a list of module name endings",
-        )  # fmt: skip
+        name_endings(self, "all", "all+head")
 
     @property
     def scale(self) -> float:
@@ -253,6 +247,11 @@ class FFNExperts:
         section 3). Outputs at the start are not the dense model's.
     scaled: multiply what experts give so that equal logits (``TokenRouter(init=0)``) give the dense
         model's output where a row's gates do not sum to one (arXiv 2410.07524, section 3.3).
+    shared: with router="layer", a feed-forward of the dense one's width that every row has beside
+        the routed experts: ``"plain"``: added as it is (GLM-4-MoE, DeepSeek-V3); ``"sigmoid"``:
+        times the sigmoid of a linear map of the row, zero at the start (Qwen2-MoE). It and the
+        routed ones begin with half of the dense output each. It is trained until experts are added;
+        where no expert is on, the dense model runs, without it.
     """
 
     num: int | None = None
@@ -264,18 +263,15 @@ class FFNExperts:
     granularity: int = 1
     reinit: float = 0.0
     scaled: bool = False
+    shared: Literal["plain", "sigmoid"] | None = None
 
     def __post_init__(self) -> None:
         named_dtype(self)
-        if isinstance(self.sites, list):
-            object.__setattr__(self, "sites", tuple(self.sites))
-        named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
+        name_endings(self, "all")
         num, cut, share = self.num, self.granularity, self.reinit
         for name, ok, expected in (
             ("num", num is None or (is_int(num) and num >= 1), "None or int >= 1"),
             ("every", is_int(self.every) and self.every >= 1, "int >= 1"),
-            ("sites", self.sites == "all" or (named and len(self.sites) > 0),
-             "'all' or a list of endings of regions' names"),
             ("router", self.router in (None, "cut", "layer"), "None, 'cut' or 'layer'"),
             ("granularity", is_int(cut) and cut >= 1, "int >= 1"),
             ("reinit", is_number(share) and 0 <= share <= 1, "a number from 0 to 1"),
@@ -283,6 +279,7 @@ class FFNExperts:
         ):  # fmt: skip
             require(ok, f"FFNExperts {name}", getattr(self, name), expected)
         choose(self, "score", "softmax", "sigmoid")
+        choose(self, "shared", None, "plain", "sigmoid")
 
     @property
     def by_layer(self) -> bool:

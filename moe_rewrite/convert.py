@@ -128,8 +128,8 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool = Tr
     """Convert `model` to what a folder of a standard class holds, and load its weights: the inverse
     of `MoEModel.save_standard`.
 
-    folder: a checkpoint of Mixtral, Qwen3-MoE, Qwen2-MoE, GLM-4-MoE or OLMoE without shared experts
-        (or with ones that add nothing), whose dense form `model` is.
+    folder: a checkpoint of Mixtral, Qwen3-MoE, Qwen2-MoE, GLM-4-MoE or OLMoE, whose dense form
+        `model` is; shared experts, if it has any, of the dense feed-forward's width.
     model: a dense model of the sizes of the one that was converted; its weights are not used.
     verify: compare the logits of both.
 

@@ -63,6 +63,9 @@ def convert(
     halo: Annotated[bool, typer.Option(help="Gather patches with their neighbours")] = True,
     width: Annotated[float, typer.Option(help="Share of a region's hidden channels")] = 1.0,
     every: Annotated[int, typer.Option(help="Of the feed-forward regions, each n-th")] = 1,
+    shared: Annotated[
+        str | None, typer.Option(help="A feed-forward beside routed ones: plain or sigmoid")
+    ] = None,
     active: Annotated[
         float, typer.Option(help="Share of hidden units a token runs, carved")
     ] = 0.75,
@@ -94,7 +97,7 @@ def convert(
     chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
     bodies: dict[str, Any] = {
         "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
-        "ffn": lambda: FFNExperts(every=every, sites=chosen),
+        "ffn": lambda: FFNExperts(every=every, sites=chosen, shared=cast(Any, shared)),
         "carved": lambda: CarvedExperts(num_experts or 8, active=active, sites=chosen),
         "region": lambda: RegionExperts(tuple(region.split(",")) if region else None, halo, width),
     }

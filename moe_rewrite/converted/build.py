@@ -131,10 +131,11 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> 
     """As `moe_rewrite.from_standard`."""
     require_package("transformers", "hf", "from_standard")
     from . import standard
+    from .standard_recipe import recipe_of
 
     _require_dense(model)
     model = without_wrapper(model)
-    read, options = standard.recipe_of(folder, getattr(model, "config", None))
+    read, options = recipe_of(folder, getattr(model, "config", None))
     moe = convert(model, make_recipe(**options), None, verify)
     assert isinstance(moe, MoEModel)
     with torch.inference_mode(False):

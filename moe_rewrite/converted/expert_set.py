@@ -73,13 +73,15 @@ class ExpertSet:
             site.forget()
 
     def train_newest(self) -> None:
-        """Make the experts of the last expansion trainable and freeze the older ones."""
+        """Make the experts of the last expansion trainable and freeze the older ones, with what they
+        share."""
         newest = [
             number == self.expansions[-1] and name not in self.frozen
             for number, name in zip(self.expansions, self.names, strict=True)
         ]
         for site in self.sites:
             site.set_trained(newest)
+            site.train_shared(not any(self.expansions))
 
     def learner(self, strict: bool) -> int | None:
         """Index of the expert that gets every row in training with gate 1: the only one that is

@@ -109,8 +109,9 @@ class Report:
         return sum(each[1:], each[0]) if each else None
 
     def warn_of_costs(self, advice: str) -> None:
-        """Warn where the experts take more multiply-adds than the region that they replace."""
-        if self.macs is None or self.macs.routed <= self.macs.dense:
+        """Warn where the experts take more multiply-adds than the region that they replace, unless a
+        kind, which gives no advice then, always does."""
+        if not advice or self.macs is None or self.macs.routed <= self.macs.dense:
             return
         note = f"the experts take {self.macs}: {advice}"
         self.notes.append(note)

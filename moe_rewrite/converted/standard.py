@@ -6,20 +6,22 @@ Imports transformers, so it is imported only when it is asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import FFNExperts, TokenRouter, require
+from ..config import FFNExperts, require
 from ..errors import CheckpointError, ConversionError, EquivalenceError
 from ..experts.carved import CarvedExperts
+from ..experts.copies import CopiedParameters
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.ffn.routed_copies import RoutedCopies
 from ..frontend.standard import folder as folders
-from ..frontend.standard import names
-from ..frontend.standard.formats import BASES, FORMATS, SIGMOID, Fit, Wanted, fit
+from ..frontend.standard.formats import BASES, FORMATS, Fit, Wanted, fit
 from ..frontend.standard.tensors import RegionTensors, class_state, fill, interleaved
 from ..ir.equivalence import evaluating
 from .low_precision import require_not_quantized
@@ -52,33 +54,6 @@ def save(
         folder, chosen.model, state, base, tokenizer, max_shard_size, check if verify else None
     )
     return chosen.format
-
-
-def recipe_of(folder: str | os.PathLike, dense: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a folder, and the options of `convert` for what it is. dense: the configuration
-    of the dense model."""
-    model = folders.read(folder)
-    config: Any = model.config
-    normalized = getattr(config, "norm_topk_prob", True)
-    routers = [n for n, m in model.named_modules() if hasattr(m, "top_k") and hasattr(m, "weight")]
-    regions = [name.rpartition(".")[0] for name in routers]
-    score = "sigmoid" if config.model_type in SIGMOID else "softmax"
-    router = TokenRouter(
-        top_k=config.num_experts_per_tok, base=False, normalize=False, init=0.5,
-        gate="selected" if normalized else "all",
-    )  # fmt: skip
-    hidden = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    whole = getattr(dense, "intermediate_size", hidden)
-    experts = FFNExperts(
-        sites=tuple(regions), router="layer", score=score,  # type: ignore[arg-type]
-        granularity=1 if whole % hidden else whole // hidden,
-    )  # fmt: skip
-    count = len(model.state_dict()[names.block_of(model, regions[0]).rows])
-    split = regions[0].rpartition(".")[0]
-    return model, {
-        "mode": "upcycle", "split": split, "router": router, "experts": experts,
-        "num_experts": count,
-    }  # fmt: skip
 
 
 def restore(moe: Any, read: nn.Module, folder: str | os.PathLike, verify: bool) -> None:
@@ -183,7 +158,8 @@ def _routing(moe: Any) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "experts": count, "top_k": min(spec.top_k or count, count), "normalized": spec.sums_to_one,
-        "score": experts.score,
+        "score": experts.score, "shared": experts.granularity if experts.shared else 0,
+        "shared_gate": experts.shared == "sigmoid",
     }  # fmt: skip
 
 
@@ -217,8 +193,14 @@ def region_tensors(moe: Any) -> dict[str, RegionTensors]:
                 own = [None if p is None else p[2] for p in parts]
                 site = sites[name]
                 assert isinstance(site, RoutedCopies)
-                made = _by_role(node.target, site, own)
-                found[name] = _apart(made, getattr(moe.recipe.experts, "shared", 0))
+                made = _by_role(node.target, site, site, own, list(site.rows))
+                if isinstance(moe.recipe.experts, CarvedExperts):
+                    made = _apart(made, moe.recipe.experts.shared)
+                elif site.shared is not None:
+                    gate = [] if site.shared.gate is None else [site.shared.gate]
+                    beside = _by_role(node.target, site, site.shared, own, gate)
+                    made = replace(made, shared=beside)
+                found[name] = made
     return found
 
 
@@ -226,17 +208,19 @@ def _apart(of: RegionTensors, shared: int) -> RegionTensors:
     """The same, with the first experts as shared ones."""
     if not shared:
         return of
-    first = RegionTensors(
-        of.gate[:shared], of.up[:shared], of.down[:shared], of.rows[:shared]
-    )  # fmt: skip
+    first = RegionTensors(of.gate[:shared], of.up[:shared], of.down[:shared], [])
     return RegionTensors(
         of.gate[shared:], of.up[shared:], of.down[shared:], of.rows[shared:], first
     )  # fmt: skip
 
 
-def _by_role(call: FeedForwardCall, site: RoutedCopies, parts: list[str | None]) -> RegionTensors:
+def _by_role(
+    call: FeedForwardCall, site: RoutedCopies, copies: CopiedParameters, parts: list[str | None],
+    rows: Sequence[torch.Tensor],
+) -> RegionTensors:  # fmt: skip
+    """copies: of the site, its own or its shared expert's."""
     weights = [p.name for p in site.site.parts if p.kind == "weight"]
-    of_part = dict(zip(weights, site.parameter_lists(), strict=True))
+    of_part = dict(zip(weights, copies.parameter_lists(), strict=True))
     lists: Any = tuple(None if part is None else of_part.get(part) for part in parts)
     form = call.lowered(None)
     name = site.site.name
@@ -250,7 +234,7 @@ def _by_role(call: FeedForwardCall, site: RoutedCopies, parts: list[str | None])
         raise ConversionError(
             f"save_standard: {name} has biases, which no class has in its experts"
         )
-    return RegionTensors(gate, up, down, list(site.rows))
+    return RegionTensors(gate, up, down, rows)
 
 
 # -- which class ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class ExpertParameters(nn.Module):
 
     site: where they work.
     parts: names of an expert's tensors; a graph takes one input a part, for all active experts.
+    whole: of these, the ones that are one tensor, whichever experts are on.
     replaced: state-dict names of the dense weights that experts replace.
     of_all: it takes the experts that are on, also those that no row of a call goes to.
     as_adapter: an expert can be written as an adapter in PEFT's format.
@@ -32,6 +33,7 @@ class ExpertParameters(nn.Module):
 
     site: Any
     parts: tuple[str, ...]
+    whole: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     of_all = False
     as_adapter = False
@@ -101,6 +103,9 @@ class ExpertParameters(nn.Module):
                 p.requires_grad_(on and p.numel() > 0)  # DDP waits for every gradient
                 if not on:
                     p.grad = None
+
+    def train_shared(self, on: bool) -> None:
+        """Set whether what all experts share is trained, where a kind has that."""
 
     def parameter_lists(self) -> list[list[nn.Parameter]]:
         """For each part that holds parameters, the list of the experts' parameters."""

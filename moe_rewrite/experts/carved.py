@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..config import TokenRouter
 from ..errors import ConfigError
-from ..utils.checks import choose, ends_in, is_int, is_number, named_dtype, require
+from ..utils.checks import choose, ends_in, is_int, is_number, name_endings, named_dtype, require
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class CarvedExperts:
 
     def __post_init__(self) -> None:
         named_dtype(self)
-        if isinstance(self.sites, list):
-            object.__setattr__(self, "sites", tuple(self.sites))
-        named = isinstance(self.sites, tuple) and all(isinstance(s, str) for s in self.sites)
+        name_endings(self, "all")
         count, shared, share, ridge = self.experts, self.shared, self.active, self.ridge
         for name, ok, expected in (
             ("experts", is_int(count) and count >= 2, "int >= 2"),
@@ -64,8 +62,6 @@ class CarvedExperts:
             ("bias", isinstance(self.bias, bool), "True or False"),
             ("ridge", is_number(ridge) and ridge > 0, "a number > 0"),
             ("seed", is_int(self.seed) and self.seed >= 0, "int >= 0"),
-            ("sites", self.sites == "all" or (named and len(self.sites) > 0),
-             "'all' or a list of endings of regions' names"),
         ):  # fmt: skip
             require(ok, f"CarvedExperts {name}", getattr(self, name), expected)
         choose(self, "grouping", "coactivation", "magnitude", "random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ class FeedForwardSite:
     parts: its weights.
     features: width of its rows.
     hidden: width inside of an expert.
+    macs: multiply-adds of the dense region on one row.
     gated: whether one product gates another.
     down: names of the last product's weight and, if it has one, bias.
     matrices: weights that products alone read, and whether each is stored as (in, out).
@@ -91,6 +93,7 @@ class FeedForwardSite:
     parts: tuple[Part, ...]
     features: int
     hidden: int
+    macs: int
     gated: bool
     down: tuple[str, ...]
     matrices: tuple[tuple[str, bool], ...] = ()
@@ -108,8 +111,23 @@ class FeedForwardSite:
     @property
     def router(self) -> str:
         """The part of an expert that is its row of the region's own router; no weight is called so."""
-        name = f"{self.name}.router"
-        while name in self.weights:
+        return self._free(f"{self.name}.router", self.weights)
+
+    def shared(self, weight: str) -> str:
+        """The part that is the shared expert's copy of a weight; no weight is called so."""
+        prefix = "shared."
+        while any(w.startswith(prefix) for w in self.weights):
+            prefix = f"_{prefix}"
+        return prefix + weight
+
+    @property
+    def shared_gate(self) -> str:
+        """The part that is the shared expert's gate."""
+        return self._free(self.shared("gate"), [self.shared(w) for w in self.weights])
+
+    @staticmethod
+    def _free(name: str, taken: Collection[str]) -> str:
+        while name in taken:
             name += "_"
         return name
 

@@ -7,11 +7,11 @@ copies and a row's gates sum to one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
-from ..analysis.feedforward import FeedForward, find_feedforward
+from ..analysis.feedforward import FeedForward, Linear, find_feedforward
 from ..analysis.infer_layout import Layouts
 from ..analysis.linear_ops import Product, find_product, innermost_module
 from ..analysis.static_values import static_values
@@ -21,7 +21,7 @@ from ..experts.ffn.call import FeedForwardCall
 from ..ir.aten import value
 from ..ir.gate_layout import GateLayout
 from ..ir.ops import is_pointwise
-from ..ir.program import Numerics, Program
+from ..ir.program import Input, Numerics, Program
 from ..ir.sites import FeedForwardSite, Found, Part, Rejection
 from ..routing.layer_plan import layer_gates, layer_logits
 from ..routing.plan_views import LayerGates, SortedGates
@@ -148,7 +148,8 @@ def _site(
     last = [n for n in (region.down.weight, bias) if n is not None]
     down = tuple(of[n].name for n in last)
     gated, matrices = len(region.ups) > 1, _matrices(program, region)
-    return FeedForwardSite(name, parts, width, hidden, gated, down, matrices)
+    macs = width * sum(_widths(region)) + region.hidden * _width(region, region.down)
+    return FeedForwardSite(name, parts, width, hidden, macs, gated, down, matrices)
 
 
 def _hidden_dims(region: FeedForward) -> dict[int, int]:
@@ -179,8 +180,12 @@ def _matrices(program: Program, region: FeedForward) -> tuple[tuple[str, bool], 
 
 def _widths(region: FeedForward) -> tuple[int, ...]:
     """Output widths of the products of the region's rows."""
-    weights = [(value(region.weights[up.weight]), up) for up in region.ups]
-    return tuple(int(w.shape[1 if up.transposed else 0]) for w, up in weights)
+    return tuple(_width(region, up) for up in region.ups)
+
+
+def _width(region: FeedForward, product: Linear) -> int:
+    """The output width of a product."""
+    return int(value(region.weights[product.weight]).shape[1 if product.transposed else 0])
 
 
 @dataclass(frozen=True)
@@ -190,11 +195,13 @@ class InsertFeedForward(Pass):
     as_dense: whether they do.
     by_layer: every region has a router of its own.
     bias_once: the last product's bias is added once, whatever experts a row has.
+    shared: whether a region has a shared expert, and of which form; see `FFNExperts`.
     """
 
     as_dense: bool
     by_layer: bool = False
     bias_once: bool = False
+    shared: Literal["plain", "sigmoid"] | None = None
     name = "insert experts"
 
     @property
@@ -208,6 +215,7 @@ class InsertFeedForward(Pass):
         for site, uses in sites.items():
             names = [p.name for p in site.parts] + [site.router] * self.by_layer
             parts = {name: expert_input(program, inputs, site.name, name) for name in names}
+            beside = self._shared_inputs(program, inputs, site)
             for number, (region, layout) in enumerate(uses):
                 entry = moved.get(region.entry, region.entry)
                 if layout is None:
@@ -220,6 +228,9 @@ class InsertFeedForward(Pass):
                 call = FeedForwardCall(region, _widths(region), dims, self.bias_once)
                 with graph.inserting_after(region.exit if layout is not None else gates):
                     given: Any = (entry, gates, tuple(region.weights), own)
+                    if self.shared:
+                        shared = (beside.get(program.inputs[w.name].name) for w in region.weights)
+                        given += ((*shared, beside.get(site.shared_gate)),)
                     routed = graph.call_function(call, given)
                 routed.meta = dict(region.exit.meta)
                 region.exit.replace_all_uses_with(routed)
@@ -228,6 +239,17 @@ class InsertFeedForward(Pass):
                     if not node.users:
                         graph.erase_node(node)
         return self.done(program, inputs=inputs, sites=tuple(sites), found=None)
+
+    def _shared_inputs(
+        self, program: Program, inputs: dict[str, Input], site: FeedForwardSite
+    ) -> dict[str, fx.Node]:
+        """The shared expert's tensors, by the names of the dense ones, and its gate by its own."""
+        if self.shared is None:
+            return {}
+        parts = {w: site.shared(w) for w in site.weights}
+        if self.shared == "sigmoid":
+            parts[site.shared_gate] = site.shared_gate
+        return {n: expert_input(program, inputs, site.name, part) for n, part in parts.items()}
 
 
 def _routed(

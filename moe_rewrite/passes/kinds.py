@@ -42,7 +42,8 @@ class ExpertKind(ABC):
     spec: the dataclass that configures it, which users pass to ``convert(experts=...)``.
     title: the name of the kind, for people.
     elsewhere: text, what to try where nothing after the split can hold such experts.
-    cheaper: text, what to choose where experts take more multiply-adds than what they replace.
+    cheaper: text, what to choose where experts take more multiply-adds than what they replace; empty
+        for kinds that always do.
     onnx: (lowering, description) if exported files have one form only; None if it is chosen.
     """
 
@@ -181,7 +182,7 @@ class _FeedForward(ExpertKind):
 
     def insert(self, recipe: Recipe, router: RouterSpec) -> Pass:
         as_dense = gates_sum_to_one(recipe.experts, router) and not recipe.experts.reinit
-        return InsertFeedForward(as_dense, recipe.experts.by_layer)
+        return InsertFeedForward(as_dense, recipe.experts.by_layer, shared=recipe.experts.shared)
 
     def lower(self, recipe: Recipe, router: RouterSpec) -> tuple[Pass, ...]:
         return (LowerFeedForward(_choice(recipe, router)),)
@@ -213,7 +214,19 @@ class _FeedForward(ExpertKind):
         count = recipe.num_experts // cut
         router = " and a router" if recipe.experts.by_layer else ""
         each = f", each cut into {cut} experts" if cut > 1 else ""
-        return f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward{each}{router}"
+        of = {None: "", "plain": ", a shared one", "sigmoid": ", a shared one times a sigmoid gate"}
+        shared = of[recipe.experts.shared]
+        return (
+            f"{count} cop{'y' if count == 1 else 'ies'} of the feed-forward{each}{shared}{router}"
+        )
+
+    def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs | None:
+        own, count = recipe.experts, recipe.num_experts
+        if not own.by_layer:
+            return None
+        taken = min(router.top_k or count, count) / own.granularity + (own.shared is not None)
+        rows = count + (own.shared == "sigmoid")
+        return Macs(site.macs, round(taken * site.macs), rows * site.features, "token")
 
     def fresh(self, recipe: Recipe, router: RouterSpec) -> Fresh:
         exact = gates_sum_to_one(recipe.experts, router) and not recipe.experts.reinit
@@ -266,12 +279,10 @@ class _Carved(ExpertKind):
         return CarveRule(own.shared, own.taken - own.shared)
 
     def macs(self, site: Any, recipe: Recipe, router: RouterSpec) -> Macs:
-        own, products = recipe.experts, 2 + site.gated
-        expert = products * site.features * site.hidden
+        own = recipe.experts
         routed = own.taken < own.experts
-        return Macs(
-            own.experts * expert, own.taken * expert, own.experts * site.features * routed, "token"
-        )
+        run = own.taken * site.macs // own.experts
+        return Macs(site.macs, run, own.experts * site.features * routed, "token")
 
     def fixed(self, recipe: Recipe) -> str:
         return (

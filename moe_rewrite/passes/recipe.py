@@ -195,7 +195,7 @@ def _require_options_of_layers(experts: FFNExperts, router: RouterSpec | None) -
     """Raises ConfigError for options that only a router a layer has, and a top k that would take
     parts of copies."""
     plain = FFNExperts()
-    for name in ("score", "granularity", "reinit", "scaled"):
+    for name in ("score", "granularity", "reinit", "scaled", "shared"):
         require(
             experts.by_layer or getattr(experts, name) == getattr(plain, name),
             f"FFNExperts {name}", getattr(experts, name),

@@ -42,3 +42,15 @@ def named_dtype(spec: Any) -> None:
 def ends_in(name: str, endings: tuple[str, ...]) -> bool:
     """Whether a dotted name is one of these, or ends in one."""
     return any(name == e or name.endswith("." + e) for e in endings)
+
+
+def name_endings(spec: Any, *words: str) -> None:
+    """Check a spec's sites, one of these words or endings of names, and store endings as a tuple."""
+    given = spec.sites
+    endings = tuple(given) if isinstance(given, list) else given
+    named = isinstance(endings, tuple) and all(isinstance(s, str) for s in endings)
+    require(
+        endings in words or (named and len(endings) > 0), f"{type(spec).__name__} sites", given,
+        f"{', '.join(map(repr, words))} or a list of endings of names",
+    )  # fmt: skip
+    object.__setattr__(spec, "sites", endings)

@@ -232,10 +232,10 @@ def test_convert_takes_regions(tmp_path):
 def test_convert_upcycles(tmp_path):
     done = run(
         "convert", "factories:mlp", "--mode", "upcycle", "--split", "0", "--num-experts", "3",
-        "--out", str(tmp_path / "e"),
+        "--shared", "sigmoid", "--out", str(tmp_path / "e"),
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
-    assert "3 copies of the feed-forward" in done.output
+    assert "3 copies of the feed-forward, a shared one times a sigmoid gate" in done.output
 
 
 def test_convert_writes_a_standard_checkpoint(tmp_path):

@@ -81,7 +81,7 @@ def test_sites_hold_the_weights_of_all_products():
     kept = dict(zip(names, (((0, H),), ((0, H),), ((1, H),), ()), strict=True))
     parts = tuple(Part(n, "weight", kept[n]) for n in plain.weights)
     assert plain == FeedForwardSite(
-        "layers.2", parts, D, H, False, tuple(names[2:]),
+        "layers.2", parts, D, H, 2 * D * H, False, tuple(names[2:]),
         (("layers.2.up.weight", False), ("layers.2.down.weight", False)),
     )  # fmt: skip
     assert set(plain.weights) == set(names) and gated.gated and gated.name == "layers.4"

@@ -59,12 +59,14 @@ def bias(product: Linear, weights: Weights) -> torch.Tensor | None:
 
 
 class FeedForwardCall:
-    """The target of a region's node: call(x, gates, dense, experts) -> the region's output.
+    """The target of a region's node: call(x, gates, dense, experts, shared) -> the region's output.
 
     x: rows (..., D), or a map (B, D, H, W).
     gates: RowGates; None or a Watch runs the dense region.
     dense: the frozen region's tensors.
     experts: for each of these, the active experts' tensors, or None for a constant that all share.
+    shared: of a region with a shared expert, its tensors, or None as above, then its gate (D,) or
+        None.
 
     A row that no expert takes gets zero, or the bias that experts do not have.
     """
@@ -98,8 +100,9 @@ class FeedForwardCall:
         return call
 
     def __call__(
-        self, x: torch.Tensor, gates: RowGates | Watch | None, dense: tuple, experts: tuple
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, gates: RowGates | Watch | None, dense: tuple, experts: tuple,
+        shared: tuple = (),
+    ) -> torch.Tensor:  # fmt: skip
         rows = x.movedim(self.channels, -1)
         if not isinstance(gates, RowGates):
             if gates is not None:
@@ -110,7 +113,14 @@ class FeedForwardCall:
             flat = rows.reshape(-1, rows.shape[-1])
             y = self.run(flat, gates, tuple(rows.shape[:-1]), weights).view(rows.shape)
             y = y if self.bias_once is None else y + dense[self.bias_once]
+            y = y + self.of_shared(rows, dense, shared) if shared else y
         return y.movedim(-1, self.channels) if y.ndim == self.dims else y.flatten(0, -2)
+
+    def of_shared(self, rows: torch.Tensor, dense: tuple, shared: tuple) -> torch.Tensor:
+        """What the shared expert gives rows (..., D)."""
+        *own, gate = shared
+        y = self.dense(rows, [d if o is None else o for d, o in zip(dense, own, strict=True)])
+        return y if gate is None else linear(rows, gate.unsqueeze(0), None).sigmoid() * y
 
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
         """The tensors of each expert of a dispatch, the dense ones first if `base`."""

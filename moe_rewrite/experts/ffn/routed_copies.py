@@ -1,4 +1,4 @@
-"""Copies of a feed-forward beside the rows of the region's own router."""
+"""Copies of a feed-forward beside the rows of the region's own router, and a shared expert."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import ConfigError
 from ...ir.sites import FeedForwardSite, Part
 from ...routing.router import without
 from ..copies import CopiedParameters
+from .shared import HALF, Kind, SharedExpert
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Upcycling:
     """How experts begin; see `FFNExperts`.
 
     total: the sum of a row's gates that outputs are scaled for.
+    shared: the form of a shared expert, None without.
     """
 
     granularity: int = 1
     reinit: float = 0.0
     total: float = 1.0
+    shared: Kind | None = None
 
     @classmethod
     def of(cls, recipe: Any) -> Upcycling:
@@ -34,14 +38,16 @@ class Upcycling:
         sigmoid = experts.score == "sigmoid"
         summed = 1.0 if router.gate == "selected" else k / (2 if sigmoid else recipe.num_experts)
         total = summed if experts.scaled else 1.0
-        return cls(experts.granularity, experts.reinit, total)
+        return cls(experts.granularity, experts.reinit, total, experts.shared)
 
     def factor(self, site: FeedForwardSite, part: Part) -> float:
         """What an expert's part is multiplied by: the k experts of ``k / granularity`` copies are to
-        add up to the dense output where their gates add up to `total`."""
+        add up to the dense output where their gates add up to `total`, or to half of it beside a
+        shared expert."""
         if part.name not in site.down:
             return 1.0
-        return (self.granularity if part.kept else 1) / self.total
+        whole = 1.0 if self.shared is None else HALF
+        return (self.granularity if part.kept else 1) * whole / self.total
 
     def redraw(self, parts: Sequence[tuple[Part, torch.Tensor, torch.Tensor]]) -> None:
         """Draw some hidden units' weights anew, in place. parts: with an expert's tensor and the
@@ -61,6 +67,7 @@ class RoutedCopies(CopiedParameters):
     have it. Rows stay trainable when experts are frozen. Experts of one copy begin with one row.
 
     before[e]: the rows just before expert e was added.
+    shared: what every row has in addition, where an expert is on; None without.
     """
 
     biased = 0  # numbers of a row after those of the D features
@@ -73,6 +80,9 @@ class RoutedCopies(CopiedParameters):
         self.router = site.router
         self.parts = (*self.parts, self.router)
         self.rows, self.before = nn.ParameterList(), nn.ParameterList()
+        self.shared = None if begin.shared is None else SharedExpert(site, begin.shared)
+        self.whole = () if self.shared is None else self.shared.parts
+        self.parts += self.whole
 
     def add(self, dense: dict[str, torch.Tensor]) -> list[nn.Parameter]:
         assert isinstance(self.site, FeedForwardSite)
@@ -91,6 +101,9 @@ class RoutedCopies(CopiedParameters):
         new = super().add(dense)
         if not row.is_meta:
             self._begin(dense)
+        if self.shared is not None and not older:
+            self.shared.dtype = self.dtype
+            new += self.shared.add(dense)
         return [*new, self.rows[-1]]
 
     def _row_dtype(self, dense: torch.dtype) -> torch.dtype:
@@ -122,6 +135,44 @@ class RoutedCopies(CopiedParameters):
             for row, old in zip(self.rows, record, strict=True):
                 row.copy_(old)
 
-    def stacked(self, active: Sequence[int]) -> tuple[list[Any], ...]:
+    def stacked(self, active: Sequence[int]) -> tuple[Any, ...]:
         rows = [self.in_graph(self.router, e, self.rows[e]) for e in active]
-        return (*super().stacked(active), rows)
+        shared = [] if self.shared is None else self.shared.tensors()
+        return (*super().stacked(active), rows, *shared)
+
+    def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
+        if not active:
+            return None
+        of_part = zip(self.parts, self.stacked(active), strict=True)
+        return tuple(s if part in self.whole else torch.stack(s) for part, s in of_part)
+
+    # -- the shared expert goes along --------------------------------------------------------------
+
+    def train_shared(self, on: bool) -> None:
+        if self.shared is not None:
+            self.shared.train_all(on)
+
+    def merged(
+        self, expert: int, dense: dict[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        if self.shared is not None:
+            raise ConfigError(
+                f"{self.site.name}: a row has a shared expert beside this one, which no dense "
+                "feed-forward of this width computes"
+            )
+        return super().merged(expert, dense, scale)
+
+    def quantize(self, dtype: str) -> None:
+        super().quantize(dtype)
+        if self.shared is not None:
+            self.shared.quantize(dtype)
+
+    def follow(self, fn: Any) -> None:
+        super().follow(fn)
+        if self.shared is not None:
+            self.shared.follow(fn)
+
+    def forget(self) -> None:
+        super().forget()
+        if self.shared is not None:
+            self.shared.forget()

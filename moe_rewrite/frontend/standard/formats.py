@@ -42,6 +42,7 @@ class Wanted:
     experts, top_k, normalized, score, hidden: of every region; see `GateRule`; width inside. score
         ``"any"``: of one expert a row, whose gate is 1.
     shared: experts of this width that every row has, as one.
+    shared_gate: whether a row has them times the sigmoid of a linear map of it.
     """
 
     config: PretrainedConfig
@@ -54,6 +55,7 @@ class Wanted:
     score: str
     hidden: int
     shared: int = 0
+    shared_gate: bool = False
 
 
 @dataclass
@@ -129,6 +131,8 @@ def _of_experts(
         given["shared_expert_intermediate_size"] = together
     elif hasattr(blank, "n_shared_experts"):
         given["n_shared_experts"] = wanted.shared or 1
+        if wanted.shared_gate:
+            refusals.append("its shared expert has no gate, here it has one (shared='sigmoid')")
     elif wanted.shared:
         refusals.append("it has no shared expert")
     if hasattr(blank, "num_mtp_layers"):

@@ -59,7 +59,7 @@ class Block:
     """Names of the tensors of a mixture-of-experts block.
 
     first: (E, 2 H, D), gate above up. down: (E, D, H). rows: (E, D) of the router.
-    rest: those that have to add nothing: a shared expert, a bias for the choice of experts.
+    rest: the others: of a shared expert and its gate, a bias for the choice of experts.
     """
 
     first: str

@@ -20,7 +20,7 @@ SHARED_GATE = "shared_expert_gate.weight"
 @dataclass(frozen=True)
 class RegionTensors:
     """An expert a place; views of what they are in a converted model. rows: of its router. shared:
-    the experts that every row has; None without."""
+    the experts that every row has, whose `rows` is their gate, or empty; None without."""
 
     gate: Sequence[torch.Tensor]
     up: Sequence[torch.Tensor]
@@ -67,16 +67,18 @@ def _beside(
     key: str, shape: torch.Size, shared: RegionTensors | None, rest: Sequence[str]
 ) -> torch.Tensor:
     """A tensor of a block beside its routed experts: of the shared one or its gate, or a bias."""
-    gated = any(k.endswith(SHARED_GATE) for k in rest)
     if shared is None:
         # of the gate of one that adds nothing any value does; at a logit of 0 llama.cpp divides by it
         return torch.full(shape, 1.0 if key.endswith(SHARED_GATE) else 0.0)
+    if key.endswith(SHARED_GATE) and shared.rows:
+        return torch.stack([t.detach() for t in shared.rows])
     parts, lists = key.split("."), {"gate_proj": shared.gate, "up_proj": shared.up}
     for name, own in lists.items():
         if name in parts:
             return torch.cat([t.detach() for t in own])
-    if "down_proj" in parts:  # times the sigmoid of the gate's logit, 0
-        return torch.cat([t.detach() for t in shared.down], 1) * (2 if gated else 1)
+    if "down_proj" in parts:
+        halved = any(k.endswith(SHARED_GATE) for k in rest) and not shared.rows  # sigmoid(0)
+        return torch.cat([t.detach() for t in shared.down], 1) * (2 if halved else 1)
     return torch.zeros(shape)
 
 
@@ -90,7 +92,7 @@ def fill(
     blocks = {region: names.block_of(model, region) for region in regions}
     inside = {k for b in blocks.values() for k in (b.first, b.down, b.rows, *b.rest)}
     for block in blocks.values():
-        _require_zero(state, block.rest)
+        _require_no_bias(state, block.rest)
     for key in model.state_dict():
         if key not in inside:
             (source,) = names.sources(key, wanted.dense)
@@ -109,16 +111,34 @@ def fill(
                 (of.rows[e], state[block.rows][e]),
             ):  # fmt: skip
                 into.detach().copy_(tensor)
+        if of.shared is not None:
+            _fill_shared(of.shared, state, block.rest)
 
 
-def _require_zero(state: Mapping[str, torch.Tensor], keys: Sequence[str]) -> None:
-    """A shared expert adds nothing if its last product is zero."""
-    last = [k for k in keys if "down_proj" in k or k.endswith("correction_bias")]
-    for key in last:
-        if bool(state[key].any()):
+def _fill_shared(of: RegionTensors, state: Mapping[str, torch.Tensor], keys: Sequence[str]) -> None:
+    lists = {"gate_proj": of.gate, "up_proj": of.up, "down_proj": of.down, SHARED_GATE: of.rows}
+    for key in keys:
+        for name, own in lists.items():
+            if f".{name}" in key:
+                (into,) = own
+                into.detach().copy_(state[key].view_as(into))
+
+
+def shared_of(state: Mapping[str, torch.Tensor], keys: Sequence[str]) -> tuple[int, bool] | None:
+    """(width of a block's shared expert, whether it has a gate); None if it adds nothing, since its
+    last product is zero. keys: `Block.rest`."""
+    down = [state[k] for k in keys if "down_proj" in k]
+    if not any(bool(t.any()) for t in down):
+        return None
+    return down[0].shape[1], any(k.endswith(SHARED_GATE) for k in keys)
+
+
+def _require_no_bias(state: Mapping[str, torch.Tensor], keys: Sequence[str]) -> None:
+    for key in keys:
+        if key.endswith("correction_bias") and bool(state[key].any()):
             raise CheckpointError(
-                f"{key} is not zero: a converted model has no shared expert and no bias for the "
-                "choice of experts; only folders in which both are zero are read"
+                f"{key} is not zero: a converted model has no bias for the choice of experts; only "
+                "folders in which it is zero are read"
             )
 
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from ...experts.ffn.call import FeedForwardCall, Weights
 from ...ir.program import Code
+from ...ir.structural_key import structural_key
 from ...routing.dispatch import RowGates
 
 DOMAIN, OPERATOR = "moe_rewrite", "FeedForwardExperts"
@@ -42,8 +43,11 @@ class TracedFeedForward(FeedForwardCall):
 
     @property
     def trace_key(self) -> Any:
-        """Equal for calls whose traces differ only in the placeholder's number."""
-        return TracedFeedForward, self.channels, self.dims
+        """Equal for calls whose traces differ only in the placeholder's number. The dense region is
+        in a trace where no expert is on, and as the form of a shared expert."""
+        of = self.dense
+        form = structural_key(of.middle.module.graph), of.ups, of.down, of.extra
+        return TracedFeedForward, self.channels, self.dims, form
 
     def by_expert(self, base: bool, dense: tuple, experts: tuple) -> list[Weights]:
         """In a trace, experts in stacks count as a single one, so their number stays dynamic."""

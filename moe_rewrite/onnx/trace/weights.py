@@ -49,7 +49,7 @@ def tensors_of(
             tensors |= {base + name: tensor for name, tensor in named.items()}
             experts[f"{site.site.name}:{part}"] = pytree.tree_map_only(str, base.__add__, names)
             dim = (0, 1) if apart else site.expert_dim(part)
-            if active and dim is not None:
+            if active and dim is not None and part not in site.whole:
                 stacks[base + part] = ExpertDim(*dim)
     if active and not moe.router.by_layer:
         tensors[ROWS] = moe.router.stacked(active).detach()
