@@ -118,14 +118,20 @@ def windows(tokens: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return tokens[starts + torch.arange(LENGTH)]
 
 
-def learn(model: nn.Module, parameters: Any, tokens: torch.Tensor, rate: float) -> None:
-    """One pass over these samples."""
+def learn(
+    model: Any, parameters: Any, tokens: torch.Tensor, rate: float, balance: float = 0.0
+) -> None:
+    """One pass over these samples. balance: weight of the routers' load-balancing loss."""
     optimizer = torch.optim.AdamW(parameters, rate)
     batches = tokens.split(BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches))
     model.train()
     for ids in batches:
-        model(input_ids=ids, labels=ids).loss.backward()
+        if balance:
+            out, plan = model.with_plan(input_ids=ids, labels=ids)
+            (out.loss + balance * plan.load_balance_loss()).backward()
+        else:
+            model(input_ids=ids, labels=ids).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
