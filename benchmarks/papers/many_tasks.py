@@ -1,12 +1,12 @@
-"""Three hundred tasks in a row: accuracy, what the router keeps, and the time of a forward call."""
+"""Three hundred tasks in a row: accuracy, what the router keeps, and what fewer experts cost."""
 
 # python -m benchmarks.papers.many_tasks [--quick]: two class-incremental streams, each task two new
 # classes, which widen the head; answers are over all classes, no task identity. "digits": pairs of
 # MNIST digits under fixed permutations of the pixels, five pairs a permutation, after a network that
 # knows the digits as they are. "clusters": two groups of points at a place of their own, four
-# deviations apart. Seed 0 keeps a matrix of sums for each expert, seed 1 shared ones. RanPAC (arXiv 2307.02251) is ridge regression of the classes on random features at
-# the same cut. Then: forward calls of a Llama of width 256 with 300 and with 20 experts, processor
-# time; and 40 permuted digits tasks whose experts are joined in pairs, or pruned by use.
+# deviations apart. Seed 0 keeps a matrix of sums for each expert, seed 1 shared ones. RanPAC (arXiv
+# 2307.02251) is ridge regression of the classes on random features at the same cut. Then 40 permuted
+# digits tasks whose experts are joined in pairs, or pruned by use.
 
 from __future__ import annotations
 
@@ -19,29 +19,27 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoEModel, TokenRouter
 
 from ..tools.data import mnist
-from ..tools.models import llama
 from ..tools.report import finish, is_quick, save
-from ..tools.timing import processor, side_by_side
 from .streams import spread
 
 BASE, PAIRS, WIDTH = 10, 5, 256
 Sums = Literal["each", "shared"]
 FULL = {
-    "tasks": 300, "train": 200, "test": 20, "epochs": 4, "rounds": 9, "fewer": 40,
+    "tasks": 300, "train": 200, "test": 20, "epochs": 4, "fewer": 40,
     "base": 10_000, "marks": [20, 50, 100, 200, 300],
 }  # fmt: skip
 QUICK = {
-    "tasks": 5, "train": 60, "test": 20, "epochs": 2, "rounds": 2, "fewer": 4,
+    "tasks": 5, "train": 60, "test": 20, "epochs": 2, "fewer": 4,
     "base": 1_000, "marks": [5],
 }  # fmt: skip
 KINDS: tuple[Sums, ...] = ("each", "shared")  # by seed
-FORWARD = (20, 300), (4, 20)  # numbers of experts; quick
 
 
 class Task(NamedTuple):
@@ -228,7 +226,7 @@ def stream(
     start, tasks = time.process_time(), of(seed, size)
     moe = converted(size, seed, KINDS[seed])
     once, marks = [], {}
-    for number, task in enumerate(tasks):
+    for number, task in enumerate(track(tasks, f"seed {seed}")):
         first = BASE + 2 * number
         learn(moe, task, first, size["epochs"])
         if number == 0:
@@ -241,63 +239,6 @@ def stream(
         "marks": marks, "bwt": mean(b - a for a, b in zip(once[:-1], last[:-1], strict=True)),
         "ranpac": ranpac(moe, tasks, size), "seconds": time.process_time() - start,
     }  # fmt: skip
-
-
-# -- forward calls ----------------------------------------------------------------------------------
-
-
-def routed_llama(experts: int) -> MoEModel:
-    """LoRA of rank 8 on the last four of five layers; an expert's texts have a vocabulary of 16."""
-    router = TokenRouter(fit="analytic", granularity="prefix", top_k=1, base=False)
-    moe = moe_rewrite.convert(llama(5, WIDTH), split=1, router=router, verify=False)
-    assert isinstance(moe, MoEModel)
-    moe.expand(experts - 1)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for site in moe.expert_sites():
-            for b in site.parameter_lists()[1]:
-                b.copy_(torch.randn(b.shape, generator=draw) * 0.02)
-    for expert in range(experts):
-        moe.fit_router(expert, [{"input_ids": text(expert, 4, 64)}])
-        moe.activate(expert)
-    return moe.eval()
-
-
-def text(expert: int, batch: int, length: int) -> torch.Tensor:
-    words = torch.randperm(1024, generator=torch.Generator().manual_seed(expert))[:16]
-    draw = torch.Generator().manual_seed(5000 + expert)
-    return words[torch.randint(16, (batch, length), generator=draw)]
-
-
-def forward(counts: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Processor milliseconds of calls, by number of experts, and their ratio."""
-    models = {n: routed_llama(n) for n in counts}
-    few = counts[0]
-    calls = {
-        "8 texts of 64 tokens": torch.cat([text(e * (few // 8 or 1) % few, 1, 64) for e in range(8)]),
-        "1 text of 512 tokens": text(1, 1, 512), "1 token": text(2, 1, 1),
-        "512 random tokens": torch.randint(1024, (512, 1), generator=torch.Generator().manual_seed(1)),
-    }  # fmt: skip
-    found: dict[str, Any] = {}
-    for name, ids in calls.items():
-
-        def run(moe: MoEModel, ids: torch.Tensor = ids) -> Callable[[], None]:
-            def call() -> None:
-                with torch.no_grad():
-                    for _ in range(1 if ids.numel() > 1 else 10):
-                        moe(input_ids=ids, use_cache=False)
-
-            return call
-
-        times = side_by_side({str(n): run(m) for n, m in models.items()}, rounds, clock=processor)
-        many, base = (str(n) for n in reversed(counts))
-        with torch.no_grad():
-            taken = {n: len(m.route(input_ids=ids).selected.unique()) for n, m in models.items()}
-        found[name] = {
-            "ms": {n: t / (1 if ids.numel() > 1 else 10) for n, t in times.medians().items()},
-            "ratio": times.ratio(many, base), "taken": taken,
-        }  # fmt: skip
-    return found
 
 
 # -- fewer experts ----------------------------------------------------------------------------------
@@ -347,7 +288,6 @@ def main() -> None:
             **{k: spread([m[k] for m in last]) for k in ("accuracy", "routing", "told", "base")},
             **{k: spread([s[k] for s in by_seed]) for k in ("bwt", "ranpac", "seconds")},
         }
-    found["forward"] = forward(FORWARD[quick], size["rounds"])
     found["fewer"] = fewer(size, 0)
     if not quick:
         save("many_tasks", found)
