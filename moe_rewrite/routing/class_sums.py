@@ -64,7 +64,7 @@ class ClassSums(PackedSums):
         return torch.stack([m[-1] for m in self._packed()]).tolist()
 
     def gram(self) -> torch.Tensor:
-        with LOCK:
+        with LOCK, torch.inference_mode(False):  # what is kept is added to outside of it too
             return unpacked(self._total(self._packed()))
 
     def sides(self) -> torch.Tensor:
@@ -75,7 +75,8 @@ class ClassSums(PackedSums):
 
     def _packed(self) -> list[torch.Tensor]:
         self.close()
-        return [self.get_buffer(str(c)).cpu() for c in range(len(self))]
+        buffers = (self.get_buffer(str(c)) for c in range(len(self)))
+        return [b if b.is_meta else b.cpu() for b in buffers]
 
     def _total(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sum of the means. That of all but the last, which training changes, is kept."""

@@ -89,7 +89,8 @@ class AnalyticGate(TokenGate):
 
     def _forget(self, index: int) -> None:
         """Whoever removes experts calls `settle` after the last."""
-        self.moments.drop(index + 1)
+        with torch.inference_mode(False):  # what is left is added to elsewhere
+            self.moments.drop(index + 1)
         del self.told[index]
         self.solved = False
 

@@ -28,7 +28,7 @@ def run(*arguments):
         ([], ("inspect", "convert", "patches", "demo")),
         (["inspect"], ("--split", "--json", "factory")),
         (["convert"], ("--split", "--router", "--top-k", "--sites", "--dry-run", "--out")),
-        (["demo"], ("--model", "--data", "--seed")),
+        (["demo"], ("--kind", "--model", "--tasks", "--seed")),
         (["patches"], ("--images", "--experts", "--grid", "--mean", "--out")),
         (["serve-adapters"], ("--experts", "--no-verify")),
         (["serve"], ("--engine", "--url", "--base", "--mixture", "--port")),
@@ -115,8 +115,8 @@ def test_router_options_reach_convert(monkeypatch, options, granularity, top_k):
         (["convert", MODEL, "--granularity", "nonsense"], "nonsense"),
         (["convert", MODEL, "--rank", "0"], "rank"),
         (["convert", MODEL, "--sites", "nowhere"], "nowhere"),
-        (["demo", "--model", MODEL], "--data"),
-        (["demo", "--model", MODEL, "--data", "no-such-folder"], "no such folder"),
+        (["demo", "--model", MODEL], "--tasks"),
+        (["demo", "--model", MODEL, "--tasks", "no-such-folder"], "no such folder"),
     ],
 )
 def test_an_error_is_one_message_and_no_traceback(monkeypatch, capsys, arguments, words):

@@ -156,7 +156,7 @@ def test_saves_of_versions_with_experts_in_the_models_dtype_are_read(tmp_path, m
     checkpoint.write(tmp_path, old, facts, moe.reference.state)
     back = moe_rewrite.load(tmp_path, moe.to_dense(), x)
     assert expert_dtypes(back) == {torch.float32} and torch.equal(back(x), moe(x))
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    monkeypatch.setattr(checkpoint, "FORMAT", 4)
     moe.save_pretrained(tmp_path)
-    with pytest.raises(MoeRewriteError, match="format 3, this version reads 1, 2: upgrade"):
+    with pytest.raises(MoeRewriteError, match="format 4, this version reads 1, 2, 3: upgrade"):
         moe_rewrite.load(tmp_path, moe.to_dense(), x)
