@@ -25,6 +25,8 @@ LIMIT = 900  # seconds
 HERE = Path(__file__).parent
 ELSEWHERE = {
     "papers.carving": "36 s",
+    "papers.carving_balance": "its small form says nothing",
+    "papers.demonstration": "tests/demo runs it",
     "speed.decode_compiled": "compiles for minutes",
     "speed.onnx_gpu": "needs a GPU",
     "speed.onnx_memory": "minutes",
