@@ -1,6 +1,7 @@
 """Text classifiers: how texts and pairs become batches, what is refused, scores, and streams of tasks
 whose classes grow."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -197,7 +198,8 @@ class StopsIn(ClassificationProblem):
 @pytest.mark.parametrize("method", some([m for m in METHODS if m != "anyssr"], QUICK))
 def test_every_method_learns_a_stream_stopped_or_not(bert, method, tmp_path):
     tasks, known = topics.stream(), topics.base_task()
-    given = (tasks, SETUP, known, "accuracy")
+    faster = replace(SETUP, training=replace(SETUP.training, lr=3e-2))  # osf takes a tenth
+    given = (tasks, faster if method == "osf" else SETUP, known, "accuracy")
     before = {k: v.clone() for k, v in bert.state_dict().items()}
     with pytest.raises(Stopped):
         run(method, bert, StopsIn([*tasks[1].train]), *given, tmp_path)
