@@ -15,6 +15,7 @@ from feedforwards import (
     convert,
     gated_sum,
     inputs,
+    steps,
     with_layers,
 )  # fmt: skip
 from reference import added, randomize
@@ -264,13 +265,7 @@ def test_progressive_copies_leave_the_older_ones_as_they_were():
     old = {k: v.detach().clone() for k, v in added(moe).items() if ".experts." in k}
     moe.expand(1, name="second")
     assert torch.equal(moe(x), first)
-    moe.train()
-    optimizer = torch.optim.SGD(moe.trainable_parameters(), 0.1)
-    for _ in range(3):
-        moe(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moe.eval()
+    steps(moe)
     assert all(torch.equal(added(moe)[k], v) for k, v in old.items())
     assert not torch.equal(moe(x), first)
     moe.remove_last()

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from feedforwards import D, Fused, Gated, H, Net, Plain, convert, gated_sum, inputs, with_layers
+from feedforwards import (
+    D,
+    Fused,
+    Gated,
+    H,
+    Net,
+    Plain,
+    computes_its_definition,
+    convert,
+    gated_sum,
+    inputs,
+    steps,
+    with_layers,
+)  # fmt: skip
 from reference import added, randomize
 from safetensors.torch import load_file
 from standard import dense, logits
@@ -76,21 +89,9 @@ def test_outputs_and_gradients_are_the_definitions(kind):
     moe = shared(model, kind)
     randomize(moe, size=0.5)
     for size in SIZES:
-        x = inputs(*size)
-        state = {
-            k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in added(moe).items()
-        }
-        moe.zero_grad()
-        got, want = moe(x), definition(model, x, state, 3, 2)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
-        (got * weights).sum().backward()
-        (want * weights).sum().backward()
-        for name, p in added(moe).items():
-            if p.requires_grad:
-                no = torch.zeros_like(p)
-                mine, of = no if p.grad is None else p.grad, state[name].grad
-                torch.testing.assert_close(mine, no if of is None else of, rtol=1e-3, atol=1e-4)
+        computes_its_definition(
+            moe, lambda x, state: definition(model, x, state, 3, 2), inputs(*size)
+        )
     beside = [p for n, p in added(moe).items() if ".shared." in n]
     assert beside and all(p.requires_grad and p.grad.any() for p in beside)
 
@@ -100,7 +101,7 @@ def test_it_is_trained_saved_and_frozen_once_experts_are_added(kind, tmp_path):
     model, x = Net(Gated, Plain).eval(), inputs(4, 5)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     moe = shared(model, kind)
-    steps(moe, x)
+    steps(moe)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert largest_difference(moe(x), model(x)) > 1e-3
     moe.save_pretrained(tmp_path)
@@ -114,7 +115,7 @@ def test_it_is_trained_saved_and_frozen_once_experts_are_added(kind, tmp_path):
     first = moe(x).detach()
     moe.expand(1)
     assert torch.equal(moe(x), first)  # the new one is off until it is trained
-    steps(moe, x)
+    steps(moe)
     assert all(torch.equal(p, added(moe)[n]) for n, p in kept.items())
     moe.remove_last()
     assert all(added(moe)[n].requires_grad for n in kept)
@@ -126,16 +127,6 @@ def test_it_is_trained_saved_and_frozen_once_experts_are_added(kind, tmp_path):
         moe.merge_expert(0, inputs(2, 6))
     want = moe(x).double()
     torch.testing.assert_close(moe.double()(x.double()), want, rtol=1e-4, atol=1e-5)
-
-
-def steps(moe, x):
-    moe.train()
-    optimizer = torch.optim.SGD(moe.trainable_parameters(), 0.1)
-    for _ in range(3):
-        moe(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moe.eval()
 
 
 def test_the_report_counts_it():

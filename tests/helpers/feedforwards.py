@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from reference import randomize
+from reference import added, randomize
 from torch import nn
 
 import moe_rewrite
@@ -153,3 +153,31 @@ def made(given, *bodies):
         with torch.no_grad():
             moe.router.rows[1][-1] = -50.0
     return moe
+
+
+def steps(moe):
+    """Three steps of training on its own outputs."""
+    moe.train()
+    optimizer = torch.optim.SGD(moe.trainable_parameters(), 0.1)
+    for _ in range(3):
+        moe(inputs(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moe.eval()
+
+
+def computes_its_definition(moe, definition, x):
+    """The output, after it and its gradients were compared with those of definition(x, added tensors)."""
+    state = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in added(moe).items()}
+    moe.zero_grad()
+    got, want = moe(x), definition(x, state)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    for name, p in added(moe).items():
+        if p.requires_grad:
+            no = torch.zeros_like(p)
+            mine, of = no if p.grad is None else p.grad, state[name].grad
+            torch.testing.assert_close(mine, no if of is None else of, rtol=1e-3, atol=1e-4)
+    return got

@@ -11,6 +11,7 @@ from feedforwards import (
     Net,
     Plain,
     Swapped,
+    computes_its_definition,
     convert,
     gated_sum,
     inputs,
@@ -92,21 +93,8 @@ def test_outputs_and_gradients_are_the_definitions():
     randomize(moe, size=0.5)
     for batch, length in ((3, 7), (1, 1), (2, 40)):
         x = inputs(batch, length, seed=length)
-        state = {
-            k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in added(moe).items()
-        }
-        moe.zero_grad()
-        got, want = moe(x), definition(model, x, state, 4, 2)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        got = computes_its_definition(moe, lambda x, state: definition(model, x, state, 4, 2), x)
         assert (got - model(x)).abs().max() > 1e-3
-        weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
-        (got * weights).sum().backward()
-        (want * weights).sum().backward()
-        for name, p in added(moe).items():
-            if p.requires_grad:
-                no = torch.zeros_like(p)
-                mine, of = no if p.grad is None else p.grad, state[name].grad
-                torch.testing.assert_close(mine, no if of is None else of, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
