@@ -6,6 +6,7 @@ Shapes: n rows and columns; packed: (n (n + 1) / 2,), the upper triangle, row by
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ def _upper(size: int) -> torch.Tensor:
     return torch.triu_indices(size, size)
 
 
-class PackedSums(nn.Module):
+class PackedSums(nn.Module, ABC):
     """Sums in buffers of host memory, float64, since devices hold few matrices and tools that shard
     parameters over processes (FSDP2) leave buffers whole.
 
@@ -59,44 +60,44 @@ class PackedSums(nn.Module):
         self.size = size
         self._open: tuple[torch.Tensor, torch.Tensor] | None = None  # (buffer, whole matrix)
 
+    @abstractmethod
     def append(self, device: torch.device) -> None:
         """A class without rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self, index: int) -> None:
         """Remove a class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self, index: int) -> None:
         """Drop the rows of a class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, index: int, products: torch.Tensor) -> None:
         """Add the sum of f f^T over rows of a class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, index: int, other: int) -> None:
         """Give the rows of another class to a class. Raises ConfigError where that cannot be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self) -> list[float]:
         """Rows of each class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gram(self) -> torch.Tensor:
         """(M + 1, M + 1): the sum over classes of their mean f f^T."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sides(self) -> torch.Tensor:
         """(M + 1, classes): what the rows of the router are solved for, the mean f of each class."""
-        raise NotImplementedError
 
     def require_open(self, index: int) -> None:
         """Raises ConfigError if a class can take no more rows."""
 
+    @abstractmethod
     def holds_infinities(self) -> int:
         """The first class whose sums are not finite."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Pack the matrix that rows were added to."""

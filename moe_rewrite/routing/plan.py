@@ -78,7 +78,8 @@ class RoutingPlan:
         return replace(self, active=active, weights=weights, logits=None)
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``E sum_e f_e p_e`` over the E active outputs that rows choose among: 1 where rows are spread evenly over them.
+        """``E sum_e f_e p_e`` over the E active outputs that rows choose among: 1 where rows are spread
+        evenly over them.
 
         f_e is the share of the rows' choices that went to e, p_e its mean probability (Switch
         Transformer, arXiv 2101.03961, equation 4, here for any number of choices; sigmoid scores

@@ -28,10 +28,7 @@ SETUP = Setup(split=1, rank=4, replay=0.25, training=Training(epochs=6, lr=5e-2)
 
 @pytest.fixture(scope="module")
 def llama():
-    model = architectures.build("Llama", layers=2)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
+    return architectures.sharp_llama()
 
 
 class Stopped(Exception):

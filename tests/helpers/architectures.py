@@ -128,3 +128,11 @@ def example_inputs(model):
 
 def random_call(model, batch):
     return random_arguments(example_inputs(model), host_of(model).vocabulary(), batch)
+
+
+def sharp_llama():
+    """Of two layers, whose answers are far from uniform."""
+    model = build("Llama", layers=2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
