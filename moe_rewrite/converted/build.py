@@ -36,6 +36,7 @@ from ..passes.kinds import kind_of
 from ..passes.pipeline import Timer, run
 from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
+from ..utils.rare_collections import rare_collections
 from . import carving, checkpoint
 from .measure_splits import Calibration, measure_splits
 from .model import MoEModel
@@ -69,7 +70,8 @@ def convert(
     _require_dense(model)
     model = without_wrapper(model)
     try:
-        with torch.inference_mode(False):  # what is made here is trained elsewhere
+        # what is made here is trained elsewhere
+        with torch.inference_mode(False), rare_collections():
             return _converted(model, recipe, example_inputs, verify, dry_run, fits, calibration)
     except (MoeRewriteError, MemoryError):
         raise

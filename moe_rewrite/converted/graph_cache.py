@@ -22,6 +22,7 @@ from ..ir.program import Program
 from ..ir.steps import Emitted
 from ..passes.pipeline import Compiler
 from ..routing.plan import Planner
+from ..utils.rare_collections import rare_collections
 from ..utils.sharded import is_traced
 from .bound_graph import BoundGraph
 from .call import Call
@@ -66,7 +67,7 @@ class GraphCache:
             raise InputError(_not_in_a_trace(f"graph for {sorted(arguments)} in {call.mode} mode"))
         if graph is None:
             try:
-                with TRACING:  # another thread may have made it by now
+                with TRACING, rare_collections():  # another thread may have made it by now
                     graph = self._allowed(call) or self._prepared(call)
             except (CaptureError, EquivalenceError):
                 if not call.ints:
@@ -95,7 +96,7 @@ class GraphCache:
         if kept != where:
             if torch.compiler.is_exporting():
                 raise InputError(_not_in_a_trace("key-value cache"))
-            with TRACING:
+            with TRACING, rare_collections():
                 self._store.load_into(self._compiler.host.module)
                 made = self._compiler.host.cache_format()
                 self._caches = where, made

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..ir.aten import expression
 from ..ir.ops import mutated
 from ..utils.content_key import content_key
+from .fake_results import tracing_context
 from .repeated_blocks import Index, plain_number
 
 Role = tuple  # ("own", name), ("given", number of the leaf) or ("kept", leaf, number, attribute)
@@ -65,7 +66,7 @@ class BlockCall:
             (place, type(self.layers[place]), tuple((n, _constant(v)) for n, v in values.items()))
             for place, values in self.kept.items()
         )
-        return str(self._spec), given, other, kept, _context()
+        return str(self._spec), given, other, kept, tracing_context()
 
     def nodes(self) -> dict[Role, fx.Node]:
         """The node of each tensor; those that are known to be constants are left out."""
@@ -132,15 +133,6 @@ def _constant(given: Any) -> Any:
     if size is not given:
         return str(size)
     return None if isinstance(given, torch.Tensor) else content_key(given, id)
-
-
-def _context() -> tuple:
-    """What a trace depends on besides a module and its arguments."""
-    autocast = tuple(
-        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-    )
-    return torch.is_grad_enabled(), torch.get_default_dtype(), autocast
 
 
 @cache

@@ -27,8 +27,10 @@ from .adapters import host_of
 from .advice import advice
 from .arguments import is_cache, is_channels_last, is_fixed, is_paged, split_static
 from .assignments import recorded_assignments, require_no_state
+from .cache_leaves import CacheLeaves
 from .cumulative_norm import count_in_tensors
 from .detached_data import detached_data
+from .fake_results import remembered_results
 from .host import Host
 from .idle_moves import idle_moves
 from .replay import redirected
@@ -135,24 +137,24 @@ def _dynamic_shapes(
 
 
 def _make_explicit(
-    host: nn.Module, example: dict[str, Any], static: dict[str, Any], branches: ValueBranches
+    host: nn.Module, given: CacheLeaves, static: dict[str, Any], branches: ValueBranches
 ) -> None:
     """Give forward exactly the traced arguments as its signature, the rest as constants."""
     original: Callable = host.forward
-    names = list(example)
-    alike = {name: _equal_sizes(given) for name, given in example.items() if is_cache(given)}
+    alike = {n: _equal_sizes(v) for n, v in given.passed.items() if n in given.names or is_cache(v)}
 
     def forward(**kwargs: Any) -> Any:
-        branches.start(kwargs)
         for name, sizes in alike.items():
             leaves = pytree.tree_leaves(kwargs[name])
             if any(leaves[a].shape[dim] != leaves[b].shape[dim] for a, b, dim in sizes):
                 raise InputError(f"{name}: its layers have other sizes than in the example")
+        kwargs = given.whole(kwargs)
+        branches.start(kwargs)
         return original(**kwargs, **static)
 
     parameter = inspect.Parameter
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter(n, parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
+        [parameter(n, parameter.POSITIONAL_OR_KEYWORD, default=None) for n in given.passed]
     )
     host.forward = forward
 
@@ -235,21 +237,25 @@ def _export(
     sizes: Sizes, lengths: bool, copy_blocks: bool, whole: frozenset[Kind] = frozenset(),
 ) -> Program:  # fmt: skip
     """given: the call's own tensors, whose values decide where code branches on them."""
-    shapes = {n: _dynamic_shapes(n, v, sizes, lengths) for n, v in example.items()}
+    leaves = CacheLeaves(example)
+    shapes = {
+        n: _dynamic_shapes(n, v, sizes, lengths, n in leaves.names)
+        for n, v in leaves.passed.items()
+    }
     traced = host.copy_to_trace()  # a trace may leave fake tensors in attributes
     count_in_tensors(traced.module)
     branches = ValueBranches.of(given, traced.module)
-    _make_explicit(traced.module, example, static, branches)
+    _make_explicit(traced.module, leaves, static, branches)
     replay = redirected(traced.module) if copy_blocks and not whole else None
     try:
         with (
-            TRACING, torch.enable_grad(), traced.traced(), tracing(),
+            TRACING, torch.enable_grad(), traced.traced(), tracing(), remembered_results(),
             lazy_modules(), recorded_assignments() as assigned, own_linear(),
             idle_moves(), known_quotients(), detached_data(), run_whole(traced.module, whole),
             branches.answering(), taken_for_ints(traced.module, example.values()),
         ):  # fmt: skip
             exported = torch.export.export(
-                traced.module, args=(), kwargs=example, strict=False, dynamic_shapes=shapes
+                traced.module, args=(), kwargs=leaves.passed, strict=False, dynamic_shapes=shapes
             )
             name_calls(exported.graph)
             if replay is not None:
@@ -263,18 +269,18 @@ def _export(
     copied = replay.copied if replay is not None else 0
     weights = named_tensors(host.module)
     schemes = {name: scheme(tensor) for name, tensor in weights if is_quantized(tensor)}
-    return _to_program(traced, exported, mode, example, copied, branches, schemes)
+    return _to_program(traced, exported, mode, leaves, copied, branches, schemes)
 
 
 def _to_program(
-    host: Host, exported: Any, mode: str, example: dict[str, Any], copied: int,
+    host: Host, exported: Any, mode: str, leaves: CacheLeaves, copied: int,
     branches: ValueBranches, schemes: dict[str, str],
 ) -> Program:  # fmt: skip
     kinds = {"PARAMETER": "weight", "BUFFER": "buffer", "USER_INPUT": "user"}
     names = canonical_names(host.module)
+    example, graph = leaves.example, exported.graph
     caches = tuple(f"{name}_" for name, given in example.items() if is_cache(given))
-    graph = exported.graph
-    inputs: dict[str, Input] = {}
+    inputs = {name: Input("cache", name) for name in leaves.expand(graph)}
     owner: dict[str, Any] = {}
     by_name = {n.name: n for n in graph.find_nodes(op="placeholder")}
     for spec in exported.graph_signature.input_specs:
@@ -306,7 +312,7 @@ def _to_program(
         root=exported.graph_module,
         inputs=inputs,
         constants=constants,
-        in_spec=exported.call_spec.in_spec,
+        in_spec=pytree.tree_structure(((), example)),
         out_spec=exported.call_spec.out_spec,
         mode=mode,
         relations=relations_of(exported, tuple(branches.relations)),

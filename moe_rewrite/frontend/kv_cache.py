@@ -5,7 +5,7 @@ Imports transformers, so it is imported only for a Hugging Face model.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -43,17 +43,18 @@ class _GroupedShapes(TorchFunctionMode):
 
 
 def _cache_of(host: Any) -> Any:
-    """The cache that a call returns. The call is on the meta device, or, where code computes on
-    another one too, on fake tensors, which takes several times as long."""
-    with torch.no_grad(), _GroupedShapes():
-        try:
-            ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-            return _without_pages(host.copy_on_meta())(input_ids=ids, use_cache=True)[CACHE]
-        except (RuntimeError, ValueError):
-            model = _without_pages(host.copy_to_trace())
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-                return model(input_ids=ids, use_cache=True)[CACHE]
+    """The cache that a call returns. The call is on the meta device; with grouped products replaced
+    where that fails; or, where code computes on another device too, on fake tensors, which takes
+    several times as long."""
+    with torch.no_grad():
+        for grouped in (nullcontext(), _GroupedShapes()):
+            with suppress(RuntimeError, ValueError), grouped:
+                ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+                return _without_pages(host.copy_on_meta())(input_ids=ids, use_cache=True)[CACHE]
+        model = _without_pages(host.copy_to_trace())
+        with FakeTensorMode(allow_non_fake_inputs=True), _GroupedShapes():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            return model(input_ids=ids, use_cache=True)[CACHE]
 
 
 def _without_pages(host: Any) -> Any:

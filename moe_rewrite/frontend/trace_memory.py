@@ -84,8 +84,8 @@ def tracing() -> Iterator[None]:
     frugal = _forgetting() if _low_memory.get() else nullcontext()
     try:
         with (
-            _with(fx, STACKS, True), _with(dynamo, FAKES, False),
-            _with(proxy_tensor, NOTED, _elsewhere(getattr(proxy_tensor, NOTED, None))), frugal,
+            replaced(fx, STACKS, True), replaced(dynamo, FAKES, False),
+            replaced(proxy_tensor, NOTED, _elsewhere(getattr(proxy_tensor, NOTED, None))), frugal,
         ):  # fmt: skip
             yield
     except Exception as error:
@@ -103,7 +103,7 @@ def _forgetting() -> Iterator[None]:
 
 
 @contextmanager
-def _with(config: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(config: Any, name: str, value: Any) -> Iterator[None]:
     """Set an option or a function of PyTorch for a while; nothing if this version has none such."""
     had = getattr(config, name, None)
     if had is None:

@@ -147,7 +147,7 @@ class ValueBranches:
         graph, copies, leaves = fx.Graph(), {}, []
         written = {alias_root(w) for n in needed for w in mutated(n)}
         for node in needed:
-            if node.op == "placeholder":
+            if node in self._places:
                 leaves.append(self._places[node])
                 copies[node] = graph.placeholder(node.name)
                 if node in written:
@@ -162,7 +162,7 @@ class ValueBranches:
         return _Code(tuple(leaves), module, tuple(map(id, constants.values())))
 
     def _is_of_call(self, node: fx.Node) -> bool:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or node in self._places:
             return node in self._places
         if node.op == "get_attr":
             return isinstance(getattr(self._tracer.root, str(node.target), None), torch.Tensor)
