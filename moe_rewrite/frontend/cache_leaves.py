@@ -14,8 +14,6 @@ from torch import fx
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
-from ..ir.ops import alias_root, mutated
 from .arguments import is_cache
 
 _library = torch.library.Library("moe_rewrite", "FRAGMENT")
@@ -59,11 +57,8 @@ class CacheLeaves:
 
     def expand(self, graph: fx.Graph) -> list[str]:
         """In torch.export's graph, make placeholders for all leaves, in the order of the call;
-        returns their names. Raises CaptureError if the graph writes to one."""
+        returns their names."""
         stand_ins = {n.args: n for n in graph.nodes if n.target is LEAF}
-        written = {alias_root(w) for n in graph.nodes for w in mutated(n)}
-        if written & {*stand_ins.values()}:
-            raise CaptureError("the graph writes to the key-value cache that it is given")
         given = {n.name: n for n in graph.find_nodes(op="placeholder")}
         return [leaf for n in self.names for leaf in self._placeholders(graph, n, given, stand_ins)]
 

@@ -34,5 +34,5 @@ def rare_collections() -> Iterator[None]:
     finally:
         with _lock:
             _inside -= 1
-            if not _inside:
+            if not _inside and gc.get_threshold() == (YOUNG, *_usual[1:]):  # else set by another
                 gc.set_threshold(*_usual)
