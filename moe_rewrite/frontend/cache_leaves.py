@@ -23,13 +23,13 @@ NEEDED = ("get_proxy_mode", "snapshot_fake", "track_tensor_tree")  # of PyTorch'
 
 
 class CacheLeaves:
-    """Of one trace. example: its arguments. passed: the arguments that torch.export is given, where a list of tensors stands
-    for a cache. names: of these arguments."""
+    """Of one trace. example: its arguments. passed: those that torch.export is given, where a list of
+    tensors stands for a cache. names: of the arguments that are caches."""
 
     def __init__(self, example: dict[str, Any]) -> None:
         self.example = example
         known = all(hasattr(proxy_tensor, name) for name in NEEDED)
-        self.names = {n for n, given in example.items() if known and _grows(given)}
+        self.names = [n for n, given in example.items() if known and _grows(given)]
         self.passed = dict(example)
         self._specs: dict[str, Any] = {}
         self._first: dict[str, list[int]] = {}

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..analysis.mainline import find_mainline
 from ..ir.aten import reach, value
-from ..ir.ops import argument, first, op
+from ..ir.ops import argument, first, op, output_of
 from ..ir.program import Program
 from ..ir.sites import HeadSite
 from ..kernels.head.reference import append_columns
@@ -55,6 +56,9 @@ class WidenHead(Pass):
 
 def _head(program: Program) -> fx.Node | None:
     """The last deep linear map of the main output, if that has its width and no positions."""
+    outputs = [n for n in pytree.tree_leaves(output_of(program.graph)) if isinstance(n, fx.Node)]
+    if not any(getattr(value(n), "ndim", 0) == 2 for n in outputs):
+        return None  # without the mainline, which takes long to find
     sink = find_mainline(program).sink
     _, deep = segments(program)
     used = reach(sink, lambda n: n.all_input_nodes)
