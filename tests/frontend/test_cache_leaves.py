@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 import moe_rewrite
 from moe_rewrite.errors import MoeRewriteError
@@ -17,6 +18,12 @@ from moe_rewrite.frontend.structural_copy import structural_copy
 from tests.frontend.test_fake_results import described
 from tests.helpers import architectures
 from tests.helpers.sweeps import some
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches_have_leaves():
+    """As for every Hugging Face model that is captured."""
+    register_cache_pytrees_for_model(architectures.build("Llama"))
 
 
 def filled(widths, batch=2, length=5, heads=2):
