@@ -17,7 +17,7 @@ from ..autograd_outputs import changeable, empty_gradients
 from ..plan.op import Plan
 from . import padded
 from .reference import Stack
-from .stacked import Needs
+from .stacked import Needs, low_gradient, up_gradient
 
 __all__ = ["lora_grouped"]
 
@@ -115,14 +115,14 @@ def _gradients(
         if dx is None and dscales is None and into_a is None and into_b is None:
             continue
         grad = dy_TO.index_select(0, mine)
-        dlow = torch.mm(grad, b[part][:, of])
+        dlow = low_gradient(grad, b[part][:, of])
         if dscales is not None:
             dscales[order[lo:hi]] = (dlow * low[lo:hi]).sum(-1)
         dlow *= gates[lo:hi]
         if into_a is not None:
             into_a[of] = torch.mm(dlow.t(), x_TD.index_select(0, mine))
         if into_b is not None:
-            into_b[:, of] = torch.mm(grad.t(), low[lo:hi] * gates[lo:hi])
+            into_b[:, of] = up_gradient(grad, low[lo:hi] * gates[lo:hi])
         if dx is not None:
             dx.index_add_(0, mine, torch.mm(dlow, a[part][of]))
     made = [None if dx is None else dx.view(x.shape)]
