@@ -20,6 +20,7 @@ from ..analysis.static_values import Static, static_values
 from ..config import RouterSpec
 from ..experts.ffn.call import FeedForwardCall
 from ..experts.lora.call import LoRACall
+from ..experts.lora.grouped_call import GroupedLoRACall, SortedLoRACall
 from ..ir.aten import value
 from ..ir.ops import op
 from ..ir.program import Program
@@ -88,7 +89,25 @@ class LowerLoRA(Pass):
                 lowered[site.name] = "stacked after its convolution"
             elif getattr(site, "groups", 0):
                 lowered[site.name] = "stacked, sorted as the rows of the model's own experts"
+        for node in list(program.graph.nodes):
+            if isinstance(node.target, GroupedLoRACall):
+                self._fuse_sorted(program, node, node.target)
         return self.done(program, lowered=tuple(lowered.items()))
+
+    def _fuse_sorted(self, program: Program, node: fx.Node, call: GroupedLoRACall) -> None:
+        """Fuse a product with a model's own experts and the experts after it, if nothing else reads
+        the product."""
+        given: Any = node.args
+        out, rows, *rest = given
+        if set(out.users) != {node} or out.args[0] is not rows or len(out.args) != 3:
+            return
+        with program.graph.inserting_before(node):
+            fused: Any = SortedLoRACall(call.product)
+            fused = program.graph.call_function(fused, (rows, out.args[1], *rest))
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        program.graph.erase_node(node)
+        program.graph.erase_node(out)
 
     def _fuse(self, program: Program, static: Static, node: fx.Node, site: LoRASite) -> str:
         """Fuse a product with the experts after it if nothing else reads the product; returns the

@@ -1,15 +1,18 @@
-"""The call that adds LoRA experts to a product with the weights of a model's own experts."""
+"""The calls that add LoRA experts to a product with the weights of a model's own experts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...kernels.grouped_product import in_eager
+from ...kernels.grouped_product import grouped_product, in_eager
+from ...kernels.lora.sorted_rows import lora_sorted
 
 
+@dataclass(frozen=True)
 class GroupedLoRACall:
     """The target of a node: call(out, x, scales, a, b, index, ends) -> out + the experts' part.
 
@@ -19,19 +22,12 @@ class GroupedLoRACall:
     a, b: (R, I, G) and (O, R, G): each group has factors of its own.
     """
 
-    __module__, __qualname__, __name__ = __name__, "GroupedLoRACall", "grouped_lora_call"
+    product: Any
 
-    def __init__(self, product: Any) -> None:
-        self.product = product
+    __module__, __qualname__, __name__ = __name__, "GroupedLoRACall", "grouped_lora_call"
 
     def __deepcopy__(self, memo: dict) -> GroupedLoRACall:
         return self
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, GroupedLoRACall) and self.product is other.product
-
-    def __hash__(self) -> int:
-        return hash(self.product)
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         return []
@@ -42,6 +38,36 @@ class GroupedLoRACall:
     ) -> torch.Tensor:  # fmt: skip
         if a.shape[0] == 0:  # a product of no columns is an error
             return out
-        product = self.product if torch.compiler.is_compiling() else in_eager(self.product)
+        product = _running(self.product)
         low = product(x, a.permute(2, 1, 0).contiguous(), ends) * scales[index]
         return out + product(low, b.permute(2, 1, 0).contiguous(), ends)
+
+
+@dataclass(frozen=True)
+class SortedLoRACall:
+    """The same with the model's own product: call(x, weights, scales, a, b, index, ends)."""
+
+    product: Any
+
+    __module__, __qualname__, __name__ = __name__, "SortedLoRACall", "sorted_lora_call"
+
+    def __deepcopy__(self, memo: dict) -> SortedLoRACall:
+        return self
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        return []
+
+    def __call__(
+        self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, a: torch.Tensor,
+        b: torch.Tensor, index: torch.Tensor, ends: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        product = _running(self.product)
+        if product is grouped_product and a.shape[0] and not x.is_meta:
+            return lora_sorted(x, weights, scales[index], a, b, ends)
+        out = product(x, weights, ends)
+        return GroupedLoRACall(self.product)(out, x, scales, a, b, index, ends)
+
+
+def _running(product: Any) -> Any:
+    """What computes the product: in a trace the operator itself."""
+    return product if torch.compiler.is_compiling() else in_eager(product)
