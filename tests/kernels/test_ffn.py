@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import close, ffn_inputs, gradients
 
 from moe_rewrite.kernels.cpu_threads import spread
-from moe_rewrite.kernels.ffn import cpu, cpu_plan
+from moe_rewrite.kernels.ffn import cpu, cpu_padded, cpu_plan
 from moe_rewrite.kernels.ffn.op import _ffn, ffn_dense, ffn_experts
 from moe_rewrite.kernels.ffn.reference import ffn_experts as reference
 from moe_rewrite.kernels.plan.op import sort_plan
@@ -195,6 +195,42 @@ def test_shares_of_several_cores(kinds, form, threads, monkeypatch):
     assert used[-1] == 1
 
 
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("kinds", [GATED, ALL, PLAIN], ids=["gated", "biases", "plain"])
+def test_ranges_of_experts_with_few_rows(kinds, joins, threads, monkeypatch):
+    """A range without rows, experts without, dropped pairs; the range's rows differ from the next's."""
+    monkeypatch.setattr(cpu_plan, "UNEVEN", 1)
+    monkeypatch.setattr(cpu_padded, "TOGETHER", 3)
+    given = ffn_inputs(90, 6, 10, 11, 2, kinds, seed=3)
+    for idle in (3, 4, 5, 8):
+        given["experts"][given["experts"] == idle] = -1
+    plan = sort_plan(given["experts"], 11)
+    small = {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+    activation = "silu" if "gate" in kinds else "relu2"
+
+    def step(g):
+        weights = run(g, activation)
+        weights = joined(weights) if joins and "gate" in kinds else weights
+        return ffn_experts(g["x"], g["gates"], g["experts"], plan, **weights)
+
+    used = []
+    monkeypatch.setattr(cpu_padded, "spread", lambda work, n: used.append(n) or spread(work, n))
+    whole = gradients(step, small)
+    assert used == [1, 1]
+    for module in (cpu_plan, cpu_padded):
+        monkeypatch.setattr(module, "SPREAD", 1)
+    first, second = gradients(step, small), gradients(step, small)
+    assert used[2:] == [threads] * 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    close(
+        first,
+        gradients(
+            lambda g: reference(g["x"], g["gates"], g["experts"], **run(g, activation)), given
+        ),
+    )
+    close(whole, {k: v.double() for k, v in first.items()})
+
+
 @pytest.mark.parametrize("sizes, shares", [
     ([100, 100, 100, 100], [[0, 2], [1, 3]]),
     ([300, 100, 100, 100], [[0], [1, 2, 3]]),
@@ -204,7 +240,7 @@ def test_shares_of_several_cores(kinds, form, threads, monkeypatch):
 ])  # fmt: skip
 def test_shares_are_even_and_worth_it(sizes, shares, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert cpu_plan._shares(sizes, 1 << 18) == shares
+    assert cpu_plan.divided(sizes, 1 << 18) == shares
 
 
 def test_a_row_that_takes_an_expert_twice():

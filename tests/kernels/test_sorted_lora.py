@@ -43,7 +43,9 @@ def by_rows(x, w, scales, a, b, ends):
             continue
         own = int((ends <= at).sum())
         made.append(row @ w[own] + b[..., own] @ (scales[at] * (a[..., own] @ row)))
-    return torch.stack(made) if made else x @ w[0] + 0 * (a.sum() + b.sum() + scales.sum() + w.sum())
+    return (
+        torch.stack(made) if made else x @ w[0] + 0 * (a.sum() + b.sum() + scales.sum() + w.sum())
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])

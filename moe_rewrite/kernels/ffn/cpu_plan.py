@@ -105,7 +105,7 @@ class HostPlan(NamedTuple):
         sizes = [hi - lo for lo, hi in pairwise(bounds)]
         experts = [e for e, n in enumerate(sizes) if n]
         batches = _batches([n for n in sizes if n], hidden)
-        shares = _shares([b.rows for b in batches], hidden * width)
+        shares = divided([b.rows for b in batches], hidden * width)
         return cls(
             bounds, experts, batches, shares, max(sizes, default=0),
             max((b.rows for b in batches), default=0), order // k, order, inverse.view(-1, k), dense,
@@ -165,11 +165,11 @@ def _batches(sizes: list[int], hidden: int) -> list[Batch]:
     return batches
 
 
-def _shares(rows: list[int], products: int) -> list[list[int]]:
+def divided(rows: list[int], products: int) -> list[list[int]]:
     """Indices of the batches of each core, or one share of all if shares would be small or uneven.
 
-    Greedy: the largest batch first, to the core with the fewest rows. products: multiplications of
-    one row.
+    Greedy: the largest batch first, to the core with the fewest rows. rows: of each batch. products:
+    multiplications of one row.
     """
     count, every = torch.get_num_threads(), list(range(len(rows)))
     if count == 1 or sum(rows) * products < SPREAD:
