@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..config import TokenRouter
 from ..errors import ConfigError, require_package
+from ..passes.recipe import BY_LAYER
 
 
 def load_model(spec: str) -> nn.Module:
@@ -48,6 +53,15 @@ def _from_factory(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {spec!r} gives a {type(model).__name__}: expected a Module")
     return model
+
+
+def token_router(mode: str, router: str, asked: Mapping[str, Any]) -> TokenRouter:
+    """The router of `convert --mode --router` with the options that were asked for."""
+    if mode == "upcycle":
+        plain = BY_LAYER
+    else:
+        plain = TokenRouter(granularity="prefix" if router == "auto" else "token")
+    return replace(plain, **asked)
 
 
 def parse_split(text: str) -> int | float | str:

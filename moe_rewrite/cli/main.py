@@ -11,7 +11,7 @@ from ..errors import ConfigError, MoeRewriteError
 from . import continual
 from .inspect import inspect_command
 from .onnx import export
-from .serve import serve, serve_adapters
+from .serve import say_without_tokenizer, serve, serve_adapters
 
 app = typer.Typer(
     help="Rewrite dense PyTorch models into mixture-of-experts models.",
@@ -31,6 +31,7 @@ app.command("inspect")(inspect_command)
 
 @app.command()
 def convert(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to save the experts in")] = None,
     standard: Annotated[
@@ -50,7 +51,10 @@ def convert(
     per_expert: Annotated[
         int | None, typer.Option(help="Patches that each expert takes of a sample")
     ] = None,
-    gate: Annotated[str, typer.Option(help="Gates of patches: selected, all or hard")] = "selected",
+    gate: Annotated[
+        str | None,
+        typer.Option(help="Gates: selected (the default) or all; of patches also hard"),
+    ] = None,
     experts: Annotated[
         str, typer.Option(help="Kind of experts: auto (the recipe's), lora, ffn, carved or region")
     ] = "auto",
@@ -70,7 +74,8 @@ def convert(
         float, typer.Option(help="Share of hidden units a token runs, carved")
     ] = 0.75,
     num_experts: Annotated[
-        int | None, typer.Option(help="Experts to begin with; default 1, or 8 in upcycling")
+        int | None,
+        typer.Option(help="Experts to begin with; default 1, or 8 in upcycling and carving"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the report")] = False,
 ) -> None:
@@ -83,17 +88,17 @@ def convert(
     import moe_rewrite
     from moe_rewrite import CarvedExperts, FFNExperts, LoRAExperts, PatchRouter, RegionExperts
 
-    from .loading import load_model, parse_split
+    from ..utils.folders import require_place
+    from .loading import load_model, parse_split, token_router
 
     patches = router == "patch" or experts == "region" or not (grid is per_expert is None)
     spec: Any = router  # a name that convert() checks, unless an option asks for more
+    asked = {"gate": gate, "top_k": top_k, "granularity": granularity}
+    asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
     if patches and router in ("auto", "patch"):
-        spec = PatchRouter(grid=grid, per_expert=per_expert, gate=cast(Any, gate))
-    elif router in ("auto", "token") and not (granularity == "auto" and top_k is None):
-        default = "prefix" if router == "auto" else moe_rewrite.TokenRouter().granularity
-        spec = moe_rewrite.TokenRouter(
-            top_k=top_k, granularity=cast(Any, default if granularity == "auto" else granularity)
-        )
+        spec = PatchRouter(grid=grid, per_expert=per_expert, gate=cast(Any, gate or "selected"))
+    elif router in ("auto", "token") and asked:
+        spec = token_router(mode, router, asked)
     chosen = sites if sites in ("all", "all+head") else tuple(sites.split(","))
     bodies: dict[str, Any] = {
         "lora": lambda: LoRAExperts(rank=rank, alpha=alpha, sites=chosen),
@@ -105,8 +110,13 @@ def convert(
     kind = own if experts == "auto" else experts
     if kind not in bodies:
         raise ConfigError(f"--experts {experts}: expected auto, lora, ffn, carved or region")
+    _require_used(context, kind)
+    for folder in () if dry_run else (out, standard, standalone):
+        if folder is not None:
+            require_place(folder)  # before the work
+    dense = load_model(model)
     done = moe_rewrite.convert(
-        load_model(model), mode=mode, split=parse_split(split), router=spec,
+        dense, mode=mode, split=parse_split(split), router=spec,
         experts=bodies[kind](), num_experts=num_experts, dry_run=dry_run,
     )  # fmt: skip
     if not isinstance(done, moe_rewrite.MoEModel):
@@ -121,6 +131,26 @@ def convert(
     if standalone is not None:
         done.save_pretrained(standalone, standalone=True)
         typer.echo(f"saved to {standalone}, to be read with trust_remote_code=True")
+    for folder in (standard, standalone):
+        if folder is not None:
+            say_without_tokenizer(dense, folder)
+
+
+KIND_OF = {  # options of convert that only one kind of experts has
+    "rank": "lora", "alpha": "lora", "every": "ffn", "shared": "ffn", "active": "carved",
+    "region": "region", "halo": "region", "width": "region",
+}  # fmt: skip
+
+
+def _require_used(context: typer.Context, kind: str) -> None:
+    """Raises ConfigError for an option on the command line that these experts do not have."""
+    for name, of in KIND_OF.items():
+        source = context.get_parameter_source(name)
+        if of != kind and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"--{name} is for experts of the kind {of}, and these are {kind}: leave it out, or "
+                f"convert with another --experts or --mode"
+            )
 
 
 @app.command()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
+from ..serve.facts import ROUTER
 
 
 def serve_adapters(
@@ -26,9 +27,20 @@ def serve_adapters(
 
     from .loading import load_model
 
-    moe = moe_rewrite.load(experts, load_model(model))
-    moe.save_adapters(out, verify=verify)
+    dense = load_model(model)
+    moe_rewrite.load(experts, dense).save_adapters(out, verify=verify)
     typer.echo(f"adapters and router saved to {out}")
+    say_without_tokenizer(dense, out / ROUTER)
+
+
+def say_without_tokenizer(dense: Any, folder: Path) -> None:
+    """Print what to do where a language model was written without a tokenizer."""
+    reads_text = getattr(dense, "main_input_name", "") == "input_ids"
+    if reads_text and not (folder / "tokenizer_config.json").exists():
+        typer.echo(
+            f"without a tokenizer: none is in the model's folder. Copy its files to {folder} to send "
+            "texts instead of token ids"
+        )
 
 
 def serve(

@@ -25,6 +25,7 @@ from ..routing.ridge_gate import AnalyticGate
 from ..serve import facts as serving
 from ..serve.router import AdapterRouter
 from ..utils.atomic_files import replace_file, write_json
+from ..utils.folders import require_writable
 from ..utils.one_writer import one_writer
 from .seen_in_call import observed
 from .standalone import columns_added, gate_facts, gate_tensors
@@ -40,7 +41,7 @@ def save(moe: Any, folder: str | os.PathLike, tokenizer: Any, verify: bool) -> N
     _require_own(target)
     with evaluating(moe), torch.no_grad():
         moe._experts.require_known()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(target.parent)
         with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=target.parent) as made:
             fresh = Path(made) / "fresh"
             _write(moe, fresh, tokenizer)

@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..kernels.ffn.low_precision import DTYPES
 from ..utils.atomic_files import link_file, replace_file
+from ..utils.folders import require_place
 from ..utils.one_writer import one_writer
 from ..utils.quantized import inner_tensors, is_quantized, scheme
 from ..utils.read_files import parse_tensors, read_bytes, read_json, require_finite, shown
@@ -130,7 +131,7 @@ def write(
     """
     from safetensors.torch import save as to_bytes
 
-    target, of_base = Path(folder), fingerprint(base)
+    target, of_base = require_place(folder), fingerprint(base)
     tensors = tensors | more(base_key(of_base))
     blob = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()

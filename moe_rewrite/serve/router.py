@@ -46,6 +46,11 @@ class AdapterRouter:
         from ..frontend import shallow_model
 
         place = Path(folder) / ROUTER
+        if not (place / FACTS).exists():
+            raise CheckpointError(
+                f"{folder}: has no {ROUTER}/{FACTS}: expected a folder that save_adapters (moe-rewrite "
+                "serve-adapters) wrote"
+            )
         facts = Facts.of(str(place / FACTS), read_json(place / FACTS))
         dtype = getattr(torch, facts.dtype, None)
         if not isinstance(dtype, torch.dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,16 @@ def require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written to ({error})") from None
+
+
+def require_place(folder: str | os.PathLike) -> Path:
+    """The place of a folder to write, which may be there already. Raises ConfigError if a file has its
+    name, or nothing can be written there."""
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{folder}: is no folder; choose another")
+    require_writable(target if target.exists() else target.parent)
+    return target
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,53 @@ def test_router_options_reach_convert(monkeypatch, options, granularity, top_k):
 
 
 @pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--top-k", "3"], {"top_k": 3}),
+        (["--top-k", "1", "--gate", "all", "--router", "token"], {"top_k": 1, "gate": "all"}),
+    ],
+)
+def test_router_options_of_upcycling_change_a_layers_router(monkeypatch, options, changed):
+    import moe_rewrite
+
+    given = {}
+    monkeypatch.setattr(moe_rewrite, "convert", lambda model, **kw: given.update(kw) or "report")
+    done = run("convert", MODEL, "--mode", "upcycle", *options)
+    assert done.exit_code == 0, done.exception
+    plain = moe_rewrite.TokenRouter(top_k=2, base=False, normalize=False, init=0.5)
+    assert given["router"] == replace(plain, **changed)
+
+
+@pytest.mark.parametrize("option", ["--out", "--standard", "--standalone"])
+@pytest.mark.parametrize("place", ["a file", "nowhere/made"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    monkeypatch, tmp_path, option, place
+):
+    import moe_rewrite
+
+    worked = []
+    monkeypatch.setattr(moe_rewrite, "convert", lambda *given, **kw: worked.append(given))
+    (tmp_path / "a file").write_text("kept")
+    if place != "a file":  # permissions do not bind who runs tests as root
+        monkeypatch.setattr("tempfile.TemporaryFile", _read_only)
+    done = run("convert", MODEL, option, str(tmp_path / place))
+    assert isinstance(done.exception, MoeRewriteError)
+    words = "is no folder" if place == "a file" else "cannot be written to"
+    assert words in str(done.exception)
+    assert not worked and (tmp_path / "a file").read_text() == "kept"
+
+
+def _read_only(**given):
+    raise OSError(30, "Read-only file system")
+
+
+def test_the_command_line_runs_as_a_module():
+    given = [sys.executable, "-m", "moe_rewrite", "serve", "--help"]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 0 and "--engine" in done.stdout, done.stderr[-300:]
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["inspect", "no.such:thing"], "no.such"),
@@ -114,6 +162,9 @@ def test_router_options_reach_convert(monkeypatch, options, granularity, top_k):
         (["convert", MODEL, "--router", "nonsense"], "nonsense"),
         (["convert", MODEL, "--granularity", "nonsense"], "nonsense"),
         (["convert", MODEL, "--rank", "0"], "rank"),
+        (["convert", MODEL, "--active", "0.5"], "--active is for experts of the kind carved"),
+        (["convert", MODEL, "--mode", "upcycle", "--rank", "4"], "--rank is for experts of the"),
+        (["convert", MODEL, "--top-k", "2", "--gate", "hard"], "gate='hard'"),
         (["convert", MODEL, "--sites", "nowhere"], "nowhere"),
         (["demo", "--model", MODEL], "--tasks"),
         (["demo", "--model", MODEL, "--tasks", "no-such-folder"], "no such folder"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import moe_rewrite
 from moe_rewrite import MoeRewriteError
-from moe_rewrite.cli import main
+from moe_rewrite.cli import main, serve
 from moe_rewrite.serve import AdapterRouter
 
 runner = CliRunner()
@@ -43,4 +43,16 @@ def test_saved_experts_become_adapters_and_a_port_in_use_is_said(tmp_path):
 def test_a_folder_that_is_none_is_refused(tmp_path):
     done = run("serve", tmp_path)
     assert isinstance(done.exception, MoeRewriteError)
-    assert "router.json: cannot be read" in str(done.exception)
+    assert "has no router/router.json: expected a folder that save_adapters" in str(done.exception)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_missing_tokenizer_is_said(tmp_path, capsys, known):
+    model = filled("Llama").to_dense()
+    if known:
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+    serve.say_without_tokenizer(model, tmp_path)
+    said = capsys.readouterr().out
+    assert said == "" if known else f"Copy its files to {tmp_path}" in said
+    serve.say_without_tokenizer(torch.nn.Linear(2, 2), tmp_path)
+    assert capsys.readouterr().out == ""

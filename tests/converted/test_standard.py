@@ -218,3 +218,16 @@ def test_a_class_that_computes_something_else_is_found_and_nothing_is_written(
     with pytest.raises(EquivalenceError, match="differs by .*: nothing was written"):
         trained("Llama").save_standard(tmp_path / "it")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_dense_models_own_folder_is_not_replaced(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    dense("Llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    held = (tmp_path / "base" / "model.safetensors").read_bytes()
+    moe = moe_rewrite.convert(model, mode="upcycle", num_experts=2, verify=False)
+    with pytest.raises(ConfigError, match="the dense model was read from this folder"):
+        moe.save_standard(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == held
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]

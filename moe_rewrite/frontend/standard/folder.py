@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ...errors import CheckpointError, ConfigError
+from ...utils.folders import require_place, require_writable
 from ...utils.one_writer import one_writer
 from .formats import FORMATS
 
@@ -32,10 +33,14 @@ def write(
         leaves the folder as it was.
     more: texts of other files, by name.
     """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{folder}: is no folder; choose another")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = require_place(folder)
+    require_writable(target.parent)
+    place = Path(getattr(base, "name_or_path", "") or ".")
+    if place != Path(".") and target.is_dir() and place.is_dir() and place.samefile(target):
+        raise ConfigError(
+            f"{folder}: the dense model was read from this folder, and its weights would be "
+            "replaced; choose another"
+        )
     if getattr(base, "generation_config", None) is not None:
         model.generation_config = base.generation_config  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix=".moe_rewrite-", dir=target.parent) as made:
