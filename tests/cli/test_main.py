@@ -144,12 +144,6 @@ def _read_only(**given):
     raise OSError(30, "Read-only file system")
 
 
-def test_the_command_line_runs_as_a_module():
-    given = [sys.executable, "-m", "moe_rewrite", "serve", "--help"]
-    done = subprocess.run(given, capture_output=True, text=True)
-    assert done.returncode == 0 and "--engine" in done.stdout, done.stderr[-300:]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
