@@ -131,13 +131,11 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scales, low, *parts = ctx.saved_tensors
-        first, of_parts = ctx.needs_input_grad[:4], ctx.needs_input_grad[5:]
+        need_x, need_w, need_bias, need_scales, _, *of_parts = wanted = ctx.needs_input_grad
         n = ctx.count
-        needs = Needs(*first, of_parts[:n], of_parts[n:])
+        needs = Needs(need_x, need_w, need_bias, need_scales, of_parts[:n], of_parts[n:])
         made = iter(backward(dy, x, weight, scales, low, parts[:n], parts[n:], needs))
-        dx, dweight, dbias, dscales, *rest = (
-            next(made) if need else None for need in (*first, *of_parts)
-        )
+        dx, dweight, dbias, dscales, _, *rest = (next(made) if need else None for need in wanted)
         return dx, dweight, dbias, dscales, None, *rest
 
 
