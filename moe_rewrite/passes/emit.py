@@ -31,9 +31,9 @@ def emit(program: Program, codes: dict[tuple, Code] | None = None) -> Emitted:
     codes = {} if codes is None else codes
     allow_any_layout(program.graph)
     call_functions(program)
-    share_masks(program)
     if program.mode == "eval":
         share_heads(program)
+    share_masks(program)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     router = next(iter(program.graph.find_nodes(op="call_function", target=routing_plan)), None)
     planned = [n for n in program.graph.nodes if n.target is view_plan]

@@ -6,35 +6,12 @@ token; PyTorch's kernel for the CPU reads a head as often as it is needed. Exact
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from ..ir.aten import expression, value
 from ..ir.ops import alias_root, argument, mutated, op_name
 from ..ir.program import Program
-
-OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale")
-
-
-def attend(
-    query_BHSD: torch.Tensor, key_BGTD: torch.Tensor, value_BGTD: torch.Tensor, repeats: int,
-    mask: torch.Tensor | None, dropout: float, causal: bool, scale: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """(B, H, S, D) scaled dot product attention, H = G * repeats. mask: as PyTorch's."""
-    key, values = key_BGTD, value_BGTD
-    shares = (
-        query_BHSD.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
-    )
-    if not shares:
-        key, values = (
-            t.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, values)
-        )
-    return torch.nn.functional.scaled_dot_product_attention(
-        query_BHSD, key, values, mask, dropout, causal, scale=scale, enable_gqa=shares
-    )
+from .attend import attention_of, call_attend
 
 
 def share_heads(program: Program) -> None:
@@ -43,9 +20,9 @@ def share_heads(program: Program) -> None:
     places = {node: i for i, node in enumerate(nodes)}
     writes = {i: {alias_root(w) for w in mutated(node)} for node, i in places.items()}
     for node in nodes:
-        if op_name(node) != "scaled_dot_product_attention" or argument(node, "enable_gqa"):
+        if (attention := attention_of(node)) is None:
             continue
-        repeated = [argument(node, name) for name in ("key", "value")]
+        query, *repeated, _, mask, dropout, causal, scale = attention
         shared = [_before_repeating(r) for r in repeated]
         if any(s is None for s in shared) or shared[0][1] != shared[1][1]:  # type: ignore[index]
             continue
@@ -54,9 +31,7 @@ def share_heads(program: Program) -> None:
         between = range(min(places[r] for r in repeated), places[node])
         if any(writes[i] & read for i in between):
             continue
-        given = (argument(node, "query"), keys, values, repeats)
-        options = tuple(argument(node, name) for name in OPTIONS)
-        node.target, node.args, node.kwargs = attend, (*given, *options), {}
+        call_attend(node, query, keys, values, repeats, mask, dropout, causal, scale)
         for copied, kept in zip(repeated, (keys, values), strict=True):
             while copied is not kept and not copied.users:
                 unused, copied = copied, argument(copied, "self")

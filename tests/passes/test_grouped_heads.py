@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_rewrite
-from moe_rewrite.passes.grouped_heads import attend
+from moe_rewrite.passes.attend import attend
 from tests.helpers import architectures
 from tests.helpers.reference import randomize
 from tests.helpers.sweeps import some

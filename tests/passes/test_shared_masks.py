@@ -5,7 +5,7 @@ import torch
 
 import moe_rewrite
 from moe_rewrite.passes import emit
-from moe_rewrite.passes.shared_masks import as_numbers
+from moe_rewrite.passes.attend import read_mask
 from tests.helpers import architectures
 from tests.helpers.reference import randomize
 from tests.helpers.sweeps import some
@@ -45,5 +45,5 @@ def test_layers_share_the_numbers_of_a_mask(name, monkeypatch):
 
 
 def test_numbers_add_nothing_or_take_a_position_out():
-    made = as_numbers(torch.tensor([[True, False]]), torch.bfloat16)
+    made = read_mask(torch.tensor([[True, False]]), torch.bfloat16)
     assert made.dtype == torch.bfloat16 and made.tolist() == [[0.0, float("-inf")]]
