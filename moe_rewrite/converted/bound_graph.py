@@ -11,11 +11,13 @@ import torch
 
 from ..ir.conditions import Conditions, Pattern
 from ..ir.steps import Emitted, narrowed
+from ..kernels.autocast import autocasts
 from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
 from ..routing.plan_views import Work
 from .block_module import BlockModule, Bound, Slot
 from .flat_code import FlatCode
+from .inference_code import InferenceCode
 from .regional import RegionalCode, compiles, outside
 
 
@@ -37,6 +39,7 @@ class BoundGraph:
     copied: how many calls of blocks were copied from others in its capture.
     after_cut: the steps to run where the features at the cut are given; built on first use.
     flat: the steps as generated code; built on first use.
+    inference: the same for calls without gradients.
     regional: the same for torch.compile, for each case (`_case`).
     """
 
@@ -55,6 +58,7 @@ class BoundGraph:
     copied: int = 0
     after_cut: tuple[tuple[BlockModule, Bound], ...] | None = None
     flat: FlatCode | None = None
+    inference: FlatCode | None = None
     regional: dict[tuple, RegionalCode] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> BoundGraph:
@@ -65,7 +69,7 @@ class BoundGraph:
         )
         return replace(
             self, steps=steps, allowed=set(self.allowed), refused=set(self.refused),
-            after_cut=None, flat=None, regional={},
+            after_cut=None, flat=None, inference=None, regional={},
         )  # fmt: skip
 
     def owned(self) -> Iterator[tuple[BlockModule, torch.Tensor]]:
@@ -155,6 +159,9 @@ class BoundGraph:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             given = list(flat.shallow(list(leaves), None))
         work, after = self._route(flat, given, leaves, planner)
+        device = next(t.device.type for t in leaves if isinstance(t, torch.Tensor))
+        if work.active.run and not torch.is_grad_enabled() and not autocasts(device):
+            flat = self._inference_code()
         return (*self._finished(flat.deep(given, work.active), work.plan), after)
 
     def _run_compiled(
@@ -220,6 +227,12 @@ class BoundGraph:
         if self.flat is None:
             self.flat = FlatCode(self.steps, self.emitted, self.conditions.leaves)
         return self.flat
+
+    def _inference_code(self) -> FlatCode:
+        if self.inference is None:
+            own = InferenceCode(self.steps, self.emitted, self.conditions.leaves)
+            self.inference = own if own.differs else self._flat_code()
+        return self.inference
 
     def _mask(self, leaves: list[Any]) -> Any:
         mask = self.emitted.mask

@@ -53,7 +53,7 @@ class FlatCode:
         owned: list[list[str]] = []
         for _, bound in steps:
             prepare.append([])
-            owned.append([self._owned(ref, prepare[-1]) for ref in bound.slots])
+            owned.append(self._owned_by(bound, prepare[-1]))
         return self._compiled(
             "run(given, active)", self._lines(steps, owned, takes, gives, prepare)
         )
@@ -79,7 +79,11 @@ class FlatCode:
 
     def _called(self, bound: Bound) -> Callable:
         """What runs a step."""
-        return _eager(bound.step.code)
+        return eager(bound.step.code)
+
+    def _owned_by(self, bound: Bound, lines: list[str]) -> list[str]:
+        """Expressions of the tensors that `_called` takes first. lines: that come before."""
+        return [self._owned(ref, lines) for ref in bound.slots]
 
     def _compiled(self, head: str, lines: list[str]) -> Callable:
         body = "\n    ".join(lines)
@@ -132,7 +136,7 @@ class FlatCode:
         return any(is_sharded(tensor) for table in self._tables for tensor in table.values())
 
 
-def _eager(code: Code) -> Callable:
+def eager(code: Code) -> Callable:
     """One function for all steps that share the code."""
     if code.eager is None:
         code.eager = eager_function(code.module)

@@ -47,6 +47,7 @@ class Code:
         self.module = module
         self.call: Callable[..., Any] = module.forward
         self.eager: Callable[..., Any] | None = None  # a faster form, made on first use
+        self.rows: Any = None  # one for inference, see `converted.inference_code`
         self.traced: dict[tuple, Callable[..., Any]] = {}  # forms for torch.compile, a case each
 
     def __deepcopy__(self, memo: dict) -> Code:

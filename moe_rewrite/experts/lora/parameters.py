@@ -35,6 +35,7 @@ class LoRAParameters(ExpertParameters):
         self.b = nn.ParameterList()
         self._stack: tuple[object, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._latest: Latest | None = None
+        self._transposed: Latest | None = None
 
     def __len__(self) -> int:
         return len(self.a)
@@ -106,7 +107,7 @@ class LoRAParameters(ExpertParameters):
 
     def forget(self) -> None:
         super().forget()
-        self._stack = self._latest = None
+        self._stack = self._latest = self._transposed = None
 
     def stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
         """A as (active * rank, in, ...) and B as (out, active * rank, ...).
@@ -124,6 +125,19 @@ class LoRAParameters(ExpertParameters):
             return latest.value
         value = self._stacked(active)
         self._latest = Latest.of(tables, active, value)
+        return value
+
+    def transposed(self, active: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a linear map, `stacked` without gradients as products of rows take it: A (in, R) and
+        B (R, out)."""
+        modules: Any = self._modules
+        tables = modules["a"]._parameters, modules["b"]._parameters
+        latest = self._transposed
+        if latest is not None and not self.training and latest.serves(tables, active):
+            return latest.value
+        a, b = self._stacked(active)
+        value = a.t(), b.t()
+        self._transposed = None if self.training else Latest.of(tables, active, value)
         return value
 
     def _stacked(self, active: Sequence[int]) -> tuple[Any, Any]:

@@ -77,6 +77,14 @@ def product(
     return y
 
 
+def rows_and_scales(x: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as a matrix (T, D), and its scales as one (T, R)."""
+    if scales.shape[:-1] != x.shape[:-1]:
+        scales = scales.expand(*x.shape[:-1], -1)
+    # contiguous: as in `reference`
+    return x.contiguous().flatten(0, -2), scales.flatten(0, -2)
+
+
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
