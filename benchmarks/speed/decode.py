@@ -5,8 +5,8 @@ conditions the call meets.
 
 # python -m benchmarks.speed.decode [--quick] [--checks] [--processor]: batch 1, greedy, 2 threads;
 # medians of rounds in which all models generate the same text. --checks: only what finding the graph
-# and checking its conditions takes, with no dense model beside it. --processor: only the prompt, by
-# time of one thread on the processor, for busy machines. Both save nothing.
+# and checking its conditions takes, with no dense model beside it; saves nothing. --processor: by time
+# of one thread on the processor, for busy machines; saves decode_processor.json.
 
 from __future__ import annotations
 
@@ -127,13 +127,15 @@ def prefill(models: dict[str, Any], rounds: int, clock: Clock = wall) -> dict[st
     }
 
 
-def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
+def compare(
+    model: torch.nn.Module, tokens: int, rounds: int, clock: Clock = wall
+) -> dict[str, Any]:
     """Milliseconds of a token."""
     texts: dict[str, torch.Tensor] = {}
     models = forms(model)
     runs = generations(models, tokens, 16, texts)
     runs["products alone"] = partial(products, model, tokens)
-    times = side_by_side(runs, rounds, warm=1)
+    times = side_by_side(runs, rounds, warm=1, clock=clock)
     require_equal(texts)
     middle, quartiles = times.medians(), times.quartiles()
     return {
@@ -144,13 +146,8 @@ def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
         "ratio_products_alone": times.ratio("products alone", to="dense"),
         "quartiles_ms": {name: [q / tokens for q in of] for name, of in quartiles.items()},
         "checks": checks(models["moe"], middle["moe"] / tokens),
-        "prefill": prefill(models, rounds),
+        "prefill": prefill(models, rounds, clock),
     }  # fmt: skip
-
-
-def compare_prefill(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    return {"prefill": prefill(forms(model), rounds, processor)}
 
 
 def compare_checks(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
@@ -166,20 +163,21 @@ def compare_checks(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str
 
 
 def main() -> None:
-    only_checks, only_prompt = "--checks" in sys.argv, "--processor" in sys.argv
+    only_checks, by_processor = "--checks" in sys.argv, "--processor" in sys.argv
     sys.argv = [a for a in sys.argv if a not in ("--checks", "--processor")]
     quick = is_quick(__doc__)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if by_processor else 2)
     tokens, rounds = (16, 3) if quick else (100, 9)
     models = {
         "Llama, 8 layers, width 512": llama(8, 512, vocabulary=32000),
         "stories260K": stories(),
         "GPT-2 small": None if quick else gpt2(),
     }
-    measure = compare_checks if only_checks else compare_prefill if only_prompt else compare
+    timed = partial(compare, clock=processor) if by_processor else compare
+    measure = compare_checks if only_checks else timed
     figures = {n: measure(m, tokens, rounds) for n, m in models.items() if m is not None}
-    if not (quick or only_checks or only_prompt):
-        save("decode", figures)
+    if not (quick or only_checks):
+        save("decode_processor" if by_processor else "decode", figures)
     cells = {name: _cells(f) for name, f in figures.items()}
     columns = ["model", *next(iter(cells.values()))]
     finish("decode", columns, [(n, *of.values()) for n, of in cells.items()], **figures)

@@ -228,7 +228,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         the model is."""
         mode = self.training if training is None else training
         graph, leaves = self._graphs.get(arguments, mode, device_and_dtype(self))
-        if is_parted_by_zero(next(self.parameters())):
+        if in_process_group() and is_parted_by_zero(next(self.parameters())):
             require_no_recomputing(self._checkpointing)
             show_to_zero((*graph.owned(), *((self.router, row) for row in self.router.rows)))
         return graph, leaves

@@ -38,6 +38,7 @@ class HuggingFaceHost(Host):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.takes: tuple[str, ...] = _takes(type(module))  # type: ignore[arg-type]
+        self._known = KNOWN_KWARGS.union(self.takes)
 
     def model_class(self, base: type) -> type:
         return pretrained_class(base, self.module)
@@ -116,17 +117,17 @@ class HuggingFaceHost(Host):
         if is_paged_call(arguments):
             paged = PagedCall(arguments)
             return paged.read | {"use_cache": False, "cache": paged.bare()}, True, paged
-        unknown = set(arguments).difference(self.takes, KNOWN_KWARGS)
-        if unknown:
+        if unknown := arguments.keys() - self._known:
             raise InputError(
                 f"{self.name} takes no argument {', '.join(sorted(unknown))}; it takes "
                 f"{', '.join(self.takes)}"
             )
         asked, given = arguments.get("use_cache"), arguments.get(CACHE)
         if self.is_causal_lm:
-            config = self.config.get_text_config(decoder=True)
-            default = bool(getattr(config, "use_cache", False)) and not training
-            keep = given is not None or (default if asked is None else bool(asked))
+            keep = given is not None or bool(asked)
+            if given is None and asked is None:
+                config = self.config.get_text_config(decoder=True)
+                keep = bool(getattr(config, "use_cache", False)) and not training
             rest = {k: v for k, v in arguments.items() if k not in (CACHE, "use_cache")}
             return rest | {"use_cache": keep}, keep, given
         if asked or given is not None or arguments.get("cache_params") is not None:

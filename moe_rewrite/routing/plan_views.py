@@ -28,7 +28,10 @@ class ScaledGates:
 
     def of(self, plan: RoutingPlan) -> torch.Tensor:
         scales = (plan.weights * self.scale).to(self.dtype)
-        scales = scales.unsqueeze(-1).expand(*scales.shape, self.rank).flatten(-2)
+        if scales.shape[-1] == 1:  # a view, of one expert
+            scales = scales.expand(*scales.shape[:-1], self.rank)
+        else:
+            scales = scales.unsqueeze(-1).expand(*scales.shape, self.rank).flatten(-2)
         return self.layout.broadcast(scales, plan.rows, plan.grid)
 
 

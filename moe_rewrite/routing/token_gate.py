@@ -126,8 +126,9 @@ class TokenGate(Router):
         if x.ndim == 2 or self.spec.granularity == "token":
             return x, None, None
         counted = x.new_ones(x.shape[:2]) if mask is None else counted_rows(mask, x).float()
-        # a masked position may hold infinities, which a multiplication by zero would make NaN
-        x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
+        if mask is not None:
+            # it may hold infinities, which a multiplication by zero would make NaN
+            x = x.masked_fill(counted.unsqueeze(-1) == 0, 0.0)
         if self.spec.granularity == "sequence":
             if isinstance(mask, PackedRows):
                 mask.require_one_document(len(x), "a sequence gate")
@@ -140,7 +141,9 @@ class TokenGate(Router):
             return _means_in_documents(x, counted, state.starts, state)
         if isinstance(mask, PackedRows):
             return _means_in_documents(x, counted, mask.starts(len(x)))
-        sums, counts = x.cumsum(1), counted.cumsum(1)
+        # of one position that follows others, its own features are the sum
+        alone = state is not None and x.shape[1] == 1
+        sums, counts = (x, counted) if alone else (x.cumsum(1), counted.cumsum(1))
         if state is not None:
             sums, counts = sums + state.total.unsqueeze(1), counts + state.count.unsqueeze(1)
         after = PrefixState(sums[:, -1], counts[:, -1], sums, counts)
