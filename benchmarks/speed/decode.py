@@ -167,7 +167,7 @@ def main() -> None:
     sys.argv = [a for a in sys.argv if a not in ("--checks", "--processor")]
     quick = is_quick(__doc__)
     torch.set_num_threads(1 if by_processor else 2)
-    tokens, rounds = (16, 3) if quick else (100, 9)
+    tokens, rounds = (16, 3) if quick else (30, 7) if by_processor else (100, 9)
     models = {
         "Llama, 8 layers, width 512": llama(8, 512, vocabulary=32000),
         "stories260K": stories(),
