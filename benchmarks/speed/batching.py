@@ -75,7 +75,7 @@ def compare(model: torch.nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(1)
-    tokens, rounds = (4, 3) if quick else (NEW, 7)
+    tokens, rounds = (4, 3) if quick else (NEW, 5)
     models = {
         "stories260K": stories(),
         "Llama, 8 layers, width 512": None if quick else llama(8, 512, vocabulary=32000),
