@@ -14,7 +14,7 @@ from ..ir.steps import Emitted, narrowed
 from ..kernels.autocast import autocasts
 from ..routing.packed_rows import PackedRows
 from ..routing.plan import Planner, PrefixState, RoutingPlan
-from ..routing.plan_views import Work
+from ..routing.plan_views import OffDevice, Work
 from .block_module import BlockModule, Bound, Slot
 from .flat_code import FlatCode
 from .inference_code import InferenceCode
@@ -32,6 +32,7 @@ class BoundGraph:
     cache_at: (start, stop) of the outputs that make up this cache.
     mode: "eval" or "train".
     frozen: the shallow segment builds no autograd graph.
+    off_device: which experts' weights lie off the device.
     comparable: the dense model can be put in a mode in which it computes the same.
     last_use: number of the latest call that it served.
     allowed: patterns of small sizes (`Conditions.pattern`) that it may serve.
@@ -51,6 +52,7 @@ class BoundGraph:
     cache_at: tuple[int, int] | None
     mode: str
     frozen: bool
+    off_device: OffDevice
     comparable: bool
     last_use: int = 0
     allowed: set[Pattern] = field(default_factory=set)
@@ -68,8 +70,9 @@ class BoundGraph:
             for block, bound in self.steps
         )
         return replace(
-            self, steps=steps, allowed=set(self.allowed), refused=set(self.refused),
-            after_cut=None, flat=None, inference=None, regional={},
+            self, steps=steps, off_device=copy.deepcopy(self.off_device, memo),
+            allowed=set(self.allowed), refused=set(self.refused), after_cut=None, flat=None,
+            inference=None, regional={},
         )  # fmt: skip
 
     def owned(self) -> Iterator[tuple[BlockModule, torch.Tensor]]:
@@ -136,7 +139,7 @@ class BoundGraph:
                 if features is not None:
                     values[self.emitted.cut] = features
                 plan, after = self._plan(values, planner)
-                work = Work.of(plan)
+                work = Work.of(plan, self.off_device)
                 for name, view in self.emitted.views:
                     values[name] = work.view(view)
             taken = _taken(values, bound)
@@ -187,7 +190,7 @@ class BoundGraph:
         values = dict(zip(flat.carried, given, strict=True))
         values[MASK] = self._mask(leaves)
         plan, after = self._plan(values, planner)
-        work = Work(plan, plan) if compiled else Work.of(plan)
+        work = Work.of(plan, self.off_device, compiled)
         given += [work.view(view) for _, view in self.emitted.views]
         return work, after
 

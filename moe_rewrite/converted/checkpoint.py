@@ -167,6 +167,19 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Ten
     return meta, tensors
 
 
+def mapped(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of a saved folder, in a mapping of its file: they take no memory until they are
+    read, and a later save to the folder leaves them as they are. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder) / _tensor_file(_read_meta(Path(folder) / META)["sha256"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
+
+
 def _read_pair(folder: Path) -> tuple[dict[str, Any], Path, bytes]:
     """The JSON, and the path and bytes of the file that it names: again where another save has
     replaced both in between."""

@@ -19,7 +19,7 @@ from ..passes.pipeline import Compiler
 from ..passes.recipe import Recipe
 from ..routing.plan import RoutingPlan
 from ..routing.router import Router
-from . import carving, low_precision
+from . import carving, low_precision, offloading
 from .expert_set import ExpertSet
 from .fewer_experts import join, prune, use_of
 from .merge import merge_expert
@@ -189,6 +189,37 @@ class ExpertMethods(nn.Module):
     def experts_quantized(self) -> str | None:
         """The dtype of experts' matrices after `quantize_experts`; None before."""
         return low_precision.quantized(self._experts.sites)
+
+    def offload_experts(
+        self, keep: int | None = 16, folder: str | os.PathLike | None = None
+    ) -> None:
+        """Have the weights of experts lie off the device from now on, in the host's memory (pinned
+        for a GPU). A call brings those that its rows go to; copies of the ones used last stay.
+
+        keep: of how many experts copies stay between calls; a call may use more. None: bring all
+            experts back to the device.
+        folder: of a save of these experts, whose file then holds the weights: it is mapped, and
+            takes no memory until a call reads from it.
+
+        Experts that are trained lie on the device; `expand` and `freeze` send the older ones off.
+        Outputs are the same; with gradients, only the taken and the trained experts run. Of a call
+        that no router bounds (``top_k=None``), the experts that are off stay away.
+
+        Raises ConfigError for experts of other kinds and of layers with routers of their own,
+        CheckpointError for a folder that does not hold these values; nothing is changed then.
+        """
+        self._store.require_whole("offload_experts()")
+        offloading.offload(self, keep, folder)
+
+    @property
+    def experts_offloaded(self) -> int | None:
+        """Of how many experts copies stay on the device after `offload_experts`; None before."""
+        return self._store.off_device.keep
+
+    def expert_bytes(self) -> dict[str, int]:
+        """Bytes of experts' weights: on the ``"device"``, copies and trained ones; and off it, in
+        ``"memory"`` and in a mapped ``"file"``."""
+        return offloading.held(self._experts.sites)
 
     # -- plans that replace the router's --------------------------------------------------------
 

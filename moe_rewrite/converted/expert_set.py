@@ -79,6 +79,7 @@ class ExpertSet:
             number == self.expansions[-1] and name not in self.frozen
             for number, name in zip(self.expansions, self.names, strict=True)
         ]
+        self._store.off_device.trained = tuple(e for e, on in enumerate(newest) if on)
         for site in self.sites:
             site.set_trained(newest)
             site.train_shared(not any(self.expansions))

@@ -51,9 +51,14 @@ class FlatCode:
     def _function(self, steps: Steps, takes: Sequence[str], gives: Sequence[str]) -> Callable:
         prepare: list[list[str]] = []
         owned: list[list[str]] = []
-        for _, bound in steps:
+        last: dict[str, int] = {}  # what a site gave -> the last step with it
+        for i, (_, bound) in enumerate(steps):
             prepare.append([])
             owned.append(self._owned_by(bound, prepare[-1]))
+            last |= {name: i for name in map(_of_site, owned[-1]) if name}
+        for name, i in last.items():  # what a site gave may be copies, for these steps alone
+            if i + 1 < len(prepare):
+                prepare[i + 1].insert(0, f"del {name}")
         return self._compiled(
             "run(given, active)", self._lines(steps, owned, takes, gives, prepare)
         )
@@ -134,6 +139,12 @@ class FlatCode:
     def _sharded(self) -> bool:
         """Of the dense tensors: what sites give is whole."""
         return any(is_sharded(tensor) for table in self._tables for tensor in table.values())
+
+
+def _of_site(expression: str) -> str | None:
+    """The variable with what a site gave, in the expression of a tensor that a step owns."""
+    name = expression.partition("[")[0]
+    return name if name[0] in "er" else None
 
 
 def eager(code: Code) -> Callable:

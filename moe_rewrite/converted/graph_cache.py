@@ -161,8 +161,8 @@ class GraphCache:
         traced, _ = split_static(call.arguments, call.ints)
         graph = BoundGraph(
             tuple(traced), _conditions(program), emitted, self._store.bind(emitted), spec, at,
-            program.mode, self._compiler.recipe.freeze, not program.shallow_reruns, self._uses + 1,
-            copied=program.copied,
+            program.mode, self._compiler.recipe.freeze, self._store.off_device,
+            not program.shallow_reruns, self._uses + 1, copied=program.copied,
         )  # fmt: skip
         self._kept.setdefault(call.key, []).append(graph)
         self._drop_least_used()

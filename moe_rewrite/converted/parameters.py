@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..experts.base import ExpertParameters
 from ..frontend.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
+from ..routing.plan_views import OffDevice
 from ..utils.module_tree import Holder, node_at, put_tensor, vars_of
 from ..utils.quantized import dequantized, is_quantized, stand_ins
 from ..utils.sharded import (
@@ -40,6 +41,7 @@ class ParameterStore:
     aliases: tied state-dict name -> the canonical one.
     copied: tensors that no longer share the original's storage, since training writes to them.
     written_names: those among them that a forward pass writes to.
+    off_device: which experts' weights lie off the device.
     parallel: the mesh of processes that each compute with their parts of sharded weights, and hold
         what conversion added whole (tensor parallel); else None.
     """
@@ -54,6 +56,7 @@ class ParameterStore:
         self.sites: dict[str, ExpertParameters] = {}
         self.copied: set[str] = set()
         self.written_names: set[str] = set()
+        self.off_device = OffDevice()
         self.parallel: Any = None
         self.rest = BlockModule("unused by the graph")
         self._persistent = set(host.state_dict(keep_vars=True))

@@ -16,7 +16,7 @@ from ..passes.kinds import kind_of
 from ..utils.html_tables import folded, html_table
 from ..utils.text_tables import table
 from ..utils.warn import warn
-from . import low_precision
+from . import low_precision, offloading
 
 if TYPE_CHECKING:
     from ..ir.equivalence import EquivalenceReport
@@ -44,6 +44,7 @@ class Report:
         that count them.
     experts: the experts at a site, as text.
     precision: of experts after `quantize_experts`, as text; empty before.
+    placement: where experts lie after `offload_experts`, as text; empty before.
     lowered: (site, how it is computed).
     equivalence: the comparison with the original; None where there was none.
     curve: how well tasks are told apart at each possible cut; None where that was not measured.
@@ -63,6 +64,7 @@ class Report:
     macs_of: dict[str, Macs] = field(default_factory=dict)
     experts: str = ""
     precision: str = ""
+    placement: str = ""
     lowered: list[tuple[str, str]] = field(default_factory=list)
     equivalence: EquivalenceReport | None = None
     curve: SplitCurve | None = None
@@ -136,7 +138,7 @@ class Report:
         return [
             ("model", self.model), ("mode", self.mode), ("deep from", self.split),
             ("router", self.router),
-            *((("experts", self.precision),) if self.precision else ()),
+            *(("experts", text) for text in (self.precision, self.placement) if text),
             *(("condition", c) for c in self.conditions),
             ("equivalence", str(self.equivalence or "not checked")),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
@@ -195,6 +197,7 @@ class Report:
         """This report, which from now on knows its model, but does not keep it alive."""
         self._model = weakref.ref(moe)
         self.precision = low_precision.described(moe.expert_sites())
+        self.placement = offloading.described(moe)
         numerics: tuple[str, Numerics] = ("quantize experts", "approximate")
         if self.precision and numerics not in self.numerics:
             self.numerics.append(numerics)

@@ -62,6 +62,11 @@ def _require_divisible(moe: Any) -> None:
             f"{others[0]} has experts that are not LoRA, and tensor_parallel divides no others: "
             f"divide this model by FSDP2, {FSDP}"
         )
+    if store.off_device.keep is not None:
+        raise ConfigError(
+            "tensor_parallel() of a model whose experts lie off the device: call "
+            "offload_experts(keep=None) first"
+        )
     if not moe.recipe.freeze:
         raise ConfigError(
             "the dense weights of this model are trained (freeze=False), and tensor_parallel "

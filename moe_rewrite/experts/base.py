@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..utils.sharded import gathered, gathered_to_run, is_traced
+from .residents import Residents
 
 SEPARATOR = "/"  # replaces dots in state-dict names, which torch allows in no module name
 
@@ -25,6 +26,8 @@ class ExpertParameters(nn.Module):
     as_adapter: an expert can be written as an adapter in PEFT's format.
     dtype: of the parameters; None: float32, or what the dense tensors have if that is wider. In
         16 bits a small step of an optimizer changes nothing.
+    offloads: experts' weights can lie off the device until a call uses them.
+    residents: the copies there of those that do; None: all weights lie on the device.
     quantized: the dtype of matrices in low precision, ``"int8"`` or ``"bfloat16"``, for inference;
         None: experts that can be trained.
     computes: for each part, the dtype in which a graph takes it, that of the dense tensors; empty
@@ -37,6 +40,8 @@ class ExpertParameters(nn.Module):
     replaced: tuple[str, ...] = ()
     of_all = False
     as_adapter = False
+    offloads = False
+    residents: Residents | None = None
     dtype: torch.dtype | None = None
     quantized: str | None = None
 
@@ -56,6 +61,10 @@ class ExpertParameters(nn.Module):
         gradient is kept until it changes; none of one that is trained in training mode, where
         optimizers write through `.data`, which no version counts."""
         dtype = self.computes.get(part, tensor.dtype)
+        if self.residents is not None:
+            if self.residents.serves(tensor):
+                return self.residents.of(part, expert, tensor, dtype)
+            tensor = tensor.to(self.residents.device)
         if tensor.dtype == dtype:
             return gathered_to_run(tensor)
         trained = tensor.requires_grad and (self.training or torch.is_grad_enabled())
@@ -68,7 +77,10 @@ class ExpertParameters(nn.Module):
         return kept[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the model, but keep parameters in a dtype of their own."""
+        """Move with the model, but keep parameters in a dtype of their own, and those that lie off
+        the device where they are."""
+        if self.residents is not None:
+            fn = self.residents.following(fn, self.weights(trained=False))
         if not self.computes:
             return super()._apply(fn, recurse)
 
@@ -81,6 +93,7 @@ class ExpertParameters(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         self.forget()
+        self.settle()
         return self
 
     def follow(self, fn: Any) -> None:
@@ -103,6 +116,37 @@ class ExpertParameters(nn.Module):
                 p.requires_grad_(on and p.numel() > 0)  # DDP waits for every gradient
                 if not on:
                     p.grad = None
+        self.settle()
+
+    def offload(self, keep: int, device: torch.device) -> None:
+        """Have the weights of experts that are not trained lie off the device; copies of `keep` of
+        them, those used last, stay there."""
+        mapped = {} if self.residents is None else self.residents.mapped
+        self.residents = Residents(keep, device)
+        self.residents.mapped |= mapped
+        self.forget()
+        self.settle()
+
+    def bring_back(self) -> None:
+        """Have all weights lie on the device."""
+        if self.residents is None:
+            return
+        for p in self.weights(trained=False):
+            mapped = p.data_ptr() in self.residents.mapped
+            p.data = p.detach().to(self.residents.device, copy=mapped)
+        self.residents = None
+        self.forget()
+
+    def settle(self) -> None:
+        """After experts came, or are trained or frozen from now on: have each lie where it belongs."""
+        if self.residents is not None:
+            for p in self.weights():
+                self.residents.settle(p)
+
+    def weights(self, trained: bool | None = None) -> list[nn.Parameter]:
+        """Of all experts; of those that are trained, or are not."""
+        every = [p for of_part in self.parameter_lists() for p in of_part]
+        return [p for p in every if trained in (None, p.requires_grad)]
 
     def train_shared(self, on: bool) -> None:
         """Set whether what all experts share is trained, where a kind has that."""
@@ -159,5 +203,7 @@ class ExpertParameters(nn.Module):
         return names, dict(zip(names, (t.detach() for t in stack), strict=True))
 
     def forget(self) -> None:
-        """Drop cached stacks and casts."""
+        """Drop cached stacks, casts and copies."""
         self._cast.clear()
+        if self.residents is not None:
+            self.residents.clear()

@@ -25,6 +25,7 @@ class CopiedParameters(ExpertParameters):
         super().__init__()
         self._stackable = stackable
         self.site = site
+        self.offloads = isinstance(site, FeedForwardSite)  # statistics of regions are written to
         self.parts = self.replaced = tuple(p.name for p in site.parts)
         self.copies = Holder()
         self._of_part = tuple(_Copies() for _ in site.parts)  # in the order of the site's parts
@@ -50,11 +51,14 @@ class CopiedParameters(ExpertParameters):
         matrices = dict(self.site.matrices)
         for part, copies in self._by_part():
             if part.name in matrices:
+                if self.residents is not None:
+                    copies.to(self.residents.device)
                 copies.quantize(dtype, matrices[part.name])
             for own in copies.own():
                 own.requires_grad_(False).grad = None
         self.quantized = dtype
         self.forget()
+        self.settle()
 
     def _by_part(self) -> list[tuple[Part, _Copies]]:
         return list(zip(self.site.parts, self._of_part, strict=True))
@@ -83,7 +87,10 @@ class CopiedParameters(ExpertParameters):
                 f"{self.site.name}: an expert of a region works on patches of its own; a dense model "
                 "has none"
             )
-        return {part.name: copies[expert].detach() for part, copies in self._by_part()}
+        return {
+            part.name: copies[expert].detach().to(dense[part.name].device)
+            for part, copies in self._by_part()
+        }
 
     def stacked_apart(self, active: Sequence[int]) -> tuple[torch.Tensor, ...] | None:
         if not self._stackable or not active:
@@ -91,12 +98,24 @@ class CopiedParameters(ExpertParameters):
         return tuple(torch.stack(list(of_part)) for of_part in self.stacked(active))
 
     def stacked(self, active: Sequence[int]) -> tuple[list[Any], ...]:
-        return tuple(
-            [copies.matrix(e) for e in active]
+        own = [self._of_expert(e) for e in active]  # one after another, as copies come and go
+        return tuple([of[i] for of in own] for i in range(len(self._of_part)))
+
+    def _of_expert(self, expert: int) -> list[Any]:
+        return [
+            self._matrix(part.name, expert, copies)
             if copies.quantized
-            else [self.in_graph(part.name, e, copies[e]) for e in active]
+            else self.in_graph(part.name, expert, copies[expert])
             for part, copies in self._by_part()
-        )
+        ]
+
+    def _matrix(self, part: str, expert: int, copies: _Copies) -> LowPrecision:
+        """Its scales, which are small, lie on the device."""
+        own = copies.matrix(expert)
+        if self.residents is None or not self.residents.serves(own.values):
+            return own
+        values = self.residents.of(part, expert, own.values, own.values.dtype)
+        return LowPrecision(values, own.scale)
 
 
 class _Copies(nn.Module):

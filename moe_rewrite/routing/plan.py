@@ -5,7 +5,7 @@ Shapes: B batch, S positions, n patches, l patches that an expert takes, E activ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,22 +60,36 @@ class RoutingPlan:
             full = full.index_copy(-1, index, self.weights)
         return full if self.base is None else torch.cat([self.base, full], dim=-1)
 
-    def of_taken(self) -> RoutingPlan:
+    def of_taken(self, off_device: bool = False, trained: Sequence[int] = ()) -> RoutingPlan:
         """The same plan over the experts that some row goes to, if these are few of those that are on:
         what the others add is zero. For inference on the CPU: gradients want every expert, and other
-        devices would be waited for."""
-        few = self.top_k is not None and self.patch_ids is None and len(self.active) > 1
+        devices would be waited for.
+
+        off_device: experts' weights lie off the device: leave out every one that no row goes to, but
+            for those that are trained.
+        """
+        few = self.patch_ids is None and len(self.active) > 1
         traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        if not few or traced or torch.is_grad_enabled() or self.weights.device.type != "cpu":
+        if not few or traced or not (off_device or self._is_cheap()):
             return self
-        taken = self.weights.flatten(0, -2).any(0).nonzero().flatten()
-        if len(taken) > 1 and FEW * len(taken) > len(self.active):
+        wanted = self.weights.flatten(0, -2).any(0)
+        if torch.is_grad_enabled():
+            wanted = wanted | wanted.new_tensor([e in trained for e in self.active])
+        taken = wanted.nonzero().flatten()
+        if len(taken) == len(self.active):
+            return self
+        if not off_device and len(taken) > 1 and FEW * len(taken) > len(self.active):
             return self
         if not len(taken):  # one stays: without any, the frozen model would count whole
             taken = taken.new_zeros(1)
         active = tuple(self.active[e] for e in taken.tolist())
         weights = self.weights.index_select(-1, taken)
         return replace(self, active=active, weights=weights, logits=None)
+
+    def _is_cheap(self) -> bool:
+        """Whether looking for the experts that are taken costs less than running the others."""
+        grad = torch.is_grad_enabled()
+        return self.top_k is not None and not grad and self.weights.device.type == "cpu"
 
     def load_balance_loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``E sum_e f_e p_e`` over the E active outputs that rows choose among: 1 where rows are spread

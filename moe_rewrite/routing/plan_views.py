@@ -106,6 +106,18 @@ class Active(NamedTuple):
     run: tuple[int, ...]
 
 
+@dataclass
+class OffDevice:
+    """Which experts' weights lie off the device until a call uses them; of one model.
+
+    keep: how many of them have copies there between calls; None: all weights lie on the device.
+    trained: indices of the experts that are trained, whose weights always do.
+    """
+
+    keep: int | None = None
+    trained: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Work:
     """What the deep half runs in a call.
@@ -118,8 +130,11 @@ class Work:
     taken: Any
 
     @classmethod
-    def of(cls, plan: RoutingPlan | LayerPlan) -> Work:
-        return cls(plan, plan.of_taken() if isinstance(plan, RoutingPlan) else plan)
+    def of(cls, plan: RoutingPlan | LayerPlan, off: OffDevice, compiled: bool = False) -> Work:
+        """compiled: what runs is compiled for any number of experts."""
+        if not isinstance(plan, RoutingPlan) or compiled and off.keep is None:
+            return cls(plan, plan)
+        return cls(plan, plan.of_taken(off.keep is not None, off.trained))
 
     @property
     def active(self) -> Active:

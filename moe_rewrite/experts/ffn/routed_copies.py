@@ -76,6 +76,7 @@ class RoutedCopies(CopiedParameters):
         """init: standard deviation of the logits at the start, for inputs of unit root mean
         square."""
         super().__init__(site, stackable=True)
+        self.offloads = False  # no plan at the cut says which of them a call takes
         self.init, self.begin = init, begin
         self.router = site.router
         self.parts = (*self.parts, self.router)

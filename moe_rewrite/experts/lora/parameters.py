@@ -27,6 +27,7 @@ class LoRAParameters(ExpertParameters):
     site: LoRASite
     parts = ("a", "b")
     as_adapter = True
+    offloads = True
 
     def __init__(self, site: LoRASite, rank: int) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class LoRAParameters(ExpertParameters):
         self, expert: int, dense: dict[str, torch.Tensor], scale: float
     ) -> dict[str, torch.Tensor]:
         site, weight = self.site, dense[self.site.weight]
-        a, b = self.a[expert].detach(), self.b[expert].detach()
+        a, b = (of[expert].detach().to(weight.device) for of in (self.a, self.b))
         delta = (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:]) * scale
         if site.transposed and not site.kernel:
             delta = delta.T
@@ -91,6 +92,7 @@ class LoRAParameters(ExpertParameters):
         grouped = bool(self.site.groups)
 
         def matrix(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.to(self.a[experts[0]].device)
             return tensor.movedim(-1, 0) if grouped else tensor.flatten(1)
 
         factors = [(matrix(self.a[e]), matrix(self.b[e])) for e in experts]
@@ -124,8 +126,12 @@ class LoRAParameters(ExpertParameters):
         if latest is not None and latest.serves(tables, active):
             return latest.value
         value = self._stacked(active)
-        self._latest = Latest.of(tables, active, value)
+        self._latest = Latest.of(tables, active, value) if self._keeps(active) else None
         return value
+
+    def _keeps(self, active: Sequence[int]) -> bool:
+        """Whether what is made of these experts may stay on the device."""
+        return self.residents is None or len(active) == 1 and self.residents.device.type == "cpu"
 
     def transposed(self, active: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a linear map, `stacked` without gradients as products of rows take it: A (in, R) and
@@ -137,33 +143,42 @@ class LoRAParameters(ExpertParameters):
             return latest.value
         a, b = self._stacked(active)
         value = a.t(), b.t()
-        self._transposed = None if self.training else Latest.of(tables, active, value)
+        kept = self._keeps(active) and not self.training
+        self._transposed = Latest.of(tables, active, value) if kept else None
         return value
 
     def _stacked(self, active: Sequence[int]) -> tuple[Any, Any]:
         if len(active) == 1:  # by the table: a ParameterList takes a microsecond an element
             name = str(active[0])
             one: Any = self.a._parameters[name], self.b._parameters[name]
-            if one[0].dtype == self.computes["a"] and not is_sharded(one[0]):
+            plain = one[0].dtype == self.computes["a"] and not is_sharded(one[0])
+            if plain and self.residents is None:
                 return one
             return self.in_graph("a", active[0], one[0]), self.in_graph("b", active[0], one[1])
         if not active:
-            like, dtype = without_shards(self.a[0]), self.computes["a"]
-            return like[:0].to(dtype), self._no_b(like, 0, dtype)
+            like, dtype = without_shards(self.a[0])[:0], self.computes["a"]
+            if self.residents is not None:
+                like = like.to(self.residents.device)
+            return like.to(dtype), self._no_b(like, 0, dtype)
         a, b = [self.a[e] for e in active], [self.b[e] for e in active]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b)):
-            frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
-            new_a, new_b = (
-                [self.in_graph(part, e, t) for e, t in zip(active, of, strict=True)]
-                for part, of in zip(self.parts, (a, b), strict=True)
-            )
-            if self.site.kernel or self.site.groups:
-                return torch.cat(new_a), torch.cat(new_b, dim=1)
-            if frozen < 2:
-                return new_a, new_b
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (*a, *b))
+        if not trains and self.residents is None:
+            return self._kept(a, b)
+        pairs = [
+            (self.in_graph("a", e, own_a), self.in_graph("b", e, own_b))
+            for e, own_a, own_b in zip(active, a, b, strict=True)
+        ]  # an expert after another, as their copies come and go
+        new_a, new_b = (list(of_part) for of_part in zip(*pairs, strict=True))
+        if not trains or self.site.kernel or self.site.groups:
+            return torch.cat(new_a), torch.cat(new_b, dim=1)
+        frozen = next(i for i, p in enumerate(a) if p.requires_grad or b[i].requires_grad)
+        if frozen < 2:
+            return new_a, new_b
+        if self.residents is None:
             older = self._kept(a[:frozen], b[:frozen])
-            return [older[0], *new_a[frozen:]], [older[1], *new_b[frozen:]]
-        return self._kept(a, b)
+        else:
+            older = torch.cat(new_a[:frozen]), torch.cat(new_b[:frozen], dim=1)
+        return [older[0], *new_a[frozen:]], [older[1], *new_b[frozen:]]
 
     def _kept(
         self, a: list[torch.Tensor], b: list[torch.Tensor]
