@@ -79,7 +79,7 @@ def run_methods(
     from ..continual.registry import METHODS, Setup
     from ..continual.training import Training
     from .loading import load_model, parse_split
-    from .read_tasks import read_tasks
+    from .read_tasks import read_tasks, require_folders
 
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
@@ -92,8 +92,7 @@ def run_methods(
         mixed_precision=cast(Any, mixed_precision),
     )
     folders = [*tasks, *(more or [])]
-    if absent := [f for f in folders if not f.is_dir()]:
-        raise ConfigError(f"{absent[0]}: no such folder; expected a task or a folder of tasks")
+    require_folders(folders)
     dense = load_model(model)
     problem, stream, base_task = read_tasks(
         dense, model, folders, base, max_samples=max_samples, epochs=epochs, seed=seed,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import require
 from ..errors import ConfigError
 
 
@@ -20,6 +21,22 @@ def inspect_command(
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the blocks to this file, as JSON")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folders of tasks, as learn takes them: measure how well they are told apart at "
+            "every split, by which --split auto then chooses"
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="With --tasks: what the model can do already; default: its own text"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="With --tasks: items of each at most")] = 32,
+    max_length: Annotated[int, typer.Option(help="With --tasks: tokens of an item at most")] = 512,
+    per_task: Annotated[
+        int | None, typer.Option(help="With --tasks: classes of a task, as learn takes them")
     ] = None,
     html: Annotated[
         Path | None,
@@ -46,25 +63,37 @@ def inspect_command(
 
     Examples: moe-rewrite inspect ./my-llama --split 0.5 --json blocks.json
 
+    moe-rewrite inspect ./my-llama --split auto --tasks ./TRACE
+
     moe-rewrite inspect ./my-llama --html page.html --run ./run --text "Once upon a time"
     """
     import moe_rewrite
 
     from ..utils.atomic_files import write_json
     from .loading import load_model, parse_split
+    from .read_tasks import read_calibration, require_folders
 
     _require_together(html, experts, run, text, image)
+    if base is not None and not tasks:
+        raise ConfigError("--base is one of the tasks to tell apart: add --tasks FOLDER")
+    require(samples >= 2, "samples", samples, "an int >= 2")
+    require_folders(tasks or [])
     dense = load_model(model)
     asked = "auto" if split is None else parse_split(split)
-    if html is not None and experts is None and run is None:
-        depth = moe_rewrite.inspect(dense, html=html, split=asked)
-    else:
-        depth = moe_rewrite.inspect(dense)
+    calibration = None
+    if tasks:
+        options = {"max_length": max_length, "per_task": per_task, "mean": mean, "std": std}
+        calibration = read_calibration(dense, model, tasks, base, samples, **options)
+    example = None if calibration is None else next(iter(calibration.values()))[0]
+    own_page = html if experts is None and run is None else None
+    depth = moe_rewrite.inspect(dense, example, own_page, asked, calibration)
     typer.echo(str(depth))
     facts: dict[str, Any] = {
         "model": depth.model,
         "blocks": [asdict(block) for block in depth.blocks],
     }
+    if depth.curve is not None:
+        facts["curve"] = asdict(depth.curve) | {"chosen": depth.curve.split}
     if split is not None:
         index, node = depth.resolve(asked)
         facts["split"] = {"asked": split, "first_deep_block": index, "cut": node}

@@ -1,4 +1,5 @@
-"""Read what ``moe-rewrite learn`` and ``compare`` are given: the problem, the stream, the base task.
+"""Read what ``moe-rewrite learn``, ``compare`` and ``inspect`` are given: the problem, the stream, the
+base task, and batches of them.
 
 What the model is decides: a language model learns answers to prompts, a classifier of texts and one of
 images learn classes that come after those that their heads have.
@@ -44,6 +45,25 @@ def read_tasks(
     if type(dense).__name__.endswith("ForSequenceClassification"):
         return _labels(dense, model, folders, base, given)
     return _images(dense, folders, base, given)
+
+
+def require_folders(folders: list[Path]) -> None:
+    if absent := [f for f in folders if not f.is_dir()]:
+        raise ConfigError(f"{absent[0]}: no such folder; expected a task or a folder of tasks")
+
+
+def read_calibration(
+    dense: Any, model: str, folders: list[Path], base: Path | None, samples: int, **asked: Any
+) -> dict[str, Any]:
+    """Batches of the base task, if there is one, and of each task, as `inspect` takes them. samples:
+    items of each at most. asked: the other fields of `Asked`."""
+    from ..continual.calibration import calibration_of
+
+    problem, stream, base_task = read_tasks(
+        dense, model, folders, base, max_samples=samples, epochs=None, seed=0, batch_size=None, **asked
+    )  # fmt: skip
+    tasks = stream if base_task is None else [base_task, *stream]
+    return calibration_of(problem, tasks, samples)
 
 
 def _tokenizer(model: str) -> Any:

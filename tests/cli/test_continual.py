@@ -125,20 +125,6 @@ def test_images_of_the_usual_files(data, tmp_path):
     assert len(figures["router_use"]) == 3 and figures["base_before"] is not None
 
 
-def labelled(folder, name, topics_of, count, numbers=None):
-    """A folder of labelled texts, sorted by label."""
-    import topics
-
-    (folder / name).mkdir(parents=True)
-    for part, seed in (("train", 0), ("test", 1)):
-        items = sorted(
-            topics.items(topics_of, count, seed, numbers), key=lambda item: item["label"]
-        )
-        lines = "\n".join(map(json.dumps, items))
-        (folder / name / f"{part}.json").write_text(lines)
-    return folder / name
-
-
 def test_text_classifiers_learn_from_folders(tmp_path, monkeypatch, capsys):
     """Two folders of two classes each, the base task's labels by name; files sorted by label, of which
     `--max-samples` takes as many of each."""
@@ -150,8 +136,8 @@ def test_text_classifiers_learn_from_folders(tmp_path, monkeypatch, capsys):
     encoder.config.label2id = {"a": 0, "b": 1}
     encoder.save_pretrained(tmp_path / "bert")
     topics.tokenizer().save_pretrained(tmp_path / "bert")
-    folders = [labelled(tmp_path, name, name, 24) for name in ("cd", "ef")]
-    base = labelled(tmp_path, "ab", "ab", 24)
+    folders = [topics.labelled(tmp_path, name, name, 24) for name in ("cd", "ef")]
+    base = topics.labelled(tmp_path, "ab", "ab", 24)
     given = [
         "learn", "--model", tmp_path / "bert", "--tasks", *folders, "--base", base, "--split", "1",
         "--epochs", "1", "--max-samples", "16", "--json", tmp_path / "f.json",
@@ -171,7 +157,7 @@ def test_labels_of_a_base_task_are_those_that_the_model_has(tmp_path, monkeypatc
 
     topics.bert().save_pretrained(tmp_path / "bert")
     topics.tokenizer().save_pretrained(tmp_path / "bert")
-    folder, base = (labelled(tmp_path, name, name, 8) for name in ("cd", "ef"))
+    folder, base = (topics.labelled(tmp_path, name, name, 8) for name in ("cd", "ef"))
     given = ["learn", "--model", tmp_path / "bert", "--tasks", folder, "--base", base]
     monkeypatch.setattr(sys, "argv", ["moe-rewrite", *map(str, given)])
     with pytest.raises(SystemExit) as stopped:

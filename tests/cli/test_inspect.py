@@ -1,5 +1,7 @@
 """``moe-rewrite inspect --html``: pages of models, of saved experts, of a sample and a run."""
 
+import json
+
 import numpy as np
 import pytest
 from factories import cnn
@@ -50,6 +52,9 @@ def test_an_image_by_saved_experts(tmp_path):
         (["--html", "p.html", "--run", "none"], "none: no such folder"),
         (["--html", "p.html", "--experts", "none"], "none"),
         (["--html", "."], "is a folder: expected the name of a file"),
+        (["--base", "known"], "add --tasks FOLDER"),
+        (["--tasks", "none"], "none: no such folder"),
+        (["--samples", "1"], "samples=1: expected an int >= 2"),
     ],
 )
 def test_bad_options(options, message, tmp_path, monkeypatch):
@@ -57,6 +62,31 @@ def test_bad_options(options, message, tmp_path, monkeypatch):
     done = run("factories:mlp", *options)
     assert done.exit_code == 1 and isinstance(done.exception, moe_rewrite.MoeRewriteError)
     assert message in str(done.exception) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_tasks_are_told_apart_at_every_split(tmp_path, base):
+    """The split that --split auto names is the curve's, in the table, the JSON and the page."""
+    pytest.importorskip("transformers")
+    import topics
+
+    model = topics.saved_bert(tmp_path / "bert")
+    tasks = [topics.labelled(tmp_path, name, name, 24) for name in ("cd", "ef")]
+    known = topics.labelled(tmp_path, "ab", "ab", 24, {"a": 0, "b": 1})
+    given = [part for task in tasks for part in ("--tasks", task)]
+    given += ["--base", known] if base else []
+    files = ["--json", tmp_path / "f.json", "--html", tmp_path / "p.html"]
+    done = run(model, *given, "--split", "auto", "--samples", "12", *files)
+    assert done.exit_code == 0, done.exception
+    facts = json.loads((tmp_path / "f.json").read_text())
+    curve = facts["curve"]
+    assert curve["tasks"] == [[name, 12] for name in (["ab"] * base + ["cd", "ef"])]
+    assert len(curve["points"]) == len(facts["blocks"])
+    assert facts["split"]["first_deep_block"] == curve["chosen"]
+    assert 'split="auto" is' in done.output and "tasks told apart" in done.output
+    assert read_page(tmp_path / "p.html").facts["start"] == curve["chosen"]
+    alone = run(model, "--tasks", tasks[0])
+    assert alone.exit_code == 1 and "two" in str(alone.exception)
 
 
 def test_the_texts_of_tokens_are_the_text(data):

@@ -1,5 +1,6 @@
 """A tiny language of topics: its tokenizer, an encoder that knows two of them, and a stream of more."""
 
+import json
 import random
 from functools import cache
 
@@ -43,6 +44,22 @@ def items(topics, count, seed=0, numbers=None):
         label = topic if numbers is None else numbers[topic]
         made.append({"text": " ".join(words), "label": label})
     return made
+
+
+def labelled(folder, name, topics, count, numbers=None):
+    """A folder of labelled texts, sorted by label."""
+    (folder / name).mkdir(parents=True)
+    for part, seed in (("train", 0), ("test", 1)):
+        made = sorted(items(topics, count, seed, numbers), key=lambda item: item["label"])
+        (folder / name / f"{part}.json").write_text("\n".join(map(json.dumps, made)))
+    return folder / name
+
+
+def saved_bert(folder):
+    """The folder of an untrained encoder with its tokenizer."""
+    bert().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def base_task(train=48, test=24):
