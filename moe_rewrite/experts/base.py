@@ -68,7 +68,7 @@ class ExpertParameters(nn.Module):
         if tensor.dtype == dtype:
             return gathered_to_run(tensor)
         trained = tensor.requires_grad and (self.training or torch.is_grad_enabled())
-        if is_traced(tensor) or trained:
+        if is_traced(tensor) or trained or tensor.is_inference():  # which counts no versions
             return gathered_to_run(tensor).to(dtype)
         key = (tensor, tensor._version, tensor.data_ptr(), dtype)
         kept = self._cast.get((part, expert))

@@ -98,11 +98,11 @@ class Residents:
     def map(self, weight: nn.Parameter, mapped: torch.Tensor) -> None:
         """Have a weight lie in a mapped file, which holds the same values."""
         weight.data = mapped
-        self.mapped[mapped.data_ptr()] = weight._version
+        self.mapped[mapped.data_ptr()] = _version(weight)
 
     def in_file(self, weight: nn.Parameter) -> bool:
         """Whether a file holds it: one that was written to since it was mapped lies in memory."""
-        return self.mapped.get(weight.data_ptr(), -1) == weight._version
+        return self.mapped.get(weight.data_ptr(), -1) == _version(weight)
 
     def following(
         self, fn: Callable[[torch.Tensor], torch.Tensor], weights: Iterable[nn.Parameter]
@@ -118,6 +118,10 @@ class Residents:
             return fn(tensor) if there.device == tensor.device else tensor.to(there.dtype)
 
         return moved
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def beside(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

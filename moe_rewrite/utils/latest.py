@@ -44,7 +44,8 @@ class Latest:
                 return False
             for name, parameter, version, address in part:
                 if (
-                    parameter._version != version
+                    parameter.is_inference()  # moved there since; it counts no versions
+                    or parameter._version != version
                     or parameter.data_ptr() != address
                     or table.get(name) is not parameter
                 ):

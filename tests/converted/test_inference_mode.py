@@ -1,5 +1,7 @@
 """torch.inference_mode() around conversion, calls and growth: training works afterwards."""
 
+import copy
+
 import networks
 import pytest
 import torch
@@ -79,3 +81,26 @@ def test_a_model_that_was_made_in_it_is_refused():
         InputError, match=r"embed.weight of Network was made in torch.inference_mode"
     ):
         moe_rewrite.convert(model, split=1, example_inputs=model.input(2, 6))
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_is_copied_moved_and_run_in_it_as_outside(dtype, keep):
+    moe = moe_rewrite.convert(
+        networks.Residual().eval(), split=1, router=TokenRouter(), num_experts=3,
+        example_inputs=torch.zeros(2, 5, networks.WIDTH), verify=False,
+    ).eval()  # fmt: skip
+    randomize(moe, size=0.5)
+    x = torch.randn(2, 5, networks.WIDTH)
+    with torch.no_grad():
+        moe(x)
+        whole = copy.deepcopy(moe).to(dtype)
+        want = [whole(x.to(dtype)) for _ in range(2)]
+    with torch.inference_mode():
+        moe = copy.deepcopy(moe)
+        moe.offload_experts(keep)
+        moe.to(dtype)
+        got = [moe(x.to(dtype)) for _ in range(2)]
+        moe.offload_experts(keep)
+        got += [moe(x.to(dtype))]
+    assert all(torch.equal(a, b) for a, b in zip([*want, want[0]], got, strict=True))

@@ -185,7 +185,8 @@ class LoRAParameters(ExpertParameters):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = self.computes["a"]
         trained = self.training and any(p.requires_grad for p in (*a, *b))
-        if is_traced(a[0]) or (trained and not is_sharded(a[0])):
+        kept = not (is_traced(a[0]) or a[0].is_inference())  # which counts no versions
+        if not kept or (trained and not is_sharded(a[0])):
             return torch.cat(a).to(dtype), torch.cat(b, dim=1).to(dtype)
         key = tuple((id(p), p._version, p.data_ptr()) for p in (*a, *b))
         if self._stack is None or self._stack[0] != key:
