@@ -202,8 +202,8 @@ class ExpertMethods(nn.Module):
             takes no memory until a call reads from it.
 
         Experts that are trained lie on the device; `expand` and `freeze` send the older ones off.
-        Outputs are the same; with gradients, only the taken and the trained experts run. Of a call
-        that no router bounds (``top_k=None``), the experts that are off stay away.
+        Outputs are the same; with gradients too, only the taken and the trained experts run. Without
+        a ``top_k`` rows go to every expert that is on, so that all of these are brought.
 
         Raises ConfigError for experts of other kinds and of layers with routers of their own,
         CheckpointError for a folder that does not hold these values; nothing is changed then.

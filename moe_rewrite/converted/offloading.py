@@ -32,10 +32,7 @@ def offload(moe: Any, keep: Any, folder: str | os.PathLike | None) -> None:
         if keep is None:
             site.bring_back()
         else:
-            site.offload(keep, moe.device)
-            for weight in site.weights(trained=False):
-                if id(weight) in saved:
-                    site.residents.map(weight, saved[id(weight)])
+            site.offload(keep, moe.device, saved)
 
 
 def _require_possible(moe: Any, sites: list[ExpertParameters]) -> None:

@@ -118,12 +118,16 @@ class ExpertParameters(nn.Module):
                     p.grad = None
         self.settle()
 
-    def offload(self, keep: int, device: torch.device) -> None:
+    def offload(self, keep: int, device: torch.device, saved: dict[int, torch.Tensor]) -> None:
         """Have the weights of experts that are not trained lie off the device; copies of `keep` of
-        them, those used last, stay there."""
+        them, those used last, stay there. saved: by id, mapped tensors that hold the same values; a
+        weight that lies in a file stays there without."""
         mapped = {} if self.residents is None else self.residents.mapped
         self.residents = Residents(keep, device)
-        self.residents.mapped |= mapped
+        self.residents.mapped.update(mapped)
+        for p in self.weights(trained=False):
+            if id(p) in saved:
+                self.residents.map(p, saved[id(p)])
         self.forget()
         self.settle()
 
@@ -132,7 +136,7 @@ class ExpertParameters(nn.Module):
         if self.residents is None:
             return
         for p in self.weights(trained=False):
-            mapped = p.data_ptr() in self.residents.mapped
+            mapped = p in self.residents.mapped
             p.data = p.detach().to(self.residents.device, copy=mapped)
         self.residents = None
         self.forget()

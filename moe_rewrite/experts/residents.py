@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..utils.sharded import is_sharded, is_traced
 
@@ -20,12 +21,12 @@ class Residents:
 
     keep: of how many experts.
     device: where they are, that of the dense weights.
-    mapped: addresses of weights that were mapped from a file, with their version then.
+    mapped: (address, version then) of each weight that was mapped from a file.
     """
 
     def __init__(self, keep: int, device: torch.device) -> None:
         self.keep, self.device = keep, device
-        self.mapped: dict[int, int] = {}
+        self.mapped: Any = WeakIdKeyDictionary()
         self._kept: OrderedDict[int, dict[str, tuple[tuple, torch.Tensor]]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -98,11 +99,11 @@ class Residents:
     def map(self, weight: nn.Parameter, mapped: torch.Tensor) -> None:
         """Have a weight lie in a mapped file, which holds the same values."""
         weight.data = mapped
-        self.mapped[mapped.data_ptr()] = _version(weight)
+        self.mapped[weight] = mapped.data_ptr(), _version(weight)
 
     def in_file(self, weight: nn.Parameter) -> bool:
         """Whether a file holds it: one that was written to since it was mapped lies in memory."""
-        return self.mapped.get(weight.data_ptr(), -1) == _version(weight)
+        return self.mapped.get(weight) == (weight.data_ptr(), _version(weight))
 
     def following(
         self, fn: Callable[[torch.Tensor], torch.Tensor], weights: Iterable[nn.Parameter]
