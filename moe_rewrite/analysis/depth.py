@@ -64,6 +64,8 @@ def depth_map(program: Program, split: object = None) -> DepthMap:
     line = find_mainline(program)
     whole = _map(program, line, None)
     stacks = line.stacks()
+    if len(whole) > 1 and not stacks:
+        return replace(whole, only=True)
     if len(whole) < 2 and not stacks and not _starts(whole, split):
         others = [_map(program, one, None) for one in without_side_values(line)]
         others += [_map(program, line, top) for top in line.tops()]

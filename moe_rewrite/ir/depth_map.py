@@ -44,6 +44,7 @@ class DepthMap:
     starts: graph position where each module's mainline begins.
     stack: dotted name of the stack (encoder, decoder) that was analysed, if there are several.
     must_name: no stack is fed by all others, so a split has to name a module.
+    only: there is one mainline, so that a split by name finds the same blocks.
     source: name of the only input if it holds features itself (an image), so that a cut before
         the first block is possible; else None.
     lengths: (name, value) of the symbolic sizes except the batch, at which FLOPs are counted.
@@ -60,6 +61,7 @@ class DepthMap:
     source: str | None = None
     lengths: tuple[tuple[str, int], ...] = ()
     must_name: bool = False
+    only: bool = False
     curve: SplitCurve | None = None
 
     def measured(self, curve: SplitCurve | None) -> DepthMap:

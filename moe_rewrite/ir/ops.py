@@ -162,8 +162,13 @@ def _name(target: Any) -> str:
 
 def op(node: fx.Node) -> Op:
     """The table's entry for a node's operator."""
-    known = hasattr(node.target, "_schema") and node.target not in OTHERWISE
-    return OPS.get(op_name(node), _UNKNOWN) if known else _UNKNOWN
+    return _entry(node.target)
+
+
+@cache
+def _entry(target: Any) -> Op:
+    known = hasattr(target, "_schema") and target not in OTHERWISE
+    return OPS.get(_name(target), _UNKNOWN) if known else _UNKNOWN
 
 
 def evaluation(node: fx.Node) -> dict[str, Any]:

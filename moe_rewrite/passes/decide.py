@@ -66,7 +66,8 @@ def _is_named(program: Program) -> bool:
     depth, cut = program.depth, program.cut
     assert depth is not None and cut is not None
     try:
-        return depth_map(program, cut.label).resolve(cut.label) == depth.resolve(cut.index)
+        named = depth if depth.only else depth_map(program, cut.label)
+        return named.resolve(cut.label) == depth.resolve(cut.index)
     except SplitError:
         return False
 

@@ -10,6 +10,12 @@ from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import MoeRewriteError
+from moe_rewrite.analysis.depth import depth_map
+from moe_rewrite.frontend.capture import program_of
+from moe_rewrite.passes.base import Decisions
+from moe_rewrite.passes.clean import Clean
+from moe_rewrite.passes.inline_regions import InlineRegions
+from moe_rewrite.passes.pipeline import run
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +155,19 @@ def test_repeated_stretches_are_blocks_without_numbered_names():
 def test_nothing_to_cut_is_said():
     with pytest.raises(MoeRewriteError, match=r"(?s)expected.*blocks"):
         moe_rewrite.convert(torch.nn.Linear(4, 4), split=1)
+
+
+@pytest.mark.parametrize(
+    "model, only",
+    [
+        (architectures.build("Llama"), True),
+        (architectures.build("ConvNext"), True),
+        (architectures.build_other("T5"), False),
+    ],
+)
+def test_a_name_finds_the_same_blocks_where_there_is_one_mainline(model, only):
+    program = run((InlineRegions(), Clean()), program_of(model), Decisions("auto"))
+    found = depth_map(program)
+    assert found.only == only
+    same = [depth_map(program, block.name) == found for block in found.blocks]
+    assert all(same) or not only
