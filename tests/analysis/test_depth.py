@@ -158,15 +158,15 @@ def test_nothing_to_cut_is_said():
 
 
 @pytest.mark.parametrize(
-    "model, only",
+    "build, name, only",
     [
-        (architectures.build("Llama"), True),
-        (architectures.build("ConvNext"), True),
-        (architectures.build_other("T5"), False),
+        (architectures.build, "Llama", True),
+        (architectures.build, "ConvNext", True),
+        (architectures.build_other, "T5", False),
     ],
 )
-def test_a_name_finds_the_same_blocks_where_there_is_one_mainline(model, only):
-    program = run((InlineRegions(), Clean()), program_of(model), Decisions("auto"))
+def test_a_name_finds_the_same_blocks_where_there_is_one_mainline(build, name, only):
+    program = run((InlineRegions(), Clean()), program_of(build(name)), Decisions("auto"))
     found = depth_map(program)
     assert found.only == only
     same = [depth_map(program, block.name) == found for block in found.blocks]
