@@ -7,6 +7,7 @@ from .config import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRo
 from .convert import convert, from_standard, inspect, load
 from .errors import MoeRewriteError
 from .experts.carved import CarvedExperts
+from .utils.rare_collections import rare_collections
 
 if TYPE_CHECKING:
     from . import onnx as onnx
@@ -49,7 +50,8 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+        with rare_collections():
+            value = getattr(import_module(f".{_LATER[name]}", __name__), name)
     elif name == "onnx":
         value = import_module(".onnx", __name__)
     else:

@@ -1,5 +1,6 @@
 """convert() and its kin: the package's interface. The work is `converted.build`'s, imported when
-first called, so that `import moe_rewrite` and the command line's help cost nothing.
+first called, so that `import moe_rewrite` and the command line's help cost nothing. An import after
+PyTorch's would start a collection of garbage among all of PyTorch's objects.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .config import RouterSpec
+from .utils.rare_collections import rare_collections
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +43,8 @@ def inspect(
     CaptureError where the model cannot be captured, SplitError where no output depends on both an
     input and a parameter.
     """
-    from .converted import build
+    with rare_collections():
+        from .converted import build
 
     return build.inspect(model, example_inputs, html, split, calibration)
 
@@ -99,8 +102,9 @@ def convert(
     wrong option, InputError, CaptureError, SplitError, ConversionError where no site can hold
     experts, or EquivalenceError; nothing is left half done.
     """
-    from .converted import build
-    from .passes.recipe import make_recipe, require_trainable
+    with rare_collections():
+        from .converted import build
+        from .passes.recipe import make_recipe, require_trainable
 
     recipe = make_recipe(mode, split, router, experts, num_experts, backend, batch_norm, freeze)
     require_trainable(recipe)
@@ -119,7 +123,8 @@ def load(
     The folder is checked before the model is converted. Raises CheckpointError for a missing,
     truncated or changed file, an unknown version, or another base model; otherwise as `convert`.
     """
-    from .converted import build
+    with rare_collections():
+        from .converted import build
 
     return build.load(folder, model, example_inputs, verify)
 
@@ -135,6 +140,7 @@ def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool = Tr
 
     Raises CheckpointError for a folder of another form or model; otherwise as `convert`.
     """
-    from .converted import build
+    with rare_collections():
+        from .converted import build
 
     return build.from_standard(folder, model, verify)

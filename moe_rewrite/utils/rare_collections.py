@@ -1,4 +1,4 @@
-"""Fewer garbage collections while a graph is made.
+"""Fewer garbage collections while a graph is made, or modules are imported.
 
 A capture makes a hundred thousand objects that live until its end. Python would look through them
 again and again, and then through every object of the process, which takes as long as several blocks.
