@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..serve.facts import ROUTER
 
 
 def serve_adapters(
@@ -25,6 +24,7 @@ def serve_adapters(
     """
     import moe_rewrite
 
+    from ..serve.facts import ROUTER
     from .loading import load_model
 
     dense = load_model(model)

@@ -42,9 +42,10 @@ BINDINGS: dict[Any, Callable] = {
 }  # fmt: skip
 
 
-def eager_function(module: fx.GraphModule) -> Callable[..., tuple]:
-    """A function with the arguments and outputs of the module's forward."""
-    return _written(_Writer(module))
+def eager_function(module: fx.GraphModule, graph: fx.Graph | None = None) -> Callable[..., tuple]:
+    """A function with the arguments and outputs of the module's forward, or of another graph over
+    its attributes."""
+    return _written(_Writer(module), graph)
 
 
 def traced_function(module: fx.GraphModule) -> Callable[..., tuple]:
@@ -52,23 +53,23 @@ def traced_function(module: fx.GraphModule) -> Callable[..., tuple]:
     return _written(_Writer(module, traced=True))
 
 
-def _written(writer: _Writer) -> Callable[..., tuple]:
-    module = writer.module
-    nodes = list(module.graph.nodes)
+def _written(writer: _Writer, graph: fx.Graph | None = None) -> Callable[..., tuple]:
+    graph = graph or writer.module.graph
+    nodes = list(graph.nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     lines = []
     for node in nodes:
         if node.op == "call_function":
             lines.append(f"{writer.name(node)} = {writer.called(node)}")
         elif node.op == "output":
-            lines.append(f"return {writer.written(output_of(module.graph))}")
+            lines.append(f"return {writer.written(output_of(graph))}")
         elif node.op not in ("placeholder", "get_attr"):
             raise InvariantError(f"{node} in the code of a step: nothing runs a {node.op}")
         done = [s for s in node.all_input_nodes if last[s] is node and s.op != "get_attr"]
         if node.op == "call_function":
             done += [] if node.users else [node]
             lines += [f"del {', '.join(map(writer.name, done))}"] if done else []
-    given = ", ".join(writer.name(n) for n in module.graph.find_nodes(op="placeholder"))
+    given = ", ".join(writer.name(n) for n in graph.find_nodes(op="placeholder"))
     body = "\n    ".join(lines)
     exec(compile(f"def run({given}):\n    {body}\n", "<a step>", "exec"), writer.space)  # noqa: S102
     return writer.space["run"]

@@ -100,7 +100,7 @@ def _spelled_out(code: Code, of_lora: list[bool]) -> RowsCode:
         graph.erase_node(part)
     left = set(graph.find_nodes(op="placeholder"))
     return RowsCode(
-        eager_function(fx.GraphModule(code.module, graph)),
+        eager_function(code.module, graph),
         tuple((places[a], places[b]) for a, b in factors),
         tuple(i for node, i in places.items() if node in left),
     )

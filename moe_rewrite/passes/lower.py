@@ -99,11 +99,12 @@ class LowerLoRA(Pass):
         the product."""
         given: Any = node.args
         out, rows, *rest = given
-        if set(out.users) != {node} or out.args[0] is not rows or len(out.args) != 3:
+        read, weight, *others = out.args
+        if set(out.users) != {node} or read is not rows or len(others) != 1:
             return
         with program.graph.inserting_before(node):
             fused: Any = SortedLoRACall(call.product)
-            fused = program.graph.call_function(fused, (rows, out.args[1], *rest))
+            fused = program.graph.call_function(fused, (rows, weight, *rest))
         fused.meta = dict(node.meta)
         node.replace_all_uses_with(fused)
         program.graph.erase_node(node)

@@ -36,6 +36,9 @@ class Latest:
         known = (tuple((n, t, t._version, t.data_ptr()) for n, t in part) for part in own)
         return cls(tuple(active), tables, tuple(known), value)
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a model makes its own: views made without gradients cannot be copied."""
+
     def serves(self, tables: Tables, active: Sequence[int]) -> bool:
         if active != self.active:
             return False
