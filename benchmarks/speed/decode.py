@@ -6,7 +6,7 @@ conditions the call meets.
 # python -m benchmarks.speed.decode [--quick] [--checks] [--processor]: batch 1, greedy, 2 threads;
 # medians of rounds in which all models generate the same text. --checks: only what finding the graph
 # and checking its conditions takes, with no dense model beside it; saves nothing. --processor: by time
-# of one thread on the processor, for busy machines; saves decode_processor.json.
+# of one thread on the processor, for busy machines; saves nothing.
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def main() -> None:
     timed = partial(compare, clock=processor) if by_processor else compare
     measure = compare_checks if only_checks else timed
     figures = {n: measure(m, tokens, rounds) for n, m in models.items() if m is not None}
-    if not (quick or only_checks):
-        save("decode_processor" if by_processor else "decode", figures)
+    if not (quick or only_checks or by_processor):
+        save("decode", figures)
     cells = {name: _cells(f) for name, f in figures.items()}
     columns = ["model", *next(iter(cells.values()))]
     finish("decode", columns, [(n, *of.values()) for n, of in cells.items()], **figures)
