@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 ELSEWHERE = {
     "papers.carving": "36 s",
     "papers.carving_balance": "its small form says nothing",
+    "papers.carving_distilled": "its small form says nothing",
     "papers.demonstration": "tests/demo runs it",
     "speed.decode_compiled": "compiles for minutes",
     "speed.onnx_gpu": "needs a GPU",
