@@ -2,103 +2,14 @@
 what lies on it is counted as the copies that are kept."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
-import architectures
 import pytest
 import torch
-from networks import Residual
-from torch import nn
 
 import moe_rewrite
-from moe_rewrite import (
-    CarvedExperts,
-    FFNExperts,
-    LoRAExperts,
-    MoeRewriteError,
-    PatchRouter,
-    RegionExperts,
-    TokenRouter,
-)
+from moe_rewrite import MoeRewriteError
+from tests.helpers.offloaded import EXPERTS, KINDS, assert_same, filled, inputs, outputs, size_of
 from tests.helpers.sweeps import some
-
-EXPERTS = 12
-ONE = TokenRouter(top_k=1, granularity="prefix", gate="all", init=1.0, base=False)
-TWO = TokenRouter(top_k=2, granularity="token")
-SUMS = TokenRouter(fit="analytic", granularity="prefix", top_k=1, projection=32)
-PATCHES = PatchRouter(grid=2, per_expert=2)
-
-
-def convolutions():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *[nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3)]
-    )
-
-
-KINDS = {  # model, router, experts
-    "LoRA": (Residual, ONE, LoRAExperts(2)),
-    "copies": (Residual, ONE, FFNExperts()),
-    "LoRA, sums": (Residual, SUMS, LoRAExperts(2)),
-    "LoRA, two of each row": (Residual, TWO, LoRAExperts(2)),
-    "LoRA of convolutions": (convolutions, PATCHES, LoRAExperts(2)),
-    "Llama, LoRA": (lambda: architectures.build("Llama"), ONE, LoRAExperts(2)),
-    "GPT2, copies": (lambda: architectures.build("GPT2"), TWO, FFNExperts()),
-}
-
-
-def inputs(kind, batch, length, task=0):
-    draw = torch.Generator().manual_seed(task)
-    if kind.startswith(("Llama", "GPT2")):
-        words = torch.randperm(90, generator=draw)[:8] + 3
-        return {"input_ids": words[torch.randint(8, (batch, length), generator=draw)]}
-    if "convolutions" in kind:
-        return {"input": torch.randn(batch, 4, 8, 8, generator=draw)}
-    centre = 3 * torch.randn(8, generator=draw)
-    return {"x": centre + torch.randn(batch, length, 8, generator=draw)}
-
-
-def outputs(moe, given):
-    made = moe(**given)
-    return made if isinstance(made, torch.Tensor) else made.logits
-
-
-def filled(kind):
-    """Frozen experts of different values, and a trained one, the newest."""
-    model, router, experts = KINDS[kind]
-    torch.manual_seed(0)
-    moe = moe_rewrite.convert(
-        model().eval(), split=1, num_experts=EXPERTS - 1, verify=False, router=router,
-        experts=experts, example_inputs=inputs(kind, 4, 6),
-    )  # fmt: skip
-    moe.expand(1, name="new")
-    with torch.no_grad():
-        for site in moe.expert_sites():
-            for of_part in site.parameter_lists():
-                for p in of_part:
-                    p.add_(torch.randn_like(p) * 0.1)
-        for row in moe.router.rows:
-            row.normal_()
-    if moe.router.by_sums:
-        moe.remember([inputs(kind, 4, 16, 50)])
-        for e in range(EXPERTS):
-            moe.fit_router(e, [inputs(kind, 4, 16, e)])
-    moe.activate("new")
-    moe.kind = kind
-    return moe.eval()
-
-
-def assert_same(one, other, given, bitwise=False):
-    limit = 0 if bitwise else 1e-5
-    with torch.no_grad():
-        torch.testing.assert_close(
-            outputs(one, given), outputs(other, given), rtol=limit, atol=limit
-        )
-
-
-def size_of(moe):
-    """Bytes of an expert."""
-    return sum(of[0].nbytes for s in moe.expert_sites() for of in s.parameter_lists())
 
 
 @pytest.fixture(
@@ -264,48 +175,6 @@ def test_experts_come_off_the_list_and_are_pruned_as_without(moe, off):
         assert_same(off, whole, given)
 
 
-@pytest.mark.parametrize("kind", ["LoRA, sums", "copies"])
-def test_experts_are_merged_as_without(kind):
-    whole = filled(kind)
-    off, given = copy.deepcopy(whole), inputs(kind, 2, 6)
-    off.offload_experts(2)
-    dense = [m.merge_expert(3, given) for m in (whole, off)]
-    assert_same(*dense, given, bitwise=True)
-
-
-def test_lora_experts_are_joined_and_exchanged(tmp_path):
-    kind = "LoRA, sums"
-    whole = filled(kind)
-    off = copy.deepcopy(whole)
-    off.offload_experts(2)
-    off.export_peft(3, tmp_path)
-    assert off.join_experts(1, 2) == whole.join_experts(1, 2)
-    for model in (whole, off):
-        model.add_expert(tmp_path, name="again")
-        model.fit_router("again", [inputs(kind, 4, 16, 99)])
-        model.activate("again")
-    assert off.expert_bytes()["device"] == size_of(off)
-    assert_same(off, whole, inputs(kind, 3, 6))
-
-
-@pytest.mark.parametrize("first", ["offload", "quantize"])
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-def test_quantised_copies_lie_off_the_device_too(first, dtype):
-    whole = filled("copies")
-    off = copy.deepcopy(whole)
-    for model in (whole, off) if first == "quantize" else (whole,):
-        model.quantize_experts(dtype)
-    off.offload_experts(2)
-    if first == "offload":
-        off.quantize_experts(dtype)
-    before = off.expert_bytes()
-    for task in range(4):
-        assert_same(off, whole, inputs("copies", 2, 9, task))
-    after = off.expert_bytes()
-    assert before["device"] < after["device"] < before["device"] + after["memory"] / 4
-    assert before["device"] + before["memory"] == whole.expert_bytes()["device"]
-
-
 def test_a_move_leaves_them_and_a_cast_reaches_what_is_computed(moe, off):
     given = {
         k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs(moe.kind, 2, 6).items()
@@ -321,55 +190,3 @@ def test_a_move_leaves_them_and_a_cast_reaches_what_is_computed(moe, off):
         weights = site.weights(trained=False)
         assert all(p.device.type == "cpu" and p.isfinite().all() for p in weights)
         assert {t.device.type for t in flat(site.stacked((0, 1)))} == {"meta"}
-
-
-def test_threads_get_the_results_of_calls_one_after_the_other():
-    moe = filled("LoRA")
-    off, tasks = copy.deepcopy(moe), [inputs("LoRA", 1, 5, e) for e in range(8)] * 3
-    off.offload_experts(1)
-
-    @torch.no_grad()
-    def call(model, number):
-        with model.use_expert(number % 7):
-            return outputs(model, tasks[number])
-
-    with ThreadPoolExecutor(4) as threads:
-        made = list(threads.map(lambda number: call(off, number), range(len(tasks))))
-    assert all(torch.equal(call(moe, number), got) for number, got in enumerate(made))
-    assert all(len(site.residents) == 1 for site in off.expert_sites())
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_compiled_blocks_take_the_experts_of_a_call():
-    torch._dynamo.reset()
-    moe = filled("LoRA")
-    off = copy.deepcopy(moe)
-    off.offload_experts(2)
-    off.compile(backend="eager")
-    for task in range(4):
-        assert_same(off, moe, inputs("LoRA", 3, 6, task))
-    assert off.expert_bytes()["device"] <= size_of(moe) * 3
-
-
-def test_what_cannot_lie_off_the_device_is_refused():
-    made = moe_rewrite.convert(Residual().eval(), split=1, example_inputs=torch.zeros(2, 5, 8))
-    for keep in (0, -1, 1.5, True, "all"):
-        with pytest.raises(MoeRewriteError, match="keep="):
-            made.offload_experts(keep)
-    with pytest.raises(MoeRewriteError, match="leave the folder out"):
-        made.offload_experts(None, "somewhere")
-    assert made.experts_offloaded is None
-    regions = moe_rewrite.convert(
-        convolutions().eval(), split=1, experts=RegionExperts(), router=PATCHES,
-        example_inputs=torch.zeros(2, 4, 8, 8),
-    )  # fmt: skip
-    text = architectures.build("Llama", layers=2)
-    upcycled = moe_rewrite.convert(text, mode="upcycle", split=1, verify=False)
-    carved = moe_rewrite.convert(text, mode="carve", experts=CarvedExperts(4), split=1)
-    cases = ((regions, "Region"), (upcycled, "routers of their own"), (carved, "Carved"))
-    for other, word in cases:
-        with pytest.raises(MoeRewriteError, match=word):
-            other.offload_experts()
-    made.to("meta")
-    with pytest.raises(MoeRewriteError, match="meta device"):
-        made.offload_experts()
