@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, PatchRouter
 from moe_rewrite.errors import InputError
-from moe_rewrite.frontend.adapters import host_of
+from moe_rewrite.frontend.choose_host import host_of
 from moe_rewrite.frontend.example_inputs import random_arguments
 
 from .tools import timm_models

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from .converted.model import MoEModel
     from .converted.verify import verify
-    from .frontend.experts_backend import register_experts
-    from .frontend.trainer_callback import RoutingCallback
+    from .frontend.tools.experts_backend import register_experts
+    from .frontend.tools.trainer_callback import RoutingCallback
     from .onnx import export_onnx
 
 __version__ = "0.1.0"
@@ -41,9 +41,9 @@ __all__ = [
 # Imported when first asked for: they import torch, and the callback imports transformers.
 _LATER = {
     "MoEModel": "converted.model",
-    "RoutingCallback": "frontend.trainer_callback",
+    "RoutingCallback": "frontend.tools.trainer_callback",
     "export_onnx": "onnx",
-    "register_experts": "frontend.experts_backend",
+    "register_experts": "frontend.tools.experts_backend",
     "verify": "converted.verify",
 }
 

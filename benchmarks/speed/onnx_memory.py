@@ -27,7 +27,7 @@ from rich.progress import track
 
 import moe_rewrite
 from moe_rewrite import MoEModel
-from moe_rewrite.frontend.trace_memory import low_memory_export, release_memory
+from moe_rewrite.frontend.tracing.trace_memory import low_memory_export, release_memory
 from moe_rewrite.onnx.file.protobuf import large
 from moe_rewrite.onnx.runtime.session import FRUGAL, open_session, run
 from moe_rewrite.onnx.verify.late_casts import late_casts

@@ -176,7 +176,7 @@ def _shown(tokenizer: Any, piece: str) -> str:
 
 def _of_image(model: str, dense: Any, image: Path, mean: str, std: str) -> Any:
     """(1, C, H, W), normalised."""
-    from ..frontend.adapters import host_of
+    from ..frontend.choose_host import host_of
     from .loading import parse_numbers
     from .read_images import read_images
 

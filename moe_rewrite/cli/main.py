@@ -174,7 +174,7 @@ def patches(
     """
     import moe_rewrite
 
-    from ..frontend.adapters import host_of
+    from ..frontend.choose_host import host_of
     from .loading import load_model, parse_numbers, parse_split
     from .plot_patches import draw_patches
     from .read_images import read_images

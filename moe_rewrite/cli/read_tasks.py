@@ -144,7 +144,7 @@ def _images(dense: Any, folders: list[Path], base: Path | None, asked: Asked) ->
 
     from ..continual.images import ImageProblem, fit_images, items_of, read_images, split_classes
     from ..continual.tasks import Task
-    from ..frontend.adapters import host_of
+    from ..frontend.choose_host import host_of
     from .loading import parse_numbers
 
     name, leaf = next(iter(host_of(dense).arguments(None).items()))

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..converted import checkpoint
 from ..converted.model import MoEModel
+from ..converted.saving import checkpoint
 from ..errors import ConfigError
 from ..utils.folders import in_turn, require_writable
 from ..utils.read_files import require_plain

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..converted.checkpoint import fingerprint
+from ..converted.saving.checkpoint import fingerprint
 from .digests import config_digest, digest
 from .problem import Problem
 from .registry import Setup

@@ -22,11 +22,11 @@ from ..errors import (
     MoeRewriteError,
     require_package,
 )  # fmt: skip
-from ..frontend.adapters import host_of, without_wrapper
 from ..frontend.capture import program_of
+from ..frontend.choose_host import host_of, without_wrapper
 from ..frontend.hooks import require_no_hooks
-from ..frontend.hub import local_folder
-from ..frontend.structural_copy import structural_copy
+from ..frontend.tools.hub import local_folder
+from ..frontend.weights.structural_copy import structural_copy
 from ..ir.depth_map import DepthMap
 from ..passes.base import Decisions
 from ..passes.clean import Clean
@@ -37,11 +37,12 @@ from ..passes.pipeline import Timer, run
 from ..passes.recipe import Recipe, make_recipe
 from ..passes.split import FindDepth
 from ..utils.rare_collections import rare_collections
-from . import carving, checkpoint
+from . import carving
 from .measure_splits import Calibration, measure_splits
 from .model import MoEModel
 from .page.write import write_dense_page
 from .report import Report
+from .saving import checkpoint
 from .verify import verify_conversion
 
 
@@ -132,8 +133,8 @@ def load(
 def from_standard(folder: str | os.PathLike, model: nn.Module, verify: bool) -> MoEModel:
     """As `moe_rewrite.from_standard`."""
     require_package("transformers", "hf", "from_standard")
-    from . import standard
-    from .standard_recipe import recipe_of
+    from .saving import standard
+    from .saving.standard_recipe import recipe_of
 
     _require_dense(model)
     model = without_wrapper(model)

@@ -13,8 +13,8 @@ from ..experts.base import ExpertParameters
 from ..experts.head import HeadColumns
 from ..routing.router import Router
 from . import low_precision
-from .checkpoint import Facts
 from .parameters import ParameterStore
+from .saving.checkpoint import Facts
 
 
 class ExpertSet:

@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from ..config import TokenRouter
 from ..errors import CaptureError, ConfigError, InputError, SplitError
-from ..frontend.adapters import host_of
+from ..frontend.choose_host import host_of
 from ..frontend.hooks import require_no_hooks
 from ..frontend.host import Host
-from ..frontend.structural_copy import named_tensors, structural_copy
+from ..frontend.weights.structural_copy import named_tensors, structural_copy
 from ..ir.program import Program
 from ..ir.split_curve import SplitCurve, SplitPoint
 from ..passes.base import Decisions
@@ -33,7 +33,7 @@ from ..passes.recipe import Recipe
 from ..routing.ridge_gate import AnalyticGate
 from ..routing.select import make_router
 from ..routing.separation import separation
-from .call import Call
+from .graphs.call import Call
 from .parameters import device_and_dtype
 
 POSITIONS = 4  # of a sequence that a router is asked about: neighbours have nearly the same mean

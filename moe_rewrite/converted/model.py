@@ -23,20 +23,20 @@ from ..routing.select import make_router
 from ..routing.statistics import RoutingStatistics
 from ..utils.sharded import in_process_group, require_known_to_ddp
 from ..utils.zero_stage_3 import is_parted_by_zero, require_no_recomputing, show_to_zero
-from .block_module import BlockRun
-from .bound_graph import COMPILED_AROUND, BoundGraph
 from .dense_reference import DenseReference
 from .expert_set import ExpertSet
-from .graph_cache import GraphCache
+from .graphs.block_module import BlockRun
+from .graphs.bound_graph import COMPILED_AROUND, BoundGraph
+from .graphs.graph_cache import GraphCache
+from .graphs.regional import compiles, outside, skipped
 from .parameters import ParameterStore, device_and_dtype
 from .pickling import NotPickled
 from .pipeline_stages import DeepStage, ShallowStage, stages_of
 from .plan_override import PlanOverride
-from .regional import compiles, outside, skipped
 from .report import Report
 from .router_fit import RouterFit
-from .saving import Saving
-from .state_dict import StateDict, added, after_load_state_dict
+from .saving.save_methods import Saving
+from .saving.state_dict import StateDict, added, after_load_state_dict
 from .tensor_parallel import divide
 
 

@@ -13,7 +13,7 @@ from ..config import is_int, require
 from ..errors import CheckpointError, ConfigError
 from ..experts.base import ExpertParameters
 from ..experts.head import HeadColumns
-from . import checkpoint
+from .saving import checkpoint
 
 
 def offload(moe: Any, keep: Any, folder: str | os.PathLike | None) -> None:

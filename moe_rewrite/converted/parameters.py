@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..experts.base import ExpertParameters
-from ..frontend.structural_copy import canonical_names
+from ..frontend.weights.structural_copy import canonical_names
 from ..ir.steps import Emitted, Step
 from ..routing.plan_views import OffDevice
 from ..utils.module_tree import Holder, node_at, put_tensor, vars_of
@@ -26,7 +26,7 @@ from ..utils.sharded import (
     without_shards,
 )
 from ..utils.zero_stage_3 import is_parted_by_zero
-from .block_module import BlockModule, BlockRun, Bound, Slot, block_class
+from .graphs.block_module import BlockModule, BlockRun, Bound, Slot, block_class
 
 
 class ParameterStore:

@@ -13,9 +13,9 @@ from ..errors import ConfigError, InputError
 from ..frontend.own_texts import own_texts
 from ..routing.plan import Planner, RoutingPlan
 from ..utils.warn import warn
-from .checkpoint import Facts
 from .expert_methods import ExpertMethods
-from .state_dict import ADDED
+from .saving.checkpoint import Facts
+from .saving.state_dict import ADDED
 
 CHUNK = 64  # texts that are written at once
 

@@ -19,13 +19,13 @@ from ..errors import ConfigError, EquivalenceError
 from ..experts.head import HeadColumns
 from ..experts.lora.parameters import LoRAParameters
 from ..frontend.capture import TRACING
-from ..frontend.divided_layers import FSDP, Part, planned, replace_layer, restore_layers
 from ..frontend.example_inputs import random_arguments
-from ..frontend.structural_copy import canonical_names
+from ..frontend.weights.divided_layers import FSDP, Part, planned, replace_layer, restore_layers
+from ..frontend.weights.structural_copy import canonical_names
 from ..ir.equivalence import compare
 from ..utils.quantized import is_quantized
 from ..utils.sharded import alike, in_process_group, own_part
-from .state_dict import added_tensors
+from .saving.state_dict import added_tensors
 
 
 def divide(moe: Any, mesh: Any) -> None:

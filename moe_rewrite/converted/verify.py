@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, EquivalenceError, MoeRewriteError
-from ..frontend.adapters import host_of, without_wrapper
 from ..frontend.arguments import split_static
+from ..frontend.choose_host import host_of, without_wrapper
 from ..frontend.example_inputs import random_arguments
-from ..frontend.packed_weight import holds_packed
-from ..frontend.structural_copy import structural_copy, working_copy
+from ..frontend.weights.packed_weight import holds_packed
+from ..frontend.weights.structural_copy import structural_copy, working_copy
 from ..ir.equivalence import EquivalenceReport, compare, evaluating
 from .dense_reference import clone, fresh
 

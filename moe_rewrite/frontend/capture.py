@@ -23,23 +23,23 @@ from ..ir.conditions import relations_of
 from ..ir.program import Input, Program
 from ..utils.quantized import is_quantized, scheme
 from ..utils.zero_stage_3 import own_linear
-from .adapters import host_of
 from .advice import advice
 from .arguments import is_cache, is_channels_last, is_fixed, is_paged, split_static
-from .assignments import recorded_assignments, require_no_state
-from .cache_leaves import CacheLeaves
-from .cumulative_norm import count_in_tensors
-from .detached_data import detached_data
-from .fake_results import remembered_results
+from .blocks.replay import redirected
+from .caches.cache_leaves import CacheLeaves
+from .choose_host import host_of
 from .host import Host
-from .idle_moves import idle_moves
-from .replay import redirected
-from .size_quotients import known_quotients
-from .structural_copy import canonical_names, named_tensors, structural_copy
-from .symbolic_ints import taken_for_ints
-from .trace_memory import forget_inputs, lazy_modules, tracing
-from .value_branches import ValueBranches
-from .whole_modules import Kind, name_calls, on_values, run_whole, traced_whole
+from .tracing.assignments import recorded_assignments, require_no_state
+from .tracing.cumulative_norm import count_in_tensors
+from .tracing.detached_data import detached_data
+from .tracing.fake_results import remembered_results
+from .tracing.idle_moves import idle_moves
+from .tracing.size_quotients import known_quotients
+from .tracing.symbolic_ints import taken_for_ints
+from .tracing.trace_memory import forget_inputs, lazy_modules, tracing
+from .tracing.value_branches import ValueBranches
+from .tracing.whole_modules import Kind, name_calls, on_values, run_whole, traced_whole
+from .weights.structural_copy import canonical_names, named_tensors, structural_copy
 
 TRACING = threading.RLock()  # torch.export and its patches change state of the whole process
 # How sizes of the example are chosen: "general" serves most calls; with "ones", sizes of 0 and 1

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..errors import InputError
-from .structural_copy import structural_copy
+from .weights.structural_copy import structural_copy
 
 
 def infer_inputs(model: nn.Module) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from ..errors import InputError
 from ..utils.quantized import stand_ins
 from .arguments import bind
 from .example_inputs import infer_inputs
-from .model_class import class_like, values_before_class
-from .own_gradients import whole_functions
-from .structural_copy import named_tensors, tensors_of, working_copy
+from .tools.model_class import class_like, values_before_class
+from .tracing.own_gradients import whole_functions
+from .weights.structural_copy import named_tensors, tensors_of, working_copy
 
 
 class Host:

@@ -23,11 +23,11 @@ from transformers.exporters.utils import apply_patches
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from ..errors import InputError
-from .broadcast_masks import broadcast_masks
+from .caches.kv_cache import CACHE, CacheFormat
+from .caches.paged_cache import PagedCall, is_paged_call
 from .host import Host
-from .kv_cache import CACHE, CacheFormat
-from .paged_cache import PagedCall, is_paged_call
-from .pretrained import pretrained_class
+from .tools.pretrained import pretrained_class
+from .tracing.broadcast_masks import broadcast_masks
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 9
 # keywords that a model accepts beyond its forward's signature

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, require_package
-from ..frontend.trace_memory import low_memory_export as low_memory_export
+from ..frontend.tracing.trace_memory import low_memory_export as low_memory_export
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..frontend.divided_layers import Part
-from ..frontend.own_gradients import function_of
+from ..frontend.tracing.own_gradients import function_of
+from ..frontend.weights.divided_layers import Part
 from ..ir.ops import first
 from ..ir.program import Program
 from ..routing.dispatch import RowGates

@@ -12,8 +12,8 @@ from torch import fx
 from ..config import RouterSpec
 from ..errors import CaptureError, ConversionError
 from ..frontend.capture import TRACING, Sizes, capture
-from ..frontend.divided_layers import Part
 from ..frontend.host import Host
+from ..frontend.weights.divided_layers import Part
 from ..ir.ops import alias_root, mutated
 from ..ir.program import Code, Program
 from ..ir.steps import Emitted

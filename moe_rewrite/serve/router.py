@@ -14,8 +14,8 @@ from ..utils.read_files import parse_tensors, read_bytes, read_json, require_fin
 from .facts import BASE, FACTS, GATE, ROUTER, SHALLOW, Facts
 
 if TYPE_CHECKING:
-    from ..frontend.shallow_model import ShallowModel
     from ..frontend.standalone.modeling import Gate
+    from ..frontend.weights.shallow_model import ShallowModel
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -43,7 +43,7 @@ class AdapterRouter:
     def load(cls, folder: str | os.PathLike) -> AdapterRouter:
         """Read a folder. Raises CheckpointError if it is none, damaged, or of another version."""
         require_package("transformers", "hf", "AdapterRouter")
-        from ..frontend import shallow_model
+        from ..frontend.weights import shallow_model
 
         place = Path(folder) / ROUTER
         if not (place / FACTS).exists():

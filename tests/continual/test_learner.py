@@ -17,7 +17,7 @@ from moe_rewrite.continual.registry import Setup
 from moe_rewrite.continual.run import run
 from moe_rewrite.continual.text import TextProblem
 from moe_rewrite.continual.training import Training
-from moe_rewrite.converted.checkpoint import META
+from moe_rewrite.converted.saving.checkpoint import META
 
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from sweeps import some
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, TokenRouter
-from moe_rewrite.frontend.adapters import host_of
+from moe_rewrite.frontend.choose_host import host_of
 
 SCALE = LoRAExperts().scale
 FEW = ("Llama", "GPT2", "DebertaV2", "ViT", "ConvNext")

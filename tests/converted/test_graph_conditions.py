@@ -9,7 +9,7 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
-from moe_rewrite.converted import graph_cache
+from moe_rewrite.converted.graphs import graph_cache
 
 
 class Branching(nn.Module):

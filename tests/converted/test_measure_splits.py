@@ -16,8 +16,8 @@ import moe_rewrite
 from moe_rewrite import RegionExperts, TokenRouter
 from moe_rewrite.converted.measure_splits import _Measurement
 from moe_rewrite.errors import ConfigError, ConversionError, InputError, SplitError
-from moe_rewrite.frontend.adapters import host_of
-from moe_rewrite.frontend.structural_copy import structural_copy
+from moe_rewrite.frontend.choose_host import host_of
+from moe_rewrite.frontend.weights.structural_copy import structural_copy
 from moe_rewrite.passes.recipe import make_recipe
 
 CPU = torch.device("cpu")

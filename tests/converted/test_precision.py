@@ -8,7 +8,7 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, MoeRewriteError, RegionExperts, TokenRouter
-from moe_rewrite.converted import checkpoint
+from moe_rewrite.converted.saving import checkpoint
 
 KINDS = {"lora": LoRAExperts(4), "ffn": FFNExperts(), "region": RegionExperts(halo=False)}
 pytestmark = pytest.mark.filterwarnings("ignore:the experts take")

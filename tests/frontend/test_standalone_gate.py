@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from moe_rewrite import TokenRouter
-from moe_rewrite.converted.standalone import gate_facts, gate_tensors
+from moe_rewrite.converted.saving.standalone import gate_facts, gate_tensors
 from moe_rewrite.frontend.standalone.modeling import Gate, Plan, RunningMean
 from moe_rewrite.routing.ridge_gate import AnalyticGate
 from moe_rewrite.routing.token_gate import TokenGate

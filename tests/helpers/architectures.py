@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_rewrite.frontend.adapters import host_of
+from moe_rewrite.frontend.choose_host import host_of
 from moe_rewrite.frontend.example_inputs import random_arguments
 
 TEXT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

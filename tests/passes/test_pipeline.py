@@ -14,8 +14,8 @@ from torch import nn
 
 from moe_rewrite import FFNExperts, LoRAExperts, PatchRouter, RegionExperts, TokenRouter
 from moe_rewrite.errors import CaptureError, ConversionError
-from moe_rewrite.frontend.adapters import host_of
-from moe_rewrite.frontend.structural_copy import structural_copy
+from moe_rewrite.frontend.choose_host import host_of
+from moe_rewrite.frontend.weights.structural_copy import structural_copy
 from moe_rewrite.passes.base import Decisions, Pass
 from moe_rewrite.passes.decide import plan_conversion
 from moe_rewrite.passes.divide_experts import DivideExperts

@@ -9,8 +9,8 @@ from sweeps import some
 import moe_rewrite
 from moe_rewrite import FFNExperts, LoRAExperts, RegionExperts
 from moe_rewrite.errors import ConfigError
-from moe_rewrite.frontend.adapters import host_of
-from moe_rewrite.frontend.structural_copy import structural_copy
+from moe_rewrite.frontend.choose_host import host_of
+from moe_rewrite.frontend.weights.structural_copy import structural_copy
 from moe_rewrite.passes.possible_splits import possible_splits
 from moe_rewrite.passes.recipe import make_recipe
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import moe_rewrite
 from moe_rewrite import LoRAExperts, MoeRewriteError, TokenRouter
-from moe_rewrite.converted import checkpoint
+from moe_rewrite.converted.saving import checkpoint
 from moe_rewrite.routing.packed_sums import last_column, packed, unpacked
 
 WIDTH, M = 8, 16

@@ -11,9 +11,9 @@ from torch import nn
 
 from ...config import FFNExperts, LoRAExperts, RegionExperts
 from ...errors import ConfigError, InputError
-from ...frontend.adapters import host_of
+from ...frontend.choose_host import host_of
 from ...frontend.host import Host
-from ...frontend.structural_copy import structural_copy
+from ...frontend.weights.structural_copy import structural_copy
 from ...ir.depth_map import DepthMap
 from ...ir.split_curve import SplitCurve
 from ...passes.possible_splits import possible_splits

@@ -15,8 +15,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ...converted.bound_graph import BoundGraph
-from ...converted.state_dict import ADDED
+from ...converted.graphs.bound_graph import BoundGraph
+from ...converted.saving.state_dict import ADDED
 from ...errors import ConfigError
 from ...frontend.arguments import is_cache, split_static
 from ...frontend.capture import example_like

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...frontend.trace_memory import forget_inputs, tracing
+from ...frontend.tracing.trace_memory import forget_inputs, tracing
 
 MAKE = "from_torchlib"  # the constructor of ONNXRegistry, PyTorch's table of translations
 _tables: dict[tuple, Any] = {}  # by the constructor's arguments

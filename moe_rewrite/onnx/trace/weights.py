@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ...converted.bound_graph import BoundGraph
-from ...converted.state_dict import ADDED
+from ...converted.graphs.bound_graph import BoundGraph
+from ...converted.saving.state_dict import ADDED
 from ...utils.quantized import dequantized
 
 if TYPE_CHECKING:

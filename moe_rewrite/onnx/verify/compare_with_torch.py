@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ...errors import EquivalenceError
 from ...frontend.arguments import is_cache, split_static
 from ...frontend.example_inputs import random_arguments
-from ...frontend.trace_memory import release_memory
+from ...frontend.tracing.trace_memory import release_memory
 from ...ir.equivalence import compare, evaluating
 from ..report import Check
 from ..runtime.session import FRUGAL, open_session, run

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import torch
 
-from ...frontend.trace_memory import release_memory
+from ...frontend.tracing.trace_memory import release_memory
 from ..runtime.session import FRUGAL, frugal_options
 
 

@@ -1,0 +1,1 @@
+"""Blocks that are alike: traced once, copied for the others."""

@@ -1,0 +1,1 @@
+"""Key-value caches of transformers, as inputs and outputs of a graph."""

@@ -1,0 +1,1 @@
+"""What tools of transformers and the Hub ask of a converted model."""

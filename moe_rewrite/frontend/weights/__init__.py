@@ -1,0 +1,1 @@
+"""A model's tensors: copies of its structure, quantised, divided or partial ones."""
