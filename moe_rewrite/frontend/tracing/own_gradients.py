@@ -25,9 +25,7 @@ from ...ir.ops import first, is_pointwise, op
 
 SPACE = "moe_rewrite_functions"
 _LIBRARY = torch.library.Library(SPACE, "FRAGMENT")
-_PLAIN = Function.__dict__[
-    "apply"
-].__func__  # apply(cls, *args), whatever replaces it while tracing
+_PLAIN = Function.__dict__["apply"]  # whatever replaces it while tracing
 _OPERATORS: dict[Any, tuple[Callable, _Whole]] = {}
 
 
@@ -41,7 +39,7 @@ def whole_functions() -> Iterator[None]:
         own = not cls.__module__.startswith("torch.")
         tensors = any(isinstance(a, torch.Tensor) for a in args)
         if threading.get_ident() != tracer or not own or not tensors or kwargs:
-            return replaced.__func__(cls, *args, **kwargs)
+            return replaced.__get__(None, cls)(*args, **kwargs)
         return _called(cls, args)
 
     Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -95,7 +93,8 @@ class _Whole:
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
         versions, rest = [t._version for t in tensors], iter(inputs)
         both = zip(self.kinds, self.constants, strict=True)
-        made = _PLAIN(self.cls, *(c if k == "constant" else next(rest) for k, c in both))
+        apply = _PLAIN.__get__(None, self.cls)
+        made = apply(*(c if k == "constant" else next(rest) for k, c in both))
         if [t._version for t in tensors] != versions:
             raise CaptureError(
                 f"{self.cls.__qualname__}, a torch.autograd.Function, writes into its inputs: let "
