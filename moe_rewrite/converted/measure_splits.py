@@ -161,7 +161,9 @@ class _Measurement:
 
     def _features(self, batch: Any) -> dict[int, Read]:
         here = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), batch)
-        arguments, _, _ = self.host.split_cache(self.host.arguments(here), False)
+        arguments, _, _ = self.host.split_cache(
+            self.host.arguments(here), False, self.host.cache_format
+        )
         call = Call.of(arguments, "eval", device_and_dtype(self.host.module))
         kept = self.graphs.setdefault(call.key, [])
         graph = next((g for g in kept if g.serves(call.leaves)), None)

@@ -211,12 +211,11 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
             self._experts.begin_training()
         return self.bound(args, kwargs, self.training)
 
-    def bound(
-        self, args: tuple, kwargs: dict[str, Any], training: bool
-    ) -> tuple[dict[str, Any], Any]:
+    def bound(self, args: tuple, kwargs: dict, training: bool) -> tuple[dict[str, Any], Any]:
         """`normalized` of a call in a mode, without what a call does to the experts."""
         arguments = self.host.bind(args, kwargs)
-        arguments, keeps, cache = self.host.split_cache(arguments, training)
+        split = self.host.split_cache(arguments, training, self._cache_format)
+        arguments, keeps, cache = split
         if not keeps:
             return arguments, None
         return arguments, self._cache_format().adopt(cache, arguments)

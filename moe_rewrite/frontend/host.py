@@ -117,9 +117,11 @@ class Host:
         raise InputError(f"{self.name} keeps no key-value cache")
 
     def split_cache(
-        self, arguments: dict[str, Any], training: bool
+        self, arguments: dict[str, Any], training: bool, caches: Callable[[], Any]
     ) -> tuple[dict[str, Any], bool, Any]:
         """A call's other arguments, whether it uses a cache, and the cache that was passed or None.
+
+        caches: gives the CacheFormat of the model's graphs.
 
         Raises InputError for arguments that the model does not take.
         """

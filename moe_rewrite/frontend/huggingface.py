@@ -23,7 +23,8 @@ from transformers.exporters.utils import apply_patches
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from ..errors import InputError
-from .caches.kv_cache import CACHE, CacheFormat
+from ..utils.warn import warn
+from .caches.kv_cache import CACHE_NAMES, CacheFormat
 from .caches.paged_cache import PagedCall, is_paged_call
 from .host import Host
 from .tools.pretrained import pretrained_class
@@ -39,6 +40,9 @@ class HuggingFaceHost(Host):
         super().__init__(module)
         self.takes: tuple[str, ...] = _takes(type(module))  # type: ignore[arg-type]
         self._known = KNOWN_KWARGS.union(self.takes)
+        # of a key-value cache or another state; XLM's `cache` is neither
+        named = [n for n in CACHE_NAMES if n in self.takes and "use_cache" in self.takes]
+        self.cache_name = named[0] if named else None
 
     def model_class(self, base: type) -> type:
         return pretrained_class(base, self.module)
@@ -47,7 +51,8 @@ class HuggingFaceHost(Host):
     def is_causal_lm(self) -> bool:
         """Whether generate() with a key-value cache makes sense for this model."""
         return (
-            {CACHE, "input_ids"} <= set(self.takes)
+            self.cache_name is not None
+            and "input_ids" in self.takes
             and not self.config.is_encoder_decoder
             and bool(self.module.can_generate())
         )
@@ -55,7 +60,7 @@ class HuggingFaceHost(Host):
     @property
     def keeps_cache(self) -> bool:
         """Whether a plain call returns a key-value cache or another state."""
-        return bool({CACHE, "cache_params", "use_cache"} & set(self.takes))
+        return self.cache_name is not None or "use_cache" in self.takes
 
     def declares_causal(self, rows: str | None) -> bool:
         return self.is_causal_lm or (rows or "").startswith("decoder_")
@@ -106,36 +111,49 @@ class HuggingFaceHost(Host):
     def without_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if not self.keeps_cache:
             return arguments
-        return {k: v for k, v in arguments.items() if k != CACHE} | {"use_cache": False}
+        return {k: v for k, v in arguments.items() if k != self.cache_name} | {"use_cache": False}
 
     def with_new_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return self.without_cache(arguments) | {"use_cache": True}
 
     def split_cache(
-        self, arguments: dict[str, Any], training: bool
+        self, arguments: dict[str, Any], training: bool, caches: Callable[[], CacheFormat]
     ) -> tuple[dict[str, Any], bool, Any]:
         if is_paged_call(arguments):
             paged = PagedCall(arguments)
             return paged.read | {"use_cache": False, "cache": paged.bare()}, True, paged
+        arguments = self._renamed(arguments)
         if unknown := arguments.keys() - self._known:
             raise InputError(
                 f"{self.name} takes no argument {', '.join(sorted(unknown))}; it takes "
                 f"{', '.join(self.takes)}"
             )
-        asked, given = arguments.get("use_cache"), arguments.get(CACHE)
+        asked, given = arguments.get("use_cache"), arguments.get(self.cache_name or "")
         if self.is_causal_lm:
             keep = given is not None or bool(asked)
             if given is None and asked is None:
                 config = self.config.get_text_config(decoder=True)
                 keep = bool(getattr(config, "use_cache", False)) and not training
-            rest = {k: v for k, v in arguments.items() if k not in (CACHE, "use_cache")}
+                keep = keep and caches().refusal is None  # nobody asked for the cache
+            rest = {k: v for k, v in arguments.items() if k not in (self.cache_name, "use_cache")}
             return rest | {"use_cache": keep}, keep, given
-        if asked or given is not None or arguments.get("cache_params") is not None:
+        if asked or given is not None:
             raise InputError(
                 f"use_cache={asked!r}: a converted {self.name} keeps no cache; decoder-only "
                 "language models do"
             )
         return self.without_cache(arguments), False, None
+
+    def _renamed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """With a cache under the name that the model gives it now, where its class takes older ones
+        too. Raises InputError for two."""
+        if self.cache_name != "cache":
+            return arguments
+        older = [n for n in arguments if n in CACHE_NAMES and n not in self.takes]
+        given = [n for n in (*older, "cache") if n in arguments]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are one argument of {self.name}: pass cache")
+        return {"cache" if n in older else n: value for n, value in arguments.items()}
 
     def cache_format(self) -> CacheFormat:
         return CacheFormat(self)
@@ -156,6 +174,8 @@ class HuggingFaceHost(Host):
                 f"{self.name}.generate(): only language models generate on their converted "
                 "graphs; call to_dense().generate() for the original"
             )
+        elif kwargs.get("use_cache") is not False:
+            self._choose_cache(caches, kwargs)
         # of its own for every call, so that threads do not share it: only `forward` is another
         caller = copy.copy(self.module)
 
@@ -172,6 +192,15 @@ class HuggingFaceHost(Host):
         if kwargs.get("cache_implementation") == "paged":
             caller.generate_batch = call.generate_batch  # type: ignore[attr-defined]
         return caller.generate(*args, **kwargs)
+
+    def _choose_cache(self, caches: Callable[[], CacheFormat], kwargs: dict[str, Any]) -> None:
+        """Say that a generate() keeps no cache, where the model has one that no graph takes."""
+        refusal = caches().refusal
+        asked = {"use_cache", "cache_implementation", *CACHE_NAMES}.intersection(kwargs)
+        if refusal is None or asked:  # the first call that is given a cache refuses it
+            return
+        warn(f"{refusal}: every new token runs all before it again")
+        kwargs["use_cache"] = False
 
 
 def _static_cache(

@@ -19,14 +19,15 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from ...errors import CaptureError, InputError
+from ...errors import InputError
 from ...routing.plan import PrefixState
 from .opaque_cache import OpaqueCache, filling, prepare, stand_in, updates_itself
 from .paged_cache import PagedCall, PagedLayers
 from .static_cache import FixedCache, TracedCache, fixed_cache
 
 KEPT = 64  # positions of a call that assisted decoding may take back
-CACHE = "past_key_values"  # the argument and output that hold a key-value cache
+# names of the argument and output that hold a cache: `cache` since transformers 5.24
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -45,16 +46,17 @@ class _GroupedShapes(TorchFunctionMode):
 def _cache_of(host: Any) -> Any:
     """The cache that a call returns. The call is on the meta device; with grouped products replaced
     where that fails; or, where code computes on another device too, on fake tensors, which takes
-    several times as long."""
+    several times as long. Raises what the model raises."""
     with torch.no_grad():
         for grouped in (nullcontext(), _GroupedShapes()):
             with suppress(RuntimeError, ValueError), grouped:
                 ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-                return _without_pages(host.copy_on_meta())(input_ids=ids, use_cache=True)[CACHE]
+                model = _without_pages(host.copy_on_meta())
+                return model(input_ids=ids, use_cache=True)[host.cache_name]
         model = _without_pages(host.copy_to_trace())
         with FakeTensorMode(allow_non_fake_inputs=True), _GroupedShapes():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            return model(input_ids=ids, use_cache=True)[CACHE]
+            return model(input_ids=ids, use_cache=True)[host.cache_name]
 
 
 def _without_pages(host: Any) -> Any:
@@ -69,21 +71,35 @@ class CacheFormat:
 
     A converted model keeps full-length layers for every kind of attention: the captured graph's
     mask applies a sliding window, so sliding layers need no special cache.
+
+    refusal: why the model's cache cannot be one of its graphs', as where layers keep the state of a
+    recurrence; None where it can.
     """
 
     def __init__(self, host: Any) -> None:
-        """host: the Host of the model, which is run without values. Raises CaptureError."""
-        cache, self.device = _cache_of(host), host.module.device
+        """host: the Host of the model, which is run without values."""
+        self.name, self.device = host.cache_name, host.module.device
         self.shapes: list[tuple[int, int, int]] = []  # (heads, key width, value width)
-        for layer in cache.layers:
+        self.refusal = self._read(host)
+
+    def _read(self, host: Any) -> str | None:
+        try:
+            layers = _cache_of(host).layers
+        except Exception as error:  # of the model's code, whatever it is
+            return (
+                f"{host.name} gives no cache that could be read ({type(error).__name__}: {error})"
+            )
+        for i, layer in enumerate(layers):
             if type(layer) not in PLAIN_LAYERS or not layer.is_initialized:
-                raise CaptureError(
-                    f"the cache of {host.name} has a {type(layer).__name__}, which "
-                    "is not a plain key-value layer: generate with use_cache=False"
+                used = "" if layer.is_initialized else " without keys"
+                return (
+                    f"the cache of {host.name} is not keys and values alone, which its converted "
+                    f"graphs take (layer {i}: {type(layer).__name__}{used})"
                 )
             keys, values = layer.keys, layer.values
             self.shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
             self.dtype = keys.dtype
+        return None
 
     def new(self, batch: int) -> Any:
         cache = DynamicCache()
@@ -91,12 +107,13 @@ class CacheFormat:
         return cache
 
     def new_static(self, batch: int, longest: int) -> FixedCache:
-        """An empty cache for a batch and this number of positions."""
+        """An empty cache for a batch and this number of positions. Raises InputError."""
+        self._require()
         return fixed_cache(self.shapes, batch, longest, self._like())
 
     def standing_in(self, arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """The context in which a call, opaque cache or not, changes no cache of the caller's."""
-        given = arguments.get("cache", arguments.get(CACHE))
+        given = arguments.get("cache", arguments.get(self.name))
         if not isinstance(given, (OpaqueCache, PagedLayers)):
             return nullcontext()
         return filling(stand_in(given.layers, self.shapes, self._like()), len(self.shapes))
@@ -126,21 +143,26 @@ class CacheFormat:
         """
         if isinstance(cache, PagedCall):
             return cache
+        self._require()
         main = arguments.get("input_ids", arguments.get("inputs_embeds"))
         if main is None:
             raise InputError("pass input_ids or inputs_embeds")
         adopted = CallCache(self._adopted(cache, main.shape[0]), *main.shape[:2])
         if isinstance(adopted.cache, FixedCache):
             adopted.cache.require_room(*main.shape[:2])
-        arguments[CACHE] = adopted.bare()
+        arguments[self.name] = adopted.bare()
         return adopted
+
+    def _require(self) -> None:
+        if self.refusal is not None:
+            raise InputError(f"{self.refusal}: leave the cache out, or pass use_cache=False")
 
     def _adopted(self, cache: Any, batch: int) -> Any:
         if cache is None:
             return self.new(batch)
         if not isinstance(cache, Cache):
             raise InputError(
-                f"{CACHE}={type(cache).__name__}: expected a transformers DynamicCache"
+                f"{self.name}={type(cache).__name__}: expected a transformers DynamicCache"
             )
         layers = kv_layers(cache)
         if isinstance(cache, FixedCache) and len(layers) == len(self.shapes):

@@ -18,6 +18,9 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache, PreTrainedModel  # noqa: F401
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE = {"cache", "past_key_values"}.intersection(BaseModelOutputWithPast.__annotations__).pop()
 
 
 class Plan(threading.local):
@@ -167,9 +170,7 @@ class Gate(nn.Module):
 
 class RunningMean(CacheLayerMixin):
     """The sum of the features so far and how many they are, as one more layer of the key-value cache:
-    so it is reordered and repeated together with the keys.
-
-    total: (B, F), count: (B,).
+    so it is reordered and repeated together with the keys. total: (B, F), count: (B,).
     """
 
     is_sliding = False
@@ -183,14 +184,14 @@ class RunningMean(CacheLayerMixin):
         """That of a cache; None in an empty one. Raises ValueError where there can be none."""
         if cache is None:
             return None
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"{CACHE}={type(cache).__name__}: a gate that reads the prefix keeps its mean in a "
+                "DynamicCache: leave cache_implementation at its default"
+            )
         found = next((la for la in cache.layers if isinstance(la, RunningMean)), None)
         if found is None and cache.get_seq_length() > 0:
             raise ValueError("this cache was filled without the gate: start from an empty one")
-        if not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"past_key_values={type(cache).__name__}: a gate that reads the prefix keeps its mean "
-                "in a DynamicCache: leave cache_implementation at its default"
-            )
         return found
 
     def store(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
@@ -310,8 +311,7 @@ class RoutedModel(PreTrainedModel):
         given = takes.bind_partial(module, *args, **kwargs).arguments
         given = given | given.get("kwargs", {})
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        self.plan.mask, self.plan.cache = mask, given.get("past_key_values")
-        self.plan.state = None
+        self.plan.mask, self.plan.cache, self.plan.state = mask, given.get(CACHE), None
         if self.gate_of_experts.spec["granularity"] == "prefix":
             self.plan.before = RunningMean.of(self.plan.cache)
         alone = mask is None and self.plan.cache is None and positions is not None
@@ -323,7 +323,7 @@ class RoutedModel(PreTrainedModel):
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it: keep the gate's mean in the cache."""
         plan, state = self.plan, self.plan.state
-        cache = plan.cache if plan.cache is not None else getattr(output, "past_key_values", None)
+        cache = plan.cache if plan.cache is not None else getattr(output, CACHE, None)
         if cache is not None and state is not None:
             if plan.before is None:
                 plan.before = RunningMean()

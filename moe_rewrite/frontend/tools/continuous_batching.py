@@ -30,6 +30,7 @@ class ContinuousBatching(GenerationMixin):
     router: Any
     _store: Any
     _override: Any
+    _cache_format: Any
 
     def init_continuous_batching(
         self,
@@ -48,6 +49,8 @@ class ContinuousBatching(GenerationMixin):
         host = self.host
         if not host.is_causal_lm:
             raise InputError(f"{host.name}.generate_batch(): decoder-only language models batch")
+        if refusal := self._cache_format().refusal:
+            raise InputError(f"{refusal}: generate_batch() needs one; call generate(...)")
         if self._store.parallel is not None or self._store.sharded:
             raise ConfigError(
                 "continuous batching of a model that is divided over processes: each would schedule "

@@ -13,7 +13,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...errors import ConversionError
-from ..caches.kv_cache import CACHE
 from ..weights.structural_copy import working_copy
 from .continuous_batching import ContinuousBatching
 from .model_class import class_like
@@ -130,10 +129,9 @@ class Backbone:
             )
         few = {"logits_to_keep": 1} if "logits_to_keep" in moe.host.takes else {}
         outputs = moe(*args, **{**kwargs, **few}, output_hidden_states=True)
-        cache = getattr(outputs, CACHE, None)
-        return BaseModelOutputWithPast(
-            last_hidden_state=outputs.hidden_states[-1], past_key_values=cache
-        )
+        name = moe.host.cache_name
+        kept = {} if getattr(outputs, name or "", None) is None else {name: outputs[name]}
+        return BaseModelOutputWithPast(last_hidden_state=outputs.hidden_states[-1], **kept)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._moe, name)

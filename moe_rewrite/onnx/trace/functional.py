@@ -214,12 +214,13 @@ def _graph_for_any_size(moe: MoEModel, arguments: dict[str, Any]) -> BoundGraph:
 
 
 def _input_names(traced: dict[str, Any]) -> list[str]:
-    """``name`` for a tensor, ``name.0.key`` for a cache, ``name.0`` for a tensor in a container."""
+    """``name`` for a tensor, ``name.0`` for one in a container, ``past_key_values.0.key`` for a cache,
+    whatever transformers calls it."""
     names = []
     for name, given in traced.items():
         count = len(pytree.tree_leaves(given))
         if is_cache(given):
-            names += _cache_names(name, count)
+            names += _cache_names("past_key_values", count)
         elif isinstance(given, torch.Tensor):
             names.append(name)
         else:
