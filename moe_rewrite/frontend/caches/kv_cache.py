@@ -90,11 +90,11 @@ class CacheFormat:
                 f"{host.name} gives no cache that could be read ({type(error).__name__}: {error})"
             )
         for i, layer in enumerate(layers):
-            if type(layer) not in PLAIN_LAYERS or not layer.is_initialized:
-                used = "" if layer.is_initialized else " without keys"
+            plain = type(layer) in PLAIN_LAYERS
+            if not plain or not layer.is_initialized:
                 return (
-                    f"the cache of {host.name} is not keys and values alone, which its converted "
-                    f"graphs take (layer {i}: {type(layer).__name__}{used})"
+                    f"the cache of {host.name} is not keys and values alone, which its converted graphs "
+                    f"take (layer {i}: {type(layer).__name__}{' without keys' if plain else ''})"
                 )
             keys, values = layer.keys, layer.values
             self.shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
@@ -255,6 +255,7 @@ class RouterState(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()

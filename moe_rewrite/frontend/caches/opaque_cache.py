@@ -123,7 +123,7 @@ def prepare(cache: Any, layers: list[Any], count: int) -> None:
     """
     if torch.is_grad_enabled():
         raise InputError(
-            f"past_key_values={type(cache).__name__} with gradients: it stores its own copies of keys "
+            f"a {type(cache).__name__} with gradients: it stores its own copies of keys "
             "and values, through which none flow; call the model under torch.no_grad()"
         )
     if type(cache) is DynamicCache and not cache.get_seq_length():
@@ -132,7 +132,7 @@ def prepare(cache: Any, layers: list[Any], count: int) -> None:
     fixed = any(isinstance(layer, StaticLayer) or layer.is_sliding for layer in layers)
     if fixed or len(layers) != count:
         raise InputError(
-            f"past_key_values={type(cache).__name__} with {len(layers)} layers "
+            f"a {type(cache).__name__} with {len(layers)} layers "
             f"{sorted({type(layer).__name__ for layer in layers})}: expected {count} that keep every "
             "position; use a DynamicCache, a QuantizedCache, or the cache that generate() makes for "
             "cache_implementation='static'"

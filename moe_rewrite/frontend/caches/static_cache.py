@@ -88,6 +88,13 @@ class FixedCache(Cache):
         self.length += positions
         self.layers[0].cumulative_length.add_(positions)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last positions, as a negative number: the layers share the one that moves."""
+        self.advance(-abs(tokens_to_remove))
+        for layer in self.layers:
+            if not isinstance(layer, FixedLayer):  # the router's state
+                layer.crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Empty the cache for another text."""
         super().reset()

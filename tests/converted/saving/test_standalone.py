@@ -150,10 +150,11 @@ def test_calls_that_a_gate_over_the_prefix_cannot_serve_are_errors(tmp_path):
             model(ids, attention_mask=torch.zeros(2, 1, 6, 6))
         with pytest.raises(ValueError, match="StaticCache"):
             model.generate(ids, cache_implementation="static", max_new_tokens=2)
-        cache = model(ids, use_cache=True).past_key_values
-        cache.layers.pop()
+        made = model(ids, use_cache=True)
+        (name,) = {"past_key_values", "cache"}.intersection(made.keys())
+        made[name].layers.pop()
         with pytest.raises(ValueError, match="filled without the gate"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{name: made[name]})
         assert model(ids).logits.shape == (2, 6, 97)
 
 

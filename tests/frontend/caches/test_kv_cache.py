@@ -81,7 +81,9 @@ def test_a_static_cache_says_the_same_with_one_graph_for_all_lengths(moe):
             said = moe.generate(ids, **given, **static, do_sample=False)
         assert torch.equal(said, moe.to_dense().generate(ids, **given, **options, do_sample=False))
     graphs = [g for kept in moe._graphs._kept.values() for g in kept]
-    fixed = [g for g in graphs if g.emitted.steps and "past_key_values_8" in g.conditions.leaves]
+    fixed = [
+        g for g in graphs if g.emitted.steps and f"{moe.host.cache_name}_8" in g.conditions.leaves
+    ]
     assert len(fixed) == 1
 
 
@@ -110,6 +112,32 @@ def test_a_static_cache_that_is_full_refuses_more(moe):
         cache.reset()
         again = moe(input_ids=ids, past_key_values=cache)
     assert torch.equal(again.logits, first.logits)
+
+
+def test_a_static_cache_goes_back_once_for_all_layers(moe):
+    ids = torch.randint(3, 97, (2, 6))
+    with torch.no_grad():
+        want = moe(input_ids=ids, use_cache=True).logits[:, 4:]
+        cache = moe._cache_format().new_static(2, 6)
+        given = {moe.host.cache_name: cache}
+        moe(input_ids=torch.cat([ids[:, :4], ids[:, :2]], 1), **given)
+        cache.crop(-2)
+        assert cache.get_seq_length() == 4
+        torch.testing.assert_close(moe(input_ids=ids[:, 4:], **given).logits, want)
+
+
+def test_a_cache_goes_by_the_names_that_the_dense_model_takes(moe):
+    name, ids = moe.host.cache_name, torch.randint(3, 97, (1, 4))
+    cache = moe._cache_format().new(1)
+    other = "past_key_values" if name == "cache" else "cache"
+    with torch.no_grad():
+        if name == "cache":  # the older name is another for it
+            assert moe(input_ids=ids, **{other: cache})[name] is cache
+            with pytest.raises(MoeRewriteError, match="are one argument"):
+                moe(input_ids=ids, **{name: cache, other: cache})
+        else:
+            with pytest.raises(MoeRewriteError, match=f"takes no argument {other}"):
+                moe(input_ids=ids, **{other: cache})
 
 
 def test_caches_that_graphs_cannot_use_are_named(moe):
