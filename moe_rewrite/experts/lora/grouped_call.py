@@ -36,11 +36,7 @@ class GroupedLoRACall:
         self, out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, a: torch.Tensor,
         b: torch.Tensor, index: torch.Tensor, ends: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        if a.shape[0] == 0:  # a product of no columns is an error
-            return out
-        product = _running(self.product)
-        low = product(x, a.permute(2, 1, 0).contiguous(), ends) * scales[index]
-        return out + product(low, b.permute(2, 1, 0).contiguous(), ends)
+        return _added(_running(self.product), out, x, scales[index], a, b, ends)
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,18 @@ class SortedLoRACall:
         product = _running(self.product)
         if product is grouped_product and a.shape[0] and not x.is_meta:
             return lora_sorted(x, weights, scales[index], a, b, ends)
-        out = product(x, weights, ends)
-        return GroupedLoRACall(self.product)(out, x, scales, a, b, index, ends)
+        return _added(product, product(x, weights, ends), x, scales[index], a, b, ends)
+
+
+def _added(
+    product: Any, out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, a: torch.Tensor,
+    b: torch.Tensor, ends: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """out and the experts' part of each row. scales: of the rows."""
+    if a.shape[0] == 0:  # a product of no columns is an error
+        return out
+    low = product(x, a.permute(2, 1, 0).contiguous(), ends) * scales
+    return out + product(low, b.permute(2, 1, 0).contiguous(), ends)
 
 
 def _running(product: Any) -> Any:
