@@ -1,8 +1,8 @@
 """Which families of transformers, and of timm where it is installed, convert and behave as they
 should: tiny random models.
 
-Each is converted in the middle and checked: outputs at other sizes, a training step, `expand`,
-saving and loading.
+Each is converted in the middle and checked: outputs at other sizes, generated tokens, a training
+step, `expand`, saving and loading.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -94,6 +96,18 @@ def _steps(model: nn.Module, example: dict[str, Any]) -> dict[str, Callable[[], 
             report = moe_rewrite.verify(model, pooled, larger)
         assert report.equal, f"{report} for larger images"
 
+    def generate() -> None:
+        if not getattr(host, "is_causal_lm", False):
+            return
+        given = resized(example, host, 2, 5)
+        greedy = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": 4, "max_new_tokens": 4}
+        try:
+            want = model.generate(**given | greedy)  # without a cache, as the example says
+        except Exception:  # of other inputs, or not at all
+            return
+        given.pop("use_cache", None)  # as the model's configuration says
+        assert torch.equal(of["moe"].generate(**given | greedy), want), "other tokens"
+
     def train() -> None:
         moe = of["moe"]
         given = resized(example, host, 2, 9)
@@ -129,8 +143,8 @@ def _steps(model: nn.Module, example: dict[str, Any]) -> dict[str, Callable[[], 
         assert all(same), "loaded, it gives other outputs"
 
     return {
-        "convert": convert, "other sizes": other_sizes, "train": train, "expand": expand,
-        "save and load": save_and_load,
+        "convert": convert, "other sizes": other_sizes, "generate": generate, "train": train,
+        "expand": expand, "save and load": save_and_load,
     }  # fmt: skip
 
 
@@ -227,13 +241,18 @@ def main() -> None:
     if given.only:
         _save_again(found)
     elif not given.quick:
-        save("coverage", {"figures": counts(found), "outcomes": found, "seconds": seconds})
+        figures = {"figures": counts(found), "outcomes": found, "seconds": seconds}
+        save("coverage", _versions() | figures)
     rows, figures = [], counts(found)
     for task, outcomes in found.items():
         of = figures[task]
         rows.append((task, "all", f"{of['passed']} of {of['built']}; {of['families']} in all"))
         rows += [(task, kind, outcome) for kind, outcome in _failed(outcomes).items()]
     finish("coverage", ["task", "family", "outcome"], rows, figures=figures, seconds=seconds)
+
+
+def _versions() -> dict[str, str]:
+    return {p: version(p) for p in ("transformers", "timm") if find_spec(p) is not None}
 
 
 def _failed(outcomes: dict[str, str]) -> dict[str, str]:
