@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..ir.aten import expression, reach, value
-from ..ir.ops import argument, is_random, mutated, op, op_name
+from ..ir.dependencies import needed_for
+from ..ir.ops import argument, op, op_name
 from ..ir.program import Program, Table, lead_of
 from .static_values import made_of_weights
 
@@ -33,7 +34,7 @@ def attention_tables(program: Program, cut: fx.Node, mask: str | None) -> tuple[
             continue
         for node in reach(leaf, _by_content) - of_weights:
             allowed = _used_as(node, of_weights) if _is_of_pairs(node, length) else None
-            if allowed is not None and _can_move(node):
+            if allowed is not None:
                 found[node.name] = Table(node.name, allowed)
     return tuple(found[n.name] for n in program.graph.nodes if n.name in found)
 
@@ -43,10 +44,10 @@ def _by_content(node: fx.Node) -> Iterator[fx.Node]:
     return (user for user in node.users if not op(user).sizes_only)
 
 
-def made_of(program: Program, tables: tuple[Table, ...]) -> Iterator[fx.Node]:
+def made_of(program: Program, tables: Iterable[Table]) -> Iterator[fx.Node]:
     """The operations that tables are made of, in order."""
-    needed = {n for t in tables for n in reach(program.node(t.node), lambda n: n.all_input_nodes)}
-    return (n for n in program.graph.nodes if n in needed and n.op != "placeholder")
+    needed = needed_for(program.node(t.node) for t in tables)
+    return (n for n in needed if n.op != "placeholder")
 
 
 def _used_as(node: fx.Node, of_weights: set[fx.Node]) -> bool | None:
@@ -56,8 +57,10 @@ def _used_as(node: fx.Node, of_weights: set[fx.Node]) -> bool | None:
         name = op_name(user)
         if name == "scaled_dot_product_attention" and argument(user, "attn_mask") is node:
             return True
-        if name == "add" and value(node).is_floating_point():
-            return True  # a bias
+        if name in ("add", "sub") and value(node).is_floating_point():  # a bias
+            return name == "add" or argument(user, "other") is not node
+        if name == "baddbmm" and argument(user, "self") is node:
+            return True
         if name == "masked_fill" and _is_low(argument(user, "value")):
             return False
         if name == "where" and argument(user, "condition") is node:
@@ -73,11 +76,6 @@ def _is_low(given: Any) -> bool:
         numbers = [a for a in given.args if isinstance(a, (int, float))]
         given = min(numbers, default=None)
     return isinstance(given, (int, float)) and given < LOW
-
-
-def _can_move(node: fx.Node) -> bool:
-    """Whether it may be computed before the cut: nothing that it is made of draws or writes."""
-    return not any(is_random(n) or mutated(n) for n in reach(node, lambda n: n.all_input_nodes))
 
 
 def _describes_rows(leaf: fx.Node, length: Any) -> bool:

@@ -73,6 +73,7 @@ class Cut:
     mask: the user's input that masks these rows, or None.
     token_map: (H, W) of the map of patches that became the rows (a ViT's tokens), or None.
     tables: those that say which rows attend to which; see `analysis.attention_tables`.
+    unseen: more of these, which cannot be computed before the cut.
     line: the rows are the positions of a map over a line, whose features were moved to the end.
     """
 
@@ -83,6 +84,7 @@ class Cut:
     mask: str | None
     token_map: tuple[int, int] | None = None
     tables: tuple[Table, ...] = ()
+    unseen: tuple[str, ...] = ()
     line: bool = False
 
 

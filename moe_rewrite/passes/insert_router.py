@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..config import TokenRouter
+from ..errors import ConversionError
 from ..ir.program import Program, routing_plan
+from ..routing.token_gate import reads_other_rows
 from .base import Decisions, Pass
 
 
@@ -18,6 +21,13 @@ class InsertRouter(Pass):
 
     def apply(self, program: Program, decisions: Decisions) -> Program:
         assert program.cut is not None
+        router = decisions.router
+        if program.cut.unseen and isinstance(router, TokenRouter) and reads_other_rows(router):
+            raise ConversionError(
+                f"{', '.join(program.cut.unseen)}: where attention stops within a sample is drawn, or "
+                "written in place, after the cut, and gates that read other rows could not stop there: "
+                "split later, or convert with TokenRouter(granularity='token')"
+            )
         cut = program.node(program.cut.node)
         with program.graph.inserting_after(cut):
             program.graph.call_function(routing_plan, (cut,))

@@ -16,8 +16,9 @@ from ..analysis.row_dims import is_positions_first, mask_of_rows, source_of_rows
 from ..analysis.streams import order_of_streams
 from ..analysis.token_map import find_token_map
 from ..ir.aten import module_paths, value
+from ..ir.dependencies import is_known_at
 from ..ir.ops import first, mutated
-from ..ir.program import Cut, Program
+from ..ir.program import Cut, Program, Table
 from .base import Decisions, Pass
 
 
@@ -59,9 +60,15 @@ class Split(Pass):
         rows = None if line else source_of_rows(program, node)
         token_map = find_token_map(program, node) if sequence else None
         mask = mask_of_rows(program, rows)
-        tables = attention_tables(program, node, mask)
+        tables: list[Table] = []
+        unseen: list[Table] = []
+        for table in attention_tables(program, node, mask):
+            (tables if is_known_at(node, program.node(table.node)) else unseen).append(table)
         _move_before(node, list(made_of(program, tables)))
-        cut = Cut(node.name, label, index, rows, mask, token_map, tables, line)
+        cut = Cut(
+            node.name, label, index, rows, mask, token_map, tuple(tables),
+            tuple(t.node for t in unseen), line,
+        )  # fmt: skip
         return self.done(program, cut=cut)
 
 

@@ -22,7 +22,8 @@ class PackedRows:
     to nothing up to itself does not count.
 
     tables: which positions each row attends to, as bool or as a bias, (S, S), (B, S, S) or
-        (B, heads, S, S), where B and heads may be 1; and whether it does where that is true.
+        (B, heads, S, S), where B and heads may be 1; and whether it does where that is true, or the
+        bias is added.
     mask: (B, S), nonzero for rows that count, or None.
     """
 
@@ -57,8 +58,10 @@ class PackedRows:
         any_layer = None
         for table, attends in self.tables:
             table = table.unsqueeze(0) if table.ndim == 2 else table
-            allowed = table if table.dtype == torch.bool else table > ALLOWED
-            allowed = allowed if attends else ~allowed
+            if table.dtype == torch.bool:
+                allowed = table if attends else ~table
+            else:  # added to scores, or taken off them
+                allowed = (table if attends else -table) > ALLOWED
             earlier = allowed.tril(last).any(-1)
             earlier = earlier.any(1) if earlier.ndim == 3 else earlier
             any_layer = earlier if any_layer is None else any_layer | earlier

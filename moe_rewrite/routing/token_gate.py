@@ -17,6 +17,11 @@ from .plan import PrefixState, RoutingPlan
 from .router import GivenRows, Router
 
 
+def reads_other_rows(spec: TokenRouter) -> bool:
+    """Whether a row's gates depend on other rows of its sample."""
+    return spec.granularity != "token" or spec.policy == "expert"
+
+
 class TokenGate(Router):
     """The gate of a TokenRouter. Output 0 is the frozen model, with logit 0, if `base`.
 
@@ -27,7 +32,7 @@ class TokenGate(Router):
 
     @property
     def mixes_rows(self) -> bool:  # type: ignore[override]
-        return self.spec.granularity != "token" or self.spec.policy == "expert"
+        return reads_other_rows(self.spec)
 
     @property
     def keeps_state(self) -> bool:  # type: ignore[override]

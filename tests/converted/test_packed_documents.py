@@ -142,6 +142,71 @@ class Encoder(nn.Module):
         return self.head(x if self.causal else x.mean(1))
 
 
+BUILT = {  # ways to make a bias of pairs, and to use it
+    "product": lambda allowed: (1.0 - allowed.float()) * -1e9,
+    "logarithm": lambda allowed: allowed.float().log(),
+    "filled": lambda allowed: torch.zeros(allowed.shape).masked_fill_(~allowed, -1e9),
+    "assigned": lambda allowed: assigned(torch.zeros(allowed.shape), ~allowed),
+    "scalar": lambda allowed: torch.where(allowed, torch.tensor(0.0), torch.tensor(-1e9)),
+    "multiplied": lambda allowed: (1.0 - allowed.float()).mul_(-1e9),
+}
+USED = {
+    "add": lambda scores, bias: scores + bias,
+    "add_": lambda scores, bias: scores.add_(bias),
+    "sub": lambda scores, bias: scores - (-bias),
+    "baddbmm": lambda scores, bias: torch.baddbmm(
+        bias, torch.eye(scores.shape[1]).expand(scores.shape), scores
+    ),
+    "masked_fill_": lambda scores, bias: scores.masked_fill_(bias < 0, float("-inf")),
+}
+
+
+def assigned(bias, where):
+    bias[where] = -1e9
+    return bias
+
+
+class Biased(Encoder):
+    """An encoder that makes its bias once, or in each of its layers."""
+
+    def __init__(self, built, used, once):
+        super().__init__("segments")
+        self.built, self.used, self.once = BUILT[built], USED[used], once
+
+    def bias(self, segments):
+        length = segments.shape[1]
+        allowed = segments[:, :, None] == segments[:, None, :]
+        allowed &= torch.ones(length, length).tril().bool()
+        return self.built(allowed)
+
+    def forward(self, ids, segments):
+        x, bias = self.embed(ids), self.bias(segments)
+        for layer in self.layers:
+            bias = bias if self.once else self.bias(segments)
+            scores = self.used(x @ x.transpose(1, 2), bias)
+            x = x + torch.tanh(layer(scores.softmax(-1) @ x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize(
+    ("built", "used"), [*((b, "add") for b in BUILT), *(("filled", u) for u in USED)]
+)
+def test_biases_that_are_written_in_place_or_used_in_other_ways(built, used, once, split):
+    dense, parts = Biased(built, used, once).eval(), documents((4, 5, 1, 7))
+    given = {name: torch.zeros(2, 9, dtype=torch.long) for name in ("ids", "segments")}
+    moe = moe_rewrite.convert(
+        dense, split=split, router=GATES[0], num_experts=2, example_inputs=given
+    )
+    randomize(moe)
+    segments = torch.tensor([[3] * 4 + [7] * 5 + [1] + [2] * 7])
+    with torch.no_grad():
+        packed = moe(torch.cat(parts, 1), segments)
+        each = [moe(p, torch.zeros_like(p)) for p in parts]
+    assert torch.allclose(packed, torch.cat(each, 1), rtol=1e-4, atol=2e-6)
+
+
 def encoder(by, split=1, router=GATES[0], causal=True):
     given = {"ids": torch.ones(2, 9, dtype=torch.long)}
     if by == "segments":

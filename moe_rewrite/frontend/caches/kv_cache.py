@@ -124,7 +124,7 @@ class CacheFormat:
     def _empty(self, cache: Any, batch: int) -> None:
         cache.layers = []
         for heads, key_width, value_width in self.shapes:
-            layer = DynamicLayer()
+            layer: Any = DynamicLayer()  # `dtype` is an attribute of some versions
             layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
             layer.keys = torch.zeros(
                 batch, heads, 0, key_width, dtype=self.dtype, device=self.device

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ...ir.aten import expression, value
 from ...ir.call_values import CallValue
+from ...ir.dependencies import needed_for
 from ...ir.ops import alias_root, is_random, mutated
 from ...ir.structural_key import structural_key
 
@@ -141,7 +142,7 @@ class ValueBranches:
 
     def _code(self, read: fx.Node) -> _Code | None:
         """What computes the number that a node reads; None where it depends on more than the call."""
-        needed = _needed(read)
+        needed = needed_for([read])
         if not all(map(self._is_of_call, needed)) or _in_autocast(read.graph) & {*needed}:
             return None
         graph, copies, leaves = fx.Graph(), {}, []
@@ -203,20 +204,3 @@ def _symbols_of(node: fx.Node) -> set[Any]:
 def _is_of_sizes(node: fx.Node) -> bool:
     """Whether it computes with Python numbers."""
     return isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
-
-
-def _needed(read: fx.Node) -> list[fx.Node]:
-    """The nodes before this one that it depends on, with those that write into them, in order."""
-    before = list(read.graph.nodes)
-    before = before[: before.index(read) + 1]
-    writes = [(n, {alias_root(w) for w in mutated(n)}) for n in before if mutated(n)]
-    needed = {read}
-    while True:
-        size = len(needed)
-        for node in reversed(before):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        roots = {alias_root(n) for n in needed}
-        needed.update(n for n, into in writes if into & roots)
-        if len(needed) == size:
-            return [n for n in before if n in needed]
