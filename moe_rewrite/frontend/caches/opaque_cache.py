@@ -165,7 +165,7 @@ def stand_in(
     cache = DynamicCache()
     for opaque, (heads, *widths) in zip(layers, shapes, strict=True):
         batch, _, length, _ = opaque.past.shape
-        layer = DynamicLayer()
+        layer: Any = DynamicLayer()
         given = (torch.randn(batch, heads, length, w).to(like) for w in widths)
         layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
         layer.keys, layer.values = given
