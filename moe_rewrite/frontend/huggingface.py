@@ -40,9 +40,7 @@ class HuggingFaceHost(Host):
         super().__init__(module)
         self.takes: tuple[str, ...] = _takes(type(module))  # type: ignore[arg-type]
         self._known = KNOWN_KWARGS.union(self.takes)
-        # of a key-value cache or another state; XLM's `cache` is neither
-        named = [n for n in CACHE_NAMES if n in self.takes and "use_cache" in self.takes]
-        self.cache_name = named[0] if named else None
+        self.cache_name = _cache_name(type(module))  # type: ignore[arg-type]
 
     def model_class(self, base: type) -> type:
         return pretrained_class(base, self.module)
@@ -214,6 +212,14 @@ def _static_cache(
             "graph that takes all of them at once would not do: choose 'static'"
         )
     return caches().new_static(batch_size, max_cache_len)
+
+
+@cache
+def _cache_name(kind: Any) -> str | None:
+    """The argument that holds a key-value cache or another state; XLM's `cache`, a dict, does not."""
+    given = inspect.signature(kind.forward).parameters
+    named = (n for n in CACHE_NAMES if n in given and "dict" not in str(given[n].annotation))
+    return next(named, None)
 
 
 @cache
