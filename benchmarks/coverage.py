@@ -178,7 +178,7 @@ def _floats(output: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _outputs(moe: Any, given: dict[str, Any]) -> list[torch.Tensor]:
-    return _floats(moe(**given))
+    return [t.nan_to_num() for t in _floats(moe(**given))]  # large random experts overflow some
 
 
 def _first_line(error: BaseException) -> str:

@@ -140,7 +140,7 @@ class PagedCall:
         if unknown:
             raise InputError(
                 f"continuous batching with {', '.join(sorted(unknown))}: a converted model knows "
-                f"{', '.join((*READ, *PLACES, *OTHER))}; use transformers 5.20 to 5.24"
+                f"{', '.join((*READ, *PLACES, *OTHER))}; use transformers 5.23 or 5.24"
             )
         if torch.is_grad_enabled():
             raise InputError("a paged cache keeps no gradients: call under torch.no_grad()")
