@@ -312,7 +312,7 @@ class MoEModel(NotPickled, StateDict, Saving, RouterFit):
         """Keep activations again."""
         self._checkpointing = False
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer transformers
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers' newer name
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
