@@ -22,7 +22,7 @@ from moe_rewrite.frontend.example_inputs import random_arguments
 from tests.helpers import architectures
 from tests.helpers.reference import randomize
 
-NEW = 6  # tokens
+NEW, END = 6, 2  # tokens that are generated, and the one that ends a text
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {"num_experts": 2},
     "GPT2": {"num_experts": 2, "router": TokenRouter(granularity="token")},
@@ -83,7 +83,7 @@ def read(folder: Path) -> Iterator[tuple[str, str, float]]:
                         float(not torch.equal(_text(model, known), kept["text"])),
                     )
         if (file := here / "model.onnx").exists():
-            said = moe_rewrite.onnx.generator(file).generate(known["input_ids"], NEW)
+            said = moe_rewrite.onnx.generator(file).generate(known["input_ids"], NEW, END)
             yield name, "ONNX, text", float(not torch.equal(said, kept["text"]))
 
 
@@ -92,8 +92,9 @@ def _output(model: Any, known: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _text(model: Any, known: dict[str, torch.Tensor]) -> torch.Tensor:
-    new = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    return model.generate(**known, **new)
+    return model.generate(
+        **known, max_new_tokens=NEW, do_sample=False, eos_token_id=END, pad_token_id=0
+    )
 
 
 def main() -> int:
